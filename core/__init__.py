@@ -1,0 +1,1 @@
+"""The ground floor: artifacts, configuration, splits, statistics, errors. Never imports torch."""

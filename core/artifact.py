@@ -1,0 +1,390 @@
+"""Artifacts: sealed folders that stages hand to each other.
+
+A folder with a ``manifest.json`` is whole. Files are written into ``NAME.part``, the manifest last, then
+the folder is renamed, so a kill or a full disk at any moment leaves either the old state or the new one.
+What is read back is checked against its hashes first, and a sealed artifact is never changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import stat
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .errors import KdpipeError, UserError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+
+# Versions written into every manifest, where installed: the tools that can change a number.
+TOOLS = (
+    "kdpipe", "torch", "torchvision", "timm", "safetensors", "onnx", "onnxscript", "onnxruntime", "openvino",
+    "nncf", "litert-torch", "litert-converter", "ai-edge-quantizer", "ai-edge-litert", "tensorrt", "numpy",
+    "pillow", "scikit-learn",
+)  # fmt: skip
+
+
+class Record(BaseModel):
+    """A frozen pydantic model that refuses unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileRecord(Record):
+    sha256: str
+    size_bytes: int
+
+
+class Provenance(Record):
+    """What an artifact is and what it was made from, back to the first input."""
+
+    kind: str
+    stage: str
+    key: str
+    config: dict[str, Any]
+    facts: dict[str, Any]
+    inputs: dict[str, Provenance]
+
+
+class Manifest(Provenance):
+    schema_version: int
+    files: dict[str, FileRecord]
+    tools: dict[str, str]
+    host: dict[str, Any]
+    created_utc: str
+    seconds: float
+    digest: str  # sha256 of every other field: an edited manifest is seen
+
+    def provenance(self) -> Provenance:
+        return Provenance.model_validate({name: getattr(self, name) for name in Provenance.model_fields})
+
+
+def canonical(value: Any) -> bytes:
+    """One spelling of a JSON value, for hashing. Raises ValueError for NaN and infinities."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def artifact_key(stage: str, config: BaseModel, inputs: Mapping[str, Artifact]) -> str:
+    """sha256 (hex) of stage, config and the keys of the inputs."""
+    identity = {
+        "schema_version": SCHEMA_VERSION,
+        "stage": stage,
+        "config": config.model_dump(mode="json"),
+        "inputs": {role: artifact.key for role, artifact in inputs.items()},
+    }
+    return hashlib.sha256(canonical(identity)).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def tool_versions() -> dict[str, str]:
+    versions = {}
+    for name in TOOLS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def host_record() -> dict[str, Any]:
+    """The machine that made an artifact; what can't be read is "unavailable"."""
+    model = "unavailable"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+                break
+    return {
+        "system": platform.platform(),
+        "machine": platform.machine(),
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A sealed folder. Subclasses say what kind, so that a wrong chain is a type error."""
+
+    kind: ClassVar[str]
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: Path | str) -> Self:
+        """Read and check the artifact in ``path``.
+
+        Raises:
+            UserError: no whole artifact there, another kind, or contents that differ from its manifest.
+        """
+        path = Path(path)
+        manifest = read_manifest(path)
+        if manifest.kind != cls.kind:
+            raise UserError(f"{path} is a {manifest.kind}, wanted a {cls.kind}: give the folder of a {cls.kind}")
+        check_files(path, manifest)
+        return cls(path, manifest)
+
+    @property
+    def key(self) -> str:
+        return self.manifest.key
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the stage found out, as the manifest holds it."""
+        return self.manifest.facts
+
+    def file(self, name: str) -> Path:
+        """The path of a file that the manifest names (and ``open`` has checked)."""
+        if name not in self.manifest.files:
+            raise UserError(f"{self.path} has no file '{name}': make the artifact again")
+        return self.path / name
+
+
+class Checkpoint(Artifact):
+    """Weights of a teacher or a student, with its InputSpec and labels."""
+
+    kind = "checkpoint"
+
+
+class Model(Artifact):
+    """One student for one target in one precision."""
+
+    kind = "model"
+
+
+class Bundle(Artifact):
+    """A model with labels, golden inputs and the runner: what goes onto a device."""
+
+    kind = "bundle"
+
+
+class Measurement(Artifact):
+    """Raw latency samples and logits of several bundles, measured in one session on one device."""
+
+    kind = "measurement"
+
+
+class Report(Artifact):
+    """The page and the numbers a person reads."""
+
+    kind = "report"
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Parse ``path/manifest.json`` and check it against its own digest. Raises UserError."""
+    if not path.is_dir():
+        raise UserError(f"no artifact at {path}: the folder does not exist")
+    try:
+        text = (path / MANIFEST).read_text()
+    except FileNotFoundError:
+        raise UserError(f"{path} has no {MANIFEST}: it is not an artifact, or was never finished") from None
+    try:
+        value = json.loads(text)
+        version = value.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise UserError(f"{path} has schema version {version}, wanted {SCHEMA_VERSION}: make it again")
+        manifest = Manifest.model_validate(value)
+    except (ValueError, AttributeError, ValidationError):
+        raise UserError(f"{path / MANIFEST} is not a manifest (broken or edited): make the artifact again") from None
+    if manifest_digest(value) != manifest.digest:
+        raise UserError(f"{path / MANIFEST} was edited after sealing: make the artifact again")
+    return manifest
+
+
+def manifest_digest(value: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical({name: item for name, item in value.items() if name != "digest"})).hexdigest()
+
+
+def list_files(path: Path) -> dict[str, os.stat_result]:
+    """Every file below ``path`` by POSIX name. Raises UserError on a link or a special file."""
+    found: dict[str, os.stat_result] = {}
+    for folder, folders, names in os.walk(path):
+        for name in [*folders, *names]:
+            member = Path(folder) / name
+            status = member.lstat()
+            if stat.S_ISREG(status.st_mode):
+                found[member.relative_to(path).as_posix()] = status
+            elif not stat.S_ISDIR(status.st_mode):
+                raise UserError(f"{member} is a link or a special file: an artifact holds plain files only")
+    return found
+
+
+def check_files(path: Path, manifest: Manifest) -> None:
+    """Compare the files below ``path`` with the manifest: names, sizes, hashes. Raises UserError."""
+    found = list_files(path)
+    found.pop(MANIFEST, None)
+    for name, record in manifest.files.items():
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts:
+            raise UserError(f"{path} names a file outside itself ('{name}'): do not use it")
+        if name not in found:
+            raise UserError(f"{path} lacks '{name}': make the artifact again")
+        if found[name].st_size != record.size_bytes or sha256_file(path / name) != record.sha256:
+            raise UserError(f"{path / name} differs from its manifest (corrupted or edited): make the artifact again")
+    for name in found.keys() - manifest.files.keys():
+        raise UserError(f"{path} holds '{name}', which its manifest does not name: remove it or make it again")
+
+
+A = TypeVar("A", bound=Artifact)
+
+
+@dataclass
+class Draft(Generic[A]):
+    """An artifact being written: put files below ``path`` and findings into ``facts``."""
+
+    path: Path
+    facts: dict[str, Any] = field(default_factory=dict)
+    sealed: A | None = None
+
+    @property
+    def artifact(self) -> A:
+        if self.sealed is None:
+            raise RuntimeError("the draft is not sealed yet")
+        return self.sealed
+
+
+@contextlib.contextmanager
+def drafting(
+    kind: type[A], out: Path, *, stage: str, config: BaseModel, inputs: Mapping[str, Artifact]
+) -> Iterator[Draft[A]]:
+    """Write an artifact: the body fills the draft, leaving the block seals it as ``out``.
+
+    An exception or Ctrl-C in the body removes what was written. After ``kill -9`` the ``.part`` folder
+    stays behind without a manifest, and the next writer clears it.
+
+    Raises:
+        UserError: another process is writing ``out``, ``out`` exists already, or the disk is full.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists already: sealed artifacts are never changed, choose another --out")
+    part = out.with_name(out.name + ".part")
+    begun = time.monotonic()
+    with _readable_disk_errors(out):
+        part.mkdir(parents=True, exist_ok=True)
+    with _exclusive(part):
+        try:
+            with _readable_disk_errors(out):
+                _clear(part)
+                draft: Draft[A] = Draft(part)
+                yield draft
+                manifest = _seal(kind, draft, stage, config, inputs, time.monotonic() - begun)
+                os.rename(part, out)
+                _sync_folder(out.parent)
+        except BaseException as error:
+            # Libraries wrap ENOSPC in errors of their own, so the disk itself is asked.
+            disk_full = isinstance(error, Exception) and shutil.disk_usage(part).free < 4096
+            shutil.rmtree(part, ignore_errors=True)
+            if disk_full and not isinstance(error, KdpipeError):
+                raise _no_space(out) from error
+            raise
+    draft.sealed = kind(out, manifest)
+
+
+def _seal(
+    kind: type[A], draft: Draft[A], stage: str, config: BaseModel, inputs: Mapping[str, Artifact], seconds: float
+) -> Manifest:
+    files = {}
+    for name, status in sorted(list_files(draft.path).items()):
+        with (draft.path / name).open("rb") as stream:
+            os.fsync(stream.fileno())
+        files[name] = FileRecord(sha256=sha256_file(draft.path / name), size_bytes=status.st_size)
+    value: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": kind.kind,
+        "stage": stage,
+        "key": artifact_key(stage, config, inputs),
+        "config": config.model_dump(mode="json"),
+        "facts": draft.facts,
+        "inputs": {role: source.manifest.provenance().model_dump(mode="json") for role, source in inputs.items()},
+        "files": {name: record.model_dump() for name, record in files.items()},
+        "tools": tool_versions(),
+        "host": host_record(),
+        "created_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 3),
+    }
+    value["digest"] = manifest_digest(value)
+    with (draft.path / MANIFEST).open("w") as stream:
+        json.dump(value, stream, indent=1, allow_nan=False)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return Manifest.model_validate(value)
+
+
+def _clear(folder: Path) -> None:
+    for member in folder.iterdir():
+        if member.is_dir() and not member.is_symlink():
+            shutil.rmtree(member)
+        else:
+            member.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Hold a lock on ``folder`` that the kernel releases however this process ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing {folder}: wait for it or choose another folder") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _no_space(out: Path) -> UserError:
+    return UserError(f"no disk space left while writing {out}: free some and run the same again")
+
+
+@contextlib.contextmanager
+def _readable_disk_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _no_space(out) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise UserError(f"cannot write {out} ({error.strerror}): choose a folder that you may write to") from error
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def find_ancestors(provenance: Provenance, kind: str) -> Sequence[Provenance]:
+    """Every artifact of ``kind`` in the lineage of ``provenance``, nearest first, each key once."""
+    found: dict[str, Provenance] = {}
+    queue = [provenance]
+    while queue:
+        current = queue.pop(0)
+        if current.kind == kind:
+            found.setdefault(current.key, current)
+        queue.extend(current.inputs.values())
+    return list(found.values())

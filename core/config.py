@@ -1,0 +1,257 @@
+"""What can be configured: one frozen model a stage; defaults stand here and nowhere else.
+
+The same field name serves YAML, the command line (``--train.epochs 60``) and Python.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import UserError, did_you_mean
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Config(BaseModel):
+    """Frozen, and refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(Config):
+    """Where the images come from and how they are split."""
+
+    source: str = Field(
+        description="'digits', an image folder, or a name that timm's dataset factory reads (hfds/..., wds/..., tfds/...)"
+    )
+    root: str | None = Field(None, description="root folder of a wds/ or tfds/ source, or cache folder of an hfds/ one")
+    train_split: str = Field("train", description="name of the part to learn from")
+    test_split: str | None = Field(
+        "val", description="name of the held-out part; none (null in YAML) cuts it from the training part"
+    )
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="cut for testing where there is no test split")
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="cut from the training part for selection")
+    seed: int = Field(0, description="seed of the splits")
+
+
+class InputConfig(Config):
+    """How an image becomes the network's input; what is left out comes from timm's data for the model."""
+
+    size: int | None = Field(None, ge=8, description="side of the square input, pixels")
+    mean: tuple[float, float, float] | None = Field(None, description="subtracted from RGB in 0..1")
+    std: tuple[float, float, float] | None = Field(None, description="divides RGB in 0..1")
+    crop_fraction: Fraction | None = Field(None, description="side of the centre crop over the resized shorter side")
+    interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] | None = Field(None, description="resizing filter")
+
+
+class AugmentConfig(Config):
+    """Random views for training."""
+
+    crop: Literal["pad", "resized", "none"] = Field(
+        "resized", description="pad and crop (small images), random resized crop, or none"
+    )
+    pad_fraction: Annotated[float, Field(ge=0, le=0.5)] = Field(0.125, description="padding of crop=pad over the side")
+    min_scale: Fraction = Field(0.35, description="smallest area of crop=resized over the whole")
+    flip: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="probability of a horizontal flip")
+    auto_augment: str | None = Field(None, description="timm's policy string, such as rand-m7-mstd0.5")
+    erase: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="probability of random erasing")
+
+
+class TrainConfig(Config):
+    """One training run."""
+
+    epochs: int = Field(60, ge=1, description="passes over the (fraction of the) training images")
+    batch_size: int = Field(64, ge=2, description="images a step")
+    optimizer: str = Field("adamw", description="any optimiser of timm")
+    learning_rate: float = Field(2e-3, gt=0, description="peak learning rate")
+    weight_decay: float = Field(0.05, ge=0, description="weight decay (not on biases and norms)")
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="share of the steps that warm up")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="label smoothing of the label loss")
+    select: Literal["last", "best"] = Field("last", description="keep the last epoch, or the best on the validation part")
+    workers: int = Field(2, ge=0, description="data loading processes")
+    augment: AugmentConfig = AugmentConfig()
+
+
+class ModelConfig(Config):
+    """A network by its name in timm."""
+
+    model: str = Field(description="any model name of timm")
+    model_args: dict[str, Any] = Field({}, description="further arguments of timm.create_model")
+    pretrained: bool = Field(False, description="start from timm's pretrained weights (needs a model hub)")
+    input: InputConfig = InputConfig()
+
+
+class AdoptConfig(ModelConfig):
+    """A network whose weights the user brings."""
+
+    # The hash stands for the file in keys and lineage, so that neither holds a path of the user's machine.
+    checkpoint: Path | None = Field(None, exclude=True, description="weights: .safetensors, or .pth with tensors only")
+    checkpoint_sha256: str | None = Field(None, description="hash of the weights; worked out where it is left out")
+
+
+class TeacherConfig(AdoptConfig):
+    """The teacher: read from a checkpoint, or trained here on all training images."""
+
+    train: TrainConfig = TrainConfig()
+    seed: int = Field(0, description="seed of weights, order and views")
+
+
+class DistillConfig(Config):
+    """How the student learns."""
+
+    method: Literal["labels", "kd"] = Field("kd", description="labels alone, or knowledge distillation")
+    label_weight: float = Field(1.0, ge=0, description="weight of the loss against the labels")
+    kd_weight: float = Field(1.0, ge=0, description="weight of the loss against the teacher")
+    temperature: float = Field(4.0, gt=0, description="temperature T of the softened outputs; the loss is scaled by T^2")
+    label_fraction: Fraction = Field(1.0, description="share of the training images of each class to learn from")
+    train: TrainConfig = TrainConfig()
+
+
+class TrainingConfig(ModelConfig, DistillConfig):
+    """One training run: a network and how it learns."""
+
+    seed: int = Field(0, description="seed of weights, order, views and of the drawn fraction")
+
+
+class DistillationPlan(DistillConfig):
+    """The student runs of a recipe: the method and its control, each with every seed."""
+
+    control: bool = Field(True, description="also train on the labels alone, so that the gain is measured")
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="one pair of runs each; the first seed's student is shipped")
+
+
+class ParityConfig(Config):
+    """When torch and an exported file are the same."""
+
+    parity_images: int = Field(64, ge=2, description="real images that torch and the exported file must agree on")
+    parity_tolerance: float = Field(1e-3, gt=0, description="largest logit difference allowed, over the logits' spread")
+
+
+class ExportConfig(ParityConfig):
+    """Checkpoint to a file of one target, in float32."""
+
+    target: str = Field("onnxruntime", description="onnxruntime, openvino, tensorrt or tflite")
+
+
+class ExportPlan(ParityConfig):
+    """The targets of a recipe."""
+
+    targets: tuple[str, ...] = Field(("onnxruntime", "openvino", "tensorrt", "tflite"), min_length=1)
+
+
+class QuantizeConfig(Config):
+    """Float32 model to INT8 by the target's own quantiser."""
+
+    calibration_images: int = Field(256, ge=1, description="training images that set the ranges, balanced over classes")
+    check_images: int = Field(128, ge=1, description="other training images on which INT8 and float32 are compared")
+    activations: Literal["auto", "uint8", "int8"] = Field(
+        "auto", description="onnxruntime only: auto is uint8 on x86 and int8 on ARM"
+    )
+    scheme: Literal["static", "dynamic"] = Field("static", description="tflite only: static suits CNNs, dynamic ViTs")
+    seed: int = Field(0, description="seed of the choice of images")
+
+
+class PackageConfig(Config):
+    """Model to bundle."""
+
+    golden_images: int = Field(8, ge=1, description="test inputs shipped with their expected outputs")
+
+
+class BenchConfig(Config):
+    """One measuring session: every bundle in a fresh process, interleaved forwards and backwards."""
+
+    device: str = Field("local", description="name of the device")
+    threads: int = Field(0, ge=0, description="threads of the runtime; 0 takes every core of the device")
+    rounds: int = Field(4, ge=2, description="times each bundle is measured, each in a fresh process")
+    seconds: float = Field(1.0, gt=0, description="steady time of one measurement")
+    min_samples: int = Field(64, ge=1, description="inferences of one measurement, at least")
+    images: int = Field(64, ge=1, description="test images rotated through while timing")
+
+
+class ReportConfig(Config):
+    """The page."""
+
+    title: str = Field("kdpipe", description="title of the page")
+
+
+class Recipe(Config):
+    """A whole chain: ``kdpipe run FILE.yaml``."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="name of the run and its report")
+    data: DataConfig = DataConfig()
+    teacher: TeacherConfig
+    student: ModelConfig
+    distill: DistillationPlan = DistillationPlan()
+    export: ExportPlan = ExportPlan()
+    quantize: QuantizeConfig | None = QuantizeConfig()
+    package: PackageConfig = PackageConfig()
+    bench: BenchConfig = BenchConfig()
+
+
+C = TypeVar("C", bound=BaseModel)
+
+
+def validated(kind: type[C], values: Any, where: str) -> C:
+    """``values`` as a ``kind``; the first mistake becomes one line that names the field.
+
+    Raises:
+        UserError: unknown key (with the near one), wrong type or value.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: wanted a mapping of {', '.join(kind.model_fields)}, found {type(values).__name__}")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = _fields_at(kind, first["loc"][:-1])
+            word = str(first["loc"][-1])
+            raise UserError(f"{where}: unknown key '{path}'{did_you_mean(word, known)} (known: {', '.join(known)})") from None
+        found = "nothing" if first["type"] == "missing" else repr(first["input"])
+        raise UserError(f"{where}: '{path}': {_lower_first(first['msg'])}, found {found}") from None
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _fields_at(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    for part in location:
+        annotation = kind.model_fields[str(part)].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        kind = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(kind.model_fields)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read ``kdpipe.yaml``; relative paths in it are taken from its own folder. Raises UserError."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"no recipe at {path}: wanted a YAML file such as recipes/digits.yaml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} ({error}): wanted a YAML file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not YAML ({getattr(error, 'problem', None) or error})") from None
+    recipe = validated(Recipe, values, str(path))
+    return _resolve_paths(recipe, path.parent)
+
+
+def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
+    source, checkpoint = recipe.data.source, recipe.teacher.checkpoint
+    data, teacher = recipe.data, recipe.teacher
+    # A source is a path when it looks like one; 'digits' and 'hfds/name' are names.
+    if source.startswith((".", "~", os.sep)) or (folder / source).exists():
+        data = data.model_copy(update={"source": str((folder / Path(source).expanduser()).absolute())})
+    if checkpoint is not None:
+        teacher = teacher.model_copy(update={"checkpoint": (folder / checkpoint.expanduser()).absolute()})
+    return recipe.model_copy(update={"data": data, "teacher": teacher})

@@ -1,0 +1,125 @@
+"""What the rooms agree on about images: the InputSpec, the sealed Dataset, its splits and fingerprints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from .artifact import Artifact, Record, canonical, sha256_file
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+Part = Literal["train", "val", "test"]
+
+
+class InputSpec(Record):
+    """How an image file becomes the network's input; travels from the student to the device.
+
+    ``mean`` and ``std`` (of RGB in 0..1) are folded into every exported graph: a device feeds 0..255.
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    crop_fraction: float
+    interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"]
+    antialias: Literal[True] = True
+    colour_order: Literal["RGB"] = "RGB"
+    layout: Literal["NCHW", "NHWC"] = "NCHW"
+    dtype: Literal["float32"] = "float32"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of one input in this layout."""
+        return (3, self.size, self.size) if self.layout == "NCHW" else (self.size, self.size, 3)
+
+
+@dataclass(frozen=True)
+class Sample:
+    path: Path
+    label: int
+
+
+class Dataset(Artifact):
+    """Images by reference (a user's folder) or by value (everything else), split once and for all.
+
+    ``index.json``: root (null: the artifact itself), classes, and per part a list of [file, label].
+    """
+
+    kind = "dataset"
+
+    def _index(self) -> dict[str, Any]:
+        index: dict[str, Any] = json.loads(self.file("index.json").read_text())
+        return index
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self._index()["classes"])
+
+    def samples(self, part: Part) -> list[Sample]:
+        """The images of one part, in the order of the index."""
+        index = self._index()
+        root = self.path if index["root"] is None else Path(index["root"])
+        return [Sample(root / name, label) for name, label in index["parts"][part]]
+
+
+def stratified_order(labels: Sequence[int] | np.ndarray, seed: int) -> list[np.ndarray]:
+    """Per class, its positions in ``labels`` in a seeded random order."""
+    values = np.asarray(labels)
+    generator = np.random.default_rng(seed)
+    return [generator.permutation(np.flatnonzero(values == label)) for label in np.unique(values)]
+
+
+def stratified_fraction(labels: Sequence[int] | np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Sorted positions of ``fraction`` of each class (at least one), nested: 10 % lies inside 20 %."""
+    chosen = [order[: max(1, round(len(order) * fraction))] for order in stratified_order(labels, seed)]
+    return np.sort(np.concatenate(chosen))
+
+
+def stratified_count(labels: Sequence[int] | np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Positions of ``count`` samples, as even over the classes as they allow, classes taking turns."""
+    orders = stratified_order(labels, seed)
+    turns = [order[turn] for turn in range(max(map(len, orders))) for order in orders if turn < len(order)]
+    return np.asarray(turns[:count], dtype=np.int64)
+
+
+def list_images(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """(POSIX name, status) of every image below ``folder``, sorted by name."""
+    for name in sorted(
+        (Path(base) / file).relative_to(folder).as_posix()
+        for base, _, files in os.walk(folder, followlinks=True)
+        for file in files
+        if file.lower().endswith(IMAGE_SUFFIXES)
+    ):
+        yield name, (folder / name).stat()
+
+
+def fingerprint_folder(folder: Path, memory: Path | None = None) -> str:
+    """sha256 over the names and contents of all images below ``folder``.
+
+    ``memory`` is a file that remembers each image's hash by size and modification time, so that an
+    unchanged folder is not read again.
+    """
+    known: Mapping[str, list[Any]] = {}
+    if memory is not None and memory.is_file():
+        try:
+            known = json.loads(memory.read_text())
+        except ValueError:
+            known = {}  # a torn write: hash everything again
+    hashes = {}
+    for name, status in list_images(folder):
+        stamp = [status.st_size, status.st_mtime_ns]
+        seen = known.get(name)
+        hashes[name] = [*stamp, seen[2] if seen and seen[:2] == stamp else sha256_file(folder / name)]
+    if memory is not None and hashes != known:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        draft = memory.with_suffix(f".{os.getpid()}.tmp")
+        draft.write_text(json.dumps(hashes))
+        os.replace(draft, memory)
+    return hashlib.sha256(canonical([[name, entry[2]] for name, entry in hashes.items()])).hexdigest()

@@ -1,0 +1,46 @@
+"""The three ways a command may fail, each with its exit code; anything else is a bug of ours.
+
+Every message is one line: what was wanted, what was found, what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class KdpipeError(Exception):
+    """Base of every failure that is told to the user without a traceback."""
+
+    exit_code = 2
+
+
+class UserError(KdpipeError):
+    """Something the user gave is wrong or missing (exit 2)."""
+
+    exit_code = 2
+
+
+class GateFailed(KdpipeError):
+    """The work was done and its result was refused (exit 1)."""
+
+    exit_code = 1
+
+
+class Untrusted(KdpipeError):
+    """A number was measured under conditions that forbid believing it (exit 75)."""
+
+    exit_code = 75
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the nearest choice, or the empty string when none is near."""
+    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def choice(kind: str, word: str, choices: Iterable[str]) -> UserError:
+    """The error for a word that is not among ``choices``."""
+    choices = sorted(choices)
+    listed = ", ".join(choices) if len(choices) <= 12 else f"one of {len(choices)}"
+    return UserError(f"unknown {kind} '{word}', wanted {listed}{did_you_mean(word, choices)}")

@@ -1,0 +1,67 @@
+"""Opens a packaged model and runs it: the same code on this host and on a device.
+
+Imports nothing of kdpipe: this folder is copied into every bundle and runs there as ``python -m runtime``
+with the standard library, numpy and the one runtime of the bundle (Pillow only to read image files).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from .onnxruntime import OnnxRuntimeSession
+from .openvino import OpenVinoSession
+from .tensorrt import TensorRtSession
+from .tflite import TfliteSession
+
+
+class Session(Protocol):
+    """An opened model. ``needs`` names the distributions that open it."""
+
+    needs: tuple[str, ...]
+    batched: bool  # whether one call takes any number of images
+
+    def __init__(self, folder: Path, facts: dict[str, Any], threads: int) -> None:
+        """Open the model in ``folder`` as its ``facts`` (of the manifest) say."""
+
+    def prepare(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [N, H, W, 3] in RGB to the model's own input (layout, dtype, scale)."""
+
+    def infer(self, prepared: np.ndarray) -> np.ndarray:
+        """The model's own input to float32 logits [N, K]."""
+
+    def describe(self) -> dict[str, Any]:
+        """Runtime, version and settings that were really taken."""
+
+
+RUNTIMES: dict[str, type[Session]] = {
+    "onnxruntime": OnnxRuntimeSession,
+    "openvino": OpenVinoSession,
+    "tensorrt": TensorRtSession,
+    "tflite": TfliteSession,
+}
+
+
+def open_session(folder: Path, facts: dict[str, Any], threads: int = 1, stand_in: bool = False) -> Session:
+    """Open the model in ``folder``.
+
+    Args:
+        facts: of the model or bundle: target, entry, input and runtime settings.
+        threads: of the runtime.
+        stand_in: open it with the runtime that reads the same file where the real one can't run here
+            (a TensorRT graph in ONNX Runtime): right for accuracy, meaningless for latency.
+
+    Raises:
+        KeyError: no runtime of that name, or no stand-in for it.
+        ImportError: the runtime is not installed.
+    """
+    name = facts["stand_in"] if stand_in else facts["target"]
+    return RUNTIMES[name](folder, facts, threads)
+
+
+def predict(session: Session, images: np.ndarray, batch: int = 64) -> np.ndarray:
+    """Float32 logits [N, K] for uint8 images [N, H, W, 3], in batches where the model takes them."""
+    step = batch if session.batched else 1
+    return np.concatenate([session.infer(session.prepare(images[at : at + step])) for at in range(0, len(images), step)])

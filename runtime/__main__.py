@@ -1,0 +1,61 @@
+"""``python -m runtime``: verify, predict and measure a bundle on the machine it lies on.
+
+One JSON object goes to standard output; a failure is one line on standard error and exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import open_session, predict
+from .bundle import BundleError, read_facts, replay_golden
+from .measure import measure
+
+PROTOCOL_VERSION = 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="runtime", description=__doc__)
+    parser.add_argument("command", choices=["verify", "predict", "measure"])
+    parser.add_argument("bundle", type=Path, help="folder of the bundle")
+    parser.add_argument("--images", type=Path, help=".npy of uint8 [N, H, W, 3] (predict, measure)")
+    parser.add_argument("--logits", type=Path, help=".npy to write float32 [N, K] to (predict)")
+    parser.add_argument("--threads", type=int, default=0, help="0: every core")
+    parser.add_argument("--seconds", type=float, default=1.0, help="steady time (measure)")
+    parser.add_argument("--min-samples", type=int, default=64, help="inferences at least (measure)")
+    parser.add_argument("--stand-in", action="store_true", help="open with the runtime that reads the same file")
+    args = parser.parse_args()
+    threads = args.threads or len(os.sched_getaffinity(0))
+    try:
+        facts = read_facts(args.bundle)
+        if args.command == "verify":
+            result = replay_golden(args.bundle, facts, threads, args.stand_in)
+        elif args.command == "predict":
+            result = _predict(args, facts, threads)
+        else:
+            images = np.load(args.images, mmap_mode="r", allow_pickle=False)
+            result = measure(args.bundle, facts, images, threads, args.seconds, args.min_samples)
+    except (BundleError, ImportError, OSError, KeyError, ValueError, RuntimeError) as error:
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"runtime: {type(error).__name__}: {text}", file=sys.stderr)
+        return 1
+    print(json.dumps({"protocol_version": PROTOCOL_VERSION, **result}))
+    return 0
+
+
+def _predict(args: argparse.Namespace, facts: dict[str, Any], threads: int) -> dict[str, Any]:
+    images = np.load(args.images, mmap_mode="r", allow_pickle=False)
+    session = open_session(args.bundle, facts, threads, args.stand_in)
+    np.save(args.logits, predict(session, images), allow_pickle=False)
+    return {"images": len(images), "session": session.describe(), "stand_in": args.stand_in}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

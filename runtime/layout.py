@@ -1,0 +1,14 @@
+"""From raw uint8 images to the array a graph takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+def to_input(images: np.ndarray, spec: Mapping[str, Any]) -> np.ndarray:
+    """uint8 [N, H, W, 3] to the InputSpec's dtype and layout, values still 0..255, contiguous."""
+    values = images.astype(spec["dtype"])
+    return np.ascontiguousarray(values.transpose(0, 3, 1, 2)) if spec["layout"] == "NCHW" else values
