@@ -169,6 +169,12 @@ class Model(Artifact):
 
     kind = "model"
 
+    @property
+    def size_bytes(self) -> int:
+        """Size of the model itself: its entry and, for OpenVINO, the weights beside it."""
+        stem = Path(self.facts["entry"]).stem
+        return sum(record.size_bytes for name, record in self.manifest.files.items() if Path(name).stem == stem)
+
 
 class Bundle(Artifact):
     """A model with labels, golden inputs and the runner: what goes onto a device."""

@@ -38,6 +38,12 @@ class DataConfig(Config):
     seed: int = Field(0, description="seed of the splits")
 
 
+class FingerprintedData(DataConfig):
+    """The source with the hash of what it holds now, so that changed images make a new key."""
+
+    fingerprint: str
+
+
 class InputConfig(Config):
     """How an image becomes the network's input; what is left out comes from timm's data for the model."""
 
@@ -72,6 +78,7 @@ class TrainConfig(Config):
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="share of the steps that warm up")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="label smoothing of the label loss")
     select: Literal["last", "best"] = Field("last", description="keep the last epoch, or the best on the validation part")
+    validate_every: int = Field(1, ge=1, description="epochs between two looks at the validation part")
     workers: int = Field(2, ge=0, description="data loading processes")
     augment: AugmentConfig = AugmentConfig()
 
@@ -111,7 +118,7 @@ class DistillConfig(Config):
     train: TrainConfig = TrainConfig()
 
 
-class TrainingConfig(ModelConfig, DistillConfig):
+class TrainingConfig(DistillConfig, ModelConfig):
     """One training run: a network and how it learns."""
 
     seed: int = Field(0, description="seed of weights, order, views and of the drawn fraction")
@@ -182,7 +189,7 @@ class Recipe(Config):
     """A whole chain: ``kdpipe run FILE.yaml``."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="name of the run and its report")
-    data: DataConfig = DataConfig()
+    data: DataConfig
     teacher: TeacherConfig
     student: ModelConfig
     distill: DistillationPlan = DistillationPlan()

@@ -68,6 +68,12 @@ class Dataset(Artifact):
         root = self.path if index["root"] is None else Path(index["root"])
         return [Sample(root / name, label) for name, label in index["parts"][part]]
 
+    def balanced(self, part: Part, count: int, seed: int, skip: int = 0) -> list[Sample]:
+        """``count`` seeded samples of one part (or all it has), classes taking turns, after ``skip`` others."""
+        samples = self.samples(part)
+        chosen = stratified_count([sample.label for sample in samples], skip + count, seed)
+        return [samples[at] for at in chosen[skip:]]
+
 
 def stratified_order(labels: Sequence[int] | np.ndarray, seed: int) -> list[np.ndarray]:
     """Per class, its positions in ``labels`` in a seeded random order."""

@@ -17,6 +17,7 @@ from .errors import UserError
 # Import name of a distribution where it is not the distribution's name with underscores.
 IMPORT_NAMES = {
     "ai-edge-litert": "ai_edge_litert.interpreter",
+    "cuda-python": "cuda",
     "pillow": "PIL",
     "scikit-learn": "sklearn",
     "pyyaml": "yaml",

@@ -18,9 +18,10 @@ from .tflite import TfliteSession
 
 
 class Session(Protocol):
-    """An opened model. ``needs`` names the distributions that open it."""
+    """An opened model."""
 
-    needs: tuple[str, ...]
+    needs: tuple[str, ...]  # distributions that open it
+    modules: tuple[str, ...]  # what importing them means
     batched: bool  # whether one call takes any number of images
 
     def __init__(self, folder: Path, facts: dict[str, Any], threads: int) -> None:

@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument("command", choices=["verify", "predict", "measure"])
     parser.add_argument("bundle", type=Path, help="folder of the bundle")
     parser.add_argument("--images", type=Path, help=".npy of uint8 [N, H, W, 3] (predict, measure)")
+    parser.add_argument("--image-count", type=int, default=64, help="images rotated through (measure)")
     parser.add_argument("--logits", type=Path, help=".npy to write float32 [N, K] to (predict)")
     parser.add_argument("--threads", type=int, default=0, help="0: every core")
     parser.add_argument("--seconds", type=float, default=1.0, help="steady time (measure)")
@@ -40,7 +41,7 @@ def main() -> int:
         elif args.command == "predict":
             result = _predict(args, facts, threads)
         else:
-            images = np.load(args.images, mmap_mode="r", allow_pickle=False)
+            images = np.load(args.images, mmap_mode="r", allow_pickle=False)[: args.image_count]
             result = measure(args.bundle, facts, images, threads, args.seconds, args.min_samples)
     except (BundleError, ImportError, OSError, KeyError, ValueError, RuntimeError) as error:
         text = (str(error).strip() or type(error).__name__).splitlines()[0]

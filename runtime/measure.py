@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import resource
 import time
 from pathlib import Path
@@ -54,8 +56,9 @@ def measure(
         A mapping with durations in ns, memory in bytes and the runtime's description.
     """
     start = time.perf_counter_ns()
-    for distribution in RUNTIMES[facts["target"]].needs:
-        __import__(distribution.replace("-", "_"))
+    for module in RUNTIMES[facts["target"]].modules:
+        with contextlib.suppress(ImportError):  # opening says what is missing
+            importlib.import_module(module)
     import_ns = time.perf_counter_ns() - start
     memory_before = peak_memory_bytes()
 

@@ -12,6 +12,7 @@ from .layout import to_input
 
 class OnnxRuntimeSession:
     needs = ("onnxruntime",)
+    modules = ("onnxruntime",)
     batched = True
 
     def __init__(self, folder: Path, facts: dict[str, Any], threads: int) -> None:

@@ -16,6 +16,7 @@ from .layout import to_input
 
 class OpenVinoSession:
     needs = ("openvino",)
+    modules = ("openvino",)
     batched = True
 
     def __init__(self, folder: Path, facts: dict[str, Any], threads: int) -> None:

@@ -16,39 +16,52 @@ ENGINE = "model.engine"
 
 
 class TensorRtSession:
-    needs = ("tensorrt", "torch")
+    needs = ("tensorrt", "cuda-python")
+    modules = ("tensorrt", "cuda.bindings.runtime")
     batched = False
 
     def __init__(self, folder: Path, facts: dict[str, Any], threads: int) -> None:
         import tensorrt
-        import torch  # for device memory: present on every Jetson image that runs kdpipe's teacher
+        from cuda.bindings import runtime as cuda
 
         engine = folder / ENGINE
         if not engine.is_file():
             raise FileNotFoundError(f"no {ENGINE} in {folder}: run build_engine.sh on this device first")
         self._spec = facts["input"]
-        self._torch = torch
+        self._cuda = cuda
         self._version = tensorrt.__version__
         runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.WARNING))
         self._engine = runtime.deserialize_cuda_engine(engine.read_bytes())
+        if self._engine is None:
+            raise RuntimeError(f"{engine} was built for another device or TensorRT version: build it here again")
         self._context = self._engine.create_execution_context()
         self._input, self._output = (self._engine.get_tensor_name(at) for at in range(2))
-        self._stream = torch.cuda.Stream()
+        self._stream = self._checked(cuda.cudaStreamCreate())
+        size = self._spec["size"]
+        self._context.set_input_shape(self._input, (1, 3, size, size))
+        self._logits = np.empty(tuple(self._context.get_tensor_shape(self._output)), np.float32)
+        self._device_image = self._checked(cuda.cudaMalloc(4 * 3 * size * size))
+        self._device_logits = self._checked(cuda.cudaMalloc(self._logits.nbytes))
+        self._context.set_tensor_address(self._input, self._device_image)
+        self._context.set_tensor_address(self._output, self._device_logits)
+
+    def _checked(self, answer: tuple[Any, ...]) -> Any:
+        if answer[0] != self._cuda.cudaError_t.cudaSuccess:
+            raise RuntimeError(f"CUDA answered {answer[0].name}")
+        return answer[1] if len(answer) > 1 else None
 
     def prepare(self, images: np.ndarray) -> np.ndarray:
         return to_input(images, self._spec)
 
     def infer(self, prepared: np.ndarray) -> np.ndarray:
-        torch = self._torch
-        with torch.cuda.stream(self._stream):
-            image = torch.from_numpy(prepared).cuda()
-            self._context.set_input_shape(self._input, tuple(image.shape))
-            logits = torch.empty(tuple(self._context.get_tensor_shape(self._output)), device="cuda")
-            self._context.set_tensor_address(self._input, image.data_ptr())
-            self._context.set_tensor_address(self._output, logits.data_ptr())
-            self._context.execute_async_v3(self._stream.cuda_stream)
-            self._stream.synchronize()
-            return np.asarray(logits.cpu().numpy())
+        kinds, copy = self._cuda.cudaMemcpyKind, self._cuda.cudaMemcpyAsync
+        to_device = (prepared.ctypes.data, prepared.nbytes, kinds.cudaMemcpyHostToDevice)
+        self._checked(copy(self._device_image, *to_device, self._stream))
+        self._context.execute_async_v3(self._stream)
+        to_host = (self._device_logits, self._logits.nbytes, kinds.cudaMemcpyDeviceToHost)
+        self._checked(copy(self._logits.ctypes.data, *to_host, self._stream))
+        self._checked(self._cuda.cudaStreamSynchronize(self._stream))
+        return self._logits.copy()
 
     def describe(self) -> dict[str, Any]:
         return {"runtime": "tensorrt", "version": self._version, "threads": 1}

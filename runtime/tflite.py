@@ -13,6 +13,7 @@ from .layout import to_input
 
 class TfliteSession:
     needs = ("ai-edge-litert",)
+    modules = ("ai_edge_litert.interpreter",)
     batched = False
 
     def __init__(self, folder: Path, facts: dict[str, Any], threads: int) -> None:

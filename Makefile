@@ -1,0 +1,57 @@
+# Two commands for a fresh clone: make demo, make test. Both make .venv if need be.
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3.11
+LOCK := requirements.lock
+# One stamp per lock file: a changed lock installs again, an unchanged one starts at once and offline.
+STAMP = $(VENV)/.installed-$(shell cksum < $(LOCK) | cut -d' ' -f1)
+
+.PHONY: demo test lint types layers unit install lock wheel clean
+
+demo: install
+	@$(BIN)/kdpipe demo
+
+test: lint types layers unit
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+# The link gives the package its name, whatever this folder is called.
+types: install
+	@mkdir -p .types && ln -sfn .. .types/kdpipe
+	$(BIN)/mypy
+
+layers: install
+	$(BIN)/lint-imports --no-cache
+
+unit: install
+	$(BIN)/pytest $(TESTS)
+
+install: $(STAMP)
+
+$(STAMP): $(LOCK)
+	@command -v uv >/dev/null && $(MAKE) --no-print-directory with-uv || \
+	  { command -v uv >/dev/null && exit 1 || $(MAKE) --no-print-directory with-pip; }
+	@rm -f $(VENV)/.installed-* && touch $@
+
+with-uv:
+	uv venv --quiet --allow-existing --python 3.11 $(VENV)
+	VIRTUAL_ENV=$(VENV) uv pip install --quiet --require-hashes -r $(LOCK)
+	VIRTUAL_ENV=$(VENV) uv pip install --quiet --no-deps --no-build-isolation --editable .
+
+with-pip:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes -r $(LOCK)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+
+# Needs uv. Names versions and hashes, no index.
+lock:
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --all-extras --group dev pyproject.toml --output-file $(LOCK) --custom-compile-command "make lock"
+
+wheel: install
+	$(BIN)/python -m build --wheel --no-isolation --outdir $(VENV)/wheels .
+
+clean:
+	rm -rf .types .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

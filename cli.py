@@ -1,0 +1,453 @@
+"""The command line: parse, call one stage, print. Results to stdout, talk to stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import __version__
+from .core.config import (
+    BenchConfig,
+    DataConfig,
+    ExportConfig,
+    PackageConfig,
+    QuantizeConfig,
+    TeacherConfig,
+    TrainingConfig,
+)
+from .core.errors import KdpipeError
+from .options import configured
+
+if TYPE_CHECKING:
+    from .core.artifact import Artifact
+    from .core.data import Dataset
+    from .pipeline import Chain
+
+JSON_VERSION = 1
+
+app = typer.Typer(
+    name="kdpipe",
+    help="From a trained teacher and a folder of images to a small model that is measured on its device.",
+    epilog="Start with `kdpipe demo`, then `kdpipe run YOUR.yaml`; `kdpipe COMMAND --help` has examples.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: twice as fast, and it never cuts an option's name
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        "token_normalize_func": lambda name: name.replace("_", "-"),  # --label_fraction as in YAML works too
+    },
+)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="print one JSON object for machines")]
+OutOption = Annotated[Path | None, typer.Option("--out", help="folder of the new artifact [default: beside its input]")]
+DataOption = Annotated[
+    Path | None, typer.Option("--data", help="folder of the dataset artifact [default: looked up beside the input]")
+]
+ArtifactsOption = Annotated[Path, typer.Option("--artifacts", help="folder that holds the artifacts")]
+ARTIFACTS = Path("artifacts")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kdpipe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print it")] = False,
+) -> None:
+    """Nothing to do before a command."""
+
+
+# ---- the whole chain -------------------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="a recipe, such as recipes/digits.yaml")],
+    artifacts: ArtifactsOption = ARTIFACTS,
+    as_json: JsonFlag = False,
+) -> None:
+    """Run a recipe, from teacher to report.
+
+    Stages: data, teacher, students, export, INT8, bundles, measurement, report. What is sealed already is not
+    done again.
+
+    Example: kdpipe run my.yaml
+    """
+    _run(recipe, artifacts, as_json)
+
+
+@app.command()
+def demo(artifacts: ArtifactsOption = ARTIFACTS, as_json: JsonFlag = False) -> None:
+    """Run recipes/digits.yaml: everything for real, in minutes."""
+    _run(Path(__file__).parent / "recipes" / "digits.yaml", artifacts, as_json)
+
+
+def _run(recipe_path: Path, artifacts: Path, as_json: bool) -> None:
+    import json
+
+    from . import pipeline
+    from .core.config import read_recipe
+
+    recipe = read_recipe(recipe_path)
+    chain = _chain(artifacts)
+    outcome = pipeline.run(recipe, chain)
+    numbers = json.loads(outcome.report.file("report.json").read_text())
+    page = outcome.report.path / "report.html"
+    if as_json:
+        bundles = {name: str(bundle.path) for name, bundle in outcome.bundles.items()}
+        _print_json(report=str(page), bundles=bundles, seconds=_seconds(chain), numbers=numbers)
+        return
+    _print_summary(numbers)
+    done = [step for step in chain.steps if not step.sealed_before]
+    typer.echo(f"{len(chain.steps)} stages, {len(done)} done now in {sum(step.seconds for step in done):.0f} s")
+    typer.echo(f"report: {page}")
+
+
+# ---- one stage at a time ---------------------------------------------------------------------------------
+
+
+@app.command()
+@configured(DataConfig, leave_out=("source",))
+def data(
+    source: Annotated[str, typer.Argument(help="a folder with train/<class>/* and val/<class>/*, 'digits', hfds/NAME")],
+    artifacts: ArtifactsOption = ARTIFACTS,
+    out: OutOption = None,
+    as_json: JsonFlag = False,
+    *,
+    config: Callable[..., DataConfig],
+) -> None:
+    """Check the images of a source and split them.
+
+    Example: kdpipe data photos
+    """
+    given = config(source=str(Path(source).absolute()) if Path(source).is_dir() else source)
+    _print_artifact(_chain(artifacts).data(given, out), as_json)
+
+
+@app.command()
+@configured(TeacherConfig)
+def teacher(
+    dataset: Annotated[Path, typer.Argument(help="folder of a dataset artifact")],
+    out: OutOption = None,
+    as_json: JsonFlag = False,
+    *,
+    config: Callable[..., TeacherConfig],
+) -> None:
+    """Read a teacher from a checkpoint, or train one.
+
+    Example: kdpipe teacher artifacts/data-1a2b --model resnet50 --checkpoint resnet50.safetensors
+    """
+    opened = _open_dataset(dataset)
+    _print_artifact(_chain(dataset.parent).teacher(config(), opened, out), as_json)
+
+
+@app.command()
+@configured(TrainingConfig)
+def distill(
+    teacher: Annotated[Path, typer.Argument(help="folder of the teacher's checkpoint (or of a dataset, for --method labels)")],
+    data: DataOption = None,
+    out: OutOption = None,
+    as_json: JsonFlag = False,
+    *,
+    config: Callable[..., TrainingConfig],
+) -> None:
+    """Train one student.
+
+    Example: kdpipe distill artifacts/teacher-1a2b --model mobilenetv4_conv_small
+    """
+    from .core.artifact import Checkpoint, read_manifest
+    from .core.data import Dataset
+
+    settings, chain = config(), _chain(teacher.parent)
+    if read_manifest(teacher).kind == Dataset.kind:
+        guide, dataset = None, Dataset.open(teacher)
+    else:
+        opened = Checkpoint.open(teacher)
+        guide, dataset = (None if settings.method == "labels" else opened), _dataset_of(opened, data)
+    name = f"student-{settings.method}-seed{settings.seed}"
+    _print_artifact(chain.train(name, settings, dataset, guide, out), as_json)
+
+
+@app.command()
+@configured(ExportConfig)
+def export(
+    student: Annotated[Path, typer.Argument(help="folder of a checkpoint")],
+    data: DataOption = None,
+    out: OutOption = None,
+    as_json: JsonFlag = False,
+    *,
+    config: Callable[..., ExportConfig],
+) -> None:
+    """Write a checkpoint for one target, checked against torch.
+
+    Example: kdpipe export CHECKPOINT --target tensorrt
+    """
+    from .core.artifact import Checkpoint
+
+    opened = Checkpoint.open(student)
+    _print_artifact(_chain(student.parent).export(config(), opened, _dataset_of(opened, data), out), as_json)
+
+
+@app.command()
+@configured(QuantizeConfig)
+def quantize(
+    model: Annotated[Path, typer.Argument(help="folder of a float32 model")],
+    data: DataOption = None,
+    out: OutOption = None,
+    as_json: JsonFlag = False,
+    *,
+    config: Callable[..., QuantizeConfig],
+) -> None:
+    """Make a model INT8, calibrated on training images.
+
+    Example: kdpipe quantize MODEL
+    """
+    from .core.artifact import Model
+
+    opened = Model.open(model)
+    _print_artifact(_chain(model.parent).quantize(config(), opened, _dataset_of(opened, data), out), as_json)
+
+
+@app.command()
+@configured(PackageConfig)
+def package(
+    model: Annotated[Path, typer.Argument(help="folder of a model, float32 or INT8")],
+    data: DataOption = None,
+    out: OutOption = None,
+    as_json: JsonFlag = False,
+    *,
+    config: Callable[..., PackageConfig],
+) -> None:
+    """Pack a model with labels, golden inputs and the runner.
+
+    Example: kdpipe package MODEL
+    """
+    from .core.artifact import Model
+
+    opened = Model.open(model)
+    _print_artifact(_chain(model.parent).package(config(), opened, _dataset_of(opened, data), out), as_json)
+
+
+@app.command()
+@configured(BenchConfig)
+def bench(
+    bundles: Annotated[list[Path], typer.Argument(help="folders of bundles; latency ratios are against the first")],
+    data: DataOption = None,
+    out: OutOption = None,
+    as_json: JsonFlag = False,
+    *,
+    config: Callable[..., BenchConfig],
+) -> None:
+    """Measure accuracy and latency of bundles.
+
+    All in one session, interleaved, each time in a fresh process. Exits 75 when the A/A control says that the machine was too noisy.
+
+    Example: kdpipe bench BUNDLE BUNDLE
+    """
+    from .core.artifact import Bundle
+    from .core.errors import Untrusted
+
+    opened = [Bundle.open(path) for path in bundles]
+    named = {f"{bundle.facts['target']}-{bundle.facts['precision']}": bundle for bundle in opened}
+    if len(named) < len(opened):  # several of one kind: tell them apart by their keys
+        named = {f"{bundle.facts['target']}-{bundle.facts['precision']}-{bundle.key[:8]}": bundle for bundle in opened}
+    dataset = _dataset_of(opened[0], data)
+    measurement = _chain(bundles[0].parent).bench(config(), named, dataset, out)
+    _print_artifact(measurement, as_json)
+    if not measurement.facts["trusted"]:
+        raise Untrusted("the A/A control differs from itself: too noisy a machine, measure again when it is quiet")
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="folder of a bundle")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Check a bundle and replay its golden inputs.
+
+    Compares every file with its hash, opens the model and runs it; executes nothing of the bundle and needs
+    no torch.
+
+    Example: kdpipe verify BUNDLE
+    """
+    from .deploy.bundle import verify as verify_bundle
+
+    opened, found = verify_bundle(bundle)
+    if as_json:
+        _print_json(bundle=str(bundle), key=opened.key, **found)
+        return
+    by = f" (by {found['session']['runtime']} in its place)" if found["stand_in"] else ""
+    typer.echo(
+        f"{bundle}: whole; {found['golden_images']} golden images within {found['max_difference']:.2g} "
+        f"(tolerance {found['tolerance']:.2g}){by}"
+    )
+
+
+@app.command()
+def report(
+    measurement: Annotated[Path, typer.Argument(help="folder of a measurement")],
+    checkpoints: Annotated[
+        list[Path] | None,
+        typer.Argument(help="folders of checkpoints [default: those beside the measurement that share its data]"),
+    ] = None,
+    title: Annotated[str, typer.Option(help="title of the page")] = "kdpipe",
+    out: OutOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write the page from what was measured.
+
+    Example: kdpipe report artifacts/measurement-1a2b
+    """
+    import json
+
+    from .core.artifact import Measurement
+    from .core.config import ReportConfig
+    from .pipeline import checkpoints_beside, open_checkpoints
+
+    opened = Measurement.open(measurement)
+    found = open_checkpoints(checkpoints) if checkpoints else checkpoints_beside(opened)
+    made = _chain(measurement.parent).report(ReportConfig(title=title), opened, found, out)
+    if not as_json:
+        _print_summary(json.loads(made.file("report.json").read_text()))
+    _print_artifact(made, as_json)
+
+
+@app.command()
+def doctor(
+    target: Annotated[
+        list[str] | None, typer.Option("--target", help="exit 1 unless this target can be made here (repeatable)")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Say what can be made and run here, and what to do about the rest."""
+    from .core.errors import GateFailed
+    from .doctor import examine, examine_target
+
+    wanted = [examine_target(name) for name in target or ()]
+    found = examine()
+    if as_json:
+        _print_json(**found)
+    else:
+        _print_doctor(found)
+    for state in wanted:
+        if not (state.exports and state.quantizes):
+            raise GateFailed(f"target '{state.target}' cannot be made here: it lacks {', '.join(state.missing)}; {state.cure}")
+
+
+# ---- printing --------------------------------------------------------------------------------------------
+
+
+def _print_json(**values: Any) -> None:
+    import json
+
+    typer.echo(json.dumps({"schema_version": JSON_VERSION, **values}, indent=1))
+
+
+def _print_artifact(artifact: Artifact, as_json: bool) -> None:
+    if as_json:
+        _print_json(
+            artifact=str(artifact.path), kind=artifact.kind, key=artifact.key, facts=artifact.facts
+        )
+    else:
+        typer.echo(artifact.path)
+
+
+def _print_summary(numbers: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from .report.tables import print_summary
+
+    print_summary(Console(), numbers)
+
+
+def _print_doctor(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table("target", "export", "INT8", "run here", "what to do", box=None, header_style="bold")
+    for state in found["targets"]:
+        marks = ["yes" if state[name] else "no" for name in ("exports", "quantizes", "runs")]
+        table.add_row(state["target"], *marks, state["cure"] or "nothing")
+    console.print(table)
+    machine = found["machine"]
+    console.print(f"\nCPU: {machine['cpu']}, {machine['usable_cores']} of {machine['cores']} cores usable, {machine['machine']}")
+    flags = machine["flags"]
+    if isinstance(flags, dict):
+        console.print("has: " + (" ".join(name for name, there in flags.items() if there) or "none of the fast units"))
+        console.print("has not: " + (" ".join(name for name, there in flags.items() if not there) or "nothing missing"))
+    console.print(f"governor: {machine['governor']}; temperatures: {machine['temperatures_millicelsius']}")
+    console.print("training: " + ("yes" if found["training"] else "no; pip install 'kdpipe[train]'"))
+    console.print("installed: " + ", ".join(f"{name} {version}" for name, version in found["tools"].items()))
+    for line in found["advice"]:
+        console.print(f"note: {line}")
+
+
+# ---- finding things --------------------------------------------------------------------------------------
+
+
+def _chain(folder: Path) -> Chain:
+    from .core import progress
+    from .pipeline import Chain
+    from .terminal import listener, tell_step
+
+    progress.listen(listener())
+    return Chain(folder, tell=tell_step)
+
+
+def _seconds(chain: Chain) -> dict[str, float]:
+    return {step.name: round(step.seconds, 3) for step in chain.steps}
+
+
+def _open_dataset(path: Path) -> Dataset:
+    from .core.data import Dataset
+
+    return Dataset.open(path)
+
+
+def _dataset_of(artifact: Artifact, given: Path | None) -> Dataset:
+    from .pipeline import dataset_of
+
+    return _open_dataset(given) if given else dataset_of(artifact)
+
+
+# ---- failing ---------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Run the command line; every expected failure is one line and its exit code."""
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except KdpipeError as error:
+        typer.echo(f"kdpipe: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _interrupted()
+    except BrokenPipeError:
+        sys.exit(141)
+    except Exception as error:
+        if type(error).__name__ == "Abort":  # Typer's name for Ctrl-C
+            _interrupted()
+        message = getattr(error, "format_message", None)  # Typer's usage errors
+        if message is None:
+            raise
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "kdpipe"
+        typer.echo(f"{command}: {message()} (see {command} --help)", err=True)
+        sys.exit(2)
+
+
+def _interrupted() -> None:
+    typer.echo("kdpipe: interrupted; what was sealed stays, nothing half-written is left", err=True)
+    sys.exit(130)
+

@@ -1,0 +1,1 @@
+"""Bundles: packed, verified and (later) installed and released."""

@@ -1,0 +1,84 @@
+"""The package stage and its opposite: pack a model so that it stands alone, and check such a bundle."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import runtime
+from ..core.artifact import Bundle, Model, drafting
+from ..core.config import PackageConfig
+from ..core.data import Dataset
+from ..core.errors import GateFailed, UserError
+from ..core.proc import first_line, is_installed, quiet
+from ..runtime.bundle import BundleError, replay_golden
+from ..runtime.preprocess import load_images
+
+# Largest difference of a golden output, over the spread of the logits. INT8 kernels differ between
+# instruction sets by a few steps of 1/256 of the range.
+TOLERANCES = {"float32": 1e-3, "int8": 0.05}
+
+
+def package(config: PackageConfig, model: Model, dataset: Dataset, out: Path) -> Bundle:
+    """Pack model, labels, golden inputs with expected outputs, and the runner.
+
+    Raises:
+        UserError: the model's runtime is not installed.
+    """
+    facts = model.facts
+    with drafting(Bundle, out, stage="package", config=config, inputs={"model": model, "data": dataset}) as draft:
+        for name in model.manifest.files:
+            (draft.path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(model.file(name), draft.path / name)
+        copy_runner(draft.path / "runtime")
+        samples = dataset.balanced("test", config.golden_images, seed=0)
+        images = load_images((sample.path for sample in samples), facts["input"])
+        with quiet():
+            logits = runtime.predict(runtime.open_session(draft.path, facts, stand_in="stand_in" in facts), images)
+        np.savez(draft.path / "golden.npz", images=images, logits=logits)
+        draft.facts.update(
+            facts,
+            size_bytes=model.size_bytes,
+            golden_images=len(images),
+            golden_tolerance=float(TOLERANCES[facts["precision"]] * logits.std()),
+        )
+    return draft.artifact
+
+
+def copy_runner(folder: Path) -> None:
+    """Copy the sources of ``kdpipe.runtime``, which run anywhere as ``python -m runtime``."""
+    folder.mkdir()
+    for source in sorted(Path(runtime.__file__).parent.glob("*.py")):
+        shutil.copyfile(source, folder / source.name)
+
+
+def verify(path: Path) -> tuple[Bundle, dict[str, Any]]:
+    """Check hashes, open the model, replay the golden inputs; nothing of the bundle is executed.
+
+    Returns:
+        The bundle and what the replay found; ``stand_in`` says that another runtime replayed it.
+
+    Raises:
+        UserError: an altered bundle, or no runtime to open it with.
+        GateFailed: the golden outputs are off.
+    """
+    bundle = Bundle.open(path)
+    stand_in = "stand_in" in bundle.facts and not runnable(bundle.facts["target"])
+    try:
+        with quiet():
+            return bundle, replay_golden(bundle.path, bundle.facts, stand_in=stand_in)
+    except BundleError as error:
+        raise GateFailed(f"{path}: {error}") from None
+    except ImportError as error:
+        target = bundle.facts["target"]
+        raise UserError(f"bundle {path} needs {error.name}: pip install 'kdpipe[{target}]'") from None
+    except Exception as error:  # runtimes raise their own
+        raise GateFailed(f"{path}: the model cannot be opened and run: {first_line(error)}") from error
+
+
+def runnable(target: str) -> bool:
+    """Whether the runtime of ``target`` is installed here."""
+    return all(is_installed(name) for name in runtime.RUNTIMES[target].needs)

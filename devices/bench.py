@@ -1,0 +1,181 @@
+"""The bench stage: every bundle measured in one session, interleaved, each time in a fresh process."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import runtime
+from ..core.artifact import Bundle, Measurement, drafting, write_json
+from ..core.data import Dataset
+from ..core.errors import UserError
+from ..core.proc import is_installed
+from ..core.progress import note, progress
+from ..core.stats import percentile_interval, ratio_interval, wilson
+from ..runtime.preprocess import load_images
+from . import DEVICES, Device
+from .session import BenchSession
+
+CONTROL = "control"  # the reference measured a second time in every round: the A/A control
+
+
+def bench(config: BenchSession, bundles: Mapping[str, Bundle], dataset: Dataset, out: Path) -> Measurement:
+    """Measure accuracy on the test part and single-image latency of every bundle.
+
+    Each round measures all bundles and, as A/A control, the first one again, forwards and backwards in
+    turn, so that a drift of the machine hits all of them alike. A bundle whose runtime is not installed
+    gets its accuracy from a stand-in where one reads the same file, and no latency.
+
+    Files: ``latency_ns/NAME.json`` (all raw samples, by round), ``logits/NAME.npy``, ``labels.npy``.
+
+    Raises:
+        UserError: no bundles, bundles of other data, or a runner that fails.
+    """
+    if not bundles:
+        raise UserError("nothing to measure: give at least one bundle")
+    device = DEVICES[config.device]()
+    timed = [name for name, bundle in bundles.items() if _runnable(bundle)]
+    for name in bundles.keys() - set(timed):
+        note(f"{name}: {bundles[name].facts['target']} is not installed here: no latency")
+    inputs = {**bundles, "data": dataset}
+    with (
+        drafting(Measurement, out, stage="bench", config=config, inputs=inputs) as draft,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
+        (draft.path / "latency_ns").mkdir()
+        (draft.path / "logits").mkdir()
+        before = device.probe()
+        device.open(Path(scratch))
+        try:
+            device.push(Path(runtime.__file__).parent, "runtime")
+            images = _push_inputs(device, bundles, dataset, Path(scratch), draft.path)
+            rounds = order(timed, config.rounds)
+            with progress("measuring", len(bundles) + sum(map(len, rounds))) as advance:
+                results: dict[str, dict[str, Any]] = {}
+                for name, bundle in bundles.items():
+                    advance(0, f"accuracy of {name}")
+                    results[name] = _accuracy(device, name, bundle, images[name], dataset, draft.path)
+                    advance(1, "")
+                runs: dict[str, list[dict[str, Any]]] = {}
+                for at, names in enumerate(rounds):
+                    for name in names:
+                        advance(0, f"round {at + 1}, {name}")
+                        runs.setdefault(name, []).append(_measure(device, config, name, timed, images))
+                        advance(1, "")
+        finally:
+            device.close()
+        for name, repeats in runs.items():
+            write_json(draft.path / "latency_ns" / f"{name}.json", repeats)
+            if name != CONTROL:
+                results[name].update(summary(repeats))
+        draft.facts.update(
+            device=config.device,
+            emulated=device.emulated,
+            probe_before=before,
+            probe_after=device.probe(),
+            reference=timed[0] if timed else None,
+            results=results,
+            **comparisons(runs, timed),
+        )
+    return draft.artifact
+
+
+def _runnable(bundle: Bundle) -> bool:
+    return all(is_installed(name) for name in runtime.RUNTIMES[bundle.facts["target"]].needs)
+
+
+def order(names: Sequence[str], rounds: int) -> list[list[str]]:
+    """Who is measured when: A B C control, control C B A, A B C control, ..."""
+    if not names:
+        return []
+    forward = [*names, CONTROL]
+    return [forward if at % 2 == 0 else forward[::-1] for at in range(rounds)]
+
+
+def _push_inputs(
+    device: Device, bundles: Mapping[str, Bundle], dataset: Dataset, scratch: Path, draft: Path
+) -> dict[str, str]:
+    """Put bundles and test images onto the device; images are decoded once per kind of input."""
+    samples = dataset.samples("test")
+    np.save(draft / "labels.npy", np.array([sample.label for sample in samples]))
+    pushed: dict[str, str] = {}
+    images = {}
+    for name, bundle in bundles.items():
+        device.push(bundle.path, name)
+        spec = {key: value for key, value in bundle.facts["input"].items() if key != "layout"}
+        kind = repr(sorted(spec.items()))
+        if kind not in pushed:
+            pushed[kind] = f"images-{len(pushed)}.npy"
+            np.save(scratch / pushed[kind], load_images((sample.path for sample in samples), spec))
+            device.push(scratch / pushed[kind], pushed[kind])
+        images[name] = pushed[kind]
+    return images
+
+
+def _accuracy(
+    device: Device, name: str, bundle: Bundle, images: str, dataset: Dataset, draft: Path
+) -> dict[str, Any]:
+    stand_in = not _runnable(bundle)
+    if stand_in and "stand_in" not in bundle.facts:
+        return {"status": f"{bundle.facts['target']} is not installed on this device"}
+    arguments = ["predict", name, "--images", images, "--logits", "logits.npy"]
+    answer = device.run([*arguments, *(["--stand-in"] if stand_in else [])], timeout_seconds=3600)
+    target = draft / "logits" / f"{name}.npy"
+    device.pull("logits.npy", target)
+    logits = np.load(target, allow_pickle=False)
+    labels = np.array([sample.label for sample in dataset.samples("test")])
+    right = int((logits.argmax(1) == labels).sum())
+    return {
+        "status": f"not built here; accuracy by {answer['session']['runtime']}" if stand_in else "measured",
+        "accuracy": wilson(right, len(labels)).as_dict(),
+        "session": answer["session"],
+    }
+
+
+def _measure(
+    device: Device, config: BenchSession, name: str, timed: Sequence[str], images: Mapping[str, str]
+) -> dict[str, Any]:
+    bundle = timed[0] if name == CONTROL else name
+    return device.run(
+        [
+            *("measure", bundle, "--images", images[bundle], "--image-count", str(config.images)),
+            *("--threads", str(config.threads), "--seconds", str(config.seconds)),
+            *("--min-samples", str(config.min_samples)),
+        ],
+        timeout_seconds=60 + 20 * config.seconds,
+    )
+
+
+def summary(repeats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Numbers of one bundle over its processes; percentiles over all samples, nothing trimmed."""
+    latency_ms = np.concatenate([repeat["latency_ns"] for repeat in repeats]) / 1e6
+    per_process = [float(np.median(repeat["latency_ns"])) / 1e6 for repeat in repeats]
+    return {
+        "latency_p50_ms": percentile_interval(latency_ms, 50).as_dict(),
+        "latency_p90_ms": percentile_interval(latency_ms, 90).as_dict(),
+        "latency_p50_by_process_ms": per_process,
+        "import_ms": [repeat["import_ns"] / 1e6 for repeat in repeats],
+        "load_ms": [repeat["load_ns"] / 1e6 for repeat in repeats],
+        "first_inference_ms": [repeat["first_ns"] / 1e6 for repeat in repeats],
+        "prepare_ms": float(np.median(np.concatenate([repeat["prepare_ns"] for repeat in repeats]))) / 1e6,
+        "peak_memory_bytes": max(repeat["peak_memory_bytes"] for repeat in repeats),
+        "memory_before_open_bytes": max(repeat["memory_before_open_bytes"] for repeat in repeats),
+        "warm_up_settled": all(repeat["warm_up"]["settled"] for repeat in repeats),
+        "session": repeats[0]["session"],
+    }
+
+
+def comparisons(runs: Mapping[str, Sequence[Mapping[str, Any]]], timed: Sequence[str]) -> dict[str, Any]:
+    """Latency of every bundle over the reference, paired by round, and the A/A control's verdict."""
+    if not timed:
+        return {"ratios": {}, "control": None, "trusted": False}
+    medians = {name: [float(np.median(run["latency_ns"])) for run in repeats] for name, repeats in runs.items()}
+    ratios = {name: ratio_interval(medians[name], medians[timed[0]]).as_dict() for name in medians}
+    control = ratios.pop(CONTROL)
+    low, high = control["low"], control["high"]
+    trusted = low is not None and high is not None and low <= 1 <= high
+    return {"ratios": ratios, "control": control, "trusted": trusted}

@@ -1,0 +1,54 @@
+"""This machine as a device: the same files, the same runner, a fresh process each time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import KdpipeError, UserError
+from .probe import probe
+
+
+class LocalDevice:
+    emulated = False
+
+    def __init__(self) -> None:
+        self._folder = Path()
+
+    def open(self, scratch: Path) -> None:
+        self._folder = scratch / "device"
+        self._folder.mkdir()
+
+    def push(self, source: Path, name: str) -> None:
+        # Nothing is copied to where it already is; the runner checks the hashes through the link.
+        os.symlink(source.absolute(), self._folder / name)
+
+    def pull(self, name: str, target: Path) -> None:
+        shutil.move(self._folder / name, target)
+
+    def run(self, arguments: Sequence[str], timeout_seconds: float) -> dict[str, Any]:
+        command = [sys.executable, "-m", "runtime", *arguments]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COV"))}
+        try:
+            done = subprocess.run(
+                command, cwd=self._folder, env=environment, capture_output=True, text=True, timeout=timeout_seconds
+            )
+        except subprocess.TimeoutExpired:
+            raise KdpipeError(f"the runner did not end in {timeout_seconds:.0f} s: is the machine overloaded?") from None
+        if done.returncode != 0:
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise UserError(f"the runner failed on 'local': {lines[-1]}")
+        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return answer
+
+    def probe(self) -> dict[str, Any]:
+        return probe()
+
+    def close(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,0 +1,54 @@
+"""What a machine is, read from its kernel; whatever can't be read is "unavailable", never 0."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+UNAVAILABLE = "unavailable"
+
+# CPU flags that decide how fast small precisions run, by architecture.
+FLAGS = {
+    "x86_64": ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8"),
+    "aarch64": ("asimd", "asimddp", "i8mm", "bf16", "fphp", "sve"),
+}
+
+
+def read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip("\0\n ") or UNAVAILABLE
+    except OSError:
+        return UNAVAILABLE
+
+
+def probe() -> dict[str, Any]:
+    """CPU, its flags, memory, governor, clocks and temperatures of this machine."""
+    cpu: dict[str, str] = {}
+    for line in read("/proc/cpuinfo").splitlines():
+        name, colon, value = line.partition(":")
+        if colon:
+            cpu.setdefault(name.strip(), value.strip())
+    flags = (cpu.get("flags") or cpu.get("Features") or "").split()
+    machine = platform.machine()
+    memory = next((line.split()[1] for line in read("/proc/meminfo").splitlines() if line.startswith("MemTotal")), None)
+    zones = sorted(Path("/sys/class/thermal").glob("thermal_zone*/temp")) if Path("/sys/class/thermal").is_dir() else []
+    return {
+        "system": platform.platform(),
+        "machine": machine,
+        "cpu": cpu.get("model name") or read("/proc/device-tree/model"),
+        "cores": os.cpu_count() or UNAVAILABLE,
+        "usable_cores": len(os.sched_getaffinity(0)),
+        "flags": {flag: flag in flags for flag in FLAGS.get(machine, ())} if flags else UNAVAILABLE,
+        "memory_bytes": int(memory) * 1024 if memory else UNAVAILABLE,
+        "governor": read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "current_khz": read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq"),
+        "temperatures_millicelsius": {zone.parent.name: read(str(zone)) for zone in zones} or UNAVAILABLE,
+        "load_average": list(os.getloadavg()),
+    }
+
+
+def fingerprint(found: dict[str, Any]) -> dict[str, Any]:
+    """The part of a probe that names the device: the same tomorrow, other on another machine."""
+    return {name: found[name] for name in ("machine", "cpu", "cores", "usable_cores", "flags", "memory_bytes")}

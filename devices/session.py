@@ -1,0 +1,23 @@
+"""What names a measuring session, without importing what measures (a sealed one is only looked up)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..core.config import BenchConfig
+from ..core.errors import choice
+from . import DEVICES
+from .probe import fingerprint
+
+
+class BenchSession(BenchConfig):
+    """The configuration with the device that it was run on: another machine makes another key."""
+
+    device_fingerprint: dict[str, Any]
+
+
+def session_config(config: BenchConfig) -> BenchSession:
+    """Name the device behind ``config``. Raises UserError for an unknown one."""
+    if config.device not in DEVICES:
+        raise choice("device", config.device, DEVICES)
+    return BenchSession(**config.model_dump(), device_fingerprint=fingerprint(DEVICES[config.device]().probe()))

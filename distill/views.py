@@ -1,0 +1,134 @@
+"""What the networks see: training views that are a function of (seed, image index, epoch) and of nothing
+else, and evaluation images by the definition that the device shares.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import Sampler
+from torchvision import transforms
+
+from ..core.config import AugmentConfig
+from ..core.data import InputSpec, Sample
+from ..core.errors import UserError
+from ..core.proc import first_line
+from ..runtime.preprocess import decode, fit
+
+
+@contextmanager
+def seeded(*identity: int) -> Iterator[None]:
+    """Make Python's, numpy's and torch's global generators functions of ``identity`` inside the block.
+
+    timm's and torchvision's transforms draw from all three; reseeding them per view frees the views from
+    workers, ranks, order and resumption. torch's generator, from which dropout draws between two views,
+    is put back afterwards; nothing here draws from the other two unseeded.
+    """
+    words = np.random.SeedSequence(identity).generate_state(3)
+    saved = torch.get_rng_state()
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.default_generator.manual_seed(int(words[2]))  # the CPU's alone: 100 times faster than all devices
+    try:
+        yield
+    finally:
+        torch.set_rng_state(saved)
+
+
+def training_transform(config: AugmentConfig, spec: InputSpec) -> Callable[[Image.Image], torch.Tensor]:
+    """RGB picture to float32 [3, size, size], augmented and normalised."""
+    if config.crop == "resized":
+        transform: Callable[[Image.Image], torch.Tensor] = create_transform(
+            spec.size,
+            is_training=True,
+            scale=(config.min_scale, 1.0),
+            hflip=config.flip,
+            color_jitter=None,
+            auto_augment=config.auto_augment,
+            interpolation=spec.interpolation,
+            mean=spec.mean,
+            std=spec.std,
+            re_prob=config.erase,
+        )
+        return transform
+    fitting = spec.model_dump()
+    steps: list[Callable[..., object]] = [lambda image: Image.fromarray(fit(image, fitting))]
+    if config.crop == "pad":
+        steps.append(transforms.RandomCrop(spec.size, padding=round(spec.size * config.pad_fraction)))
+    if config.flip:
+        steps.append(transforms.RandomHorizontalFlip(config.flip))
+    if config.auto_augment:
+        from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
+
+        make = rand_augment_transform if config.auto_augment.startswith("rand") else auto_augment_transform
+        steps.append(make(config.auto_augment, {"img_mean": tuple(round(255 * value) for value in spec.mean)}))
+    steps += [transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)]
+    if config.erase:
+        from timm.data.random_erasing import RandomErasing
+
+        steps.append(RandomErasing(config.erase, device="cpu"))
+    return transforms.Compose(steps)
+
+
+class TrainingViews(TorchDataset[tuple[torch.Tensor, int]]):
+    """Random views, addressed by (epoch, image index)."""
+
+    def __init__(self, samples: Sequence[Sample], config: AugmentConfig, spec: InputSpec, seed: int) -> None:
+        self._samples, self._seed = samples, seed
+        self._transform = training_transform(config, spec)
+
+    def __getitem__(self, address: tuple[int, int]) -> tuple[torch.Tensor, int]:
+        epoch, index = address
+        sample = self._samples[index]
+        with seeded(self._seed, epoch, index):
+            return self._transform(_decode(sample)), sample.label
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, image index) in an order that depends on (seed, epoch) only."""
+
+    def __init__(self, images: int, batch_size: int, seed: int) -> None:
+        self.epoch = 0
+        self._images, self._batch_size, self._seed = images, batch_size, seed
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.default_rng((self._seed, self.epoch)).permutation(self._images).tolist()
+        for start in range(0, self._images, self._batch_size):
+            batch = [(self.epoch, index) for index in order[start : start + self._batch_size]]
+            if len(batch) > 1 or self._images == 1:  # BatchNorm can't train on a single image
+                yield batch
+
+    def __len__(self) -> int:
+        full, rest = divmod(self._images, self._batch_size)
+        return full + (rest > 1 or self._images == 1)
+
+
+class EvaluationViews(TorchDataset[tuple[torch.Tensor, int]]):
+    """Each image once, by ``runtime.preprocess``, as uint8 [size, size, 3]."""
+
+    def __init__(self, samples: Sequence[Sample], spec: InputSpec) -> None:
+        self._samples, self._spec = samples, spec.model_dump()
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        sample = self._samples[index]
+        return torch.from_numpy(fit(_decode(sample), self._spec).copy()), sample.label
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+
+def _decode(sample: Sample) -> Image.Image:
+    try:
+        return decode(sample.path)
+    except OSError as error:
+        raise UserError(f"cannot read image {sample.path} ({first_line(error)}): the data changed while in use") from None

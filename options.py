@@ -1,0 +1,102 @@
+"""Command-line options made from a configuration: one field, one name, everywhere.
+
+``train.epochs`` in YAML is ``--train.epochs`` here; help and default come from the field itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from .core.config import validated
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _fields(kind: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+    """Every leaf field of ``kind`` with its path; a configuration inside a configuration is walked into."""
+    for name, info in kind.model_fields.items():
+        inner = info.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from _fields(inner, (*path, name))
+        else:
+            yield (*path, name), info
+
+
+def _metavar(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return "|".join(map(str, arguments))
+    if origin is Annotated:
+        return _metavar(arguments[0])
+    if origin in (types.UnionType, Union):
+        return "|".join(_metavar(each) for each in arguments if each is not type(None))
+    if origin is tuple:
+        return f"[{_metavar(arguments[0])},...]"
+    return getattr(annotation, "__name__", str(annotation)).upper() if origin is None else "{...}"
+
+
+def _parse(text: str, info: FieldInfo) -> Any:
+    """The text of an option as YAML would read it; fields of plain text take it as it is."""
+    if info.annotation is str or str in get_args(info.annotation) and text.lower() != "null":
+        return text
+    import yaml
+
+    return yaml.safe_load(text)
+
+
+def configured(kind: type[BaseModel], leave_out: tuple[str, ...] = ()) -> Callable[[F], F]:
+    """Give a command an option for every field of ``kind`` and hand it the validated ``config``.
+
+    Args:
+        kind: the configuration; its nested configurations become panels of the help page.
+        leave_out: top-level fields that the command sets by itself.
+    """
+    leaves = {"__".join(path): (path, info) for path, info in _fields(kind) if path[0] not in leave_out}
+
+    def decorate(command: F) -> F:
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "config"]
+
+        @functools.wraps(command)
+        def wrapper(**arguments: Any) -> Any:
+            values: dict[str, Any] = {}
+            for name, (path, info) in leaves.items():
+                text = arguments.pop(name)
+                if text is not None:
+                    place = values
+                    for part in path[:-1]:
+                        place = place.setdefault(part, {})
+                    place[path[-1]] = _parse(text, info)
+            return command(config=functools.partial(_complete, kind, values), **arguments)
+
+        made = [_parameter(name, path, info) for name, (path, info) in leaves.items()]
+        wrapper.__signature__ = inspect.Signature([*own, *made])  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in [*own, *made]}
+        return wrapper  # type: ignore[return-value]
+
+    return decorate
+
+
+def _complete(kind: type[BaseModel], values: dict[str, Any], **more: Any) -> Any:
+    """The options with what the command adds, validated. Raises UserError."""
+    return validated(kind, {**values, **more}, "options")
+
+
+def _parameter(name: str, path: tuple[str, ...], info: FieldInfo) -> inspect.Parameter:
+    default = None if info.default is PydanticUndefined else info.default
+    shown = "none" if default is None else str(default)
+    option = typer.Option(
+        "--" + ".".join(path).replace("_", "-"),
+        help=f"{info.description or ''}; " + ("required" if info.is_required() else f"default {shown}"),
+        metavar=_metavar(info.annotation),
+        show_default=False,
+    )
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option])

@@ -1,0 +1,307 @@
+"""A recipe as stages in order: skips what is sealed, says what each step cost."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from .core.artifact import (
+    MANIFEST,
+    Artifact,
+    Bundle,
+    Checkpoint,
+    Measurement,
+    Model,
+    Report,
+    artifact_key,
+    find_ancestors,
+    read_manifest,
+    sha256_file,
+)
+from .core.config import (
+    AdoptConfig,
+    BenchConfig,
+    DataConfig,
+    DistillationPlan,
+    ExportConfig,
+    FingerprintedData,
+    PackageConfig,
+    QuantizeConfig,
+    Recipe,
+    ReportConfig,
+    TeacherConfig,
+    TrainingConfig,
+)
+from .core.data import Dataset, fingerprint_folder
+from .core.errors import UserError, choice
+from .core.proc import require
+from .core.progress import note
+
+A = TypeVar("A", bound=Artifact)
+TRAIN_NEEDS = ("torch", "torchvision", "timm", "safetensors")
+
+
+@dataclass
+class Step:
+    """One line of what a run did."""
+
+    name: str
+    path: Path
+    seconds: float
+    sealed_before: bool
+
+
+@dataclass
+class Chain:
+    """A folder of artifacts, and the steps taken through it so far.
+
+    Artifacts lie at ``folder/NAME-KEY``, KEY being the first 12 digits of the key: the same stage with
+    the same configuration and inputs is found again, anything else gets a folder of its own.
+    """
+
+    folder: Path
+    steps: list[Step] = field(default_factory=list)
+    tell: Callable[[Step], None] = lambda step: None
+
+    def step(
+        self,
+        name: str,
+        kind: type[A],
+        stage: str,
+        config: BaseModel,
+        inputs: Mapping[str, Artifact],
+        make: Callable[[Path], A],
+        out: Path | None = None,
+    ) -> A:
+        """The sealed artifact of this stage, configuration and inputs; made now if there is none."""
+        key = artifact_key(stage, config, inputs)
+        path = out or self.folder / f"{name}-{key[:12]}"
+        begun = time.monotonic()
+        if path.exists():
+            artifact, sealed = kind.open(path), True
+            if artifact.key != key:
+                raise UserError(f"{path} was made from other settings or inputs: choose another --out")
+        else:
+            artifact, sealed = make(path), False
+        self.steps.append(Step(name, path, time.monotonic() - begun, sealed))
+        self.tell(self.steps[-1])
+        return artifact
+
+    def data(self, config: DataConfig, out: Path | None = None) -> Dataset:
+        if Path(config.source).is_dir():
+            fingerprint = fingerprint_folder(Path(config.source), self._memory(config.source))
+        else:  # named sources are known by their names
+            fingerprint = "by name"
+        full = FingerprintedData(**config.model_dump(), fingerprint=fingerprint)
+
+        def make(path: Path) -> Dataset:
+            require("reading data", (*TRAIN_NEEDS, *(("scikit-learn",) if config.source == "digits" else ())), "train")
+            from .distill.data import prepare
+
+            return prepare(full, path)
+
+        return self.step("data", Dataset, "data", full, {}, make, out)
+
+    def _memory(self, source: str) -> Path:
+        name = hashlib.sha256(str(Path(source).absolute()).encode()).hexdigest()[:12]
+        return self.folder / ".fingerprints" / f"{name}.json"
+
+    def train(
+        self, name: str, config: TrainingConfig, dataset: Dataset, teacher: Checkpoint | None, out: Path | None = None
+    ) -> Checkpoint:
+        inputs: dict[str, Artifact] = {"data": dataset} if teacher is None else {"data": dataset, "teacher": teacher}
+
+        def make(path: Path) -> Checkpoint:
+            require("training", TRAIN_NEEDS, "train")
+            from .distill.train import train
+
+            return train(config, dataset, teacher, path)
+
+        return self.step(name, Checkpoint, "train", config, inputs, make, out)
+
+    def teacher(self, config: TeacherConfig, dataset: Dataset, out: Path | None = None) -> Checkpoint:
+        """The user's weights, timm's, or a network trained here on all training images."""
+        if config.checkpoint is None and not config.pretrained:
+            common = {name: getattr(config, name) for name in TrainingConfig.model_fields if name in TeacherConfig.model_fields}
+            return self.train("teacher", TrainingConfig(**common, method="labels"), dataset, None, out)
+        if config.checkpoint is not None and not config.checkpoint.is_file():
+            raise UserError(f"teacher.checkpoint: no file at {config.checkpoint}: wanted .safetensors or .pth")
+        sha256 = sha256_file(config.checkpoint) if config.checkpoint else None
+        if config.checkpoint_sha256 not in (None, sha256):
+            raise UserError(f"teacher.checkpoint: {config.checkpoint} has sha256 {sha256}, wanted {config.checkpoint_sha256}")
+        common = {name: getattr(config, name) for name in AdoptConfig.model_fields}
+        adopted = AdoptConfig(**{**common, "checkpoint_sha256": sha256})
+
+        def make(path: Path) -> Checkpoint:
+            require("reading weights", TRAIN_NEEDS, "train")
+            from .distill.train import adopt
+
+            return adopt(adopted, dataset, path)
+
+        return self.step("teacher", Checkpoint, "adopt", adopted, {"data": dataset}, make, out)
+
+    def export(self, config: ExportConfig, student: Checkpoint, dataset: Dataset, out: Path | None = None) -> Model:
+        def make(path: Path) -> Model:
+            from .export.stage import export
+
+            return export(config, student, dataset, path)
+
+        inputs = {"student": student, "data": dataset}
+        return self.step(f"{config.target}-float32", Model, "export", config, inputs, make, out)
+
+    def quantize(self, config: QuantizeConfig, model: Model, dataset: Dataset, out: Path | None = None) -> Model:
+        def make(path: Path) -> Model:
+            from .quantize.stage import quantize
+
+            return quantize(config, model, dataset, path)
+
+        inputs = {"model": model, "data": dataset}
+        return self.step(f"{model.facts['target']}-int8", Model, "quantize", config, inputs, make, out)
+
+    def package(self, config: PackageConfig, model: Model, dataset: Dataset, out: Path | None = None) -> Bundle:
+        def make(path: Path) -> Bundle:
+            from .deploy.bundle import package
+
+            return package(config, model, dataset, path)
+
+        name = f"bundle-{model.facts['target']}-{model.facts['precision']}"
+        return self.step(name, Bundle, "package", config, {"model": model, "data": dataset}, make, out)
+
+    def bench(
+        self, config: BenchConfig, bundles: Mapping[str, Bundle], dataset: Dataset, out: Path | None = None
+    ) -> Measurement:
+        from .devices.session import session_config
+
+        session = session_config(config)
+
+        def make(path: Path) -> Measurement:
+            from .devices.bench import bench
+
+            return bench(session, bundles, dataset, path)
+
+        return self.step("measurement", Measurement, "bench", session, {**bundles, "data": dataset}, make, out)
+
+    def report(
+        self,
+        config: ReportConfig,
+        measurement: Measurement,
+        checkpoints: Mapping[str, Checkpoint],
+        out: Path | None = None,
+    ) -> Report:
+        def make(path: Path) -> Report:
+            require("the report", ("jinja2", "matplotlib"), "report")
+            from .report.page import report
+
+            return report(config, measurement, checkpoints, path)
+
+        inputs = {"measurement": measurement, **checkpoints}
+        return self.step("report", Report, "report", config, inputs, make, out)
+
+
+def check_ready(recipe: Recipe) -> None:
+    """Refuse before any work when a package that a later stage needs is missing. Raises UserError."""
+    from .export import TARGETS
+    from .quantize import QUANTIZERS
+
+    require("training", TRAIN_NEEDS, "train")
+    require("the report", ("jinja2", "matplotlib"), "report")
+    for target in recipe.export.targets:
+        if target not in TARGETS:
+            raise choice("target", target, TARGETS)
+        require(f"target '{target}'", TARGETS[target].needs, target)
+        if recipe.quantize is not None:
+            require(f"INT8 for '{target}'", QUANTIZERS[target].needs, target)
+
+
+def student_runs(student: Mapping[str, Any], plan: DistillationPlan) -> dict[str, TrainingConfig]:
+    """Every run of the plan by name: per seed the control (if wanted) and the method."""
+    settings = {name: getattr(plan, name) for name in TrainingConfig.model_fields if name in DistillationPlan.model_fields}
+    methods = ["labels", plan.method] if plan.control and plan.method != "labels" else [plan.method]
+    return {
+        f"student-{method}-seed{seed}": TrainingConfig(**{**student, **settings, "method": method, "seed": seed})
+        for seed in plan.seeds
+        for method in methods
+    }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    report: Report
+    measurement: Measurement
+    bundles: dict[str, Bundle]
+
+
+def run(recipe: Recipe, chain: Chain) -> Outcome:
+    """The whole chain of ``recipe``.
+
+    The shipped student is the one of the first seed by the method: chosen beforehand, never by its test
+    accuracy.
+
+    Raises:
+        KdpipeError: as its stages do.
+    """
+    check_ready(recipe)
+    dataset = chain.data(recipe.data)
+    teacher = chain.teacher(recipe.teacher, dataset)
+    checkpoints = {"teacher": teacher}
+    student_fields = {name: getattr(recipe.student, name) for name in type(recipe.student).model_fields}
+    for name, config in student_runs(student_fields, recipe.distill).items():
+        guide = None if config.method == "labels" else teacher
+        checkpoints[name] = chain.train(name, config, dataset, guide)
+    shipped = checkpoints[f"student-{recipe.distill.method}-seed{recipe.distill.seeds[0]}"]
+
+    bundles: dict[str, Bundle] = {}
+    for target in recipe.export.targets:
+        parity = {name: getattr(recipe.export, name) for name in ("parity_images", "parity_tolerance")}
+        models = [chain.export(ExportConfig(target=target, **parity), shipped, dataset)]
+        if recipe.quantize is not None:
+            models.append(chain.quantize(recipe.quantize, models[0], dataset))
+        for model in models:
+            bundles[f"{target}-{model.facts['precision']}"] = chain.package(recipe.package, model, dataset)
+    measurement = chain.bench(recipe.bench, bundles, dataset)
+    if not measurement.facts["trusted"]:
+        note("the A/A control differs from itself: this machine was too noisy, do not rank by these latencies")
+    report = chain.report(ReportConfig(title=recipe.name), measurement, checkpoints)
+    return Outcome(report, measurement, bundles)
+
+
+def dataset_of(artifact: Artifact) -> Dataset:
+    """The dataset that ``artifact`` was made from, found beside it. Raises UserError."""
+    wanted = find_ancestors(artifact.manifest.provenance(), Dataset.kind)
+    if not wanted:
+        raise UserError(f"{artifact.path} was not made from a dataset: name one with --data")
+    found = _beside(artifact, Dataset, {wanted[0].key})
+    if not found:
+        raise UserError(f"no dataset {wanted[0].key[:12]} beside {artifact.path}: name its folder with --data")
+    return next(iter(found.values()))
+
+
+def checkpoints_beside(measurement: Measurement) -> dict[str, Checkpoint]:
+    """The checkpoints next to ``measurement`` that share a dataset with it, by folder name without the key."""
+    datasets = {found.key for found in find_ancestors(measurement.manifest.provenance(), Dataset.kind)}
+    return {
+        path.name.rpartition("-")[0]: checkpoint
+        for path, checkpoint in sorted(_beside(measurement, Checkpoint, None).items())
+        if checkpoint.manifest.inputs["data"].key in datasets
+    }
+
+
+def open_checkpoints(paths: Sequence[Path]) -> dict[str, Checkpoint]:
+    return {path.name.rpartition("-")[0] or path.name: Checkpoint.open(path) for path in paths}
+
+
+def _beside(artifact: Artifact, kind: type[A], keys: set[str] | None) -> dict[Path, A]:
+    """Sealed artifacts of ``kind`` in the same folder (only those with one of ``keys``, if given)."""
+    found = {}
+    for path in artifact.path.absolute().parent.iterdir():
+        if (path / MANIFEST).is_file() and not path.name.endswith(".part"):
+            manifest = read_manifest(path)
+            if manifest.kind == kind.kind and (keys is None or manifest.key in keys):
+                found[path] = kind.open(path)
+    return found

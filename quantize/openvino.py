@@ -1,0 +1,33 @@
+"""INT8 for OpenVINO by NNCF."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from ..core.artifact import Model
+    from ..core.config import QuantizeConfig
+
+
+class OpenVinoQuantizer:
+    needs = ("openvino", "nncf")
+
+    def write(self, model: Model, images: Sequence[np.ndarray], config: QuantizeConfig, folder: Path) -> dict[str, Any]:
+        import nncf
+        import openvino
+
+        entry = model.facts["entry"]
+        model.file(Path(entry).with_suffix(".bin").name)
+        quantized = nncf.quantize(
+            openvino.Core().read_model(model.file(entry)),
+            nncf.Dataset(images),
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=len(images),
+            fast_bias_correction=True,
+        )
+        openvino.save_model(quantized, folder / entry, compress_to_fp16=False)
+        return {"format": "NNCF", "preset": "mixed", "bias_correction": "fast"}
