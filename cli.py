@@ -153,7 +153,9 @@ def teacher(
 @app.command()
 @configured(TrainingConfig)
 def distill(
-    teacher: Annotated[Path, typer.Argument(help="folder of the teacher's checkpoint (or of a dataset, for --method labels)")],
+    teacher: Annotated[
+        Path, typer.Argument(help="folder of the teacher's checkpoint (or of a dataset, for --method labels)")
+    ],
     data: DataOption = None,
     out: OutOption = None,
     as_json: JsonFlag = False,
@@ -340,7 +342,9 @@ def doctor(
         _print_doctor(found)
     for state in wanted:
         if not (state.exports and state.quantizes):
-            raise GateFailed(f"target '{state.target}' cannot be made here: it lacks {', '.join(state.missing)}; {state.cure}")
+            raise GateFailed(
+                f"target '{state.target}' cannot be made here: it lacks {', '.join(state.missing)}; {state.cure}"
+            )
 
 
 # ---- printing --------------------------------------------------------------------------------------------
@@ -354,9 +358,7 @@ def _print_json(**values: Any) -> None:
 
 def _print_artifact(artifact: Artifact, as_json: bool) -> None:
     if as_json:
-        _print_json(
-            artifact=str(artifact.path), kind=artifact.kind, key=artifact.key, facts=artifact.facts
-        )
+        _print_json(artifact=str(artifact.path), kind=artifact.kind, key=artifact.key, facts=artifact.facts)
     else:
         typer.echo(artifact.path)
 
@@ -380,7 +382,9 @@ def _print_doctor(found: dict[str, Any]) -> None:
         table.add_row(state["target"], *marks, state["cure"] or "nothing")
     console.print(table)
     machine = found["machine"]
-    console.print(f"\nCPU: {machine['cpu']}, {machine['usable_cores']} of {machine['cores']} cores usable, {machine['machine']}")
+    console.print(
+        f"\nCPU: {machine['cpu']}, {machine['usable_cores']} of {machine['cores']} cores usable, {machine['machine']}"
+    )
     flags = machine["flags"]
     if isinstance(flags, dict):
         console.print("has: " + (" ".join(name for name, there in flags.items() if there) or "none of the fast units"))
@@ -450,4 +454,3 @@ def main() -> None:
 def _interrupted() -> None:
     typer.echo("kdpipe: interrupted; what was sealed stays, nothing half-written is left", err=True)
     sys.exit(130)
-

@@ -30,15 +30,15 @@ def examine_target(target: str) -> TargetState:
     """Look for the packages behind ``target`` without importing them. Raises UserError."""
     if target not in TARGETS:
         raise choice("target", target, TARGETS)
-    needs = (TARGETS[target].needs, QUANTIZERS[target].needs, RUNTIMES[target].needs)
-    missing = [[name for name in each if not is_installed(name)] for each in needs]
-    makes = not missing[0] and not missing[1]
-    cure = "" if makes else f"pip install 'kdpipe[{target}]'"
-    if makes and missing[2]:
-        cure = "run its bundle on a device that has " + " and ".join(missing[2])
-    return TargetState(
-        target, not missing[0], not missing[1], not missing[2], tuple(dict.fromkeys(sum(missing, []))), cure
+    export, int8, run = (
+        [name for name in each[target].needs if not is_installed(name)] for each in (TARGETS, QUANTIZERS, RUNTIMES)
     )
+    makes = not export and not int8
+    cure = "" if makes else f"pip install 'kdpipe[{target}]'"
+    if makes and run:
+        cure = "run its bundle on a device that has " + " and ".join(run)
+    missing = tuple(dict.fromkeys([*export, *int8, *run]))
+    return TargetState(target, not export, not int8, not run, missing, cure)
 
 
 def advice(found: dict[str, Any]) -> list[str]:

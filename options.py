@@ -46,7 +46,7 @@ def _metavar(annotation: Any) -> str:
 
 def _parse(text: str, info: FieldInfo) -> Any:
     """The text of an option as YAML would read it; fields of plain text take it as it is."""
-    if info.annotation is str or str in get_args(info.annotation) and text.lower() != "null":
+    if info.annotation is str or (str in get_args(info.annotation) and text.lower() != "null"):
         return text
     import yaml
 
@@ -99,4 +99,6 @@ def _parameter(name: str, path: tuple[str, ...], info: FieldInfo) -> inspect.Par
         metavar=_metavar(info.annotation),
         show_default=False,
     )
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option])
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]
+    )

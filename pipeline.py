@@ -67,7 +67,7 @@ class Chain:
 
     folder: Path
     steps: list[Step] = field(default_factory=list)
-    tell: Callable[[Step], None] = lambda step: None
+    tell: Callable[[Step], None] = lambda _: None
 
     def step(
         self,
@@ -128,13 +128,19 @@ class Chain:
     def teacher(self, config: TeacherConfig, dataset: Dataset, out: Path | None = None) -> Checkpoint:
         """The user's weights, timm's, or a network trained here on all training images."""
         if config.checkpoint is None and not config.pretrained:
-            common = {name: getattr(config, name) for name in TrainingConfig.model_fields if name in TeacherConfig.model_fields}
+            common = {
+                name: getattr(config, name)
+                for name in TrainingConfig.model_fields
+                if name in TeacherConfig.model_fields
+            }
             return self.train("teacher", TrainingConfig(**common, method="labels"), dataset, None, out)
         if config.checkpoint is not None and not config.checkpoint.is_file():
             raise UserError(f"teacher.checkpoint: no file at {config.checkpoint}: wanted .safetensors or .pth")
         sha256 = sha256_file(config.checkpoint) if config.checkpoint else None
         if config.checkpoint_sha256 not in (None, sha256):
-            raise UserError(f"teacher.checkpoint: {config.checkpoint} has sha256 {sha256}, wanted {config.checkpoint_sha256}")
+            raise UserError(
+                f"teacher.checkpoint: {config.checkpoint} has sha256 {sha256}, wanted {config.checkpoint_sha256}"
+            )
         common = {name: getattr(config, name) for name in AdoptConfig.model_fields}
         adopted = AdoptConfig(**{**common, "checkpoint_sha256": sha256})
 
@@ -221,7 +227,9 @@ def check_ready(recipe: Recipe) -> None:
 
 def student_runs(student: Mapping[str, Any], plan: DistillationPlan) -> dict[str, TrainingConfig]:
     """Every run of the plan by name: per seed the control (if wanted) and the method."""
-    settings = {name: getattr(plan, name) for name in TrainingConfig.model_fields if name in DistillationPlan.model_fields}
+    settings = {
+        name: getattr(plan, name) for name in TrainingConfig.model_fields if name in DistillationPlan.model_fields
+    }
     methods = ["labels", plan.method] if plan.control and plan.method != "labels" else [plan.method]
     return {
         f"student-{method}-seed{seed}": TrainingConfig(**{**student, **settings, "method": method, "seed": seed})

@@ -33,7 +33,7 @@ class Lines:
         """Nothing to take away."""
 
     def note(self, text: str) -> None:
-        print(text, file=terminal(), flush=True)  # noqa: T201 (talk goes to stderr)
+        print(text, file=terminal(), flush=True)
 
 
 class Bars:
@@ -69,7 +69,7 @@ class Bars:
         self._bar = None
 
     def note(self, text: str) -> None:
-        print(text, file=terminal(), flush=True)  # noqa: T201 (talk goes to stderr)
+        print(text, file=terminal(), flush=True)
 
 
 def listener() -> Lines | Bars:
@@ -79,4 +79,4 @@ def listener() -> Lines | Bars:
 def tell_step(step: Step) -> None:
     """One line a step: what it made, how long it took or that it was there already."""
     cost = "sealed" if step.sealed_before else f"{step.seconds:.1f} s"
-    print(f"{step.name:<28} {cost:>8}  {step.path}", file=terminal(), flush=True)  # noqa: T201 (talk goes to stderr)
+    print(f"{step.name:<28} {cost:>8}  {step.path}", file=terminal(), flush=True)

@@ -292,7 +292,7 @@ def drafting(
                 draft: Draft[A] = Draft(part)
                 yield draft
                 manifest = _seal(kind, draft, stage, config, inputs, time.monotonic() - begun)
-                os.rename(part, out)
+                part.rename(out)
                 _sync_folder(out.parent)
         except BaseException as error:
             # Libraries wrap ENOSPC in errors of their own, so the disk itself is asked.

@@ -26,15 +26,19 @@ class DataConfig(Config):
     """Where the images come from and how they are split."""
 
     source: str = Field(
-        description="'digits', an image folder, or a name that timm's dataset factory reads (hfds/..., wds/..., tfds/...)"
+        description="'digits', an image folder, or a name of timm's dataset factory (hfds/..., wds/..., tfds/...)"
     )
     root: str | None = Field(None, description="root folder of a wds/ or tfds/ source, or cache folder of an hfds/ one")
     train_split: str = Field("train", description="name of the part to learn from")
     test_split: str | None = Field(
         "val", description="name of the held-out part; none (null in YAML) cuts it from the training part"
     )
-    test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="cut for testing where there is no test split")
-    val_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="cut from the training part for selection")
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.2, description="cut for testing where there is no test split"
+    )
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="cut from the training part for selection"
+    )
     seed: int = Field(0, description="seed of the splits")
 
 
@@ -51,7 +55,9 @@ class InputConfig(Config):
     mean: tuple[float, float, float] | None = Field(None, description="subtracted from RGB in 0..1")
     std: tuple[float, float, float] | None = Field(None, description="divides RGB in 0..1")
     crop_fraction: Fraction | None = Field(None, description="side of the centre crop over the resized shorter side")
-    interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] | None = Field(None, description="resizing filter")
+    interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] | None = Field(
+        None, description="resizing filter"
+    )
 
 
 class AugmentConfig(Config):
@@ -77,7 +83,9 @@ class TrainConfig(Config):
     weight_decay: float = Field(0.05, ge=0, description="weight decay (not on biases and norms)")
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="share of the steps that warm up")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="label smoothing of the label loss")
-    select: Literal["last", "best"] = Field("last", description="keep the last epoch, or the best on the validation part")
+    select: Literal["last", "best"] = Field(
+        "last", description="keep the last epoch, or the best on the validation part"
+    )
     validate_every: int = Field(1, ge=1, description="epochs between two looks at the validation part")
     workers: int = Field(2, ge=0, description="data loading processes")
     augment: AugmentConfig = AugmentConfig()
@@ -113,7 +121,9 @@ class DistillConfig(Config):
     method: Literal["labels", "kd"] = Field("kd", description="labels alone, or knowledge distillation")
     label_weight: float = Field(1.0, ge=0, description="weight of the loss against the labels")
     kd_weight: float = Field(1.0, ge=0, description="weight of the loss against the teacher")
-    temperature: float = Field(4.0, gt=0, description="temperature T of the softened outputs; the loss is scaled by T^2")
+    temperature: float = Field(
+        4.0, gt=0, description="temperature T of the softened outputs; the loss is scaled by T^2"
+    )
     label_fraction: Fraction = Field(1.0, description="share of the training images of each class to learn from")
     train: TrainConfig = TrainConfig()
 
@@ -128,7 +138,9 @@ class DistillationPlan(DistillConfig):
     """The student runs of a recipe: the method and its control, each with every seed."""
 
     control: bool = Field(True, description="also train on the labels alone, so that the gain is measured")
-    seeds: tuple[int, ...] = Field((0,), min_length=1, description="one pair of runs each; the first seed's student is shipped")
+    seeds: tuple[int, ...] = Field(
+        (0,), min_length=1, description="one pair of runs each; the first seed's student is shipped"
+    )
 
 
 class ParityConfig(Config):
@@ -218,7 +230,9 @@ def validated(kind: type[C], values: Any, where: str) -> C:
         if first["type"] == "extra_forbidden":
             known = _fields_at(kind, first["loc"][:-1])
             word = str(first["loc"][-1])
-            raise UserError(f"{where}: unknown key '{path}'{did_you_mean(word, known)} (known: {', '.join(known)})") from None
+            raise UserError(
+                f"{where}: unknown key '{path}'{did_you_mean(word, known)} (known: {', '.join(known)})"
+            ) from None
         found = "nothing" if first["type"] == "missing" else repr(first["input"])
         raise UserError(f"{where}: '{path}': {_lower_first(first['msg'])}, found {found}") from None
 

@@ -53,7 +53,7 @@ def progress(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
     """Announce ``total`` steps of work; the block calls what it gets with (steps done, detail)."""
     _listener.begin(what, total)
     try:
-        yield lambda steps, detail="": _listener.advance(steps, detail)
+        yield _listener.advance
     finally:
         _listener.end()
 

@@ -112,7 +112,9 @@ class Paired:
     n: int
 
 
-def mcnemar(before: Sequence[bool] | np.ndarray, after: Sequence[bool] | np.ndarray, confidence: float = 0.95) -> Paired:
+def mcnemar(
+    before: Sequence[bool] | np.ndarray, after: Sequence[bool] | np.ndarray, confidence: float = 0.95
+) -> Paired:
     """Paired difference of two accuracies on the same images.
 
     The p-value is McNemar's exact test (two-sided binomial on the discordant pairs). The interval of the

@@ -116,9 +116,7 @@ def _push_inputs(
     return images
 
 
-def _accuracy(
-    device: Device, name: str, bundle: Bundle, images: str, dataset: Dataset, draft: Path
-) -> dict[str, Any]:
+def _accuracy(device: Device, name: str, bundle: Bundle, images: str, dataset: Dataset, draft: Path) -> dict[str, Any]:
     stand_in = not _runnable(bundle)
     if stand_in and "stand_in" not in bundle.facts:
         return {"status": f"{bundle.facts['target']} is not installed on this device"}

@@ -27,7 +27,7 @@ class LocalDevice:
 
     def push(self, source: Path, name: str) -> None:
         # Nothing is copied to where it already is; the runner checks the hashes through the link.
-        os.symlink(source.absolute(), self._folder / name)
+        (self._folder / name).symlink_to(source.absolute())
 
     def pull(self, name: str, target: Path) -> None:
         shutil.move(self._folder / name, target)
@@ -40,7 +40,9 @@ class LocalDevice:
                 command, cwd=self._folder, env=environment, capture_output=True, text=True, timeout=timeout_seconds
             )
         except subprocess.TimeoutExpired:
-            raise KdpipeError(f"the runner did not end in {timeout_seconds:.0f} s: is the machine overloaded?") from None
+            raise KdpipeError(
+                f"the runner did not end in {timeout_seconds:.0f} s: is the machine overloaded?"
+            ) from None
         if done.returncode != 0:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise UserError(f"the runner failed on 'local': {lines[-1]}")

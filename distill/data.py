@@ -64,7 +64,9 @@ def _digits(draft: Draft[Dataset], config: DataConfig) -> tuple[None, list[str],
     from sklearn.datasets import load_digits
 
     if config.test_split is not None:
-        raise UserError("data.test_split: the digits have no test split, wanted null (it is cut from the training part)")
+        raise UserError(
+            "data.test_split: the digits have no test split, wanted null (it is cut from the training part)"
+        )
     digits = load_digits()
     split = []
     for index, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
@@ -91,7 +93,9 @@ def _folder(config: DataConfig) -> tuple[Path, list[str], dict[str, Split]]:
         folder = root / split
         if not folder.is_dir():
             there = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "no folders"
-            cure = "or data.test_split: null to cut one" if split == config.test_split else "or another data.train_split"
+            cure = (
+                "or data.test_split: null to cut one" if split == config.test_split else "or another data.train_split"
+            )
             raise UserError(f"no folder {folder}: wanted {root}/{split}/<class>/*, found {there}; make it, {cure}")
         named = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
         if not named:

@@ -15,7 +15,7 @@ def label_loss(config: DistillConfig) -> nn.Module:
     return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
 
 
-def labels_task(config: DistillConfig, student: nn.Module, teacher: nn.Module | None) -> TrainingTask:
+def labels_task(config: DistillConfig, student: nn.Module, _: nn.Module | None) -> TrainingTask:
     """Cross-entropy against the labels: the control of every method."""
     return ClassificationTask(student, criterion=label_loss(config), verbose=False)
 

@@ -69,10 +69,14 @@ def adopt(config: AdoptConfig, dataset: Dataset, out: Path) -> Checkpoint:
 def _teacher_network(teacher: Checkpoint, dataset: Dataset, spec: InputSpec) -> nn.Module:
     labels = json.loads(teacher.file("labels.json").read_text())
     if labels != dataset.classes:
-        raise UserError(f"the teacher {teacher.path} knows {len(labels)} other classes than the data ({len(dataset.classes)})")
+        raise UserError(
+            f"the teacher {teacher.path} knows {len(labels)} other classes than the data ({len(dataset.classes)})"
+        )
     network, teacher_spec = models.restore(teacher)
     if teacher_spec.size != spec.size:
-        raise UserError(f"the teacher takes {teacher_spec.size} pixels, the student {spec.size}: set both input.size alike")
+        raise UserError(
+            f"the teacher takes {teacher_spec.size} pixels, the student {spec.size}: set both input.size alike"
+        )
     return network
 
 
@@ -172,14 +176,13 @@ def _title(config: TrainingConfig) -> str:
 def _optimizer(settings: TrainConfig, network: nn.Module) -> torch.optim.Optimizer:
     if settings.optimizer not in list_optimizers():
         raise choice("optimiser", settings.optimizer, list_optimizers())
-    return create_optimizer_v2(
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(
         network, opt=settings.optimizer, lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
+    return optimizer
 
 
-def _schedule(
-    settings: TrainConfig, optimizer: torch.optim.Optimizer, steps: int
-) -> torch.optim.lr_scheduler.LambdaLR:
+def _schedule(settings: TrainConfig, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
     """Linear warm-up, then a cosine to zero, step by step."""
     warmup = max(1, round(steps * settings.warmup_fraction))
 

@@ -45,7 +45,7 @@ def seeded(*identity: int) -> Iterator[None]:
 def training_transform(config: AugmentConfig, spec: InputSpec) -> Callable[[Image.Image], torch.Tensor]:
     """RGB picture to float32 [3, size, size], augmented and normalised."""
     if config.crop == "resized":
-        transform: Callable[[Image.Image], torch.Tensor] = create_transform(
+        imagenet_style: Callable[[Image.Image], torch.Tensor] = create_transform(
             spec.size,
             is_training=True,
             scale=(config.min_scale, 1.0),
@@ -57,7 +57,7 @@ def training_transform(config: AugmentConfig, spec: InputSpec) -> Callable[[Imag
             std=spec.std,
             re_prob=config.erase,
         )
-        return transform
+        return imagenet_style
     fitting = spec.model_dump()
     steps: list[Callable[..., object]] = [lambda image: Image.fromarray(fit(image, fitting))]
     if config.crop == "pad":
@@ -74,7 +74,8 @@ def training_transform(config: AugmentConfig, spec: InputSpec) -> Callable[[Imag
         from timm.data.random_erasing import RandomErasing
 
         steps.append(RandomErasing(config.erase, device="cpu"))
-    return transforms.Compose(steps)
+    composed: Callable[[Image.Image], torch.Tensor] = transforms.Compose(steps)
+    return composed
 
 
 class TrainingViews(TorchDataset[tuple[torch.Tensor, int]]):
@@ -131,4 +132,6 @@ def _decode(sample: Sample) -> Image.Image:
     try:
         return decode(sample.path)
     except OSError as error:
-        raise UserError(f"cannot read image {sample.path} ({first_line(error)}): the data changed while in use") from None
+        raise UserError(
+            f"cannot read image {sample.path} ({first_line(error)}): the data changed while in use"
+        ) from None

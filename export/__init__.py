@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -22,7 +23,7 @@ class Target(Protocol):
     needs: tuple[str, ...]  # distributions that make the file
     layout: Literal["NCHW", "NHWC"]
     entry: str  # the file that the runtime opens
-    facts: dict[str, Any]  # settings that the runtime must take, by RUNTIMES of the same name
+    facts: Mapping[str, Any]  # settings that the runtime must take, by RUNTIMES of the same name
 
     def write(self, network: nn.Module, spec: InputSpec, folder: Path) -> None:
         """Write ``entry`` (and what belongs to it) into ``folder``.

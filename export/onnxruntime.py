@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from .onnx import NEEDS, write_onnx
@@ -14,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class OnnxRuntimeTarget:
-    needs = (*NEEDS, "onnxruntime")
+    needs: tuple[str, ...] = (*NEEDS, "onnxruntime")
     layout: Literal["NCHW", "NHWC"] = "NCHW"
-    entry = "model.onnx"
-    facts: dict[str, Any] = {"runtime": {}}
+    entry: str = "model.onnx"
+    facts: Mapping[str, Any] = MappingProxyType({"runtime": {}})
 
     def write(self, network: nn.Module, spec: InputSpec, folder: Path) -> None:
         write_onnx(network, spec, folder / self.entry)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from .onnx import NEEDS, write_onnx
@@ -15,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class OpenVinoTarget:
-    needs = (*NEEDS, "openvino")
+    needs: tuple[str, ...] = (*NEEDS, "openvino")
     layout: Literal["NCHW", "NHWC"] = "NCHW"
-    entry = "model.xml"
+    entry: str = "model.xml"
     # The CPU plugin takes bf16 by itself where it can; the bundle says what it is to take.
-    facts: dict[str, Any] = {"runtime": {"inference_precision": "f32"}}
+    facts: Mapping[str, Any] = MappingProxyType({"runtime": {"inference_precision": "f32"}})
 
     def write(self, network: nn.Module, spec: InputSpec, folder: Path) -> None:
         import openvino

@@ -6,8 +6,9 @@ Runtime, and the model says "not built here" until a device has built it.
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from .onnx import INPUT, NEEDS, write_onnx
@@ -35,10 +36,10 @@ exec "$trtexec" --onnx=model.onnx --saveEngine=model.engine $typed \\
 
 
 class TensorRtTarget:
-    needs = (*NEEDS, "onnxruntime")
+    needs: tuple[str, ...] = (*NEEDS, "onnxruntime")
     layout: Literal["NCHW", "NHWC"] = "NCHW"
-    entry = "model.onnx"
-    facts: dict[str, Any] = {"runtime": {}, "stand_in": "onnxruntime", "not_built_here": True}
+    entry: str = "model.onnx"
+    facts: Mapping[str, Any] = MappingProxyType({"runtime": {}, "stand_in": "onnxruntime", "not_built_here": True})
 
     def write(self, network: nn.Module, spec: InputSpec, folder: Path) -> None:
         write_onnx(network, spec, folder / self.entry)
@@ -48,4 +49,4 @@ class TensorRtTarget:
 def write_build_script(size: int, folder: Path) -> None:
     script = folder / "build_engine.sh"
     script.write_text(BUILD_SCRIPT.format(name=INPUT, size=size))
-    os.chmod(script, 0o755)
+    script.chmod(0o755)

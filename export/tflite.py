@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -12,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class TfliteTarget:
-    needs = ("torch", "timm", "litert-torch", "ai-edge-litert")
+    needs: tuple[str, ...] = ("torch", "timm", "litert-torch", "ai-edge-litert")
     layout: Literal["NCHW", "NHWC"] = "NHWC"
-    entry = "model.tflite"
-    facts: dict[str, Any] = {"runtime": {}}
+    entry: str = "model.tflite"
+    facts: Mapping[str, Any] = MappingProxyType({"runtime": {}})
 
     def write(self, network: nn.Module, spec: InputSpec, folder: Path) -> None:
         import litert_torch

@@ -41,9 +41,13 @@ def create(config: ModelConfig, classes: int) -> tuple[nn.Module, InputSpec]:
         UserError: an unknown name or argument, a size the network can't take, weights out of reach.
     """
     if not timm.is_model(config.model):
-        raise UserError(f"unknown model '{config.model}': wanted a name of timm{did_you_mean(config.model, timm.list_models())}")
+        raise UserError(
+            f"unknown model '{config.model}': wanted a name of timm{did_you_mean(config.model, timm.list_models())}"
+        )
     if config.pretrained and not timm.models.is_model_pretrained(config.model):
-        raise UserError(f"timm has no pretrained weights for '{config.model}': set pretrained to false or train a teacher")
+        raise UserError(
+            f"timm has no pretrained weights for '{config.model}': set pretrained to false or train a teacher"
+        )
     base = timm.models.get_pretrained_cfg(config.model)
     spec = resolve_input(config.input, base.to_dict() if base else _NO_PRETRAINED_CFG)
     overlay = {"mean": spec.mean, "std": spec.std, "input_size": (3, spec.size, spec.size)}
@@ -61,7 +65,9 @@ def create(config: ModelConfig, classes: int) -> tuple[nn.Module, InputSpec]:
     except (OSError, ConnectionError) as error:
         raise UserError(f"cannot fetch the pretrained weights of '{config.model}': {first_line(error)}") from error
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(f"cannot make '{config.model}' with {arguments or 'no arguments'}: {first_line(error)}") from error
+        raise UserError(
+            f"cannot make '{config.model}' with {arguments or 'no arguments'}: {first_line(error)}"
+        ) from error
     try:
         with torch.no_grad():
             network.eval()(torch.zeros(1, 3, spec.size, spec.size))
@@ -107,7 +113,9 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format raises its own
         reason = "it holds more than tensors" if "weights_only" in str(error).lower() else first_line(error)
-        raise UserError(f"cannot read weights from {path} ({reason}): wanted .safetensors, or .pth with tensors only") from None
+        raise UserError(
+            f"cannot read weights from {path} ({reason}): wanted .safetensors, or .pth with tensors only"
+        ) from None
     for wrapper in ("state_dict", "model", "model_state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -118,7 +126,9 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
 
 def save_weights(network: nn.Module, folder: Path) -> None:
     """Write the state dict as safetensors; tied tensors are stored apart."""
-    save_file({name: tensor.detach().clone().contiguous() for name, tensor in network.state_dict().items()}, folder / WEIGHTS)
+    save_file(
+        {name: tensor.detach().clone().contiguous() for name, tensor in network.state_dict().items()}, folder / WEIGHTS
+    )
 
 
 def restore(checkpoint: Checkpoint) -> tuple[nn.Module, InputSpec]:
@@ -137,6 +147,9 @@ def restore(checkpoint: Checkpoint) -> tuple[nn.Module, InputSpec]:
 
 class Normalise(nn.Module):
     """A network that takes RGB in 0..255 and normalises by itself: what is evaluated and exported."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(self, network: nn.Module, spec: InputSpec) -> None:
         super().__init__()

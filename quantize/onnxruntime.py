@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class OnnxRuntimeQuantizer:
-    needs = ("onnx", "onnxruntime")
+    needs: tuple[str, ...] = ("onnx", "onnxruntime")
 
     def write(self, model: Model, images: Sequence[np.ndarray], config: QuantizeConfig, folder: Path) -> dict[str, Any]:
         activations = config.activations

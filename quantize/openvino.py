@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class OpenVinoQuantizer:
-    needs = ("openvino", "nncf")
+    needs: tuple[str, ...] = ("openvino", "nncf")
 
     def write(self, model: Model, images: Sequence[np.ndarray], config: QuantizeConfig, folder: Path) -> dict[str, Any]:
         import nncf

@@ -23,7 +23,7 @@ def write_qdq(source: Path, images: Sequence[np.ndarray], out: Path, activations
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(CalibrationDataReader):
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
             self._images: Iterator[np.ndarray] = iter(images)
 

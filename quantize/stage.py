@@ -41,7 +41,9 @@ def quantize(config: QuantizeConfig, model: Model, dataset: Dataset, out: Path) 
             except KdpipeError:
                 raise
             except Exception as error:  # every quantiser raises its own
-                raise UserError(f"{model.facts['model']} cannot be quantised for {target}: {first_line(error)}") from error
+                raise UserError(
+                    f"{model.facts['model']} cannot be quantised for {target}: {first_line(error)}"
+                ) from error
         draft.facts.update(
             {name: model.facts[name] for name in model.facts.keys() - {"parity"}},
             precision="int8",

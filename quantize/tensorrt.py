@@ -20,11 +20,16 @@ if TYPE_CHECKING:
 
 
 class TensorRtQuantizer:
-    needs = ("onnx", "onnxruntime")
+    needs: tuple[str, ...] = ("onnx", "onnxruntime")
 
     def write(self, model: Model, images: Sequence[np.ndarray], config: QuantizeConfig, folder: Path) -> dict[str, Any]:
         entry = model.facts["entry"]
         extra = {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False}
         write_qdq(model.file(entry), images, folder / entry, "int8", extra)
         shutil.copy(model.file("build_engine.sh"), folder)
-        return {"format": "explicit QDQ", "weights": "int8 per channel", "activations": "int8 symmetric", "ranges": "min-max"}
+        return {
+            "format": "explicit QDQ",
+            "weights": "int8 per channel",
+            "activations": "int8 symmetric",
+            "ranges": "min-max",
+        }

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class TfliteQuantizer:
-    needs = ("ai-edge-quantizer", "ai-edge-litert")
+    needs: tuple[str, ...] = ("ai-edge-quantizer", "ai-edge-litert")
 
     def write(self, model: Model, images: Sequence[np.ndarray], config: QuantizeConfig, folder: Path) -> dict[str, Any]:
         from ai_edge_litert.interpreter import Interpreter

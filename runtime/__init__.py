@@ -65,4 +65,6 @@ def open_session(folder: Path, facts: dict[str, Any], threads: int = 1, stand_in
 def predict(session: Session, images: np.ndarray, batch: int = 64) -> np.ndarray:
     """Float32 logits [N, K] for uint8 images [N, H, W, 3], in batches where the model takes them."""
     step = batch if session.batched else 1
-    return np.concatenate([session.infer(session.prepare(images[at : at + step])) for at in range(0, len(images), step)])
+    return np.concatenate(
+        [session.infer(session.prepare(images[at : at + step])) for at in range(0, len(images), step)]
+    )

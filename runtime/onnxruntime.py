@@ -11,9 +11,9 @@ from .layout import to_input
 
 
 class OnnxRuntimeSession:
-    needs = ("onnxruntime",)
-    modules = ("onnxruntime",)
-    batched = True
+    needs: tuple[str, ...] = ("onnxruntime",)
+    modules: tuple[str, ...] = ("onnxruntime",)
+    batched: bool = True
 
     def __init__(self, folder: Path, facts: dict[str, Any], threads: int) -> None:
         import onnxruntime

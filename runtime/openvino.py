@@ -15,9 +15,9 @@ from .layout import to_input
 
 
 class OpenVinoSession:
-    needs = ("openvino",)
-    modules = ("openvino",)
-    batched = True
+    needs: tuple[str, ...] = ("openvino",)
+    modules: tuple[str, ...] = ("openvino",)
+    batched: bool = True
 
     def __init__(self, folder: Path, facts: dict[str, Any], threads: int) -> None:
         import openvino

@@ -16,9 +16,9 @@ ENGINE = "model.engine"
 
 
 class TensorRtSession:
-    needs = ("tensorrt", "cuda-python")
-    modules = ("tensorrt", "cuda.bindings.runtime")
-    batched = False
+    needs: tuple[str, ...] = ("tensorrt", "cuda-python")
+    modules: tuple[str, ...] = ("tensorrt", "cuda.bindings.runtime")
+    batched: bool = False
 
     def __init__(self, folder: Path, facts: dict[str, Any], threads: int) -> None:
         import tensorrt

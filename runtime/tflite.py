@@ -12,9 +12,9 @@ from .layout import to_input
 
 
 class TfliteSession:
-    needs = ("ai-edge-litert",)
-    modules = ("ai_edge_litert.interpreter",)
-    batched = False
+    needs: tuple[str, ...] = ("ai-edge-litert",)
+    modules: tuple[str, ...] = ("ai_edge_litert.interpreter",)
+    batched: bool = False
 
     def __init__(self, folder: Path, facts: dict[str, Any], threads: int) -> None:
         try:
@@ -39,16 +39,16 @@ class TfliteSession:
             return values
         scale, zero_point = self._input["quantization"]
         limits = np.iinfo(dtype)
-        return np.clip(np.round(values / scale) + zero_point, limits.min, limits.max).astype(dtype)
+        return np.asarray(np.clip(np.round(values / scale) + zero_point, limits.min, limits.max), dtype=dtype)
 
     def infer(self, prepared: np.ndarray) -> np.ndarray:
         self._interpreter.set_tensor(self._input["index"], prepared)
         self._interpreter.invoke()
-        values = self._interpreter.get_tensor(self._output["index"])
+        values = np.asarray(self._interpreter.get_tensor(self._output["index"]))
         if np.issubdtype(values.dtype, np.floating):
             return values
         scale, zero_point = self._output["quantization"]
-        return (values.astype(np.float32) - zero_point) * np.float32(scale)
+        return np.asarray((values.astype(np.float32) - zero_point) * scale, dtype=np.float32)
 
     def describe(self) -> dict[str, Any]:
         return {
