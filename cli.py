@@ -251,7 +251,8 @@ def bench(
 ) -> None:
     """Measure accuracy and latency of bundles.
 
-    All in one session, interleaved, each time in a fresh process. Exits 75 when the A/A control says that the machine was too noisy.
+    All in one session, interleaved, each time in a fresh process. Exits 75 when the A/A control says that the
+    machine was too noisy.
 
     Example: kdpipe bench BUNDLE BUNDLE
     """

@@ -199,7 +199,7 @@ def read_manifest(path: Path) -> Manifest:
     if not path.is_dir():
         raise UserError(f"no artifact at {path}: the folder does not exist")
     try:
-        text = (path / MANIFEST).read_text()
+        text = (path / MANIFEST).read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path} has no {MANIFEST}: it is not an artifact, or was never finished") from None
     try:
@@ -295,10 +295,10 @@ def drafting(
                 part.rename(out)
                 _sync_folder(out.parent)
         except BaseException as error:
-            # Libraries wrap ENOSPC in errors of their own, so the disk itself is asked.
-            disk_full = isinstance(error, Exception) and shutil.disk_usage(part).free < 4096
+            # Libraries wrap the error in one of their own, so its text and the disk itself are asked.
+            no_space = os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(part).free < 4096
             shutil.rmtree(part, ignore_errors=True)
-            if disk_full and not isinstance(error, KdpipeError):
+            if no_space and isinstance(error, Exception) and not isinstance(error, KdpipeError):
                 raise _no_space(out) from error
             raise
     draft.sealed = kind(out, manifest)

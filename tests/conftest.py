@@ -1,0 +1,118 @@
+"""One small chain, made once for the whole session with real runtimes, and tools to run the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kdpipe import pipeline
+from kdpipe.core.artifact import Bundle, Checkpoint, Measurement, Model, Report
+from kdpipe.core.config import Recipe, validated
+from kdpipe.core.data import Dataset
+from kdpipe.pipeline import Chain
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SMALL_TRAIN = {"epochs": 8, "workers": 0, "validate_every": 4, "augment": {"crop": "pad", "flip": 0}}
+SMALL_RECIPE = {
+    "name": "small",
+    "data": {"source": "digits", "test_split": None, "test_fraction": 0.3},
+    "teacher": {"model": "test_resnet", "input": {"size": 32}, "train": SMALL_TRAIN},
+    "student": {"model": "test_resnet", "input": {"size": 32}},
+    "distill": {"label_fraction": 0.3, "seeds": [0, 1], "train": SMALL_TRAIN},
+    "quantize": {"calibration_images": 64, "check_images": 32},
+    "bench": {"rounds": 2, "seconds": 0.1, "min_samples": 40},
+}
+
+
+@dataclasses.dataclass
+class Made:
+    """What the small recipe made, opened."""
+
+    chain: Chain
+    dataset: Dataset
+    teacher: Checkpoint
+    student: Checkpoint
+    models: dict[str, Model]
+    bundles: dict[str, Bundle]
+    measurement: Measurement
+    report: Report
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    chain = Chain(tmp_path_factory.mktemp("small") / "artifacts")
+    outcome = pipeline.run(validated(Recipe, SMALL_RECIPE, "the small recipe"), chain)
+    paths = {step.name: step.path for step in chain.steps}
+    models = {name: Model.open(paths[name]) for name in outcome.bundles}
+    return Made(
+        chain,
+        Dataset.open(paths["data"]),
+        Checkpoint.open(paths["teacher"]),
+        Checkpoint.open(paths["student-kd-seed0"]),
+        models,
+        outcome.bundles,
+        outcome.measurement,
+        outcome.report,
+    )
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "kdpipe", *map(str, arguments)]
+
+
+def kdpipe(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user would, in a process of its own."""
+    return subprocess.run(
+        command(*arguments),
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], exit_code: int, *words: str) -> None:
+    """A user's mistake: this exit code, no traceback, and as the last line one that has all ``words``."""
+    assert done.returncode == exit_code, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.strip().splitlines()
+    last = lines[-1]
+    assert last.startswith("kdpipe"), done.stderr
+    for word in words:
+        assert word in last, f"{word!r} not in {last!r}"
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A user's folder: two classes of small pictures that differ, of several sizes and formats."""
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    root = tmp_path / "photos"
+    for split, count in (("train", 12), ("val", 6)):
+        for label, brightness in (("dark", 60), ("light", 190)):
+            folder = root / split / label
+            folder.mkdir(parents=True)
+            for at in range(count):
+                shape = (20 + at, 30, 3)
+                pixels = np.clip(generator.normal(brightness, 30, shape), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{at:02d}.{'png' if at % 2 else 'jpg'}")
+    return root
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    yield folder

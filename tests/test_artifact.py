@@ -1,0 +1,197 @@
+"""Artifacts: whole or absent, checked before use; every fault here is caused, not mocked."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from kdpipe.core.artifact import MANIFEST, Artifact, Checkpoint, Model, artifact_key, drafting, manifest_digest
+from kdpipe.core.config import PackageConfig
+from kdpipe.core.errors import UserError
+
+CONFIG = PackageConfig()
+
+
+def seal(out: Path, text: str = "weights") -> Checkpoint:
+    with drafting(Checkpoint, out, stage="test", config=CONFIG, inputs={}) as draft:
+        (draft.path / "sub").mkdir()
+        (draft.path / "sub" / "weights.bin").write_text(text)
+        draft.facts["accuracy"] = 0.5
+    return draft.artifact
+
+
+def test_sealed_artifact_reads_back(tmp_path: Path) -> None:
+    sealed = seal(tmp_path / "a")
+    opened = Checkpoint.open(tmp_path / "a")
+    assert opened == sealed
+    assert opened.file("sub/weights.bin").read_text() == "weights"
+    assert opened.facts == {"accuracy": 0.5}
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_key_depends_on_stage_config_and_inputs(tmp_path: Path) -> None:
+    first, second = seal(tmp_path / "a"), seal(tmp_path / "b", "others")
+    assert first.key == second.key  # contents are hashed in the manifest; the key names what was asked for
+    keys = {
+        artifact_key("x", CONFIG, {}),
+        artifact_key("y", CONFIG, {}),
+        artifact_key("x", PackageConfig(golden_images=9), {}),
+        artifact_key("x", CONFIG, {"model": first}),
+    }
+    assert len(keys) == 4
+
+
+def test_wrong_kind(tmp_path: Path) -> None:
+    seal(tmp_path / "a")
+    with pytest.raises(UserError, match="is a checkpoint, wanted a model"):
+        Model.open(tmp_path / "a")
+
+
+def test_sealed_artifacts_are_never_overwritten(tmp_path: Path) -> None:
+    seal(tmp_path / "a")
+    with pytest.raises(UserError, match="never changed"):
+        seal(tmp_path / "a")
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: flip_a_byte(folder / "sub/weights.bin"), "differs from its manifest"),
+        (lambda folder: (folder / "sub/weights.bin").write_text("weight"), "differs from its manifest"),
+        (lambda folder: (folder / "sub/weights.bin").unlink(), "lacks 'sub/weights.bin'"),
+        (lambda folder: (folder / "extra").write_text(""), "does not name"),
+        (lambda folder: (folder / "link").symlink_to("/etc/passwd"), "link or a special file"),
+        (lambda folder: os.mkfifo(folder / "pipe"), "link or a special file"),
+        (lambda folder: (folder / MANIFEST).unlink(), "never finished"),
+        (lambda folder: flip_a_byte(folder / MANIFEST), "edited|broken"),
+        (lambda folder: (folder / MANIFEST).write_text("[]"), "not a manifest"),
+        (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\x00"), "not a manifest"),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, damage, message: str) -> None:
+    seal(tmp_path / "a")
+    damage(tmp_path / "a")
+    with pytest.raises(UserError, match=message):
+        Checkpoint.open(tmp_path / "a")
+
+
+def edit(folder: Path, change) -> None:
+    value = json.loads((folder / MANIFEST).read_text())
+    change(value)
+    value["digest"] = manifest_digest(value)  # a stranger can compute this too
+    (folder / MANIFEST).write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "sub/../../outside"])
+def test_paths_that_escape_are_refused(tmp_path: Path, name: str) -> None:
+    seal(tmp_path / "a")
+    (tmp_path / "outside").write_text("secret")
+    edit(tmp_path / "a", lambda value: value["files"].update({name: {"sha256": "0" * 64, "size_bytes": 6}}))
+    with pytest.raises(UserError, match="outside itself"):
+        Checkpoint.open(tmp_path / "a")
+
+
+def test_edited_facts_are_seen(tmp_path: Path) -> None:
+    seal(tmp_path / "a")
+    path = tmp_path / "a" / MANIFEST
+    path.write_text(path.read_text().replace('"accuracy": 0.5', '"accuracy": 0.9'))
+    with pytest.raises(UserError, match="edited after sealing"):
+        Checkpoint.open(tmp_path / "a")
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
+def test_failure_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
+    with (
+        pytest.raises(type(error)),
+        drafting(Checkpoint, tmp_path / "a", stage="test", config=CONFIG, inputs={}) as draft,
+    ):
+        (draft.path / "half").write_text("half")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from kdpipe.core.artifact import Checkpoint, drafting
+from kdpipe.core.config import PackageConfig
+with drafting(Checkpoint, Path(sys.argv[1]), stage="test", config=PackageConfig(), inputs={}) as draft:
+    for at in range(100_000):
+        (draft.path / "weights").write_bytes(b"x" * at)
+        print("writing", flush=True)
+        time.sleep(float(sys.argv[2]))
+"""
+
+
+def start_writer(out: Path, pause_seconds: float = 0.01) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(out), str(pause_seconds)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"writing\n"
+    return process
+
+
+def test_kill_leaves_no_artifact_and_the_next_writer_goes_on(tmp_path: Path) -> None:
+    process = start_writer(tmp_path / "a")
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "a").exists()
+    assert (tmp_path / "a.part").is_dir()
+    with pytest.raises(UserError):
+        Artifact.open(tmp_path / "a.part")
+    assert seal(tmp_path / "a").file("sub/weights.bin").read_text() == "weights"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_two_writers_at_once(tmp_path: Path) -> None:
+    process = start_writer(tmp_path / "a")
+    try:
+        with pytest.raises(UserError, match="another process is writing"):
+            seal(tmp_path / "a")
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def test_full_disk(tmp_path: Path) -> None:
+    """A real file system of 256 KiB, in a mount namespace of its own."""
+    script = tmp_path / "fill.py"
+    script.write_text(
+        textwrap.dedent("""
+            import sys
+            from pathlib import Path
+            from kdpipe.core.artifact import Checkpoint, drafting
+            from kdpipe.core.config import PackageConfig
+            from kdpipe.core.errors import UserError
+            out = Path(sys.argv[1]) / "a"
+            try:
+                with drafting(Checkpoint, out, stage="test", config=PackageConfig(), inputs={}) as draft:
+                    if sys.argv[2] == "os":
+                        (draft.path / "weights").write_bytes(b"x" * 1_000_000)
+                    else:
+                        import numpy, safetensors.numpy
+                        big = {"x": numpy.zeros(1_000_000, numpy.uint8)}
+                        safetensors.numpy.save_file(big, draft.path / "weights")
+            except UserError as error:
+                print(error)
+            print([path.name for path in out.parent.iterdir()])
+        """)
+    )
+    (tmp_path / "disk").mkdir()
+    for writer in ("os", "safetensors"):  # the second wraps the error in one of its own
+        inside = f"mount -t tmpfs -o size=256k none {tmp_path}/disk && {sys.executable} {script} {tmp_path}/disk {writer}"
+        done = subprocess.run(["unshare", "-rm", "sh", "-c", inside], capture_output=True, text=True, check=False)
+        assert "no disk space left" in done.stdout, done.stderr
+        assert done.stdout.strip().endswith("[]")
