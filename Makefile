@@ -6,7 +6,7 @@ LOCK := requirements.lock
 # One stamp per lock file: a changed lock installs again, an unchanged one starts at once and offline.
 STAMP = $(VENV)/.installed-$(shell cksum < $(LOCK) | cut -d' ' -f1)
 
-.PHONY: demo test lint types layers unit install lock wheel clean
+.PHONY: demo test lint types layers unit docs install with-uv with-pip lock wheel clean
 
 demo: install
 	@$(BIN)/kdpipe demo
@@ -49,6 +49,9 @@ with-pip:
 lock:
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --all-extras --group dev pyproject.toml --output-file $(LOCK) --custom-compile-command "make lock"
+
+docs: install
+	$(BIN)/python docs/generate.py
 
 wheel: install
 	$(BIN)/python -m build --wheel --no-isolation --outdir $(VENV)/wheels .

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .pipeline import Chain
 
 JSON_VERSION = 1
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="kdpipe",
@@ -266,7 +267,7 @@ def bench(
     dataset = _dataset_of(opened[0], data)
     measurement = _chain(bundles[0].parent).bench(config(), named, dataset, out)
     _print_artifact(measurement, as_json)
-    if not measurement.facts["trusted"]:
+    if measurement.facts["trusted"] is False:
         raise Untrusted("the A/A control differs from itself: too noisy a machine, measure again when it is quiet")
 
 
@@ -369,7 +370,8 @@ def _print_summary(numbers: dict[str, Any]) -> None:
 
     from .report.tables import print_summary
 
-    print_summary(Console(), numbers)
+    # A pipe has no width of its own; the tables need a hundred columns.
+    print_summary(Console() if sys.stdout.isatty() else Console(width=100), numbers)
 
 
 def _print_doctor(found: dict[str, Any]) -> None:
@@ -431,18 +433,13 @@ def _dataset_of(artifact: Artifact, given: Path | None) -> Dataset:
 def main() -> None:
     """Run the command line; every expected failure is one line and its exit code."""
     try:
-        code = app(standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        code = app(prog_name="kdpipe", standalone_mode=False)
     except KdpipeError as error:
         typer.echo(f"kdpipe: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _interrupted()
     except BrokenPipeError:
         sys.exit(141)
     except Exception as error:
-        if type(error).__name__ == "Abort":  # Typer's name for Ctrl-C
-            _interrupted()
         message = getattr(error, "format_message", None)  # Typer's usage errors
         if message is None:
             raise
@@ -450,8 +447,6 @@ def main() -> None:
         command = context.command_path if context else "kdpipe"
         typer.echo(f"{command}: {message()} (see {command} --help)", err=True)
         sys.exit(2)
-
-
-def _interrupted() -> None:
-    typer.echo("kdpipe: interrupted; what was sealed stays, nothing half-written is left", err=True)
-    sys.exit(130)
+    if code == INTERRUPTED:  # what Typer makes of Ctrl-C
+        typer.echo("kdpipe: interrupted; what was sealed stays, nothing half-written is left", err=True)
+    sys.exit(code if isinstance(code, int) else 0)

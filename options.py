@@ -16,31 +16,31 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from .core.config import validated
+from .core.config import nested, validated
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _fields(kind: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+def walk(kind: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
     """Every leaf field of ``kind`` with its path; a configuration inside a configuration is walked into."""
     for name, info in kind.model_fields.items():
-        inner = info.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from _fields(inner, (*path, name))
+        inner = nested(info.annotation)
+        if inner is not None:
+            yield from walk(inner, (*path, name))
         else:
             yield (*path, name), info
 
 
-def _metavar(annotation: Any) -> str:
+def metavar(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return "|".join(map(str, arguments))
     if origin is Annotated:
-        return _metavar(arguments[0])
+        return metavar(arguments[0])
     if origin in (types.UnionType, Union):
-        return "|".join(_metavar(each) for each in arguments if each is not type(None))
+        return "|".join(metavar(each) for each in arguments if each is not type(None))
     if origin is tuple:
-        return f"[{_metavar(arguments[0])},...]"
+        return f"[{metavar(arguments[0])},...]"
     return getattr(annotation, "__name__", str(annotation)).upper() if origin is None else "{...}"
 
 
@@ -60,7 +60,7 @@ def configured(kind: type[BaseModel], leave_out: tuple[str, ...] = ()) -> Callab
         kind: the configuration; its nested configurations become panels of the help page.
         leave_out: top-level fields that the command sets by itself.
     """
-    leaves = {"__".join(path): (path, info) for path, info in _fields(kind) if path[0] not in leave_out}
+    leaves = {"__".join(path): (path, info) for path, info in walk(kind) if path[0] not in leave_out}
 
     def decorate(command: F) -> F:
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "config"]
@@ -96,7 +96,7 @@ def _parameter(name: str, path: tuple[str, ...], info: FieldInfo) -> inspect.Par
     option = typer.Option(
         "--" + ".".join(path).replace("_", "-"),
         help=f"{info.description or ''}; " + ("required" if info.is_required() else f"default {shown}"),
-        metavar=_metavar(info.annotation),
+        metavar=metavar(info.annotation),
         show_default=False,
     )
     return inspect.Parameter(

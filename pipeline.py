@@ -66,8 +66,10 @@ class Chain:
     """
 
     folder: Path
-    steps: list[Step] = field(default_factory=list)
     tell: Callable[[Step], None] = lambda _: None
+    steps: list[Step] = field(default_factory=list)
+    # Called once, before the first step that is not sealed: mistakes are told before any work.
+    check: Callable[[], None] = lambda: None
 
     def step(
         self,
@@ -88,6 +90,8 @@ class Chain:
             if artifact.key != key:
                 raise UserError(f"{path} was made from other settings or inputs: choose another --out")
         else:
+            check, self.check = self.check, lambda: None
+            check()
             artifact, sealed = make(path), False
         self.steps.append(Step(name, path, time.monotonic() - begun, sealed))
         self.tell(self.steps[-1])
@@ -210,10 +214,13 @@ class Chain:
         return self.step("report", Report, "report", config, inputs, make, out)
 
 
-def check_ready(recipe: Recipe) -> None:
-    """Refuse before any work when a package that a later stage needs is missing. Raises UserError."""
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse before any work what a later stage would refuse: packages, names, networks. Raises UserError."""
+    from .devices.session import session_config
     from .export import TARGETS
     from .quantize import QUANTIZERS
+
+    session_config(recipe.bench)
 
     require("training", TRAIN_NEEDS, "train")
     require("the report", ("jinja2", "matplotlib"), "report")
@@ -223,6 +230,10 @@ def check_ready(recipe: Recipe) -> None:
         require(f"target '{target}'", TARGETS[target].needs, target)
         if recipe.quantize is not None:
             require(f"INT8 for '{target}'", QUANTIZERS[target].needs, target)
+    from .distill.train import check_run
+
+    check_run(recipe.teacher, None if recipe.teacher.checkpoint else recipe.teacher.train)
+    check_run(recipe.student, recipe.distill.train)
 
 
 def student_runs(student: Mapping[str, Any], plan: DistillationPlan) -> dict[str, TrainingConfig]:
@@ -240,6 +251,8 @@ def student_runs(student: Mapping[str, Any], plan: DistillationPlan) -> dict[str
 
 @dataclass(frozen=True)
 class Outcome:
+    """What a run ends with."""
+
     report: Report
     measurement: Measurement
     bundles: dict[str, Bundle]
@@ -254,7 +267,7 @@ def run(recipe: Recipe, chain: Chain) -> Outcome:
     Raises:
         KdpipeError: as its stages do.
     """
-    check_ready(recipe)
+    chain.check = lambda: check_recipe(recipe)
     dataset = chain.data(recipe.data)
     teacher = chain.teacher(recipe.teacher, dataset)
     checkpoints = {"teacher": teacher}
@@ -273,8 +286,8 @@ def run(recipe: Recipe, chain: Chain) -> Outcome:
         for model in models:
             bundles[f"{target}-{model.facts['precision']}"] = chain.package(recipe.package, model, dataset)
     measurement = chain.bench(recipe.bench, bundles, dataset)
-    if not measurement.facts["trusted"]:
-        note("the A/A control differs from itself: this machine was too noisy, do not rank by these latencies")
+    if measurement.facts["trusted"] is False:
+        note("the A/A control could not tell a model from itself: too noisy a machine to rank by these latencies")
     report = chain.report(ReportConfig(title=recipe.name), measurement, checkpoints)
     return Outcome(report, measurement, bundles)
 

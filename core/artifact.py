@@ -59,6 +59,7 @@ class Provenance(Record):
     config: dict[str, Any]
     facts: dict[str, Any]
     inputs: dict[str, Provenance]
+    seconds: float
 
 
 class Manifest(Provenance):
@@ -67,7 +68,6 @@ class Manifest(Provenance):
     tools: dict[str, str]
     host: dict[str, Any]
     created_utc: str
-    seconds: float
     digest: str  # sha256 of every other field: an edited manifest is seen
 
     def provenance(self) -> Provenance:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -185,8 +185,8 @@ class BenchConfig(Config):
 
     device: str = Field("local", description="name of the device")
     threads: int = Field(0, ge=0, description="threads of the runtime; 0 takes every core of the device")
-    rounds: int = Field(4, ge=2, description="times each bundle is measured, each in a fresh process")
-    seconds: float = Field(1.0, gt=0, description="steady time of one measurement")
+    rounds: int = Field(6, ge=2, description="fresh processes for each bundle; intervals need 6")
+    seconds: float = Field(0.5, gt=0, description="steady time of one measurement")
     min_samples: int = Field(64, ge=1, description="inferences of one measurement, at least")
     images: int = Field(64, ge=1, description="test images rotated through while timing")
 
@@ -241,11 +241,17 @@ def _lower_first(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
+def nested(annotation: Any) -> type[BaseModel] | None:
+    """The configuration that a field holds (also when it may be null), or None for a plain value."""
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
 def _fields_at(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     for part in location:
-        annotation = kind.model_fields[str(part)].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        kind = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+        kind = nested(kind.model_fields[str(part)].annotation) or kind
     return list(kind.model_fields)
 
 

@@ -20,6 +20,7 @@ from ..runtime.preprocess import load_images
 from . import DEVICES, Device
 from .session import BenchSession
 
+CONTROL_LIMIT = 1.25  # a session that can't tell a model from itself within this factor ranks nothing
 CONTROL = "control"  # the reference measured a second time in every round: the A/A control
 
 
@@ -128,7 +129,8 @@ def _accuracy(device: Device, name: str, bundle: Bundle, images: str, dataset: D
     labels = np.array([sample.label for sample in dataset.samples("test")])
     right = int((logits.argmax(1) == labels).sum())
     return {
-        "status": f"not built here; accuracy by {answer['session']['runtime']}" if stand_in else "measured",
+        "status": "not built here" if stand_in else "measured",
+        "accuracy_by": answer["session"]["runtime"],
         "accuracy": wilson(right, len(labels)).as_dict(),
         "session": answer["session"],
     }
@@ -149,13 +151,20 @@ def _measure(
 
 
 def summary(repeats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Numbers of one bundle over its processes; percentiles over all samples, nothing trimmed."""
-    latency_ms = np.concatenate([repeat["latency_ns"] for repeat in repeats]) / 1e6
-    per_process = [float(np.median(repeat["latency_ns"])) / 1e6 for repeat in repeats]
+    """Numbers of one bundle over its processes, nothing trimmed.
+
+    Inferences of one process resemble each other more than those of two, so the process is the unit: a
+    percentile is taken in each, and its median over processes is given with the order-statistic interval.
+    """
+    milliseconds = [np.asarray(repeat["latency_ns"]) / 1e6 for repeat in repeats]
+    numbers: dict[str, Any] = {}
+    for percent in (50, 90):
+        by_process = [percentile_interval(samples, percent).value for samples in milliseconds]
+        numbers[f"latency_p{percent}_ms"] = percentile_interval(by_process, 50).as_dict()
+        numbers[f"latency_p{percent}_by_process_ms"] = by_process
     return {
-        "latency_p50_ms": percentile_interval(latency_ms, 50).as_dict(),
-        "latency_p90_ms": percentile_interval(latency_ms, 90).as_dict(),
-        "latency_p50_by_process_ms": per_process,
+        **numbers,
+        "inferences": sum(map(len, milliseconds)),
         "import_ms": [repeat["import_ns"] / 1e6 for repeat in repeats],
         "load_ms": [repeat["load_ns"] / 1e6 for repeat in repeats],
         "first_inference_ms": [repeat["first_ns"] / 1e6 for repeat in repeats],
@@ -168,12 +177,16 @@ def summary(repeats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def comparisons(runs: Mapping[str, Sequence[Mapping[str, Any]]], timed: Sequence[str]) -> dict[str, Any]:
-    """Latency of every bundle over the reference, paired by round, and the A/A control's verdict."""
+    """Latency of every bundle over the reference, paired by round, and the A/A control's verdict.
+
+    Trusted means that the control's interval holds 1 and is narrow enough to tell models apart; None that
+    nothing was timed.
+    """
     if not timed:
-        return {"ratios": {}, "control": None, "trusted": False}
+        return {"ratios": {}, "control": None, "control_limit": CONTROL_LIMIT, "trusted": None}
     medians = {name: [float(np.median(run["latency_ns"])) for run in repeats] for name, repeats in runs.items()}
     ratios = {name: ratio_interval(medians[name], medians[timed[0]]).as_dict() for name in medians}
     control = ratios.pop(CONTROL)
     low, high = control["low"], control["high"]
-    trusted = low is not None and high is not None and low <= 1 <= high
-    return {"ratios": ratios, "control": control, "trusted": trusted}
+    trusted = low is not None and high is not None and 1 / CONTROL_LIMIT <= low <= 1 <= high <= CONTROL_LIMIT
+    return {"ratios": ratios, "control": control, "control_limit": CONTROL_LIMIT, "trusted": trusted}

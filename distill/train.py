@@ -16,13 +16,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..core.artifact import Checkpoint, drafting, write_json
-from ..core.config import AdoptConfig, TrainConfig, TrainingConfig
+from ..core.config import AdoptConfig, ModelConfig, TrainConfig, TrainingConfig
 from ..core.data import Dataset, InputSpec, Part, stratified_fraction
 from ..core.errors import GateFailed, UserError, choice
 from ..core.progress import progress
 from ..networks import models
 from .tasks import METHODS
-from .views import EpochBatches, EvaluationViews, TrainingViews, seeded
+from .views import EpochBatches, EvaluationViews, TrainingViews, seeded, training_transform
 
 
 def train(config: TrainingConfig, dataset: Dataset, teacher: Checkpoint | None, out: Path) -> Checkpoint:
@@ -49,6 +49,14 @@ def train(config: TrainingConfig, dataset: Dataset, teacher: Checkpoint | None, 
         _finish(draft.path, draft.facts, config, network, spec, dataset, config.train.select, best)
         draft.facts.update(method=config.method, training_images=len(chosen), epochs=config.train.epochs)
     return draft.artifact
+
+
+def check_run(config: ModelConfig, settings: TrainConfig | None) -> None:
+    """Refuse what training would refuse, without training. Raises UserError."""
+    network, spec = models.create(config.model_copy(update={"pretrained": False}), classes=2)
+    if settings is not None:
+        _optimizer(settings, network)
+        training_transform(settings.augment, spec)
 
 
 def adopt(config: AdoptConfig, dataset: Dataset, out: Path) -> Checkpoint:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
+from timm.data.random_erasing import RandomErasing
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 from torchvision import transforms
@@ -43,21 +45,33 @@ def seeded(*identity: int) -> Iterator[None]:
 
 
 def training_transform(config: AugmentConfig, spec: InputSpec) -> Callable[[Image.Image], torch.Tensor]:
-    """RGB picture to float32 [3, size, size], augmented and normalised."""
-    if config.crop == "resized":
-        imagenet_style: Callable[[Image.Image], torch.Tensor] = create_transform(
-            spec.size,
-            is_training=True,
-            scale=(config.min_scale, 1.0),
-            hflip=config.flip,
-            color_jitter=None,
-            auto_augment=config.auto_augment,
-            interpolation=spec.interpolation,
-            mean=spec.mean,
-            std=spec.std,
-            re_prob=config.erase,
-        )
-        return imagenet_style
+    """RGB picture to float32 [3, size, size], augmented and normalised. Raises UserError."""
+    try:
+        return _imagenet_style(config, spec) if config.crop == "resized" else _small_image_style(config, spec)
+    except (AssertionError, ValueError, KeyError) as error:  # what timm says of a policy it can't read
+        raise UserError(
+            f"train.augment.auto_augment: '{config.auto_augment}' is no policy of timm ({first_line(error)}), "
+            "wanted such as rand-m7-mstd0.5"
+        ) from None
+
+
+def _imagenet_style(config: AugmentConfig, spec: InputSpec) -> Callable[[Image.Image], torch.Tensor]:
+    transform: Callable[[Image.Image], torch.Tensor] = create_transform(
+        spec.size,
+        is_training=True,
+        scale=(config.min_scale, 1.0),
+        hflip=config.flip,
+        color_jitter=None,
+        auto_augment=config.auto_augment,
+        interpolation=spec.interpolation,
+        mean=spec.mean,
+        std=spec.std,
+        re_prob=config.erase,
+    )
+    return transform
+
+
+def _small_image_style(config: AugmentConfig, spec: InputSpec) -> Callable[[Image.Image], torch.Tensor]:
     fitting = spec.model_dump()
     steps: list[Callable[..., object]] = [lambda image: Image.fromarray(fit(image, fitting))]
     if config.crop == "pad":
@@ -65,17 +79,13 @@ def training_transform(config: AugmentConfig, spec: InputSpec) -> Callable[[Imag
     if config.flip:
         steps.append(transforms.RandomHorizontalFlip(config.flip))
     if config.auto_augment:
-        from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
-
         make = rand_augment_transform if config.auto_augment.startswith("rand") else auto_augment_transform
         steps.append(make(config.auto_augment, {"img_mean": tuple(round(255 * value) for value in spec.mean)}))
     steps += [transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)]
     if config.erase:
-        from timm.data.random_erasing import RandomErasing
-
         steps.append(RandomErasing(config.erase, device="cpu"))
-    composed: Callable[[Image.Image], torch.Tensor] = transforms.Compose(steps)
-    return composed
+    transform: Callable[[Image.Image], torch.Tensor] = transforms.Compose(steps)
+    return transform
 
 
 class TrainingViews(TorchDataset[tuple[torch.Tensor, int]]):

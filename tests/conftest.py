@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from kdpipe import pipeline
-from kdpipe.core.artifact import Bundle, Checkpoint, Measurement, Model, Report
+from kdpipe.core.artifact import MANIFEST, Bundle, Checkpoint, Measurement, Model, Report, manifest_digest
 from kdpipe.core.config import Recipe, validated
 from kdpipe.core.data import Dataset
 from kdpipe.pipeline import Chain
@@ -116,3 +119,24 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder.mkdir()
     monkeypatch.chdir(folder)
     yield folder
+
+
+def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Edit a manifest as a stranger could: the digest fits again."""
+    value = json.loads((folder / MANIFEST).read_text())
+    change(value)
+    value["digest"] = manifest_digest(value)
+    (folder / MANIFEST).write_text(json.dumps(value))
+
+
+def replace_file(folder: Path, name: str, content: bytes) -> None:
+    """Replace a file of a sealed artifact together with its hash."""
+    (folder / name).write_bytes(content)
+    record = {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
+    rewrite_manifest(folder, lambda value: value["files"].update({name: record}))
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -11,8 +10,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from conftest import flip_a_byte, rewrite_manifest
 
-from kdpipe.core.artifact import MANIFEST, Artifact, Checkpoint, Model, artifact_key, drafting, manifest_digest
+from kdpipe.core.artifact import MANIFEST, Artifact, Checkpoint, Model, artifact_key, drafting
 from kdpipe.core.config import PackageConfig
 from kdpipe.core.errors import UserError
 
@@ -60,12 +60,6 @@ def test_sealed_artifacts_are_never_overwritten(tmp_path: Path) -> None:
         seal(tmp_path / "a")
 
 
-def flip_a_byte(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -88,18 +82,11 @@ def test_damage_is_named(tmp_path: Path, damage, message: str) -> None:
         Checkpoint.open(tmp_path / "a")
 
 
-def edit(folder: Path, change) -> None:
-    value = json.loads((folder / MANIFEST).read_text())
-    change(value)
-    value["digest"] = manifest_digest(value)  # a stranger can compute this too
-    (folder / MANIFEST).write_text(json.dumps(value))
-
-
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "sub/../../outside"])
 def test_paths_that_escape_are_refused(tmp_path: Path, name: str) -> None:
     seal(tmp_path / "a")
     (tmp_path / "outside").write_text("secret")
-    edit(tmp_path / "a", lambda value: value["files"].update({name: {"sha256": "0" * 64, "size_bytes": 6}}))
+    rewrite_manifest(tmp_path / "a", lambda value: value["files"].update({name: {"sha256": "0" * 64, "size_bytes": 6}}))
     with pytest.raises(UserError, match="outside itself"):
         Checkpoint.open(tmp_path / "a")
 
@@ -191,7 +178,9 @@ def test_full_disk(tmp_path: Path) -> None:
     )
     (tmp_path / "disk").mkdir()
     for writer in ("os", "safetensors"):  # the second wraps the error in one of its own
-        inside = f"mount -t tmpfs -o size=256k none {tmp_path}/disk && {sys.executable} {script} {tmp_path}/disk {writer}"
+        inside = (
+            f"mount -t tmpfs -o size=256k none {tmp_path}/disk && {sys.executable} {script} {tmp_path}/disk {writer}"
+        )
         done = subprocess.run(["unshare", "-rm", "sh", "-c", inside], capture_output=True, text=True, check=False)
         assert "no disk space left" in done.stdout, done.stderr
         assert done.stdout.strip().endswith("[]")

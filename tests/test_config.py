@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, SMALL_RECIPE
 
 from kdpipe.core.config import Recipe, read_recipe, validated
 from kdpipe.core.errors import UserError
-
-from conftest import ROOT, SMALL_RECIPE
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)

@@ -1,0 +1,76 @@
+"""Write docs/commands.md and docs/configuration.md from the code (``make docs``); ``--check`` only compares."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from kdpipe.core import config
+from kdpipe.options import metavar, walk
+
+HERE = Path(__file__).parent
+STAGES: dict[str, type[BaseModel]] = {
+    "A recipe": config.Recipe,
+    "kdpipe data": config.DataConfig,
+    "kdpipe teacher": config.TeacherConfig,
+    "kdpipe distill": config.TrainingConfig,
+    "kdpipe export": config.ExportConfig,
+    "kdpipe quantize": config.QuantizeConfig,
+    "kdpipe package": config.PackageConfig,
+    "kdpipe bench": config.BenchConfig,
+}
+
+
+def help_of(*command: str) -> str:
+    arguments = [sys.executable, "-m", "kdpipe", *command, "--help"]
+    environment = {"COLUMNS": "100", "PATH": "/usr/bin:/bin"}
+    return subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment).stdout.strip()
+
+
+def commands() -> str:
+    overview = help_of()
+    names = re.findall(r"^  ([a-z]+) ", overview.partition("Commands:")[2], re.MULTILINE)
+    sections = "\n".join(f"## kdpipe {name}\n\n```\n{help_of(name)}\n```\n" for name in names)
+    return (
+        f"# Commands\n\nWritten by `make docs` from the command line's own help.\n\n```\n{overview}\n```\n\n{sections}"
+    )
+
+
+def fields(kind: type[BaseModel]) -> str:
+    lines = ["| key | value | default | meaning |", "|---|---|---|---|"]
+    for path, info in walk(kind):
+        default = "required" if info.is_required() else f"`{info.default}`".replace("None", "null")
+        value = metavar(info.annotation).replace("|", " \\| ").lower()
+        lines.append(f"| `{'.'.join(path)}` | {value} | {default} | {info.description or ''} |")
+    return "\n".join(lines)
+
+
+def configuration() -> str:
+    head = (
+        "# Configuration\n\nWritten by `make docs` from the code. A key of the tables is the same in YAML (nested), on "
+        "the command line (`--train.epochs 60`) and in Python. Defaults stand in the code only: a recipe holds what "
+        "differs.\n"
+    )
+    return head + "".join(f"\n## {title}\n\n{fields(kind)}\n" for title, kind in STAGES.items())
+
+
+def main() -> int:
+    stale = []
+    for name, text in (("commands.md", commands()), ("configuration.md", configuration())):
+        path = HERE / name
+        if not path.exists() or path.read_text() != text:
+            stale.append(name)
+            if "--check" not in sys.argv:
+                path.write_text(text)
+    if stale and "--check" in sys.argv:
+        print(f"out of date: {', '.join(stale)}; run make docs")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The page and the numbers that a person reads: tables, plots, one self-contained HTML file."""

@@ -1,0 +1,385 @@
+"""What the manifests and raw logits of a chain say, as plain numbers; the same on the page and in a terminal.
+
+Accuracies are shares (0..1), everything else carries its unit in its name. An interval is a mapping of
+value, low, high and n, where a bound of None means "n too small". What could not be read is None.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..core.artifact import Checkpoint, Measurement, Provenance, find_ancestors
+from ..core.errors import UserError
+from ..core.stats import mcnemar, mean_interval, ratio_interval, wilson
+from . import words
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+SCHEMA_VERSION = 1
+Numbers = dict[str, Any]
+Checkpoints = Mapping[str, Checkpoint]
+
+# A run on the labels alone is a control only where all of these are the same.
+SHARED_BY_CONTROL = ("model", "model_args", "pretrained", "input", "label_fraction", "train", "seed")
+
+
+def collect(title: str, measurement: Measurement, checkpoints: Checkpoints) -> Numbers:
+    """Every number of the report, JSON-serialisable and finite.
+
+    Raises:
+        UserError: a checkpoint that was tested on other images than the bundles.
+    """
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "title": title,
+        "measured_utc": measurement.manifest.created_utc,
+        "chain": chain(measurement, checkpoints),
+        "trust": trust(measurement),
+        "bundles": bundle_rows(measurement),
+        "hops": accuracy_hops(measurement, checkpoints),
+        "gains": distillation_gains(checkpoints),
+        "curves": curves(checkpoints),
+        "lineage": lineage(measurement, checkpoints),
+        "environment": environment(measurement, checkpoints),
+    }
+
+
+def bundles_of(measurement: Measurement) -> dict[str, Provenance]:
+    return {name: source for name, source in measurement.manifest.inputs.items() if source.kind == "bundle"}
+
+
+def student_key(bundle: Provenance) -> str | None:
+    nearest = next(iter(find_ancestors(bundle, "checkpoint")), None)
+    return nearest.key if nearest else None
+
+
+def teacher_names(checkpoints: Checkpoints) -> set[str]:
+    """Checkpoints that taught another one, and the one that is called so."""
+    taught_by = {
+        student.manifest.inputs[role].key for student in checkpoints.values() for role in student.manifest.inputs
+    }
+    return {name for name, checkpoint in checkpoints.items() if name == "teacher" or checkpoint.key in taught_by}
+
+
+def chain(measurement: Measurement, checkpoints: Checkpoints) -> Numbers:
+    """Who taught whom on what, and where the result went."""
+    bundles = bundles_of(measurement)
+    shipped = {student_key(bundle) for bundle in bundles.values()}
+    data = next((source for source in measurement.manifest.inputs.values() if source.kind == "dataset"), None)
+    teachers = teacher_names(checkpoints)
+    return {
+        "teachers": [network(name, checkpoints[name]) for name in checkpoints if name in teachers],
+        "students": [network(name, found) for name, found in checkpoints.items() if found.key in shipped],
+        "data": data.facts if data else None,
+        "targets": list(dict.fromkeys(bundle.facts["target"] for bundle in bundles.values())),
+        "precisions": list(dict.fromkeys(bundle.facts["precision"] for bundle in bundles.values())),
+    }
+
+
+def network(name: str, checkpoint: Checkpoint) -> Numbers:
+    facts, config = checkpoint.facts, checkpoint.manifest.config
+    return {
+        "name": name,
+        **{field: facts[field] for field in ("model", "parameters", "method", "training_images")},
+        "label_fraction": config.get("label_fraction"),
+        "seed": config.get("seed"),
+        "accuracy": wilson(round(facts["test_accuracy"] * facts["test_images"]), facts["test_images"]).as_dict(),
+    }
+
+
+def trust(measurement: Measurement) -> Numbers:
+    """The A/A control: the reference bundle measured against itself in every round."""
+    facts, config = measurement.facts, measurement.manifest.config
+    control = facts["control"]
+    bounded = control is not None and control["low"] is not None
+    return {
+        "device": facts["device"],
+        "emulated": facts["emulated"],
+        "trusted": facts["trusted"],
+        "reference": facts["reference"],
+        "control": control,
+        "control_limit": facts["control_limit"],
+        # Whatever differs by less could be the machine: a wide interval holds 1 easily.
+        "resolution_factor": max(control["high"], 1 / control["low"]) if bounded else None,
+        "rounds": config["rounds"],
+        "threads": config["threads"],
+    }
+
+
+def bundle_rows(measurement: Measurement) -> list[Numbers]:
+    bundles, results = bundles_of(measurement), measurement.facts["results"]
+    rows = []
+    for name, bundle in bundles.items():
+        result = results[name]
+        rows.append(
+            {
+                "name": name,
+                "target": bundle.facts["target"],
+                "precision": bundle.facts["precision"],
+                "status": result["status"],
+                **{field: result.get(field) for field in ("accuracy", "latency_p50_ms", "latency_p90_ms")},
+                "latency_over_float32": _over_float32(name, bundles, results),
+                "size_bytes": bundle.facts["size_bytes"],
+                **{field: _median(result.get(field)) for field in ("load_ms", "first_inference_ms")},
+                "peak_memory_bytes": _peak_memory(result),
+                "warm_up_settled": result.get("warm_up_settled"),
+            }
+        )
+    front = pareto_front(rows) if measurement.facts["trusted"] else set()
+    return [{**row, "pareto": row["name"] in front} for row in rows]
+
+
+def float32_of(name: str, bundles: Mapping[str, Provenance]) -> str | None:
+    """The float32 bundle of the same target and student."""
+    mine = bundles[name]
+    for other, bundle in bundles.items():
+        same = bundle.facts["target"] == mine.facts["target"] and student_key(bundle) == student_key(mine)
+        if same and bundle.facts["precision"] == "float32":
+            return other
+    return None
+
+
+def _over_float32(name: str, bundles: Mapping[str, Provenance], results: Mapping[str, Any]) -> Numbers | None:
+    base = float32_of(name, bundles)
+    mine = results[name].get("latency_p50_by_process_ms")
+    other = results[base].get("latency_p50_by_process_ms") if base not in (None, name) else None
+    return ratio_interval(mine, other).as_dict() if mine and other else None
+
+
+def _median(values: Sequence[float] | None) -> float | None:
+    return float(np.median(values)) if values else None
+
+
+def _peak_memory(result: Mapping[str, Any]) -> int | None:
+    """The peak, unless it was reached before the model was opened: then it says nothing of the model."""
+    peak, before = result.get("peak_memory_bytes"), result.get("memory_before_open_bytes")
+    return peak if isinstance(peak, int) and isinstance(before, int) and peak > before else None
+
+
+def pareto_front(rows: Sequence[Numbers]) -> set[str]:
+    """Names of the rows that no other row beats in accuracy and median latency alike."""
+    points = {
+        row["name"]: (row["accuracy"]["value"], -row["latency_p50_ms"]["value"])
+        for row in rows
+        if row["accuracy"] and row["latency_p50_ms"]
+    }
+
+    def beaten(mine: tuple[float, float]) -> bool:
+        return any(theirs != mine and theirs[0] >= mine[0] and theirs[1] >= mine[1] for theirs in points.values())
+
+    return {name for name, point in points.items() if not beaten(point)}
+
+
+def accuracy_hops(measurement: Measurement, checkpoints: Checkpoints) -> list[Numbers]:
+    """Per target: torch, the float32 file, the INT8 file; each against the one before, image by image."""
+    bundles = bundles_of(measurement)
+    labels = np.load(measurement.file("labels.npy"), allow_pickle=False)
+    right = {
+        name: np.load(measurement.file(f"logits/{name}.npy"), allow_pickle=False).argmax(1) == labels
+        for name in bundles
+        if f"logits/{name}.npy" in measurement.manifest.files
+    }
+    chains: dict[tuple[str, str | None], list[str]] = {}
+    for name in sorted(right, key=lambda name: bundles[name].facts["precision"] != "float32"):
+        chains.setdefault((bundles[name].facts["target"], student_key(bundles[name])), []).append(name)
+    hops = []
+    for (target, key), names in chains.items():
+        student = next((found for found in checkpoints.values() if found.key == key), None)
+        torch_right = None if student is None else _torch_right(student, labels)
+        steps = [] if torch_right is None else [_step("torch", {}, None, torch_right)]
+        for name in names:
+            base = float32_of(name, bundles)
+            before = right[base] if base in right and base != name else torch_right
+            steps.append(_step(bundles[name].facts["precision"], bundles[name].facts, before, right[name]))
+        ran = _where_run(measurement, names[0], bundles[names[0]])
+        hops.append({"target": target, "student": key, "ran": ran, "steps": steps})
+    return hops
+
+
+def _torch_right(student: Checkpoint, labels: np.ndarray) -> np.ndarray:
+    with np.load(student.file("test_logits.npz"), allow_pickle=False) as saved:
+        if not np.array_equal(saved["labels"], labels):
+            raise UserError(
+                f"{student.path} was tested on other images than the bundles: give the measurement's own student"
+            )
+        return np.asarray(saved["logits"].argmax(1) == labels)
+
+
+def _where_run(measurement: Measurement, name: str, bundle: Provenance) -> str:
+    """Empty on this host with the target's own runtime."""
+    ran_by = measurement.facts["results"][name].get("accuracy_by")
+    if ran_by == bundle.facts.get("stand_in"):
+        return f"by {ran_by}"
+    device = measurement.facts["device"]
+    return "" if device == "local" else f"on {device}"
+
+
+def _step(at: str, facts: Mapping[str, Any], before: np.ndarray | None, after: np.ndarray) -> Numbers:
+    """One hop: accuracy and flips on the test images, and what export and quantize found on training images."""
+    parity, int8 = facts.get("parity", {}), facts.get("against_float32", {})
+    return {
+        "at": at,
+        "accuracy": wilson(int(after.sum()), len(after)).as_dict(),
+        **_change(before, after),
+        "parity_max_difference": parity.get("max_difference"),
+        "parity_relative_difference": parity.get("relative_difference"),
+        "signal_to_noise_db": int8.get("signal_to_noise_db"),
+    }
+
+
+def _change(before: np.ndarray | None, after: np.ndarray) -> Numbers:
+    if before is None:
+        return {"lost": None, "won": None, "difference": None, "mcnemar_p": None}
+    found = mcnemar(before, after)
+    difference = {"value": found.difference, "low": found.low, "high": found.high, "n": found.n}
+    return {"lost": found.lost, "won": found.won, "difference": difference, "mcnemar_p": found.p_value}
+
+
+def distillation_gains(checkpoints: Checkpoints) -> list[Numbers]:
+    """Per method (and setting): each seed against its control, and the gain over the seeds.
+
+    A control differs in the method only; a seed without one has no gain.
+    """
+    teachers = teacher_names(checkpoints)
+    runs = [found for name, found in checkpoints.items() if found.manifest.stage == "train" and name not in teachers]
+    controls = {_setting(run, "seed"): run for run in runs if run.facts["method"] == "labels"}
+    groups: dict[str, list[Checkpoint]] = {}
+    for run in runs:
+        if run.facts["method"] != "labels":
+            groups.setdefault(f"{run.facts['method']} {_setting(run)}", []).append(run)
+    return [_gain(group, controls) for group in groups.values()]
+
+
+def _setting(run: Checkpoint, *more: str) -> str:
+    names = [name for name in SHARED_BY_CONTROL if name != "seed" or name in more]
+    return json.dumps([run.manifest.config[name] for name in names], sort_keys=True)
+
+
+def _gain(runs: Sequence[Checkpoint], controls: Mapping[str, Checkpoint]) -> Numbers:
+    seeds = []
+    for run in runs:
+        control = controls.get(_setting(run, "seed"))
+        accuracy, alone = run.facts["test_accuracy"], control.facts["test_accuracy"] if control else None
+        points = None if alone is None else 100 * (accuracy - alone)
+        seed = run.manifest.config["seed"]
+        seeds.append({"seed": seed, "accuracy": accuracy, "labels_accuracy": alone, "gain_points": points})
+    points = [seed["gain_points"] for seed in seeds if seed["gain_points"] is not None]
+    guide = runs[0].manifest.inputs.get("teacher")
+    return {
+        "method": runs[0].facts["method"],
+        "model": runs[0].facts["model"],
+        "training_images": runs[0].facts["training_images"],
+        "label_fraction": runs[0].manifest.config["label_fraction"],
+        "test_images": runs[0].facts["test_images"],
+        "teacher_accuracy": guide.facts["test_accuracy"] if guide else None,
+        "seeds": sorted(seeds, key=lambda seed: seed["seed"]),
+        "gain_points": mean_interval(points).as_dict() if points else None,
+    }
+
+
+def curves(checkpoints: Checkpoints) -> list[Numbers]:
+    """Loss and validation accuracy by epoch of everything that was trained here."""
+    teachers = teacher_names(checkpoints)
+    found = []
+    for name, checkpoint in checkpoints.items():
+        if "history.jsonl" not in checkpoint.manifest.files:
+            continue
+        rows = [json.loads(line) for line in checkpoint.file("history.jsonl").read_text().splitlines()]
+        looked = [row for row in rows if "validation_accuracy" in row]
+        found.append(
+            {
+                "name": name,
+                "group": "teacher" if name in teachers else checkpoint.facts["method"],
+                "epochs": [row["epoch"] for row in rows],
+                "loss": [row["loss"] for row in rows],
+                "validation_epochs": [row["epoch"] for row in looked],
+                "validation_accuracy": [row["validation_accuracy"] for row in looked],
+            }
+        )
+    return found
+
+
+def lineage(measurement: Measurement, checkpoints: Checkpoints) -> list[Numbers]:
+    """Every stage behind the numbers, inputs first."""
+    names = {artifact.key: name for name, artifact in checkpoints.items()}
+    found: dict[str, Numbers] = {}
+    roots = {**{name: item.manifest for name, item in checkpoints.items()}, "measurement": measurement.manifest}
+    for role, root in roots.items():
+        for name, source in _inputs_first(role, root):
+            stage = {"name": names.get(source.key, name), "stage": source.stage, "seconds": source.seconds}
+            found.setdefault(source.key, {**stage, "key": source.key, "config": source.config})
+    return list(found.values())
+
+
+def _inputs_first(role: str, source: Provenance) -> Iterator[tuple[str, Provenance]]:
+    for name, before in source.inputs.items():
+        yield from _inputs_first(name, before)
+    # A bundle's and an INT8 model's input are both called "model".
+    named = f"{source.facts['target']}-{source.facts['precision']}" if source.kind == "model" else role
+    yield (f"{named} ({source.kind})" if source.kind in ("model", "bundle") else named), source
+
+
+def environment(measurement: Measurement, checkpoints: Checkpoints) -> Numbers:
+    """Tool versions (all that took part, where artifacts differ), host, device before and after, runtimes."""
+    tools: dict[str, list[str]] = {}
+    for artifact in (*checkpoints.values(), measurement):
+        for tool, version in artifact.manifest.tools.items():
+            if version not in tools.setdefault(tool, []):
+                tools[tool].append(version)
+    facts = measurement.facts
+    return {
+        "tools": tools,
+        "host": measurement.manifest.host,
+        "device_before": facts["probe_before"],
+        "device_after": facts["probe_after"],
+        "runtimes": {name: result["session"] for name, result in facts["results"].items() if "session" in result},
+    }
+
+
+def summary_table(numbers: Numbers) -> Table:
+    """One line a bundle, within 100 columns."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1), pad_edge=False, collapse_padding=True)
+    table.add_column("bundle", no_wrap=True, min_width=max(len(row["name"]) for row in numbers["bundles"]) + 2)
+    for head in ("top-1 %", "p50 ms", "p90 ms", "x float32", "MiB"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in numbers["bundles"]:
+        p90 = row["latency_p90_ms"]
+        table.add_row(
+            row["name"] + (" *" if row["pareto"] else ""),
+            words.shares(row["accuracy"], 1),
+            words.interval(row["latency_p50_ms"]),
+            words.figure(p90["value"]) if p90 else words.NOTHING,
+            words.interval(row["latency_over_float32"]),
+            words.mebibytes(row["size_bytes"]),
+        )
+    return table
+
+
+def print_summary(console: Console, numbers: Numbers) -> None:
+    """The report in a terminal: main table, accuracy by hop, gain, and whether to believe the latencies."""
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False)
+
+    console.print(summary_table(numbers))
+    if any(row["pareto"] for row in numbers["bundles"]):
+        say("* on the Pareto front of accuracy and p50")
+    for row in numbers["bundles"]:
+        if row["status"] != "measured":
+            say(f"{row['name']}: {row['status']}")
+    for hop in numbers["hops"]:
+        say(words.hop_line(hop))
+    for gain in numbers["gains"]:
+        say(words.gain_sentence(gain))
+    say(words.trust_sentence(numbers["trust"]))
+    if numbers["trust"]["emulated"]:
+        say(words.emulated_sentence(numbers["trust"]))

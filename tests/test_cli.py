@@ -1,0 +1,319 @@
+"""The command line as a user meets it: fast help, JSON, one-line errors, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import SMALL_RECIPE, Made, assert_one_line, command, flip_a_byte, kdpipe
+
+HEAVY = (
+    "torch",
+    "timm",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "nncf",
+    "litert_torch",
+    "numpy",
+    "matplotlib",
+    "jinja2",
+    "sklearn",
+)
+
+
+# Runs the command line and then tells which modules it loaded.
+LOADED = """
+import sys
+from kdpipe.cli import app
+try:
+    app(standalone_mode=False)
+finally:
+    print("LOADED", *sys.modules)
+"""
+
+
+def run_and_list_modules(*arguments: object) -> tuple[subprocess.CompletedProcess[str], set[str]]:
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, *map(str, arguments)], capture_output=True, text=True, check=True
+    )
+    return done, set(done.stdout.partition("LOADED")[2].split())
+
+
+def test_help_is_fast_and_imports_nothing_heavy() -> None:
+    seconds = []
+    for _ in range(5):
+        begun = time.monotonic()
+        assert kdpipe("--help").returncode == 0
+        seconds.append(time.monotonic() - begun)
+    assert min(seconds) < 0.4
+    assert not run_and_list_modules("--help")[1] & set(HEAVY)
+
+
+def test_sealed_runs_import_nothing_heavy(made: Made, tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(SMALL_RECIPE))
+    begun = time.monotonic()
+    done, loaded = run_and_list_modules("run", tmp_path / "small.yaml", "--artifacts", made.chain.folder)
+    assert time.monotonic() - begun < 3
+    assert not loaded & (set(HEAVY) - {"numpy"})
+    assert "0 done now" in done.stdout
+    assert done.stderr.count("sealed") == len(made.chain.steps)
+
+
+def test_run_as_json(made: Made, tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(SMALL_RECIPE))
+    done = kdpipe("run", tmp_path / "small.yaml", "--artifacts", made.chain.folder, "--json")
+    answer = json.loads(done.stdout)
+    assert answer["schema_version"] == 1
+    assert Path(answer["report"]).is_file()
+    assert set(answer["bundles"]) == set(made.bundles)
+    assert len(answer["numbers"]["bundles"]) == 8
+
+
+@pytest.fixture(scope="session")
+def by_hand(made: Made, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each stage alone, through the command line, each fed with the folder that the one before printed."""
+    folder = tmp_path_factory.mktemp("by-hand")
+    made_here: dict[str, Path] = {}
+
+    def call(name: str, *arguments: object) -> None:
+        done = kdpipe(*arguments, cwd=folder)
+        assert done.returncode in ((0, 75) if name == "measurement" else (0,)), done.stderr
+        made_here[name] = folder / done.stdout.strip().splitlines()[-1]
+        assert (made_here[name] / "manifest.json").is_file()
+
+    train = ["--train.epochs", 2, "--train.workers", 0, "--train.augment.crop", "pad", "--input.size", 32]
+    call("data", "data", "digits", "--test-split", "null", "--val_fraction", "0.05")
+    call("teacher", "teacher", made_here["data"], "--model", "test_resnet", *train)
+    call("student", "distill", made_here["teacher"], "--model", "test_resnet", "--label-fraction", 0.2, *train)
+    call(
+        "control",
+        "distill",
+        made_here["data"],
+        "--model",
+        "test_resnet",
+        "--method",
+        "labels",
+        "--label-fraction",
+        0.2,
+        *train,
+    )
+    call("model", "export", made_here["student"], "--target", "openvino")
+    call("tensorrt", "export", made_here["student"], "--target", "tensorrt")
+    call("int8", "quantize", made_here["model"], "--calibration-images", 32)
+    call("bundle", "package", made_here["model"])
+    call("bundle-int8", "package", made_here["int8"])
+    call(
+        "measurement",
+        "bench",
+        made_here["bundle"],
+        made_here["bundle-int8"],
+        "--rounds",
+        2,
+        "--seconds",
+        0.1,
+        "--threads",
+        1,
+    )
+    call("report", "report", made_here["measurement"], "--title", "by hand")
+    return made_here
+
+
+def test_stages_alone(by_hand: dict[str, Path]) -> None:
+    page = (by_hand["report"] / "report.html").read_text()
+    assert "by hand" in page
+    manifest = json.loads((by_hand["student"] / "manifest.json").read_text())
+    assert manifest["config"]["train"]["epochs"] == 2
+    assert manifest["inputs"]["data"]["config"]["val_fraction"] == 0.05
+
+
+def test_same_command_again_is_sealed(by_hand: dict[str, Path]) -> None:
+    done = kdpipe("export", by_hand["student"], "--target", "openvino", "--json")
+    assert "sealed" in done.stderr
+    assert Path(json.loads(done.stdout)["artifact"]) == by_hand["model"]
+
+
+def test_out_is_taken(by_hand: dict[str, Path], tmp_path: Path) -> None:
+    done = kdpipe("package", by_hand["int8"], "--out", tmp_path / "mine")
+    assert done.stdout.strip() == str(tmp_path / "mine")
+    assert_one_line(kdpipe("package", by_hand["model"], "--out", tmp_path / "mine"), 2, "other settings or inputs")
+
+
+def test_verify_and_doctor_as_json(by_hand: dict[str, Path]) -> None:
+    found = json.loads(kdpipe("verify", by_hand["bundle"], "--json").stdout)
+    assert found["golden_images"] == 8 and found["schema_version"] == 1
+    found = json.loads(kdpipe("doctor", "--json").stdout)
+    assert {state["target"] for state in found["targets"]} == {"onnxruntime", "openvino", "tensorrt", "tflite"}
+    tensorrt = next(state for state in found["targets"] if state["target"] == "tensorrt")
+    assert tensorrt["exports"] and not tensorrt["runs"]
+    assert "pip install" not in tensorrt["cure"]  # nothing to install here: it runs on a device
+
+
+def test_doctor_says_what_is_missing() -> None:
+    script = (
+        "import sys, importlib.util as u; real = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name in ('openvino', 'nncf') else real(name, *a)\n"
+        "sys.argv = ['kdpipe', 'doctor', '--target', 'openvino']\nfrom kdpipe.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert_one_line(done, 1, "cannot be made here", "lacks openvino, nncf", "pip install 'kdpipe[openvino]'")
+
+
+def recipe(folder: Path, **change: object) -> Path:
+    path = folder / "my.yaml"
+    path.write_text(yaml.safe_dump({**SMALL_RECIPE, **change}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"distill": {"temprature": 3}}, ["unknown key 'distill.temprature'", "did you mean 'temperature'"]),
+        ({"export": {"targets": ["tflit"]}}, ["unknown target 'tflit'", "did you mean 'tflite'"]),
+        ({"data": {"source": "nowhere"}}, ["no data at 'nowhere'"]),
+        ({"teacher": {"model": "resnet19", "input": {"size": 32}}}, ["unknown model 'resnet19'", "did you mean"]),
+        ({"student": {"model": "resnet19"}}, ["unknown model 'resnet19'"]),
+        ({"teacher": {"model": "test_resnet", "checkpoint": "no.pth"}}, ["teacher.checkpoint", "no.pth"]),
+        ({"distill": {"train": {"optimizer": "adamm"}}}, ["unknown optimiser 'adamm'", "did you mean"]),
+        ({"bench": {"device": "pi5"}}, ["unknown device 'pi5'"]),
+        (
+            {"distill": {"train": {"augment": {"auto_augment": "nonsense"}}}},
+            ["train.augment.auto_augment", "'nonsense'"],
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else value[0][:30],
+)
+def test_mistakes_in_a_recipe(workdir: Path, change: dict[str, object], words: list[str]) -> None:
+    done = kdpipe("run", recipe(workdir, **change))
+    assert_one_line(done, 2, *words)
+    assert not list(workdir.glob("artifacts/*.part"))
+
+
+def test_mistakes_before_any_work(workdir: Path) -> None:
+    """A wrong target, student or device at the end of a recipe is told before the teacher is trained."""
+    for change in ({"export": {"targets": ["nope"]}}, {"student": {"model": "nope"}}, {"bench": {"device": "nope"}}):
+        kdpipe("run", recipe(workdir, **change))
+        assert not list(workdir.glob("artifacts/teacher-*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run"], ["Missing argument", "--help"]),
+        (["run", "none.yaml"], ["no recipe at none.yaml"]),
+        (["exprot"], ["exprot"]),
+        (["export", "nowhere", "--target", "tflite"], ["no artifact at nowhere"]),
+        (["distill", ".", "--model", "x"], ["not an artifact"]),
+        (["data", "digits", "--test-split", "null", "--val-fraction", "2"], ["val_fraction", "found 2"]),
+        (["data", "digits", "--val-fracton", "2"], ["--val-fracton"]),
+        (["data", "digits"], ["the digits have no test split"]),
+        (["verify", "/tmp"], ["not an artifact"]),
+        (["bench"], ["Missing argument"]),
+        (["doctor", "--target", "tflit"], ["unknown target 'tflit'", "did you mean 'tflite'"]),
+    ],
+    ids=" ".join,
+)
+def test_mistakes_on_the_command_line(workdir: Path, arguments: list[str], words: list[str]) -> None:
+    assert_one_line(kdpipe(*arguments), 2, *words)
+
+
+def test_edited_artifact_in_the_chain(made: Made, tmp_path: Path) -> None:
+    shutil.copytree(made.chain.folder, tmp_path / "artifacts")
+    [teacher] = (tmp_path / "artifacts").glob("teacher-*")
+    flip_a_byte(teacher / "model.safetensors")
+    done = kdpipe("run", recipe(tmp_path), "--artifacts", tmp_path / "artifacts")
+    assert_one_line(done, 2, "model.safetensors", "differs from its manifest")
+
+
+def test_checkpoint_of_another_class_count(workdir: Path) -> None:
+    import timm
+
+    torch.save(timm.create_model("test_resnet", num_classes=7).state_dict(), workdir / "seven.pth")
+    teacher = {"model": "test_resnet", "checkpoint": "seven.pth", "input": {"size": 32}}
+    assert_one_line(kdpipe("run", recipe(workdir, teacher=teacher)), 2, "another class count", "seven.pth")
+
+
+def test_pretrained_without_a_hub(workdir: Path) -> None:
+    teacher = {"model": "test_resnet", "pretrained": True, "input": {"size": 32}}
+    done = kdpipe("run", recipe(workdir, teacher=teacher), HF_HUB_OFFLINE="1")
+    assert_one_line(done, 2, "cannot fetch the pretrained weights of 'test_resnet'")
+
+
+def test_no_disk_space(made: Made, tmp_path: Path) -> None:
+    """The whole command line on a file system of 2 MiB that fills while the model is packed."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    package = " ".join(
+        command("package", made.models["onnxruntime-float32"].path, "--data", made.dataset.path, "--out", disk / "b")
+    )
+    inside = f"mount -t tmpfs -o size=512k none {disk} && {package}; code=$?; ls -A {disk}; exit $code"
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", inside], capture_output=True, text=True, check=False)
+    assert_one_line(done, 2, "no disk space left")
+    assert done.stdout.strip() == ""
+
+
+def wait_for(process: subprocess.Popen[str], word: str) -> None:
+    assert process.stderr is not None
+    for line in process.stderr:
+        if word in line:
+            return
+    raise AssertionError(f"{word!r} was never said")
+
+
+@pytest.mark.parametrize("stage", ["data", "teacher", "onnxruntime-float32", "bundle-tflite-int8"])
+def test_interrupt_in_any_stage(made: Made, tmp_path: Path, stage: str) -> None:
+    """Ctrl-C shortly after ``stage`` began leaves only whole artifacts, and the same command goes on."""
+    artifacts = tmp_path / "artifacts"
+    artifacts.mkdir()
+    before = [step.path for step in made.chain.steps[: [step.name for step in made.chain.steps].index(stage)]]
+    for path in before:
+        shutil.copytree(path, artifacts / path.name)
+    arguments = command("run", recipe(tmp_path), "--artifacts", artifacts)
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    if before:
+        wait_for(process, before[-1].name)
+    deadline = time.monotonic() + 60
+    while not list(artifacts.glob("*.part")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert list(artifacts.glob("*.part")), "the stage never began"
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    talk = process.stderr.read()
+    assert process.wait() == 130, talk
+    assert "Traceback" not in talk
+    assert talk.strip().splitlines()[-1].startswith("kdpipe: interrupted")
+    assert not list(artifacts.glob("*.part"))
+    assert {path.name for path in artifacts.iterdir() if "-" in path.name} >= {path.name for path in before}
+
+
+def test_progress_is_plain_lines_without_a_terminal(made: Made, tmp_path: Path) -> None:
+    done = kdpipe("package", made.models["tflite-int8"].path, "--out", tmp_path / "b")
+    assert "\x1b" not in done.stderr + done.stdout
+
+
+def test_progress_is_a_bar_on_a_terminal(made: Made, tmp_path: Path) -> None:
+    """On a pseudo terminal the bar is drawn, also while the libraries are silenced."""
+    import pty
+
+    master, slave = pty.openpty()
+    arguments = command("quantize", made.models["onnxruntime-float32"].path, "--out", tmp_path / "q")
+    process = subprocess.Popen(arguments, stderr=slave, stdout=subprocess.DEVNULL, env={**os.environ, "TERM": "xterm"})
+    os.close(slave)
+    seen = b""
+    try:
+        while chunk := os.read(master, 4096):
+            seen += chunk
+    except OSError:  # the other end closed
+        pass
+    assert process.wait() == 0
+    assert b"calibrating onnxruntime" in seen
+    assert b"\x1b[" in seen

@@ -1,0 +1,284 @@
+"""One contract over every target: real exporters, real quantisers, real runtimes, real images."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import pytest
+import torch
+from conftest import Made
+
+from kdpipe.core.artifact import Model
+from kdpipe.core.config import ExportConfig, QuantizeConfig
+from kdpipe.core.errors import GateFailed, UserError
+from kdpipe.export import TARGETS
+from kdpipe.export.parity import compare
+from kdpipe.export.stage import export
+from kdpipe.networks import models
+from kdpipe.quantize import QUANTIZERS
+from kdpipe.quantize.stage import damage, quantize
+from kdpipe.runtime import RUNTIMES, open_session, predict
+from kdpipe.runtime.preprocess import load_images
+
+BOTH = [(target, precision) for target in TARGETS for precision in ("float32", "int8")]
+
+
+def session_of(model: Model, threads: int = 1):
+    return open_session(model.path, model.facts, threads, stand_in="stand_in" in model.facts)
+
+
+def images_of(made: Made, part: str = "test", count: int = 64) -> np.ndarray:
+    samples = made.dataset.balanced(part, count, seed=1)  # type: ignore[arg-type]
+    return load_images((sample.path for sample in samples), made.student.facts["input"])
+
+
+def torch_logits(made: Made, images: np.ndarray) -> np.ndarray:
+    network, spec = models.restore(made.student)
+    with torch.inference_mode():
+        return models.Normalise(network, spec).eval()(torch.from_numpy(images).permute(0, 3, 1, 2).float()).numpy()
+
+
+def test_a_target_is_one_entry_in_each_room() -> None:
+    assert set(TARGETS) == set(QUANTIZERS) == set(RUNTIMES)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_float32_computes_what_torch_computes(made: Made, target: str) -> None:
+    model = made.models[f"{target}-float32"]
+    images = images_of(made)
+    expected = torch_logits(made, images)
+    actual = predict(session_of(model), images)
+    assert np.abs(actual - expected).max() <= 1e-4 * expected.std()
+    assert (actual.argmax(1) == expected.argmax(1)).all()
+    assert model.facts["parity"]["top1_agreement"] == 1
+
+
+@pytest.mark.parametrize(("target", "precision"), BOTH)
+def test_raw_images_go_in(made: Made, target: str, precision: str) -> None:
+    """Normalisation is inside: the runner's input is 0..255, and a black image differs from a white one."""
+    model = made.models[f"{target}-{precision}"]
+    assert model.facts["input"]["layout"] == TARGETS[target].layout
+    session = session_of(model)
+    black, white = (np.full((1, 32, 32, 3), value, np.uint8) for value in (0, 255))
+    assert session.prepare(white).max() in (255, 127)  # float as it is, or the top of int8
+    assert np.abs(session.infer(session.prepare(black)) - session.infer(session.prepare(white))).max() > 0.1
+
+
+@pytest.mark.parametrize(("target", "precision"), BOTH)
+def test_int8_and_float32_agree_on_most_images(made: Made, target: str, precision: str) -> None:
+    images = images_of(made)
+    agreement = (
+        predict(session_of(made.models[f"{target}-{precision}"]), images).argmax(1)
+        == torch_logits(made, images).argmax(1)
+    ).mean()
+    assert agreement >= 0.75  # a small network of few epochs has narrow margins
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_int8_is_smaller_and_different(made: Made, target: str) -> None:
+    whole, small = made.models[f"{target}-float32"], made.models[f"{target}-int8"]
+    assert small.size_bytes < 0.6 * whole.size_bytes
+    images = images_of(made)
+    assert np.abs(predict(session_of(small), images) - predict(session_of(whole), images)).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["onnxruntime-float32", "onnxruntime-int8", "openvino-float32", "openvino-int8"])
+def test_batch_is_free(made: Made, name: str) -> None:
+    session = session_of(made.models[name])
+    images = images_of(made, count=5)
+    together = session.infer(session.prepare(images))
+    apart = np.concatenate([session.infer(session.prepare(image[None])) for image in images])
+    np.testing.assert_allclose(together, apart, atol=1e-4 * float(apart.std()) + 1e-5)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_sessions_say_what_they_are(made: Made, target: str) -> None:
+    found = session_of(made.models[f"{target}-float32"], threads=1).describe()
+    assert found["threads"] == 1
+    assert found["version"]
+    if target == "openvino":
+        assert found["inference_precision"] == "f32"  # not the bf16 that the plugin likes
+
+
+def test_onnx_is_one_file_of_the_agreed_opset(made: Made) -> None:
+    import onnx
+
+    path = made.models["onnxruntime-float32"].file("model.onnx")
+    model = onnx.load(path, load_external_data=False)
+    assert [entry.version for entry in model.opset_import if entry.domain == ""] == [20]
+    assert not any(tensor.external_data for tensor in model.graph.initializer)
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+
+
+def initializers(model) -> dict[str, np.ndarray]:
+    from onnx import numpy_helper
+
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def test_onnxruntime_int8_is_u8s8_per_channel(made: Made) -> None:
+    import onnx
+
+    model = onnx.load(made.models["onnxruntime-int8"].file("model.onnx"))
+    values = initializers(model)
+    weights = [
+        values[node.input[0]]
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in values
+    ]
+    assert any(weight.dtype == np.int8 and weight.ndim == 4 for weight in weights)
+    zero_points = [values[node.input[2]].dtype for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    assert set(zero_points) == {np.dtype(np.uint8)}
+    scales = [values[n.input[1]] for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in values]
+    assert any(scale.size > 1 for scale in scales)
+
+
+def test_tensorrt_int8_is_explicit_and_symmetric(made: Made) -> None:
+    import onnx
+
+    model = onnx.load(made.models["tensorrt-int8"].file("model.onnx"))
+    values = initializers(model)
+    nodes = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert len(nodes) > 20
+    for node in nodes:
+        zero_point = values[node.input[2]]
+        assert zero_point.dtype == np.int8
+        assert not zero_point.any()
+        assert node.input[0] not in values or values[node.input[0]].dtype != np.int32
+
+
+def test_tensorrt_says_that_it_is_not_built(made: Made) -> None:
+    model = made.models["tensorrt-float32"]
+    assert model.facts["not_built_here"] is True
+    script = model.file("build_engine.sh")
+    subprocess.run(["sh", "-n", script], check=True)
+    assert "engine" not in [path.suffix for path in model.path.iterdir()]
+
+
+def test_tensorrt_build_script_calls_trtexec(made: Made, tmp_path: Path) -> None:
+    """With a stand-in for trtexec, which is not to be had here: what it is called with."""
+    import shutil
+
+    for flag in ("", "--stronglyTyped"):
+        folder = tmp_path / f"m{flag}"
+        shutil.copytree(made.models["tensorrt-int8"].path, folder)
+        fake = folder / "trtexec"
+        fake.write_text(f'#!/bin/sh\nif [ "$1" = --help ]; then echo "{flag}"; else echo "$@"; fi\n')
+        fake.chmod(0o755)
+        done = subprocess.run(
+            [folder / "build_engine.sh"],
+            env={"TRTEXEC": str(fake), "PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert "--onnx=model.onnx --saveEngine=model.engine" in done.stdout
+        assert "--minShapes=image:1x3x32x32" in done.stdout
+        assert ("--stronglyTyped" in done.stdout) == bool(flag)
+
+
+def test_tflite_int8_keeps_the_whole_input_range(made: Made) -> None:
+    session = session_of(made.models["tflite-int8"])
+    ramp = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(2, 1).repeat(2, 2).repeat(3, 3)
+    assert len(np.unique(session.prepare(ramp))) == 256
+
+
+def test_a_file_that_differs_is_refused(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target whose file really computes something else: one weight moved."""
+
+    class Broken(TARGETS["onnxruntime"]):  # type: ignore[misc]
+        def write(self, network, spec, folder):
+            with torch.no_grad():
+                next(parameter for parameter in network.parameters() if parameter.ndim == 4)[0] += 0.5
+            super().write(network, spec, folder)
+            with torch.no_grad():
+                next(parameter for parameter in network.parameters() if parameter.ndim == 4)[0] -= 0.5
+
+    monkeypatch.setitem(TARGETS, "onnxruntime", Broken)
+    with pytest.raises(GateFailed, match="differs from torch by"):
+        export(ExportConfig(target="onnxruntime"), made.student, made.dataset, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_new_target_is_one_class_a_room(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target of the tests' own (torch's weights in numpy, opened by numpy) goes through the same stages."""
+
+    class LookupTarget:
+        needs = ("numpy",)
+        layout = "NHWC"
+        entry = "model.npz"
+        facts = MappingProxyType({"runtime": {}})
+
+        def write(self, network, spec, folder):
+            samples = made.dataset.balanced("train", 64, seed=0)
+            images = load_images((sample.path for sample in samples), spec.model_dump())
+            np.savez(folder / self.entry, images=images, logits=torch_logits(made, images))
+
+    class LookupSession:
+        needs = modules = ("numpy",)
+        batched = False
+
+        def __init__(self, folder, facts, threads):
+            with np.load(folder / facts["entry"]) as table:
+                self.images, self.logits = table["images"].astype(int), table["logits"]
+
+        def prepare(self, images):
+            return images.astype(int)
+
+        def infer(self, prepared):
+            return self.logits[np.abs(self.images - prepared).sum((1, 2, 3)).argmin()][None]
+
+        def describe(self):
+            return {"runtime": "lookup", "version": "1", "threads": 1}
+
+    monkeypatch.setitem(TARGETS, "lookup", LookupTarget)
+    monkeypatch.setitem(RUNTIMES, "lookup", LookupSession)
+    model = export(ExportConfig(target="lookup"), made.student, made.dataset, tmp_path / "model")
+    assert model.facts["parity"]["max_difference"] < 1e-5
+
+
+def test_unknown_target(made: Made, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown target 'tensorflow', wanted onnxruntime, openvino, tensorrt, tflite"):
+        export(ExportConfig(target="tensorflow"), made.student, made.dataset, tmp_path / "model")
+
+
+def test_missing_package_is_said_first(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TARGETS["tflite"], "needs", ("torch", "litert-nowhere"))
+    with pytest.raises(UserError, match=r"target 'tflite' needs litert-nowhere: pip install 'kdpipe\[tflite\]'"):
+        export(ExportConfig(target="tflite"), made.student, made.dataset, tmp_path / "model")
+
+
+def test_int8_of_int8(made: Made, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is int8 already"):
+        quantize(QuantizeConfig(), made.models["onnxruntime-int8"], made.dataset, tmp_path / "model")
+
+
+def test_calibration_comes_from_the_training_part(made: Made) -> None:
+    import json
+
+    training = {sample.path.name for sample in made.dataset.samples("train")}
+    for target in TARGETS:
+        used = json.loads(made.models[f"{target}-int8"].file("calibration.json").read_text())["files"]
+        assert len(used) == 64
+        assert set(used) <= training
+
+
+def test_dead_outputs_are_refused() -> None:
+    alive = np.random.default_rng(0).normal(size=(8, 10)).astype(np.float32)
+    assert damage(alive, alive)["top1_agreement"] == 1
+    for dead in (np.ones_like(alive), np.full_like(alive, np.nan)):
+        with pytest.raises(GateFailed):
+            damage(alive, dead)
+
+
+def test_parity_refuses_to_say_nothing() -> None:
+    constant = np.ones((4, 3), np.float32)
+    with pytest.raises(ValueError, match="do not depend"):
+        compare(constant, constant)
+    with pytest.raises(ValueError, match="shape"):
+        compare(np.zeros((4, 3)), np.zeros((4, 2)))
+    broken = compare(np.eye(3), np.full((3, 3), np.nan))
+    assert broken.relative > 1e3

@@ -1,0 +1,274 @@
+"""Losses against golden values, views that depend on nothing but their address, teachers left alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import SMALL_TRAIN, Made
+from torch import nn
+from torch.utils.data import DataLoader
+
+from kdpipe.core.config import (
+    AdoptConfig,
+    AugmentConfig,
+    DistillConfig,
+    InputConfig,
+    ModelConfig,
+    TrainingConfig,
+    validated,
+)
+from kdpipe.core.data import InputSpec
+from kdpipe.core.errors import GateFailed, UserError
+from kdpipe.distill import train as trainer
+from kdpipe.distill.tasks import METHODS
+from kdpipe.distill.views import EpochBatches, TrainingViews
+from kdpipe.networks import models
+
+# Worked out in float64 from the formulas, independently of torch.
+STUDENT = torch.tensor([[1.0, 2.0, 3.0, 0.0], [0.5, -1.0, 2.0, 1.0], [0.2, 0.1, -0.3, 0.5]])
+TEACHER = torch.tensor([[2.0, 1.0, 4.0, -1.0], [0.0, 0.0, 3.0, 1.0], [1.0, -1.0, 0.0, 2.0]])
+LABELS = torch.tensor([2, 2, 3])
+CROSS_ENTROPY = 0.6621188585
+KD = {1: 0.1803309330, 2: 0.3030484418, 4: 0.3591985807, 100: 0.3876753310}
+
+
+class Fixed(nn.Module):
+    """A network whose logits are parameters."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits.clone())
+        self.num_classes, self.in_chans = 4, 3
+        self.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.logits
+
+
+def losses(
+    config: DistillConfig, student: nn.Module | None = None, teacher: torch.Tensor = TEACHER
+) -> dict[str, torch.Tensor]:
+    task = METHODS[config.method](config, student or Fixed(STUDENT), Fixed(teacher))
+    return task(torch.zeros(3, 3, 2, 2), LABELS)
+
+
+def test_labels_is_cross_entropy() -> None:
+    assert losses(DistillConfig(method="labels"))["loss"].item() == pytest.approx(CROSS_ENTROPY, abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", sorted(KD))
+def test_kd_golden_values(temperature: int) -> None:
+    config = DistillConfig(label_weight=0, kd_weight=1, temperature=temperature)
+    assert losses(config)["loss"].item() == pytest.approx(
+        KD[temperature], abs=3e-4 if temperature == 100 else 1e-6
+    )  # float32 errors grow with T^2
+
+
+def test_kd_presets() -> None:
+    cifar = losses(DistillConfig(label_weight=0.1, kd_weight=0.9, temperature=4))["loss"].item()
+    assert cifar == pytest.approx(0.3894906085, abs=1e-6)
+    vanilla = losses(DistillConfig(label_weight=1, kd_weight=1, temperature=1))["loss"].item()
+    assert vanilla == pytest.approx(CROSS_ENTROPY + KD[1], abs=1e-6)
+
+
+def test_kd_gradient_is_the_difference_of_softened_outputs() -> None:
+    student = Fixed(STUDENT)
+    losses(DistillConfig(label_weight=0, temperature=4), student)["loss"].backward()
+    expected = 4 * ((STUDENT / 4).softmax(1) - (TEACHER / 4).softmax(1)) / 3
+    assert student.logits.grad is not None
+    torch.testing.assert_close(student.logits.grad, expected, atol=1e-6, rtol=0)
+
+
+def test_kd_vanishes_at_the_teacher_and_ignores_shifts() -> None:
+    config = DistillConfig(label_weight=0, temperature=4)
+    shifted = STUDENT + torch.tensor([[3.0], [-2.0], [0.5]])
+    assert losses(config, teacher=shifted)["loss"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_kd_needs_a_teacher() -> None:
+    with pytest.raises(UserError, match="needs a teacher"):
+        METHODS["kd"](DistillConfig(), Fixed(STUDENT), None)
+
+
+SPEC = InputSpec(size=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), crop_fraction=1.0, interpolation="bicubic")
+EVERYTHING = AugmentConfig(crop="resized", flip=0.5, auto_augment="rand-m9-mstd0.5", erase=0.5)
+PADDED = AugmentConfig(crop="pad", flip=0.5, auto_augment="rand-m9-mstd0.5", erase=0.5)
+
+
+@pytest.mark.parametrize("augment", [EVERYTHING, PADDED], ids=["resized", "pad"])
+def test_views_depend_on_seed_epoch_and_index_only(made: Made, augment: AugmentConfig) -> None:
+    views = TrainingViews(made.dataset.samples("train")[:40], augment, SPEC, seed=5)
+    addresses = [(epoch, index) for epoch in range(2) for index in range(40)]
+    expected = {address: views[address][0] for address in addresses}
+    assert not torch.equal(expected[(0, 3)], expected[(1, 3)])
+    assert not torch.equal(
+        expected[(0, 3)], TrainingViews(made.dataset.samples("train")[:40], augment, SPEC, 6)[(0, 3)][0]
+    )
+    shuffled = [addresses[at] for at in np.random.default_rng(0).permutation(len(addresses))]
+    for workers in (0, 2):
+        torch.rand(7)  # whatever was drawn before
+        loader = DataLoader(views, batch_sampler=[shuffled[:50], shuffled[50:]], num_workers=workers)
+        found = torch.cat([images for images, _ in loader])
+        assert torch.equal(found, torch.stack([expected[address] for address in shuffled]))
+
+
+def test_views_leave_torchs_generator_alone(made: Made) -> None:
+    views = TrainingViews(made.dataset.samples("train")[:4], EVERYTHING, SPEC, seed=5)
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    views[(0, 0)]
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_batches_cover_every_image_once() -> None:
+    batches = EpochBatches(10, 4, seed=0)
+    first = list(batches)
+    assert sorted(index for batch in first for _, index in batch) == list(range(10))
+    assert len(first) == len(batches) == 3
+    batches.epoch = 1
+    assert [i for b in batches for _, i in b] != [i for b in first for _, i in b]
+    # A last batch of one image would break BatchNorm: it is left out.
+    assert len(EpochBatches(9, 4, seed=0)) == len(list(EpochBatches(9, 4, seed=0))) == 2
+
+
+def small(model: str = "test_resnet", **more: object) -> TrainingConfig:
+    values = {
+        "model": model,
+        "input": {"size": 32},
+        "label_fraction": 0.05,
+        "train": {**SMALL_TRAIN, "epochs": 1},
+        **more,
+    }
+    return validated(TrainingConfig, values, "test")
+
+
+def test_teacher_is_left_bit_identical(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[nn.Module] = []
+    restore = models.restore
+
+    def watched(checkpoint):  # the real thing, looked at afterwards
+        network, spec = restore(checkpoint)
+        seen.append(network)
+        return network, spec
+
+    monkeypatch.setattr(models, "restore", watched)
+    trainer.train(small(), made.dataset, made.teacher, tmp_path / "student")
+    [teacher] = seen
+    before, _ = restore(made.teacher)
+    assert not teacher.training
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(teacher.state_dict()[name], tensor), name
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_same_run_same_weights_in_another_process(made: Made, tmp_path: Path) -> None:
+    config = small()
+    first = trainer.train(config, made.dataset, made.teacher, tmp_path / "first")
+    script = (
+        "import sys; from pathlib import Path; from kdpipe.core.artifact import Checkpoint;"
+        "from kdpipe.core.config import TrainingConfig; from kdpipe.core.data import Dataset;"
+        "from kdpipe.distill.train import train;"
+        "train(TrainingConfig.model_validate_json(sys.argv[1]), Dataset.open(sys.argv[2]),"
+        " Checkpoint.open(sys.argv[3]), Path(sys.argv[4]))"
+    )
+    arguments = [config.model_dump_json(), made.dataset.path, made.teacher.path, tmp_path / "second"]
+    subprocess.run([sys.executable, "-c", script, *map(str, arguments)], check=True)
+    other = first.path.parent / "second" / "model.safetensors"
+    assert first.file("model.safetensors").read_bytes() == other.read_bytes()
+
+
+def test_facts_are_what_the_weights_do(made: Made) -> None:
+    network, spec = models.restore(made.student)
+    logits, labels = trainer.evaluate(network, spec, made.dataset, "test", workers=0)
+    with np.load(made.student.file("test_logits.npz")) as stored:
+        np.testing.assert_allclose(stored["logits"], logits, atol=1e-5)
+    assert made.student.facts["test_accuracy"] == pytest.approx((logits.argmax(1) == labels).mean())
+    assert made.student.facts["training_images"] == len(
+        json.loads(made.student.file("images.json").read_text())["positions"]
+    )
+
+
+def test_divergence_is_refused(made: Made, tmp_path: Path) -> None:
+    train = {**SMALL_TRAIN, "optimizer": "sgd", "learning_rate": 1e12}
+    with pytest.raises(GateFailed, match="loss became"):
+        trainer.train(small(method="labels", train=train), made.dataset, None, tmp_path / "student")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ModelConfig(model="resnet19"), "unknown model 'resnet19'.*did you mean 'resnet"),
+        (ModelConfig(model="resnet18", model_args={"nonsense": 1}), "cannot make 'resnet18'"),
+        (ModelConfig(model="vit_tiny_patch16_224", input=InputConfig(size=8)), "cannot (make|take)"),
+    ],
+)
+def test_models_that_cannot_be_made(config: ModelConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        models.create(config, 10)
+    assert "\n" not in str(caught.value)
+
+
+def test_vision_transformers_take_small_inputs() -> None:
+    network, spec = models.create(ModelConfig(model="test_vit", input=InputConfig(size=32)), 10)
+    assert network(torch.zeros(1, 3, *[spec.size] * 2)).shape == (1, 10)
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("owned"),))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "no checkpoint at"),
+        (lambda path: path.write_bytes(b"not weights"), "cannot read weights"),
+        (lambda path: torch.save({"x": Evil()}, path), "more than tensors"),
+        (
+            lambda path: torch.save(timm.create_model("resnet10t", num_classes=10).state_dict(), path),
+            "another architecture",
+        ),
+        (
+            lambda path: torch.save(timm.create_model("test_resnet", num_classes=7).state_dict(), path),
+            "another class count",
+        ),
+        (lambda path: torch.save([1, 2], path), "no state dict"),
+    ],
+)
+def test_checkpoints_that_do_not_fit(made: Made, workdir: Path, make, message: str) -> None:
+    path = workdir / "teacher.pth"
+    make(path)
+    config = AdoptConfig(model="test_resnet", checkpoint=path, input=InputConfig(size=32))
+    with pytest.raises(UserError, match=message) as caught:
+        trainer.adopt(config, made.dataset, workdir / "out")
+    assert "\n" not in str(caught.value)
+    assert not (workdir / "owned").exists()
+    assert not (workdir / "out").exists()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_adopted_checkpoint_keeps_its_accuracy(made: Made, tmp_path: Path, wrapped: bool) -> None:
+    network, _ = models.restore(made.teacher)
+    state = network.state_dict()
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}} if wrapped else state, tmp_path / "t.pth")
+    config = AdoptConfig(model="test_resnet", checkpoint=tmp_path / "t.pth", input=InputConfig(size=32))
+    adopted = trainer.adopt(config, made.dataset, tmp_path / "out")
+    assert adopted.facts["test_accuracy"] == made.teacher.facts["test_accuracy"]
+    assert str(tmp_path) not in (adopted.path / "manifest.json").read_text()
+
+
+def test_teacher_of_other_classes(made: Made, photos: Path, tmp_path: Path) -> None:
+    from test_data import prepared
+
+    other = prepared(tmp_path, source=str(photos))
+    with pytest.raises(UserError, match="knows 10 other classes than the data"):
+        trainer.train(small(), other, made.teacher, tmp_path / "student")
