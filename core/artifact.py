@@ -30,6 +30,7 @@ from .errors import KdpipeError, UserError
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+RESUME = "resume"
 
 # Versions written into every manifest, where installed: the tools that can change a number.
 TOOLS = (
@@ -258,6 +259,7 @@ class Draft(Generic[A]):
 
     path: Path
     facts: dict[str, Any] = field(default_factory=dict)
+    resume: Path | None = None  # of a resumable draft: outlives a failure
     sealed: A | None = None
 
     @property
@@ -269,12 +271,19 @@ class Draft(Generic[A]):
 
 @contextlib.contextmanager
 def drafting(
-    kind: type[A], out: Path, *, stage: str, config: BaseModel, inputs: Mapping[str, Artifact]
+    kind: type[A],
+    out: Path,
+    *,
+    stage: str,
+    config: BaseModel,
+    inputs: Mapping[str, Artifact],
+    resumable: bool = False,
 ) -> Iterator[Draft[A]]:
     """Write an artifact: the body fills the draft, leaving the block seals it as ``out``.
 
     An exception or Ctrl-C in the body removes what was written. After ``kill -9`` the ``.part`` folder
-    stays behind without a manifest, and the next writer clears it.
+    stays behind without a manifest, and the next writer clears it. A resumable draft has a folder
+    ``resume`` that outlives both, until the same key is sealed or another one is begun.
 
     Raises:
         UserError: another process is writing ``out``, ``out`` exists already, or the disk is full.
@@ -282,26 +291,52 @@ def drafting(
     if out.exists():
         raise UserError(f"{out} exists already: sealed artifacts are never changed, choose another --out")
     part = out.with_name(out.name + ".part")
+    key = artifact_key(stage, config, inputs)
     begun = time.monotonic()
     with _readable_disk_errors(out):
         part.mkdir(parents=True, exist_ok=True)
     with _exclusive(part):
         try:
             with _readable_disk_errors(out):
-                _clear(part)
-                draft: Draft[A] = Draft(part)
+                draft: Draft[A] = Draft(part, resume=_begin(part, key) if resumable else None)
+                if not resumable:
+                    _clear(part)
                 yield draft
+                if draft.resume is not None:
+                    shutil.rmtree(draft.resume)
                 manifest = _seal(kind, draft, stage, config, inputs, time.monotonic() - begun)
                 part.rename(out)
                 _sync_folder(out.parent)
         except BaseException as error:
             # Libraries wrap the error in one of their own, so its text and the disk itself are asked.
             no_space = os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(part).free < 4096
-            shutil.rmtree(part, ignore_errors=True)
+            _abandon(part)
             if no_space and isinstance(error, Exception) and not isinstance(error, KdpipeError):
                 raise _no_space(out) from error
             raise
     draft.sealed = kind(out, manifest)
+
+
+def _begin(part: Path, key: str) -> Path:
+    """The folder ``resume`` of a draft: as it was left for this key, or new."""
+    resume = part / RESUME
+    kept = resume / "key"
+    if kept.is_file() and kept.read_text() == key:
+        _clear(part, keep=RESUME)
+    else:
+        _clear(part)
+        resume.mkdir()
+        kept.write_text(key)
+    return resume
+
+
+def _abandon(part: Path) -> None:
+    """Remove what a failed stage wrote, but for a state to resume from."""
+    state = [path for path in (part / RESUME).glob("*") if path.name != "key"] if (part / RESUME).is_dir() else []
+    if state:
+        _clear(part, keep=RESUME)
+    else:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _seal(
@@ -334,8 +369,10 @@ def _seal(
     return Manifest.model_validate(value)
 
 
-def _clear(folder: Path) -> None:
+def _clear(folder: Path, keep: str = "") -> None:
     for member in folder.iterdir():
+        if member.name == keep:
+            continue
         if member.is_dir() and not member.is_symlink():
             shutil.rmtree(member)
         else:

@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .errors import UserError, did_you_mean
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Method = Literal[
+    "labels", "hard", "kd", "bkd", "logit_mse", "dkd", "dist", "hint", "at", "rkd", "deep_supervision", "stagewise"
+]
 
 
 class Config(BaseModel):
@@ -81,13 +84,28 @@ class TrainConfig(Config):
     optimizer: str = Field("adamw", description="any optimiser of timm")
     learning_rate: float = Field(2e-3, gt=0, description="peak learning rate")
     weight_decay: float = Field(0.05, ge=0, description="weight decay (not on biases and norms)")
-    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="share of the steps that warm up")
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="label smoothing of the label loss")
-    select: Literal["last", "best"] = Field(
-        "last", description="keep the last epoch, or the best on the validation part"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="momentum of the optimisers that have one")
+    layer_decay: Fraction | None = Field(
+        None, description="factor of the learning rate from each layer to the one below"
     )
+    schedule: Literal["cosine", "multistep", "constant"] = Field("cosine", description="of the learning rate")
+    milestones: tuple[int, ...] = Field((), description="epochs after which schedule=multistep lowers the rate")
+    decay_rate: Fraction = Field(0.1, description="factor of schedule=multistep")
+    warmup_epochs: int = Field(4, ge=0, description="epochs of linear warm-up (at most a quarter of all)")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="label smoothing of the label loss")
+    mixup: float = Field(0.0, ge=0, description="alpha of Mixup; 0 is off")
+    cutmix: float = Field(0.0, ge=0, description="alpha of CutMix; 0 is off")
+    clip_gradient: float | None = Field(None, gt=0, description="largest norm of the gradient")
+    average: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="decay of an exponential moving average of the weights, which is then what is kept"
+    )
+    precision: Literal["float32", "bf16", "auto"] = Field(
+        "float32", description="auto times both, with and without channels-last, and takes the fastest"
+    )
+    select: Literal["last", "best"] = Field("last", description="keep the last epoch, or the best by validation")
     validate_every: int = Field(1, ge=1, description="epochs between two looks at the validation part")
-    workers: int = Field(2, ge=0, description="data loading processes")
+    checkpoint_seconds: float = Field(30.0, ge=0, exclude=True, description="time between two states to resume from")
+    workers: int = Field(2, ge=0, exclude=True, description="data loading processes")
     augment: AugmentConfig = AugmentConfig()
 
 
@@ -115,15 +133,59 @@ class TeacherConfig(AdoptConfig):
     seed: int = Field(0, description="seed of weights, order and views")
 
 
+class DkdConfig(Config):
+    """Of method dkd; ``temperature`` counts too."""
+
+    alpha: float = Field(1.0, ge=0, description="weight of the target-class part")
+    beta: float = Field(8.0, ge=0, description="weight of the non-target part; 2 to 8 in the literature")
+    warmup_epochs: int = Field(20, ge=0, description="epochs over which the loss grows to its weight")
+
+
+class DistConfig(Config):
+    """Of method dist; ``temperature`` counts too."""
+
+    beta: float = Field(1.0, ge=0, description="weight of the correlation within a sample")
+    gamma: float = Field(1.0, ge=0, description="weight of the correlation within a class, over the batch")
+
+
+class RkdConfig(Config):
+    """Of method rkd."""
+
+    distance_weight: float = Field(25.0, ge=0, description="weight of the distances between samples")
+    angle_weight: float = Field(50.0, ge=0, description="weight of the angles between samples")
+
+
+class StagewiseConfig(Config):
+    """Of method stagewise: one stage after another learns the teacher's features, then the head the labels."""
+
+    epochs: int | None = Field(
+        None, ge=1, description="epochs a stage; left out, all stages and the head share train.epochs"
+    )
+    learning_rate: float | None = Field(None, gt=0, description="of the stages; left out, train.learning_rate")
+    frozen_batchnorm: Literal["eval", "train"] = Field(
+        "eval", description="statistics of frozen stages: kept, or moved on (as the published code does)"
+    )
+    handover: Literal["last", "best"] = Field(
+        "last", description="a stage hands on its last epoch, or its best by loss"
+    )
+
+
 class DistillConfig(Config):
     """How the student learns."""
 
-    method: Literal["labels", "kd"] = Field("kd", description="labels alone, or knowledge distillation")
+    method: Method = Field("kd", description="what is learned from the teacher; labels is the control")
     label_weight: float = Field(1.0, ge=0, description="weight of the loss against the labels")
-    kd_weight: float = Field(1.0, ge=0, description="weight of the loss against the teacher")
-    temperature: float = Field(
-        4.0, gt=0, description="temperature T of the softened outputs; the loss is scaled by T^2"
+    label_loss: Literal["ce", "bce"] = Field("ce", description="cross-entropy, or binary cross-entropy per class")
+    kd_weight: float | None = Field(None, ge=0, description="weight of the method's loss; left out, the method's own")
+    temperature: float = Field(4.0, gt=0, description="temperature T of softened outputs; the loss is scaled by T^2")
+    standardize_logits: bool = Field(False, description="kd and dkd: compare standardised logits")
+    shuffled_teacher: bool = Field(
+        False, description="control: the teacher's non-maximal logits change places, so that only its top-1 is left"
     )
+    dkd: DkdConfig = DkdConfig()
+    dist: DistConfig = DistConfig()
+    rkd: RkdConfig = RkdConfig()
+    stagewise: StagewiseConfig = StagewiseConfig()
     label_fraction: Fraction = Field(1.0, description="share of the training images of each class to learn from")
     train: TrainConfig = TrainConfig()
 

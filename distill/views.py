@@ -109,12 +109,12 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, image index) in an order that depends on (seed, epoch) only."""
 
     def __init__(self, images: int, batch_size: int, seed: int) -> None:
-        self.epoch = 0
+        self.epoch, self.skip = 0, 0  # set before iterating; skip leaves out batches that were done already
         self._images, self._batch_size, self._seed = images, batch_size, seed
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = np.random.default_rng((self._seed, self.epoch)).permutation(self._images).tolist()
-        for start in range(0, self._images, self._batch_size):
+        for start in range(self.skip * self._batch_size, self._images, self._batch_size):
             batch = [(self.epoch, index) for index in order[start : start + self._batch_size]]
             if len(batch) > 1 or self._images == 1:  # BatchNorm can't train on a single image
                 yield batch

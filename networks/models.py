@@ -15,6 +15,7 @@ from ..core.config import InputConfig, ModelConfig
 from ..core.data import InputSpec
 from ..core.errors import UserError, did_you_mean
 from ..core.proc import first_line
+from . import cifar  # noqa: F401 (registers its networks with timm)
 
 WEIGHTS = "model.safetensors"
 

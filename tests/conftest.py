@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 
 from kdpipe import pipeline
+from kdpipe.cli import main
 from kdpipe.core.artifact import MANIFEST, Bundle, Checkpoint, Measurement, Model, Report, manifest_digest
 from kdpipe.core.config import Recipe, validated
 from kdpipe.core.data import Dataset
@@ -71,16 +74,29 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "kdpipe", *map(str, arguments)]
 
 
-def kdpipe(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def kdpipe(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command line in this process (importing torch anew for every call takes seconds)."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    before = sys.argv
+    sys.argv = ["kdpipe", *map(str, arguments)]
+    try:
+        with (
+            contextlib.redirect_stdout(stdout),
+            contextlib.redirect_stderr(stderr),
+            contextlib.chdir(cwd or Path.cwd()),
+            pytest.raises(SystemExit) as ended,
+        ):
+            main()
+    finally:
+        sys.argv = before
+    code = ended.value.code
+    return subprocess.CompletedProcess(arguments, code, stdout.getvalue(), stderr.getvalue())
+
+
+def kdpipe_process(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user would, in a process of its own."""
     return subprocess.run(
-        command(*arguments),
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+        command(*arguments), env={**os.environ, **environment}, capture_output=True, text=True, timeout=900, check=False
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import SMALL_RECIPE, Made, assert_one_line, command, flip_a_byte, kdpipe
+from conftest import SMALL_RECIPE, Made, assert_one_line, command, flip_a_byte, kdpipe, kdpipe_process
 
 HEAVY = (
     "torch",
@@ -53,7 +53,7 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
     seconds = []
     for _ in range(5):
         begun = time.monotonic()
-        assert kdpipe("--help").returncode == 0
+        assert kdpipe_process("--help").returncode == 0
         seconds.append(time.monotonic() - begun)
     assert min(seconds) < 0.4
     assert not run_and_list_modules("--help")[1] & set(HEAVY)
@@ -244,7 +244,7 @@ def test_checkpoint_of_another_class_count(workdir: Path) -> None:
 
 def test_pretrained_without_a_hub(workdir: Path) -> None:
     teacher = {"model": "test_resnet", "pretrained": True, "input": {"size": 32}}
-    done = kdpipe("run", recipe(workdir, teacher=teacher), HF_HUB_OFFLINE="1")
+    done = kdpipe_process("run", recipe(workdir, teacher=teacher), HF_HUB_OFFLINE="1")
     assert_one_line(done, 2, "cannot fetch the pretrained weights of 'test_resnet'")
 
 
@@ -296,7 +296,7 @@ def test_interrupt_in_any_stage(made: Made, tmp_path: Path, stage: str) -> None:
 
 
 def test_progress_is_plain_lines_without_a_terminal(made: Made, tmp_path: Path) -> None:
-    done = kdpipe("package", made.models["tflite-int8"].path, "--out", tmp_path / "b")
+    done = kdpipe_process("package", made.models["tflite-int8"].path, "--out", tmp_path / "b")
     assert "\x1b" not in done.stderr + done.stdout
 
 

@@ -7,19 +7,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import kdpipe
+from conftest import kdpipe, kdpipe_process
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("demo")
-    import subprocess
-
-    from conftest import command
-
-    done = subprocess.run(
-        command("demo", "--json"), cwd=folder, capture_output=True, text=True, timeout=900, check=False
-    )
+    done = kdpipe_process("demo", "--json", "--artifacts", folder / "artifacts")
     assert done.returncode == 0, done.stderr
     return folder, json.loads(done.stdout)
 
@@ -49,7 +43,7 @@ def test_every_bundle_verifies(demo: tuple[Path, dict]) -> None:
 
 def test_second_run_is_sealed_and_quick(demo: tuple[Path, dict]) -> None:
     begun = time.monotonic()
-    done = kdpipe("demo", cwd=demo[0])
+    done = kdpipe_process("demo", "--artifacts", demo[0] / "artifacts")
     seconds = time.monotonic() - begun
     assert done.returncode == 0
     assert "0 done now" in done.stdout

@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 from kdpipe.core.config import (
     AdoptConfig,
     AugmentConfig,
-    DistillConfig,
     InputConfig,
     ModelConfig,
     TrainingConfig,
@@ -26,76 +25,10 @@ from kdpipe.core.config import (
 )
 from kdpipe.core.data import InputSpec
 from kdpipe.core.errors import GateFailed, UserError
+from kdpipe.distill import loop
 from kdpipe.distill import train as trainer
-from kdpipe.distill.tasks import METHODS
 from kdpipe.distill.views import EpochBatches, TrainingViews
 from kdpipe.networks import models
-
-# Worked out in float64 from the formulas, independently of torch.
-STUDENT = torch.tensor([[1.0, 2.0, 3.0, 0.0], [0.5, -1.0, 2.0, 1.0], [0.2, 0.1, -0.3, 0.5]])
-TEACHER = torch.tensor([[2.0, 1.0, 4.0, -1.0], [0.0, 0.0, 3.0, 1.0], [1.0, -1.0, 0.0, 2.0]])
-LABELS = torch.tensor([2, 2, 3])
-CROSS_ENTROPY = 0.6621188585
-KD = {1: 0.1803309330, 2: 0.3030484418, 4: 0.3591985807, 100: 0.3876753310}
-
-
-class Fixed(nn.Module):
-    """A network whose logits are parameters."""
-
-    def __init__(self, logits: torch.Tensor) -> None:
-        super().__init__()
-        self.logits = nn.Parameter(logits.clone())
-        self.num_classes, self.in_chans = 4, 3
-        self.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.logits
-
-
-def losses(
-    config: DistillConfig, student: nn.Module | None = None, teacher: torch.Tensor = TEACHER
-) -> dict[str, torch.Tensor]:
-    task = METHODS[config.method](config, student or Fixed(STUDENT), Fixed(teacher))
-    return task(torch.zeros(3, 3, 2, 2), LABELS)
-
-
-def test_labels_is_cross_entropy() -> None:
-    assert losses(DistillConfig(method="labels"))["loss"].item() == pytest.approx(CROSS_ENTROPY, abs=1e-6)
-
-
-@pytest.mark.parametrize("temperature", sorted(KD))
-def test_kd_golden_values(temperature: int) -> None:
-    config = DistillConfig(label_weight=0, kd_weight=1, temperature=temperature)
-    assert losses(config)["loss"].item() == pytest.approx(
-        KD[temperature], abs=3e-4 if temperature == 100 else 1e-6
-    )  # float32 errors grow with T^2
-
-
-def test_kd_presets() -> None:
-    cifar = losses(DistillConfig(label_weight=0.1, kd_weight=0.9, temperature=4))["loss"].item()
-    assert cifar == pytest.approx(0.3894906085, abs=1e-6)
-    vanilla = losses(DistillConfig(label_weight=1, kd_weight=1, temperature=1))["loss"].item()
-    assert vanilla == pytest.approx(CROSS_ENTROPY + KD[1], abs=1e-6)
-
-
-def test_kd_gradient_is_the_difference_of_softened_outputs() -> None:
-    student = Fixed(STUDENT)
-    losses(DistillConfig(label_weight=0, temperature=4), student)["loss"].backward()
-    expected = 4 * ((STUDENT / 4).softmax(1) - (TEACHER / 4).softmax(1)) / 3
-    assert student.logits.grad is not None
-    torch.testing.assert_close(student.logits.grad, expected, atol=1e-6, rtol=0)
-
-
-def test_kd_vanishes_at_the_teacher_and_ignores_shifts() -> None:
-    config = DistillConfig(label_weight=0, temperature=4)
-    shifted = STUDENT + torch.tensor([[3.0], [-2.0], [0.5]])
-    assert losses(config, teacher=shifted)["loss"].item() == pytest.approx(0, abs=1e-6)
-
-
-def test_kd_needs_a_teacher() -> None:
-    with pytest.raises(UserError, match="needs a teacher"):
-        METHODS["kd"](DistillConfig(), Fixed(STUDENT), None)
-
 
 SPEC = InputSpec(size=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), crop_fraction=1.0, interpolation="bicubic")
 EVERYTHING = AugmentConfig(crop="resized", flip=0.5, auto_augment="rand-m9-mstd0.5", erase=0.5)
@@ -187,7 +120,7 @@ def test_same_run_same_weights_in_another_process(made: Made, tmp_path: Path) ->
 
 def test_facts_are_what_the_weights_do(made: Made) -> None:
     network, spec = models.restore(made.student)
-    logits, labels = trainer.evaluate(network, spec, made.dataset, "test", workers=0)
+    logits, labels = loop.evaluate(network, spec, made.dataset, "test", workers=0)
     with np.load(made.student.file("test_logits.npz")) as stored:
         np.testing.assert_allclose(stored["logits"], logits, atol=1e-5)
     assert made.student.facts["test_accuracy"] == pytest.approx((logits.argmax(1) == labels).mean())

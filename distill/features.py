@@ -1,0 +1,112 @@
+"""The stages of two networks, whatever their families: which to compare, and how to make them comparable."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..core.errors import UserError
+
+STAGES = 4  # most that are compared
+
+
+def stage_indices(network: nn.Module, name: str) -> list[int]:
+    """Indices into timm's ``forward_intermediates`` of at most four stages, shallow to deep.
+
+    The last feature of each resolution; where a network has fewer than three resolutions (ViTs), blocks
+    evenly spaced up to the last.
+
+    Raises:
+        UserError: the network gives no intermediate features.
+    """
+    info = getattr(network, "feature_info", None)
+    if not hasattr(network, "forward_intermediates") or not info:
+        raise UserError(f"'{name}' gives no intermediate features through timm: choose a method that compares logits")
+    reductions = [entry["reduction"] for entry in info]
+    if len(set(reductions)) >= 3:
+        ends = [at for at, (here, after) in enumerate(pairwise([*reductions, None])) if here != after]
+        return ends[-STAGES:]
+    count = min(STAGES, len(reductions))
+    return [round((at + 1) * len(reductions) / count) - 1 for at in range(count)]
+
+
+def paired(student: list[int], teacher: list[int]) -> tuple[list[int], list[int]]:
+    """As many stages of each as both have, from the deepest up."""
+    count = min(len(student), len(teacher))
+    return student[-count:], teacher[-count:]
+
+
+def maps_and_logits(network: nn.Module, image: Tensor, indices: list[int]) -> tuple[list[Tensor], Tensor]:
+    """Feature maps [B, C, H, W] at ``indices`` and logits [B, K], from one forward."""
+    final, maps = network.forward_intermediates(image, indices=indices, output_fmt="NCHW")  # type: ignore[operator]
+    logits: Tensor = network.forward_head(final)  # type: ignore[operator]
+    return list(maps), logits
+
+
+def map_shapes(network: nn.Module, size: int, indices: list[int]) -> list[tuple[int, int, int]]:
+    """(channels, height, width) of the maps at ``indices`` for one image of ``size`` pixels."""
+    was_training = network.training
+    with torch.no_grad():
+        maps, _ = maps_and_logits(network.eval(), torch.zeros(1, 3, size, size), indices)
+    network.train(was_training)
+    return [(features.shape[1], features.shape[2], features.shape[3]) for features in maps]
+
+
+def same_size(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Average-pool the larger of two maps to the smaller, height and width apart."""
+    size = (min(first.shape[2], second.shape[2]), min(first.shape[3], second.shape[3]))
+    return functional.adaptive_avg_pool2d(first, size), functional.adaptive_avg_pool2d(second, size)
+
+
+class Adapter(nn.Sequential):
+    """1x1 convolution and BatchNorm from the student's channels to the teacher's (a FitNet regressor)."""
+
+    def __init__(self, student_channels: int, teacher_channels: int) -> None:
+        super().__init__(nn.Conv2d(student_channels, teacher_channels, 1, bias=False), nn.BatchNorm2d(teacher_channels))
+
+
+class AuxiliaryHead(nn.Sequential):
+    """Logits from an inner stage: separable convolutions that halve the map, then pool and classify.
+
+    One halving for each stage that is still to come, as far as the map allows.
+    """
+
+    def __init__(self, channels: int, halvings: int, classes: int) -> None:
+        steps: list[nn.Module] = []
+        for _ in range(halvings):
+            steps += [
+                nn.Conv2d(channels, channels, 3, stride=2, padding=1, groups=channels, bias=False),
+                nn.Conv2d(channels, channels, 1, bias=False),
+                nn.BatchNorm2d(channels),
+                nn.ReLU(),
+            ]
+        super().__init__(*steps, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
+def stage_parameters(network: nn.Module, size: int, indices: list[int]) -> list[list[str]]:
+    """Names of the parameters of each stage, and of what follows the last (the head), by autograd.
+
+    A parameter belongs to the first stage whose map depends on it: that holds for any network, whatever
+    its modules are called.
+    """
+    names, parameters = zip(*network.named_parameters(), strict=True)
+    needed = [parameter.requires_grad for parameter in parameters]
+    was_training = network.training
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    maps, _ = maps_and_logits(network.eval(), torch.randn(2, 3, size, size), indices)
+    seen: set[str] = set()
+    stages = []
+    for features in maps:
+        gradients = torch.autograd.grad(features.sum(), parameters, retain_graph=True, allow_unused=True)
+        reached = {name for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
+        stages.append([name for name in names if name in reached - seen])
+        seen |= reached
+    stages.append([name for name in names if name not in seen])
+    network.train(was_training)
+    for parameter, wanted in zip(parameters, needed, strict=True):
+        parameter.requires_grad_(wanted)
+    return stages

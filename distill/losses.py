@@ -1,0 +1,380 @@
+"""The losses: functions of a student's and a teacher's outputs, each a scalar whose gradient reaches the student alone.
+
+Everything is computed in float32, whatever comes in and whatever autocast is on; the teacher's side is detached.
+Shapes: B samples, K classes, C channels, H x W positions, D features. Nothing broadcasts: wrong shapes raise
+ValueError. Labels outside [0, K) raise what torch raises.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def kd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Distillation of softened outputs: T^2 * mean over B of KL(softmax(z_t/T) || softmax(z_s/T)).
+
+    The gradient by z_s is T * (softmax(z_s/T) - softmax(z_t/T)) / B, of about one size for every T that is not small.
+    float32 leaves an error of the order of 1e-8 * T^2 in the value: far above T = 100 use ``logit_mse``, the limit.
+
+    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (2015), section 2. The mean is over B,
+    not over B * K, which would make it K times smaller.
+
+    Args:
+        student, teacher: logits [B, K], K >= 2.
+        temperature: T > 0.
+
+    Raises:
+        ValueError: shapes that differ or are no logits; a temperature that is not positive and finite.
+    """
+    student, teacher = _softened(student, teacher, temperature)
+    return temperature**2 * _kl(teacher, student).mean()
+
+
+def logit_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Matching of logits: mean over B of ||c(z_s) - c(z_t)||^2 / (2K), where c takes off each row's mean.
+
+    The limit of ``kd`` as T grows, its factor 1 / (2K) included, so that the two share one weight.
+
+    Source: Hinton, Vinyals, Dean (2015), section 2.1, integrated. Ba and Caruana, "Do Deep Nets Really Need to be
+    Deep?" (2014), match logits that are not centred.
+
+    Args:
+        student, teacher: logits [B, K], K >= 2.
+
+    Raises:
+        ValueError: shapes that differ or are no logits.
+    """
+    student, teacher = _logits(student, teacher)
+    return (_centred(student) - _centred(teacher)).square().mean() / 2
+
+
+def hard(student: Tensor, teacher: Tensor) -> Tensor:
+    """The teacher's decision as a label: mean over B of CE(z_s, argmax z_t).
+
+    Source: Touvron et al., "Training data-efficient image transformers & distillation through attention" (DeiT, 2021),
+    hard-label distillation.
+
+    Args:
+        student, teacher: logits [B, K], K >= 2.
+
+    Raises:
+        ValueError: shapes that differ or are no logits.
+    """
+    student, teacher = _logits(student, teacher)
+    return functional.cross_entropy(student, teacher.argmax(1))
+
+
+def bkd(student: Tensor, teacher: Tensor) -> Tensor:
+    """K binary problems: mean over B * K of BCE(sigmoid(z_s), softmax(z_t)).
+
+    Its gradient is about K times smaller than that of a loss that is summed over classes; its minimum is not zero but
+    the targets' entropy.
+
+    Source: the code of Hao et al., "Revisit the Power of Vanilla Knowledge Distillation" (VanillaKD, NeurIPS 2023).
+
+    Args:
+        student, teacher: logits [B, K], K >= 2.
+
+    Raises:
+        ValueError: shapes that differ or are no logits.
+    """
+    student, teacher = _logits(student, teacher)
+    return functional.binary_cross_entropy_with_logits(student, teacher.softmax(1))
+
+
+def dkd(student: Tensor, teacher: Tensor, target: Tensor, alpha: float, beta: float, temperature: float) -> Tensor:
+    """Decoupled distillation: T^2 * mean over B of (alpha * TCKD + beta * NCKD), all softened by T.
+
+    TCKD = KL between [p(y), 1 - p(y)] of teacher and student; NCKD = KL between their distributions over the K - 1
+    classes that are not y. Per sample KL = TCKD + (1 - p_t(y)) * NCKD, so no constant alpha and beta give ``kd``.
+    With two classes NCKD is zero.
+
+    Worked out in logs: with g = z_y - logsumexp of the others, log p(y) = logsigmoid(g) and log(1 - p(y)) =
+    logsigmoid(-g), which stay finite where probabilities would underflow.
+
+    Source: Zhao et al., "Decoupled Knowledge Distillation" (CVPR 2022).
+
+    Args:
+        student, teacher: logits [B, K], K >= 2.
+        target: classes [B] (integers), or soft labels [B, K], of which the largest counts.
+        alpha: the weight of TCKD.
+        beta: the weight of NCKD.
+        temperature: T > 0.
+
+    Raises:
+        ValueError: shapes that differ or are no logits; a target that is neither; a temperature that is not positive
+            and finite.
+    """
+    student, teacher = _logits(student, teacher)
+    _check_temperature(temperature)
+    labels = _labels(target, student)
+    student_target, student_others = _decoupled(student / temperature, labels)
+    teacher_target, teacher_others = _decoupled(teacher / temperature, labels)
+    tckd, nckd = _kl(teacher_target, student_target), _kl(teacher_others, student_others)
+    return temperature**2 * (alpha * tckd + beta * nckd).mean()
+
+
+def dist(student: Tensor, teacher: Tensor, beta: float, gamma: float, temperature: float) -> Tensor:
+    """Matching of relations: T^2 * (beta * inter + gamma * intra) of the probabilities p = softmax(z/T).
+
+    inter = 1 - mean over samples of pearson(p_s[b, :], p_t[b, :]); intra = 1 - mean over classes of pearson(p_s[:, k],
+    p_t[:, k]). intra depends on who else is in the batch; for a batch of one it is the constant 1.
+
+    Source: Huang et al., "Knowledge Distillation from A Stronger Teacher" (DIST, NeurIPS 2022) and its code.
+
+    Args:
+        student, teacher: logits [B, K], K >= 2.
+        beta: the weight of inter.
+        gamma: the weight of intra.
+        temperature: T > 0.
+
+    Raises:
+        ValueError: shapes that differ or are no logits; a temperature that is not positive and finite.
+    """
+    student, teacher = (logs.exp() for logs in _softened(student, teacher, temperature))
+    inter = 1 - pearson(student, teacher).mean()
+    intra = 1 - pearson(student.T, teacher.T).mean()
+    return temperature**2 * (beta * inter + gamma * intra)
+
+
+def pearson(left: Tensor, right: Tensor) -> Tensor:
+    """Row by row correlation: <c(a), c(b)> / (||c(a)|| * ||c(b)|| + 1e-8), c takes off the mean.
+
+    The 1e-8 is that of DIST's code: it damps rows whose values are all tiny. A row that is constant as far as float32
+    can tell correlates with nothing: 0, with no gradient (the formula's own would be 1e8 * c(b)).
+
+    Args:
+        left, right: [N, M].
+
+    Returns:
+        [N], from -1 to 1.
+
+    Raises:
+        ValueError: shapes that differ or are no matrices.
+    """
+    _check_shapes(left, right, "[N, M]", 2)
+    left, right = _varying(left.float()), _varying(right.float())
+    norms: Tensor = torch.linalg.vector_norm(left, dim=1) * torch.linalg.vector_norm(right, dim=1)
+    return (left * right).sum(1) / (norms + 1e-8)
+
+
+def standardise(logits: Tensor) -> Tensor:
+    """Logit standardisation: (z - mean) / (1e-7 + std) of each row, with the unbiased std (over K - 1).
+
+    Given both networks' logits through it, ``kd`` and ``dkd`` ignore each row's shift and scale. A row that is constant
+    as far as float32 can tell becomes 0, with no gradient (the formula's own would be 1e7).
+
+    Source: Sun et al., "Logit Standardization in Knowledge Distillation" (CVPR 2024) and its code.
+
+    Args:
+        logits: [B, K], K >= 2.
+
+    Returns:
+        float32 [B, K].
+
+    Raises:
+        ValueError: no logits.
+    """
+    _check_logits(logits)
+    logits = logits.float()
+    return _varying(logits) / (logits.std(1, keepdim=True) + 1e-7)
+
+
+def shuffle_non_maximal(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """A control: the teacher that knows its decision and its confidences but not which class got which.
+
+    Each row's values, but for the largest, change places at random; the largest stays. Of equal largest ones, the one
+    that argmax names stays.
+
+    Source: the control of the code of Hao et al. (VanillaKD, 2023).
+
+    Args:
+        logits: [B, K], K >= 2, of any float type.
+        generator: where the permutations come from; one on the CPU gives the same ones for logits on any device.
+
+    Returns:
+        [B, K] of the logits' type.
+
+    Raises:
+        ValueError: no logits.
+    """
+    _check_logits(logits)
+    others = _others(logits.argmax(1), logits.shape[1])
+    order = torch.rand(others.shape, generator=generator, device=generator.device).argsort(1).to(logits.device)
+    return logits.scatter(1, others, logits.gather(1, others.gather(1, order)))
+
+
+def hint(student_map: Tensor, teacher_map: Tensor) -> Tensor:
+    """Matching of features: the mean over all elements of (f_s - f_t)^2. An adapter, where needed, comes before.
+
+    Source: Romero et al., "FitNets: Hints for Thin Deep Nets" (2015), with a mean where the paper has half a sum.
+
+    Args:
+        student_map, teacher_map: any one shape with B first, such as [B, C, H, W] or [B, D].
+
+    Raises:
+        ValueError: shapes that differ, or nothing in them.
+    """
+    _check_shapes(student_map, teacher_map, "features [B, ...]", None)
+    return functional.mse_loss(student_map.float(), teacher_map.detach().float())
+
+
+def attention(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
+    """Attention transfer: the sum over pairs of the mean over B * H * W of (Q_s - Q_t)^2.
+
+    Q is the mean over channels of f^2, flattened and divided by its 2-norm; before it, features are average-pooled to
+    the smaller height and the smaller width of their pair. A map of zeros has Q = 0.
+
+    Source: the code of Zagoruyko and Komodakis, "Paying More Attention to Attention" (2017), p = 2; the paper's eq. 2
+    has a norm of the difference where the code has a mean of its square.
+
+    Args:
+        student_maps, teacher_maps: as many of the one as of the other; [B, C, H, W] each, C, H and W may differ.
+
+    Raises:
+        ValueError: no pairs, maps without a partner, maps of other dimensions, batches that differ.
+    """
+    if not student_maps or len(student_maps) != len(teacher_maps):
+        raise ValueError(f"wanted pairs of maps, found {len(student_maps)} and {len(teacher_maps)} maps")
+    pairs = zip(student_maps, teacher_maps, strict=True)
+    return torch.stack([_attention_pair(student, teacher) for student, teacher in pairs]).sum()
+
+
+def rkd(
+    student_embeddings: Tensor, teacher_embeddings: Tensor, distance_weight: float = 25, angle_weight: float = 50
+) -> Tensor:
+    """Relational distillation: distance_weight * RKD-D + angle_weight * RKD-A, both means of a smooth L1.
+
+    RKD-D, over B^2 pairs: distances, each network's divided by the mean of its positive ones. RKD-A, over B^3 triplets
+    (i, j, k): the cosine of the angle at i between j and k. Neither sees rotation, translation or scale. Embeddings
+    that coincide are at distance 0 and at cosine 0, without gradient. Angles need memory for B^2 * D and B^3 numbers.
+
+    Source: Park et al., "Relational Knowledge Distillation" (CVPR 2019); normalisation and weights as in RepDistiller.
+
+    Args:
+        student_embeddings, teacher_embeddings: [B, D], D may differ.
+        distance_weight: of RKD-D.
+        angle_weight: of RKD-A; 0 leaves out the B^3 work.
+
+    Raises:
+        ValueError: no matrices, or batches that differ.
+    """
+    for embeddings in (student_embeddings, teacher_embeddings):
+        if embeddings.ndim != 2 or not embeddings.numel():
+            raise ValueError(f"wanted embeddings [B, D], found {list(embeddings.shape)}")
+    _check_batches(student_embeddings, teacher_embeddings)
+    with torch.autocast(student_embeddings.device.type, enabled=False):  # it would take the angles to half precision
+        student_distances, student_directions = _relations(student_embeddings.float())
+        teacher_distances, teacher_directions = _relations(teacher_embeddings.detach().float())
+        loss = distance_weight * functional.smooth_l1_loss(student_distances, teacher_distances)
+        if angle_weight:
+            student_cosines = student_directions @ student_directions.mT
+            teacher_cosines = teacher_directions @ teacher_directions.mT
+            loss = loss + angle_weight * functional.smooth_l1_loss(student_cosines, teacher_cosines)
+    return loss
+
+
+def _check_shapes(student: Tensor, teacher: Tensor, wanted: str, dimensions: int | None) -> None:
+    wrong = dimensions is not None and student.ndim != dimensions
+    if wrong or student.shape != teacher.shape or not student.numel():
+        raise ValueError(f"wanted {wanted} twice, found {list(student.shape)} and {list(teacher.shape)}")
+
+
+def _check_batches(student: Tensor, teacher: Tensor) -> None:
+    if student.shape[0] != teacher.shape[0]:
+        raise ValueError(f"wanted one batch, found {student.shape[0]} samples and {teacher.shape[0]}")
+
+
+def _check_logits(logits: Tensor) -> None:
+    if logits.ndim != 2 or logits.shape[0] < 1 or logits.shape[1] < 2:
+        raise ValueError(f"wanted logits [B, K] with B >= 1 and K >= 2, found {list(logits.shape)}")
+
+
+def _check_temperature(temperature: float) -> None:
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"wanted a temperature above 0, found {temperature}")
+
+
+def _logits(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as float32, the teacher's cut off from its graph."""
+    _check_logits(student)
+    _check_shapes(student, teacher, "logits [B, K]", 2)
+    return student.float(), teacher.detach().float()
+
+
+def _softened(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Both as log softmax(z/T)."""
+    student, teacher = _logits(student, teacher)
+    _check_temperature(temperature)
+    return (student / temperature).log_softmax(1), (teacher / temperature).log_softmax(1)
+
+
+def _kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(teacher || student) of log-probabilities [B, K], row by row."""
+    return functional.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+
+
+def _centred(rows: Tensor) -> Tensor:
+    return rows - rows.mean(1, keepdim=True)
+
+
+def _varying(rows: Tensor) -> Tensor:
+    """Centred rows; zero, with no gradient, where what is left of a row is its rounding."""
+    centred = _centred(rows)
+    sizes = torch.linalg.vector_norm(torch.stack([centred.detach(), rows.detach()]), dim=2, keepdim=True)
+    return centred.masked_fill(sizes[0] <= 1e-6 * sizes[1], 0)
+
+
+def _labels(target: Tensor, logits: Tensor) -> Tensor:
+    if target.shape == logits.shape:
+        return target.argmax(1)
+    if target.shape != logits.shape[:1] or target.is_floating_point():
+        wanted = f"classes [{logits.shape[0]}] or soft labels {list(logits.shape)}"
+        raise ValueError(f"wanted {wanted}, found {target.dtype} {list(target.shape)}")
+    return target.long()
+
+
+def _others(labels: Tensor, classes: int) -> Tensor:
+    """The classes that are not the label, ascending: [B, K - 1]."""
+    index = torch.arange(classes - 1, device=labels.device)
+    return index + (index >= labels[:, None])
+
+
+def _decoupled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the label and of not the label [B, 2], and of each other class among them [B, K - 1]."""
+    others = logits.gather(1, _others(labels, logits.shape[1]))
+    margin = logits.gather(1, labels[:, None]) - others.logsumexp(1, keepdim=True)
+    return functional.logsigmoid(torch.cat([margin, -margin], 1)), others.log_softmax(1)
+
+
+def _attention_pair(student: Tensor, teacher: Tensor) -> Tensor:
+    for features in (student, teacher):
+        if features.ndim != 4 or not features.numel():
+            raise ValueError(f"wanted maps [B, C, H, W], found {list(features.shape)}")
+    _check_batches(student, teacher)
+    size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
+    return functional.mse_loss(_attention_map(student.float(), size), _attention_map(teacher.detach().float(), size))
+
+
+def _attention_map(features: Tensor, size: tuple[int, int]) -> Tensor:
+    if features.shape[2:] != size:
+        features = functional.adaptive_avg_pool2d(features, size)
+    return functional.normalize(features.square().mean(1).flatten(1), dim=1)
+
+
+def _relations(embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """Distances over their mean [B, B], and unit vectors from each to each [B, B, D]; zeros where two coincide."""
+    differences = embeddings[None] - embeddings[:, None]
+    squares = differences.square().sum(2)
+    apart = squares > 0
+    # The root has no slope at 0, and what is masked only after it would still send back nan.
+    lengths = squares.where(apart, 1).sqrt()
+    directions = (differences / lengths[:, :, None]).where(apart[:, :, None], 0)
+    distances = lengths.where(apart, 0)
+    mean = distances.sum() / apart.sum().clamp_min(1)
+    return distances / mean.where(mean > 0, 1), directions

@@ -1,0 +1,281 @@
+"""Every method on real networks and real images: what is compared, what is frozen, what is added and dropped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import timm
+import torch
+from conftest import SMALL_TRAIN, Made
+from torch import nn
+
+from kdpipe.core.config import DistillConfig, Method, TrainingConfig, validated
+from kdpipe.core.data import InputSpec
+from kdpipe.core.errors import UserError
+from kdpipe.distill import losses
+from kdpipe.distill.features import map_shapes, paired, stage_indices, stage_parameters
+from kdpipe.distill.loop import evaluate
+from kdpipe.distill.tasks import METHODS, DistillationTask
+from kdpipe.distill.teacher import Teacher
+from kdpipe.distill.train import train
+from kdpipe.networks import models
+
+SPEC = InputSpec(size=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), crop_fraction=1.0, interpolation="bicubic")
+NETWORKS = ["test_resnet", "test_vit", "resnet8", "test_efficientnet", "test_convnext"]
+
+
+def network(name: str, classes: int = 10, seed: int = 0) -> nn.Module:
+    """A network whose residual branches all count (timm starts some at zero)."""
+    torch.manual_seed(seed)
+    made = models.create(validated(TrainingConfig, {"model": name, "input": {"size": 32}}, "test"), classes)[0]
+    for parameter in made.parameters():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter, 0.5, 0.1)
+    return made
+
+
+def task_of(config: DistillConfig, student: nn.Module, teacher: nn.Module | None = None) -> DistillationTask:
+    guide = Teacher(teacher, SPEC, SPEC, config.shuffled_teacher) if teacher is not None else None
+    return METHODS[config.method](config, student, SPEC, guide, "the student")
+
+
+def batch(count: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, 3, 32, 32, generator=generator), torch.arange(count) % 10
+
+
+def test_every_method_has_a_task() -> None:
+    assert set(METHODS) == set(get_args(Method))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("student", NETWORKS)
+def test_any_student_learns_from_any_teacher(method: str, student: str) -> None:
+    """CNN from ViT, ViT from CNN, 32 pixels up: one step of every pair gives finite gradients to the student alone."""
+    for teacher_name in ("test_resnet", "test_vit"):
+        mine, its = network(student), network(teacher_name, seed=1)
+        before = {name: tensor.clone() for name, tensor in its.state_dict().items()}
+        task = task_of(DistillConfig(method=method), mine, its)
+        for phase in range(len(task.phases())):
+            task.enter(phase)
+            task.train()
+            result = task(*batch())
+            assert result["output"].shape == (8, 10)
+            task.zero_grad()
+            result["loss"].backward()
+            gradients = [p.grad for p in task.trainable() if p.grad is not None]
+            assert gradients and all(torch.isfinite(gradient).all() for gradient in gradients)
+            assert any(gradient.any() for gradient in gradients)
+        assert all(parameter.grad is None for parameter in its.parameters())
+        assert not its.training
+        assert all(torch.equal(before[name], tensor) for name, tensor in its.state_dict().items())
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "labels"])
+def test_methods_need_a_teacher(method: str) -> None:
+    with pytest.raises(UserError, match=f"method '{method}' needs a teacher"):
+        task_of(DistillConfig(method=method), network("test_resnet"))
+
+
+@pytest.mark.parametrize(
+    ("method", "loss"),
+    [
+        ("kd", lambda s, t, y: losses.kd(s, t, 4.0)),
+        ("hard", lambda s, t, y: losses.hard(s, t)),
+        ("bkd", lambda s, t, y: losses.bkd(s, t)),
+        ("logit_mse", lambda s, t, y: losses.logit_mse(s, t)),
+        ("dkd", lambda s, t, y: losses.dkd(s, t, y, 1.0, 8.0, 4.0) / 20),  # the first of twenty warm-up epochs
+        ("dist", lambda s, t, y: 2 * losses.dist(s, t, 1.0, 1.0, 4.0)),
+    ],
+)
+def test_total_is_the_labels_loss_and_the_methods(method: str, loss) -> None:
+    mine, its = network("test_resnet"), network("test_resnet", seed=1)
+    task = task_of(DistillConfig(method=method, label_weight=0.3), mine, its)
+    task.eval()
+    image, label = batch()
+    with torch.no_grad():
+        result = task(image, label)
+        student, teacher = mine(image), its(image)
+        expected = 0.3 * nn.functional.cross_entropy(student, label) + loss(student, teacher, label)
+    assert result["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_dkd_grows_to_its_weight() -> None:
+    task = task_of(DistillConfig(method="dkd", label_weight=0), network("test_resnet"), network("test_resnet", seed=1))
+    task.eval()
+
+    def value(epoch: int) -> float:
+        task.epoch = epoch
+        return task(*batch())["loss"].item()
+
+    assert value(9) == pytest.approx(10 * value(0), rel=1e-4)
+    assert value(19) == pytest.approx(value(50), rel=1e-6)
+
+
+def test_teacher_sees_its_own_colours_and_size() -> None:
+    """The student's normalised view, undone and done again, is what the teacher would have been fed."""
+    its = network("test_resnet")
+    own = InputSpec(size=48, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), crop_fraction=1.0, interpolation="bicubic")
+    raw = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    larger = nn.functional.interpolate(raw, (48, 48), mode="bicubic", antialias=True)
+
+    def normalised(image: torch.Tensor, spec: InputSpec) -> torch.Tensor:
+        return (image - torch.tensor(spec.mean).view(1, 3, 1, 1)) / torch.tensor(spec.std).view(1, 3, 1, 1)
+
+    lesson = Teacher(its, own, SPEC)(normalised(raw, SPEC))
+    torch.testing.assert_close(lesson.logits, its.eval()(normalised(larger, own)).detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_shuffled_teacher_keeps_its_top_1_only() -> None:
+    its, image = network("test_resnet"), batch()[0]
+    plain, shuffled = Teacher(its, SPEC, SPEC)(image).logits, Teacher(its, SPEC, SPEC, shuffled=True)(image).logits
+    assert torch.equal(plain.argmax(1), shuffled.argmax(1))
+    assert torch.equal(plain.sort(1).values, shuffled.sort(1).values)
+    assert not torch.equal(plain, shuffled)
+
+
+def test_label_smoothing_and_bce() -> None:
+    image, label = batch()
+    mine = network("test_resnet").eval()
+    with torch.no_grad():
+        logits = mine(image)
+
+    def value(**config: object) -> float:
+        task = task_of(validated(DistillConfig, {"method": "labels", **config}, "test"), mine)
+        return task.eval()(image, label)["loss"].item()
+
+    smooth = 0.9 * nn.functional.one_hot(label, 10) + 0.01
+    assert value(train={"label_smoothing": 0.1}) == pytest.approx(
+        -(smooth * logits.log_softmax(1)).sum(1).mean().item(), rel=1e-5
+    )
+    hot = nn.functional.one_hot(label, 10).float()
+    assert value(label_loss="bce") == pytest.approx(
+        nn.functional.binary_cross_entropy_with_logits(logits, hot).item(), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_stages_partition_the_network(name: str) -> None:
+    made = network(name)
+    indices = stage_indices(made, name)
+    assert indices == sorted(set(indices)) and 3 <= len(indices) <= 4
+    stages = stage_parameters(made, 32, indices)
+    everything = [parameter for stage in stages for parameter in stage]
+    assert sorted(everything) == sorted(dict(made.named_parameters()))
+    assert all(stages)
+    assert {"fc.weight", "head.weight", "classifier.weight", "head.fc.weight"} & set(stages[-1])
+    assert len(map_shapes(made, 32, indices)) == len(indices)
+
+
+def test_pairs_are_the_deepest() -> None:
+    assert paired([0, 1, 2], [1, 2, 3, 4]) == ([0, 1, 2], [2, 3, 4])
+    assert paired([5], [1, 2]) == ([5], [2])
+
+
+def test_networks_without_features_say_so() -> None:
+    with pytest.raises(UserError, match="gives no intermediate features"):
+        stage_indices(nn.Linear(2, 2), "a linear layer")
+
+
+def test_stagewise_trains_one_stage_at_a_time() -> None:
+    mine, its = network("test_resnet"), network("test_resnet", seed=1)
+    task = task_of(DistillConfig(method="stagewise"), mine, its)
+    groups = stage_parameters(mine, 32, stage_indices(mine, ""))
+    for phase in range(len(task.phases())):
+        before = {name: tensor.clone() for name, tensor in mine.state_dict().items()}
+        task.enter(phase)
+        task.train()
+        optimizer = torch.optim.SGD(list(task.trainable()), lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            task(*batch())["loss"].backward()
+            optimizer.step()
+        changed = {name for name, tensor in mine.state_dict().items() if not torch.equal(before[name], tensor)}
+        parameters = changed & set(dict(mine.named_parameters()))
+        assert parameters and parameters <= set(groups[phase])
+        statistics = {name.rpartition(".")[0] for name in changed if "running" in name}
+        trained = {name.rpartition(".")[0] for name in groups[phase]}
+        assert statistics <= trained  # frozen BatchNorms keep theirs
+
+
+def test_stagewise_may_let_statistics_move() -> None:
+    config = validated(DistillConfig, {"method": "stagewise", "stagewise": {"frozen_batchnorm": "train"}}, "test")
+    mine = network("test_resnet")
+    task = task_of(config, mine, network("test_resnet", seed=1))
+    task.enter(2)
+    task.train()
+    before = {name: tensor.clone() for name, tensor in mine.state_dict().items() if "running" in name}
+    task(*batch())
+    assert all(not torch.equal(before[name], tensor) for name, tensor in mine.state_dict().items() if name in before)
+
+
+def test_stagewise_loss_vanishes_for_the_teacher_itself() -> None:
+    its = network("test_resnet")
+    task = task_of(DistillConfig(method="stagewise"), network("test_resnet"), its)
+    task.eval()
+    for phase in range(len(task.phases()) - 1):
+        task._phase = phase
+        assert task(*batch())["loss"].item() == pytest.approx(0, abs=1e-10)
+
+
+def test_stagewise_costs_what_the_others_cost() -> None:
+    config = validated(DistillConfig, {"method": "stagewise", "train": {"epochs": 43}}, "test")
+    task = task_of(config, network("test_resnet"), network("test_resnet"))
+    assert sum(phase.epochs for phase in task.phases()) == 43
+
+
+RUNS = [{"method": method} for method in METHODS] + [
+    {"method": "kd", "standardize_logits": True},
+    {"method": "dkd", "standardize_logits": True},
+    {"method": "kd", "shuffled_teacher": True},
+    {"method": "labels", "train": {"label_smoothing": 0.1}},
+    {"method": "stagewise", "stagewise": {"handover": "best", "frozen_batchnorm": "train", "epochs": 1}},
+    {"method": "kd", "train": {"mixup": 0.1, "cutmix": 1.0, "average": 0.9, "clip_gradient": 1.0, "layer_decay": 0.75}},
+    {"method": "kd", "train": {"schedule": "multistep", "milestones": [1], "optimizer": "sgd", "learning_rate": 0.05}},
+    {"method": "kd", "train": {"precision": "auto"}},
+]
+
+
+@pytest.mark.parametrize("change", RUNS, ids=lambda change: str(change)[:60])
+def test_every_method_trains_end_to_end(made: Made, tmp_path: Path, change: dict) -> None:
+    """From configuration to a sealed checkpoint whose weights are the student's alone."""
+    values = {"model": "test_resnet", "input": {"size": 32}, "label_fraction": 0.1, **change}
+    values["train"] = {**SMALL_TRAIN, "epochs": 4, **change.get("train", {})}
+    config = validated(TrainingConfig, values, "test")
+    checkpoint = train(config, made.dataset, made.teacher, tmp_path / "student")
+    restored, spec = models.restore(checkpoint)
+    logits, labels = evaluate(restored, spec, made.dataset, "test", workers=0)
+    assert checkpoint.facts["test_accuracy"] == pytest.approx((logits.argmax(1) == labels).mean(), abs=1e-6)
+    assert sorted(path.name for path in checkpoint.path.iterdir()) == [
+        "history.jsonl", "images.json", "labels.json", "manifest.json", "model.safetensors", "test_logits.npz"
+    ]  # fmt: skip
+    assert checkpoint.facts["last_validation"] is not None
+
+
+def test_networks_of_the_cifar_protocol_are_known() -> None:
+    assert timm.create_model("resnet8x4", num_classes=10)(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_best_epoch_is_kept_if_asked(made: Made, tmp_path: Path) -> None:
+    import json
+
+    train_settings = {**SMALL_TRAIN, "epochs": 6, "validate_every": 1, "select": "best", "learning_rate": 0.02}
+    values = {
+        "model": "test_resnet",
+        "input": {"size": 32},
+        "label_fraction": 0.1,
+        "method": "labels",
+        "train": train_settings,
+    }
+    checkpoint = train(validated(TrainingConfig, values, "test"), made.dataset, None, tmp_path / "student")
+    rows = [json.loads(line) for line in checkpoint.file("history.jsonl").read_text().splitlines()]
+    best = max(rows, key=lambda row: row["validation_accuracy"])
+    assert checkpoint.facts["best_validation"] == {
+        "epoch": best["epoch"],
+        "validation_accuracy": best["validation_accuracy"],
+    }
+    restored, spec = models.restore(checkpoint)
+    logits, labels = evaluate(restored, spec, made.dataset, "val", workers=0)
+    assert (logits.argmax(1) == labels).mean() == pytest.approx(best["validation_accuracy"])
