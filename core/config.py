@@ -243,7 +243,7 @@ class PackageConfig(Config):
 
 
 class BenchConfig(Config):
-    """One measuring session: every bundle in a fresh process, interleaved forwards and backwards."""
+    """One measuring session: every bundle in a fresh process each time, interleaved."""
 
     device: str = Field("local", description="name of the device")
     threads: int = Field(0, ge=0, description="threads of the runtime; 0 takes every core of the device")

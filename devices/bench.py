@@ -27,8 +27,7 @@ CONTROL = "control"  # the reference measured a second time in every round: the 
 def bench(config: BenchSession, bundles: Mapping[str, Bundle], dataset: Dataset, out: Path) -> Measurement:
     """Measure accuracy on the test part and single-image latency of every bundle.
 
-    Each round measures all bundles and, as A/A control, the first one again, forwards and backwards in
-    turn, so that a drift of the machine hits all of them alike. A bundle whose runtime is not installed
+    Each round measures all bundles and, as A/A control, the first one again (see ``order``). A bundle whose runtime is not installed
     gets its accuracy from a stand-in where one reads the same file, and no latency.
 
     Files: ``latency_ns/NAME.json`` (all raw samples, by round), ``logits/NAME.npy``, ``labels.npy``.
@@ -90,11 +89,19 @@ def _runnable(bundle: Bundle) -> bool:
 
 
 def order(names: Sequence[str], rounds: int) -> list[list[str]]:
-    """Who is measured when: A B C control, control C B A, A B C control, ..."""
+    """Who is measured when: a shuffled round, the same backwards, another shuffled one, ...
+
+    Backwards, so that a drift hits all alike; shuffled anew (seeded), because a process is slowed by what ran
+    just before it, and must not always follow the same one.
+    """
     if not names:
         return []
-    forward = [*names, CONTROL]
-    return [forward if at % 2 == 0 else forward[::-1] for at in range(rounds)]
+    everyone = [*names, CONTROL]
+    planned: list[list[str]] = []
+    for pair in range((rounds + 1) // 2):
+        shuffled = [everyone[at] for at in np.random.default_rng(pair).permutation(len(everyone))]
+        planned += [shuffled, shuffled[::-1]]
+    return planned[:rounds]
 
 
 def _push_inputs(

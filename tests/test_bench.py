@@ -24,8 +24,13 @@ TIMED = [
 ]
 
 
-def test_order_is_forwards_and_backwards() -> None:
-    assert order(["a", "b"], 3) == [["a", "b", CONTROL], [CONTROL, "b", "a"], ["a", "b", CONTROL]]
+def test_order_is_shuffled_and_then_backwards() -> None:
+    rounds = order(["a", "b", "c"], 5)
+    assert len(rounds) == 5
+    assert all(sorted(each) == sorted(["a", "b", "c", CONTROL]) for each in rounds)
+    assert rounds[1] == rounds[0][::-1] and rounds[3] == rounds[2][::-1]
+    assert len({tuple(each) for each in rounds}) > 2
+    assert rounds == order(["a", "b", "c"], 5)
     assert order([], 3) == []
 
 
