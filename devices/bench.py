@@ -27,8 +27,8 @@ CONTROL = "control"  # the reference measured a second time in every round: the 
 def bench(config: BenchSession, bundles: Mapping[str, Bundle], dataset: Dataset, out: Path) -> Measurement:
     """Measure accuracy on the test part and single-image latency of every bundle.
 
-    Each round measures all bundles and, as A/A control, the first one again (see ``order``). A bundle whose runtime is not installed
-    gets its accuracy from a stand-in where one reads the same file, and no latency.
+    Each round measures all bundles and, as A/A control, the first one again (see ``order``). A bundle whose
+    runtime is not installed gets its accuracy from a stand-in where one reads the same file, and no latency.
 
     Files: ``latency_ns/NAME.json`` (all raw samples, by round), ``logits/NAME.npy``, ``labels.npy``.
 
