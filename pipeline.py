@@ -41,7 +41,7 @@ from .core.config import (
 from .core.data import Dataset, fingerprint_folder
 from .core.errors import UserError, choice
 from .core.proc import require
-from .core.progress import note
+from .core.progress import note, progress
 
 A = TypeVar("A", bound=Artifact)
 TRAIN_NEEDS = ("torch", "torchvision", "timm", "safetensors")
@@ -91,8 +91,9 @@ class Chain:
                 raise UserError(f"{path} was made from other settings or inputs: choose another --out")
         else:
             check, self.check = self.check, lambda: None
-            check()
-            artifact, sealed = make(path), False
+            with progress(name, 1):  # seen while libraries are being imported
+                check()
+                artifact, sealed = make(path), False
         self.steps.append(Step(name, path, time.monotonic() - begun, sealed))
         self.tell(self.steps[-1])
         return artifact

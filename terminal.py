@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from typing import TYPE_CHECKING, Any
-
-from .core.proc import terminal
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from .pipeline import Step
@@ -15,61 +14,75 @@ PLAIN_INTERVAL_SECONDS = 10.0
 
 
 class Lines:
-    """For logs: a line when work begins, one every ten seconds, nothing that moves."""
+    """For logs: a line every ten seconds of work, nothing that moves. Work may begin inside other work."""
 
     def __init__(self) -> None:
-        self._what, self._total, self._done, self._told = "", 0, 0, 0.0
+        self._open: list[tuple[str, int, int]] = []  # what, steps done, of how many
+        self._told = time.monotonic()
+        self._stream = _own_stream()
 
     def begin(self, what: str, total: int) -> None:
-        self._what, self._total, self._done, self._told = what, total, 0, time.monotonic()
+        self._open.append((what, 0, total))
 
     def advance(self, steps: int, detail: str) -> None:
-        self._done += steps
+        what, done, total = self._open.pop()
+        self._open.append((what, done + steps, total))
         if time.monotonic() - self._told >= PLAIN_INTERVAL_SECONDS:
             self._told = time.monotonic()
-            self.note(f"  {self._what}: {self._done} of {self._total} {detail}".rstrip())
+            self.note(f"  {what}: {done + steps} of {total} {detail}".rstrip())
 
     def end(self) -> None:
-        """Nothing to take away."""
+        self._open.pop()
 
     def note(self, text: str) -> None:
-        print(text, file=terminal(), flush=True)
+        print(text, file=self._stream, flush=True)
 
 
 class Bars:
-    """For people: one bar that names the work, its detail and the time left, and goes when it is done."""
+    """For people: a bar for the step and one for the work inside it, gone when they are done."""
 
     def __init__(self) -> None:
-        self._bar: Any = None
-        self._task: Any = None
+        self._bars: Any = None
+        self._open: list[Any] = []
+        self._stream = _own_stream()
 
     def begin(self, what: str, total: int) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self._bar = Progress(
-            TextColumn("  {task.description}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("[dim]{task.fields[detail]}"),
-            console=Console(file=terminal(), force_terminal=True),
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
-        self._bar.start()
-        self._task = self._bar.add_task(what, total=total, detail="")
+        if not self._open:
+            self._bars = Progress(
+                TextColumn("  {task.description}"),
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+                TextColumn("[dim]{task.fields[detail]}"),
+                console=Console(file=self._stream, force_terminal=True),
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self._bars.start()
+        self._open.append(self._bars.add_task(what, total=total, detail=""))
 
     def advance(self, steps: int, detail: str) -> None:
-        self._bar.update(self._task, advance=steps, detail=detail)
+        self._bars.update(self._open[-1], advance=steps, detail=detail)
 
     def end(self) -> None:
-        self._bar.stop()
-        self._bar = None
+        self._bars.remove_task(self._open.pop())
+        if not self._open:
+            self._bars.stop()
 
     def note(self, text: str) -> None:
-        print(text, file=terminal(), flush=True)
+        print(text, file=self._stream, flush=True)
+
+
+def _own_stream() -> TextIO:
+    """Standard error for us alone: it still reaches the person while libraries are silenced."""
+    try:
+        return os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1)
+    except (OSError, ValueError):  # a stream without a descriptor
+        return sys.stderr
 
 
 def listener() -> Lines | Bars:
@@ -79,4 +92,4 @@ def listener() -> Lines | Bars:
 def tell_step(step: Step) -> None:
     """One line a step: what it made, how long it took or that it was there already."""
     cost = "sealed" if step.sealed_before else f"{step.seconds:.1f} s"
-    print(f"{step.name:<28} {cost:>8}  {step.path}", file=terminal(), flush=True)
+    sys.stderr.write(f"{step.name:<28} {cost:>8}  {step.path}\n")

@@ -7,10 +7,8 @@ import importlib.util
 import logging
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import IO
 
 from .errors import UserError
 
@@ -37,52 +35,33 @@ def require(what: str, distributions: Iterable[str], extra: str) -> None:
         raise UserError(f"{what} needs {', '.join(missing)}: pip install 'kdpipe[{extra}]'")
 
 
-def terminal() -> IO[str]:
-    """The real standard error, also while ``quiet`` has taken it away from the libraries."""
-    return _terminal or sys.stderr
-
-
-_terminal: IO[str] | None = None
-
-
 @contextlib.contextmanager
-def quiet() -> Iterator[IO[bytes]]:
-    """Send what libraries print (from Python, C++ and their children) to a temporary file.
+def quiet() -> Iterator[None]:
+    """Send what libraries print (from Python, C++ and their children) to nowhere.
 
-    Converters write hundreds of lines to both streams. Yields the file; ``terminal()`` still reaches
-    the person. Where the work fails, the last lines belong to the error: ``last_line`` reads them.
+    Converters write hundreds of lines to both streams. A stream of its own (a duplicate of descriptor 2,
+    taken before) still reaches the person. Blocks may be nested.
     """
-    global _terminal  # file descriptors are global too
-    if _terminal is not None:  # already quiet
-        with tempfile.TemporaryFile() as nothing:
-            yield nothing
-        return
-    with tempfile.TemporaryFile() as log, contextlib.ExitStack() as restore:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    saved = [os.dup(descriptor) for descriptor in (1, 2)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    level = logging.root.manager.disable
+    try:
+        for descriptor in (1, 2):
+            os.dup2(nowhere, descriptor)
+        logging.disable(logging.WARNING)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        saved = [os.dup(descriptor) for descriptor in (1, 2)]
-        _terminal = os.fdopen(os.dup(saved[1]), "w", buffering=1)
-        level = logging.root.manager.disable
-
-        def back() -> None:
-            global _terminal
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
-            for descriptor, original in zip((1, 2), saved, strict=True):
-                os.dup2(original, descriptor)
-                os.close(original)
-            if _terminal is not None:
-                _terminal.close()
-            _terminal = None
-            logging.disable(level)
-
-        restore.callback(back)
-        for descriptor in (1, 2):
-            os.dup2(log.fileno(), descriptor)
-        logging.disable(logging.WARNING)
-        restore.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        yield log
+        for descriptor, original in zip((1, 2), saved, strict=True):
+            os.dup2(original, descriptor)
+        for descriptor in (*saved, nowhere):
+            os.close(descriptor)
+        logging.disable(level)
 
 
 def first_line(error: BaseException) -> str:

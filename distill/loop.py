@@ -6,10 +6,14 @@ in the state that is saved: weights, optimiser, torch's generator, position.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +90,11 @@ class Run:
 
     def finish(self) -> None:
         """Train to the end. Raises GateFailed when the loss stops being finite."""
+        with children_signal_kept():
+            self._finish()
+        self.network.to("cpu").to(memory_format=torch.contiguous_format)
+
+    def _finish(self) -> None:
         phases = self.task.phases()
         total = sum(phase.epochs for phase in phases) * len(self._batches)
         with seeded(self.config.seed, 1):  # dropout draws from torch's own generator
@@ -104,7 +113,6 @@ class Run:
             self.network.load_state_dict(averaged.module.student.state_dict())
         if self.settings.select == "best" and self._best_weights is not None:
             self.network.load_state_dict(self._best_weights)
-        self.network.to("cpu").to(memory_format=torch.contiguous_format)
 
     def _run_phase(self, phases: list[Phase], state: dict[str, Any] | None, advance: Any) -> None:
         phase = phases[self._phase]
@@ -267,6 +275,23 @@ class Run:
     def _title(self) -> str:
         how = "labels" if self.config.method == "labels" else self.config.method
         return f"training {self.config.model} on {how}, seed {self.config.seed}"
+
+
+@contextlib.contextmanager
+def children_signal_kept() -> Iterator[None]:
+    """Put SIGCHLD's handler back after the block.
+
+    torch's loader with worker processes installs one for good. Delivered later, when any child ends, while
+    the converters' native libraries are loaded, it has crashed the process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _mixing(settings: Any, classes: int) -> Mixup | None:

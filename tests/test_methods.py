@@ -8,10 +8,10 @@ from typing import get_args
 import pytest
 import timm
 import torch
-from conftest import SMALL_TRAIN, Made
+from conftest import ROOT, SMALL_TRAIN, Made
 from torch import nn
 
-from kdpipe.core.config import DistillConfig, Method, TrainingConfig, validated
+from kdpipe.core.config import DistillConfig, Method, TrainingConfig, read_recipe, validated
 from kdpipe.core.data import InputSpec
 from kdpipe.core.errors import UserError
 from kdpipe.distill import losses
@@ -21,6 +21,7 @@ from kdpipe.distill.tasks import METHODS, DistillationTask
 from kdpipe.distill.teacher import Teacher
 from kdpipe.distill.train import train
 from kdpipe.networks import models
+from kdpipe.pipeline import student_runs
 
 SPEC = InputSpec(size=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), crop_fraction=1.0, interpolation="bicubic")
 NETWORKS = ["test_resnet", "test_vit", "resnet8", "test_efficientnet", "test_convnext"]
@@ -279,3 +280,17 @@ def test_best_epoch_is_kept_if_asked(made: Made, tmp_path: Path) -> None:
     restored, spec = models.restore(checkpoint)
     logits, labels = evaluate(restored, spec, made.dataset, "val", workers=0)
     assert (logits.argmax(1) == labels).mean() == pytest.approx(best["validation_accuracy"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_trains(made: Made, tmp_path: Path, path: Path) -> None:
+    """The recipe's own method, loss, optimiser, schedule and augmentation, on a tiny network and two epochs."""
+    recipe = read_recipe(path)
+    settings = recipe.distill.train.model_copy(
+        update={"epochs": 2, "batch_size": 32, "workers": 0, "precision": "float32", "validate_every": 1}
+    )
+    [config, *_] = student_runs({"model": "test_resnet", "input": {"size": 32}}, recipe.distill).values()
+    plan = config.model_copy(update={"method": recipe.distill.method, "train": settings, "label_fraction": 0.1})
+    checkpoint = train(plan, made.dataset, made.teacher, tmp_path / "student")
+    assert checkpoint.facts["epochs"] >= 2
+    assert checkpoint.facts["method"] == recipe.distill.method

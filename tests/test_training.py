@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ from kdpipe.core.data import InputSpec
 from kdpipe.core.errors import GateFailed, UserError
 from kdpipe.distill import loop
 from kdpipe.distill import train as trainer
+from kdpipe.distill.loop import children_signal_kept
 from kdpipe.distill.views import EpochBatches, TrainingViews
 from kdpipe.networks import models
 
@@ -48,7 +50,8 @@ def test_views_depend_on_seed_epoch_and_index_only(made: Made, augment: AugmentC
     for workers in (0, 2):
         torch.rand(7)  # whatever was drawn before
         loader = DataLoader(views, batch_sampler=[shuffled[:50], shuffled[50:]], num_workers=workers)
-        found = torch.cat([images for images, _ in loader])
+        with children_signal_kept():
+            found = torch.cat([images for images, _ in loader])
         assert torch.equal(found, torch.stack([expected[address] for address in shuffled]))
 
 
@@ -205,3 +208,10 @@ def test_teacher_of_other_classes(made: Made, photos: Path, tmp_path: Path) -> N
     other = prepared(tmp_path, source=str(photos))
     with pytest.raises(UserError, match="knows 10 other classes than the data"):
         trainer.train(small(), other, made.teacher, tmp_path / "student")
+
+
+def test_worker_processes_leave_no_signal_handler(made: Made, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGCHLD)
+    trainer.train(small(train={**SMALL_TRAIN, "epochs": 1, "workers": 2}), made.dataset, made.teacher, tmp_path / "a")
+    assert signal.getsignal(signal.SIGCHLD) == before
+    subprocess.run(["true"], check=True)
