@@ -1,1 +1,1 @@
-"""Training: data sets, teachers, students. The only room whose modules import torch at their top."""
+"""Training: data sets, teachers, students. Its modules, like those of networks/, import torch at their top."""
