@@ -175,7 +175,7 @@ def distill(
         guide, dataset = None, Dataset.open(teacher)
     else:
         opened = Checkpoint.open(teacher)
-        guide, dataset = (None if settings.method == "labels" else opened), _dataset_of(opened, data)
+        guide, dataset = opened, _dataset_of(opened, data)
     name = f"student-{settings.method}-seed{settings.seed}"
     _print_artifact(chain.train(name, settings, dataset, guide, out), as_json)
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel
 
@@ -29,14 +29,18 @@ from .core.config import (
     BenchConfig,
     DataConfig,
     DistillationPlan,
+    DistillConfig,
     ExportConfig,
     FingerprintedData,
+    ModelConfig,
     PackageConfig,
     QuantizeConfig,
     Recipe,
     ReportConfig,
     TeacherConfig,
     TrainingConfig,
+    changed,
+    control_of,
 )
 from .core.data import Dataset, fingerprint_folder
 from .core.errors import UserError, choice
@@ -55,6 +59,7 @@ class Step:
     path: Path
     seconds: float
     sealed_before: bool
+    along_with: str | None = None  # the artifact in whose time this one was made too
 
 
 @dataclass
@@ -80,10 +85,14 @@ class Chain:
         inputs: Mapping[str, Artifact],
         make: Callable[[Path], A],
         out: Path | None = None,
+        companions: Mapping[Path, str] | None = None,
     ) -> A:
-        """The sealed artifact of this stage, configuration and inputs; made now if there is none."""
+        """The sealed artifact of this stage, configuration and inputs; made now if there is none.
+
+        ``companions``: artifacts that were made now along with another one, and its name.
+        """
         key = artifact_key(stage, config, inputs)
-        path = out or self.folder / f"{name}-{key[:12]}"
+        path = out or self.path(name, stage, config, inputs)
         begun = time.monotonic()
         if path.exists():
             artifact, sealed = kind.open(path), True
@@ -94,9 +103,13 @@ class Chain:
             with progress(name, 1):  # seen while libraries are being imported
                 check()
                 artifact, sealed = make(path), False
-        self.steps.append(Step(name, path, time.monotonic() - begun, sealed))
+        along_with = (companions or {}).get(path) if sealed else None
+        self.steps.append(Step(name, path, time.monotonic() - begun, sealed and along_with is None, along_with))
         self.tell(self.steps[-1])
         return artifact
+
+    def path(self, name: str, stage: str, config: BaseModel, inputs: Mapping[str, Artifact]) -> Path:
+        return self.folder / f"{name}-{artifact_key(stage, config, inputs)[:12]}"
 
     def data(self, config: DataConfig, out: Path | None = None) -> Dataset:
         if Path(config.source).is_dir():
@@ -120,15 +133,39 @@ class Chain:
     def train(
         self, name: str, config: TrainingConfig, dataset: Dataset, teacher: Checkpoint | None, out: Path | None = None
     ) -> Checkpoint:
-        inputs: dict[str, Artifact] = {"data": dataset} if teacher is None else {"data": dataset, "teacher": teacher}
-
         def make(path: Path) -> Checkpoint:
             require("training", TRAIN_NEEDS, "train")
             from .distill.train import train
 
             return train(config, dataset, teacher, path)
 
-        return self.step(name, Checkpoint, "train", config, inputs, make, out)
+        return self.step(name, Checkpoint, "train", config, _training_inputs(config, dataset, teacher), make, out)
+
+    def train_all(
+        self, configs: Mapping[str, TrainingConfig], dataset: Dataset, teacher: Checkpoint | None, together: bool
+    ) -> dict[str, Checkpoint]:
+        """Every run by name; with ``together`` those that see the same views are trained side by side."""
+        made: dict[Path, str] = {}  # by whose step
+        paths = {
+            self.path(name, "train", config, _training_inputs(config, dataset, teacher)): config
+            for name, config in configs.items()
+        }
+        missing = {path: config for path, config in paths.items() if not path.exists()}
+
+        def make(path: Path) -> Checkpoint:
+            require("training", TRAIN_NEEDS, "train")
+            from .distill.train import companions, train_together
+
+            parts = companions(missing, dataset) if together else [{path: missing[path]}]
+            part = next(part for part in parts if path in part)
+            made.update(dict.fromkeys(part, path.name))
+            return train_together(part, dataset, teacher)[path]
+
+        found = {}
+        for name, config in configs.items():
+            inputs = _training_inputs(config, dataset, teacher)
+            found[name] = self.step(name, Checkpoint, "train", config, inputs, make, companions=made)
+        return found
 
     def teacher(self, config: TeacherConfig, dataset: Dataset, out: Path | None = None) -> Checkpoint:
         """The user's weights, timm's, or a network trained here on all training images."""
@@ -215,6 +252,10 @@ class Chain:
         return self.step("report", Report, "report", config, inputs, make, out)
 
 
+def _training_inputs(config: TrainingConfig, dataset: Dataset, teacher: Checkpoint | None) -> dict[str, Artifact]:
+    return {"data": dataset, "teacher": teacher} if teacher and config.needs_teacher else {"data": dataset}
+
+
 def check_recipe(recipe: Recipe) -> None:
     """Refuse before any work what a later stage would refuse: packages, names, networks. Raises UserError."""
     from .devices.session import session_config
@@ -234,20 +275,33 @@ def check_recipe(recipe: Recipe) -> None:
     from .distill.train import check_run
 
     check_run(recipe.teacher, None if recipe.teacher.checkpoint else recipe.teacher.train)
-    check_run(recipe.student, recipe.distill.train)
+    for config in student_runs(recipe.student, recipe.distill).values():
+        check_run(config, config.train)
 
 
-def student_runs(student: Mapping[str, Any], plan: DistillationPlan) -> dict[str, TrainingConfig]:
-    """Every run of the plan by name: per seed the control (if wanted) and the method."""
-    settings = {
-        name: getattr(plan, name) for name in TrainingConfig.model_fields if name in DistillationPlan.model_fields
-    }
-    methods = ["labels", plan.method] if plan.control and plan.method != "labels" else [plan.method]
-    return {
-        f"student-{method}-seed{seed}": TrainingConfig(**{**student, **settings, "method": method, "seed": seed})
-        for seed in plan.seeds
-        for method in methods
-    }
+def student_runs(student: ModelConfig, plan: DistillationPlan) -> dict[str, TrainingConfig]:
+    """Every run of the plan by name: per seed the method, each of ``plan.students``, and their controls.
+
+    A control has its student's network and training, and the labels alone at full weight. Raises UserError.
+    """
+    values = {name: getattr(student, name) for name in ModelConfig.model_fields}
+    values |= {name: getattr(plan, name) for name in DistillConfig.model_fields}
+    main = TrainingConfig(**values)
+    students: dict[str, TrainingConfig] = {plan.method: main}
+    for name, change in plan.students.items():
+        if name in students or name == "labels":
+            raise UserError(f"distill.students: the name '{name}' is taken, choose another")
+        students[name] = changed(main, change, f"distill.students.{name}")
+    runs: dict[str, TrainingConfig] = {}
+    for seed in plan.seeds:
+        for name, config in students.items():
+            seeded = config.model_copy(update={"seed": seed})
+            control = control_of(seeded)
+            if plan.control and control not in runs.values():
+                runs[f"student-labels{'' if name == plan.method else '-' + name}-seed{seed}"] = control
+            if seeded != control:
+                runs[f"student-{name}-seed{seed}"] = seeded
+    return runs
 
 
 @dataclass(frozen=True)
@@ -272,10 +326,8 @@ def run(recipe: Recipe, chain: Chain) -> Outcome:
     dataset = chain.data(recipe.data)
     teacher = chain.teacher(recipe.teacher, dataset)
     checkpoints = {"teacher": teacher}
-    student_fields = {name: getattr(recipe.student, name) for name in type(recipe.student).model_fields}
-    for name, config in student_runs(student_fields, recipe.distill).items():
-        guide = None if config.method == "labels" else teacher
-        checkpoints[name] = chain.train(name, config, dataset, guide)
+    runs = student_runs(recipe.student, recipe.distill)
+    checkpoints |= chain.train_all(runs, dataset, teacher, recipe.distill.together)
     shipped = checkpoints[f"student-{recipe.distill.method}-seed{recipe.distill.seeds[0]}"]
 
     bundles: dict[str, Bundle] = {}

@@ -260,6 +260,7 @@ class Draft(Generic[A]):
     path: Path
     facts: dict[str, Any] = field(default_factory=dict)
     resume: Path | None = None  # of a resumable draft: outlives a failure
+    failed: bool = False  # given up: leaving the block seals nothing
     sealed: A | None = None
 
     @property
@@ -302,6 +303,9 @@ def drafting(
                 if not resumable:
                     _clear(part)
                 yield draft
+                if draft.failed:
+                    _abandon(part)
+                    return
                 if draft.resume is not None:
                     shutil.rmtree(draft.resume)
                 manifest = _seal(kind, draft, stage, config, inputs, time.monotonic() - begun)

@@ -80,7 +80,10 @@ class TrainConfig(Config):
     """One training run."""
 
     epochs: int = Field(60, ge=1, description="passes over the (fraction of the) training images")
-    batch_size: int = Field(64, ge=2, description="images a step")
+    batch_size: int = Field(64, ge=2, description="images a step, over all processes of torchrun")
+    repeats: int = Field(
+        1, ge=1, description="views of an image side by side in an epoch, of so many times fewer images"
+    )
     optimizer: str = Field("adamw", description="any optimiser of timm")
     learning_rate: float = Field(2e-3, gt=0, description="peak learning rate")
     weight_decay: float = Field(0.05, ge=0, description="weight decay (not on biases and norms)")
@@ -99,8 +102,9 @@ class TrainConfig(Config):
     average: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="decay of an exponential moving average of the weights, which is then what is kept"
     )
-    precision: Literal["float32", "bf16", "auto"] = Field(
-        "float32", description="auto times both, with and without channels-last, and takes the fastest"
+    precision: Literal["float32", "bf16", "fp16", "auto"] = Field(
+        "float32",
+        description="auto times float32 and bf16, with and without channels-last, and takes the fastest",
     )
     select: Literal["last", "best"] = Field("last", description="keep the last epoch, or the best by validation")
     validate_every: int = Field(1, ge=1, description="epochs between two looks at the validation part")
@@ -186,7 +190,9 @@ class DistillConfig(Config):
     dist: DistConfig = DistConfig()
     rkd: RkdConfig = RkdConfig()
     stagewise: StagewiseConfig = StagewiseConfig()
-    label_fraction: Fraction = Field(1.0, description="share of the training images of each class to learn from")
+    label_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0, description="share of the training images of each class to learn from; 0 leaves data.unlabeled alone"
+    )
     train: TrainConfig = TrainConfig()
 
 
@@ -195,6 +201,16 @@ class TrainingConfig(DistillConfig, ModelConfig):
 
     seed: int = Field(0, description="seed of weights, order, views and of the drawn fraction")
 
+    @property
+    def needs_teacher(self) -> bool:
+        return self.method != "labels"
+
+
+def control_of(config: TrainingConfig) -> TrainingConfig:
+    """The same network trained as ``config`` is, on the labels alone."""
+    kept = (*ModelConfig.model_fields, "label_loss", "label_fraction", "train", "seed")
+    return TrainingConfig(**{name: getattr(config, name) for name in kept}, method="labels")
+
 
 class DistillationPlan(DistillConfig):
     """The student runs of a recipe: the method and its control, each with every seed."""
@@ -202,6 +218,12 @@ class DistillationPlan(DistillConfig):
     control: bool = Field(True, description="also train on the labels alone, so that the gain is measured")
     seeds: tuple[int, ...] = Field(
         (0,), min_length=1, description="one pair of runs each; the first seed's student is shipped"
+    )
+    students: dict[str, dict[str, Any]] = Field(
+        {}, description="further students by name, each with what differs from student and distill"
+    )
+    together: bool = Field(
+        True, description="train students that see the same views side by side, from one forward of the teacher"
     )
 
 
@@ -297,6 +319,19 @@ def validated(kind: type[C], values: Any, where: str) -> C:
             ) from None
         found = "nothing" if first["type"] == "missing" else repr(first["input"])
         raise UserError(f"{where}: '{path}': {_lower_first(first['msg'])}, found {found}") from None
+
+
+def changed(config: C, changes: Any, where: str) -> C:
+    """``config`` with ``changes``, a mapping of what differs, section by section. Raises UserError."""
+    values = {name: getattr(config, name) for name in type(config).model_fields}
+    if not isinstance(changes, dict):
+        return validated(type(config), changes, where)
+    for name, change in changes.items():
+        section = values.get(name)
+        if isinstance(section, BaseModel) and isinstance(change, dict):
+            change = changed(section, change, f"{where}.{name}")
+        values[name] = change
+    return validated(type(config), values, where)
 
 
 def _lower_first(text: str) -> str:

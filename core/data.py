@@ -15,7 +15,8 @@ import numpy as np
 from .artifact import Artifact, Record, canonical, sha256_file
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-Part = Literal["train", "val", "test"]
+UNLABELED = -1  # label of an image that has none
+Part = Literal["train", "val", "test", "unlabeled"]
 
 
 class InputSpec(Record):
@@ -66,7 +67,7 @@ class Dataset(Artifact):
         """The images of one part, in the order of the index."""
         index = self._index()
         root = self.path if index["root"] is None else Path(index["root"])
-        return [Sample(root / name, label) for name, label in index["parts"][part]]
+        return [Sample(root / name, label) for name, label in index["parts"].get(part, [])]
 
     def balanced(self, part: Part, count: int, seed: int, skip: int = 0) -> list[Sample]:
         """``count`` seeded samples of one part (or all it has), classes taking turns, after ``skip`` others."""
@@ -83,7 +84,9 @@ def stratified_order(labels: Sequence[int] | np.ndarray, seed: int) -> list[np.n
 
 
 def stratified_fraction(labels: Sequence[int] | np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Sorted positions of ``fraction`` of each class (at least one), nested: 10 % lies inside 20 %."""
+    """Sorted positions of ``fraction`` of each class (at least one, or none of 0), nested: 10 % lies inside 20 %."""
+    if not fraction:
+        return np.empty(0, np.int64)
     chosen = [order[: max(1, round(len(order) * fraction))] for order in stratified_order(labels, seed)]
     return np.sort(np.concatenate(chosen))
 

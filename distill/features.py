@@ -46,6 +46,14 @@ def maps_and_logits(network: nn.Module, image: Tensor, indices: list[int]) -> tu
     return list(maps), logits
 
 
+def maps_alone(network: nn.Module, image: Tensor, indices: list[int]) -> list[Tensor]:
+    """Feature maps [B, C, H, W] at ``indices``; what lies above the last is not run."""
+    maps: list[Tensor] = network.forward_intermediates(  # type: ignore[operator]
+        image, indices=indices, output_fmt="NCHW", stop_early=True, intermediates_only=True
+    )
+    return maps
+
+
 def map_shapes(network: nn.Module, size: int, indices: list[int]) -> list[tuple[int, int, int]]:
     """(channels, height, width) of the maps at ``indices`` for one image of ``size`` pixels."""
     was_training = network.training

@@ -1,19 +1,21 @@
-"""The training loop: one run of one task, which can be killed at any moment and goes on bit for bit.
+"""Training runs, each of which can be killed at any moment and goes on bit for bit.
 
-Order, views and mixing are functions of (seed, epoch, step or image); the rest of what a step depends on is
-in the state that is saved: weights, optimiser, torch's generator, position.
+Order, views, mixing and dropout are functions of (seed, epoch, step or image); the rest of what a step depends
+on is in the state that is saved: weights, optimiser, position. So runs that see the same views may go in
+lockstep, with one teacher's answer for all, and each ends as it would have ended alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,187 +27,287 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..core.config import TrainingConfig
+from ..core.config import TrainConfig, TrainingConfig
 from ..core.data import Dataset, InputSpec, Part
-from ..core.errors import GateFailed, UserError
-from ..core.progress import progress
+from ..core.errors import KdpipeError, UserError
+from ..core.proc import first_line
+from ..core.progress import note, progress
 from ..networks.models import Normalise
 from .precision import Precision, fastest
+from .ranks import Ranks
 from .tasks import DistillationTask, Phase
 from .views import EpochBatches, EvaluationViews, TrainingViews, seeded
 
 STATE = "state.pt"
 
 
+class Batch:
+    """One batch as every run of a lockstep sees it: mixed once, laid out once for each memory format."""
+
+    def __init__(self, image: Tensor, label: Tensor, target: Tensor, ranks: Ranks) -> None:
+        self.label, self.target = label, target.to(ranks.device)
+        self._images = {False: image.to(ranks.device)}
+
+    def image(self, precision: Precision) -> Tensor:
+        """The views [B, 3, H, W]; the same tensor for the same layout, by which a teacher knows it again."""
+        if precision.channels_last not in self._images:
+            self._images[precision.channels_last] = precision.place(self._images[False])
+        return self._images[precision.channels_last]
+
+
 class Run:
-    """One training run; ``finish`` brings it to its end from wherever it is.
+    """One student's training.
 
     Attributes:
         history: one row an epoch (losses, accuracies, images/s).
         best: the best epoch on the validation part, or None without one.
         precision: what was taken.
+        failure: why it was given up, or None.
     """
 
     def __init__(
         self,
         config: TrainingConfig,
         task: DistillationTask,
-        views: TrainingViews,
         dataset: Dataset,
         spec: InputSpec,
+        steps_per_epoch: int,
+        ranks: Ranks,
         resume: Path | None,
     ) -> None:
         self.config, self.settings, self.task, self.spec, self._dataset = config, config.train, task, spec, dataset
-        self.network = task.trainable_module.student
+        self.network = task.pupil.student
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
         self.last_validation: float | None = None
         self.precision = Precision("float32")
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        task.to(self._device)
-        self._batches = EpochBatches(len(views), self.settings.batch_size, config.seed)
-        workers = self.settings.workers
-        self._loader = DataLoader(
-            views,
-            batch_sampler=self._batches,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            generator=torch.Generator(),  # its own: starting an epoch again must not move torch's
-        )
-        self._mixing = _mixing(self.settings, len(dataset.classes))
+        self.failure: KdpipeError | None = None
+        self.steps_per_epoch, self._ranks, self._resume = steps_per_epoch, ranks, resume
+        self._phases = task.phases()
+        self.epochs = sum(phase.epochs for phase in self._phases)
+        task.to(ranks.device)
         self._has_validation = bool(dataset.samples("val"))
         if self.settings.select == "best" and not self._has_validation:
             raise UserError("train.select is 'best' but there is no validation part: set data.val_fraction above 0")
-        if not len(self._batches):
-            raise UserError(f"{len(views)} training image(s) make no batch: take more images or a larger fraction")
-        self._resume = resume
         self._saved = time.monotonic()
-        # Position: phase, epoch in it, step in that; and the sums of the epoch so far.
-        self._phase = self._epoch = self._step = 0
-        self._sums = {"loss": 0.0, "train_accuracy": 0.0, "images": 0.0}
+        self.epoch = self.step = 0  # where it is; the epoch counts through all phases
+        self._sums = _nothing()
         self._best_weights: dict[str, Tensor] | None = None
         self._lowest = math.inf  # loss of the best epoch of a phase that hands over its best
+        self._began = 0.0
+        self._optimizer: torch.optim.Optimizer
+        self._schedule: Any
+        self._scaler: torch.amp.GradScaler | None = None
         if self.settings.average:
             task.setup_ema(decay=self.settings.average, use_warmup=True)
 
-    def finish(self) -> None:
-        """Train to the end. Raises GateFailed when the loss stops being finite."""
-        with children_signal_kept():
-            self._finish()
-        self.network.to("cpu").to(memory_format=torch.contiguous_format)
+    @property
+    def position(self) -> int:
+        """Steps done."""
+        return self.epoch * self.steps_per_epoch + self.step
 
-    def _finish(self) -> None:
-        phases = self.task.phases()
-        total = sum(phase.epochs for phase in phases) * len(self._batches)
-        with seeded(self.config.seed, 1):  # dropout draws from torch's own generator
-            state = self._load()
-            if state is None:
-                self.precision = self._choose_precision()
-            self.precision.prepare(self.task)
-            with progress(self._title(), total) as advance:
-                done_epochs = sum(phase.epochs for phase in phases[: self._phase])
-                advance((done_epochs + self._epoch) * len(self._batches) + self._step, "")
-                while self._phase < len(phases):
-                    self._run_phase(phases, state, advance)
-                    state = None
+    @property
+    def steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    def begin(self, first: Batch) -> None:
+        """Read the state of a killed run, or choose the precision by timing steps on ``first``."""
+        state = self._load()
+        if state is None:
+            chosen = self._choose_precision(first) if self._ranks.leads else self.precision
+            self.precision = self._ranks.from_leader(chosen)
+        self.precision.prepare(self.task)
+        if self.precision.name == "fp16":
+            self._scaler = torch.amp.GradScaler(self._ranks.device_kind)
+        if self.epoch < self.epochs:
+            self._enter_phase()
+        if state is not None and state["optimizer"] is not None:
+            self._optimizer.load_state_dict(state["optimizer"])
+            if self._scaler is not None:
+                self._scaler.load_state_dict(state["scaler"])
+
+    def begin_epoch(self) -> None:
+        _, before = self._phase()
+        self.task.epoch = self.epoch - before
+        self.task.train()
+        self._began, self._began_images = time.monotonic(), self._sums["images"]
+
+    def learn(self, batch: Batch) -> str:
+        """One step; a few words on how it goes. Raises UserError when it can't go on."""
+        try:
+            # Dropout draws from torch's own generators.
+            with seeded(self.config.seed, 1, self.epoch, self.step, self._ranks.rank):
+                if self._ranks.device_kind == "cuda":
+                    torch.cuda.manual_seed(torch.initial_seed())
+                self._learn(batch)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+                raise UserError(
+                    f"out of memory training {self.config.model} on {len(batch.label)} images of {self.spec.size} "
+                    f"pixels ({first_line(error)}): lower train.batch_size or input.size, train with "
+                    "distill.together false, or try train.precision bf16"
+                ) from None
+            raise
+        self.step += 1
+        if self.settings.checkpoint_seconds <= time.monotonic() - self._saved:
+            self._save()
+        images = self._sums["images"]
+        speed = (images - self._began_images) / (time.monotonic() - self._began)
+        accuracy = self._sums["right"] / max(1.0, self._sums["judged"])
+        return f"loss {self._sums['loss'] / images:.3f}, top-1 {accuracy:.1%}, {speed:.0f} images/s"
+
+    def _learn(self, batch: Batch) -> None:
+        phase, before = self._phase()
+        self._schedule.step_update((self.epoch - before) * self.steps_per_epoch + self.step)
+        with self.precision.context(self._ranks.device_kind):
+            result = self.task(batch.image(self.precision), batch.target)
+        count = len(batch.label)
+        sums = {"images": float(count), "loss": float(result["loss"].item()) * count, "judged": 0.0, "right": 0.0}
+        if phase.has_accuracy:
+            judged, found = batch.label >= 0, result["output"].argmax(1).cpu()
+            sums |= {"judged": float(judged.sum()), "right": float((found == batch.label)[judged].sum())}
+        sums = self._ranks.total(sums)  # of all processes, so that all of them stop together
+        value = sums["loss"] / sums["images"]
+        if not math.isfinite(value):
+            cure = "take train.precision bf16 or float32" if self._scaler else "lower train.learning_rate"
+            raise UserError(
+                f"the loss became {value} in epoch {self.epoch + 1}, batch {self.step + 1}: {cure} "
+                "(the last good state is kept)"
+            )
+        # The mean over all ranks' images, whatever their shares: DDP takes the mean of the ranks' gradients.
+        loss = result["loss"] * (count * self._ranks.count / sums["images"])
+        self._optimizer.zero_grad()
+        if self._scaler is None:
+            loss.backward()
+        else:
+            self._scaler.scale(loss).backward()
+            self._scaler.unscale_(self._optimizer)
+        if self.settings.clip_gradient:
+            nn.utils.clip_grad_norm_(self.task.trainable(), self.settings.clip_gradient)
+        if self._scaler is None:
+            self._optimizer.step()
+        else:
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+        self.task.update_ema()
+        self._sums = {name: total + sums[name] for name, total in self._sums.items()}
+
+    def end_epoch(self) -> None:
+        """Add a row to the history, validate, hand over from one phase to the next."""
+        speed = (self._sums["images"] - self._began_images) / (time.monotonic() - self._began)
+        phase, before = self._phase()
+        sums = self._sums
+        row: dict[str, Any] = {"epoch": self.epoch + 1, "phase": phase.name, "loss": sums["loss"] / sums["images"]}
+        if sums["judged"]:
+            row["train_accuracy"] = sums["right"] / sums["judged"]
+        row |= {
+            "images_per_second": speed,
+            "learning_rate": self._optimizer.param_groups[0]["lr"],
+        }
+        self.epoch, self.step, self._sums = self.epoch + 1, 0, _nothing()
+        done = self.epoch - before
+        last = done == phase.epochs
+        if self._has_validation and phase.has_accuracy and (last or done % self.settings.validate_every == 0):
+            self._validate(row)
+        elif phase.handover == "best" and row["loss"] < self._lowest:
+            self._lowest, self._best_weights = row["loss"], copy.deepcopy(self.network.state_dict())
+        self.history.append(row)
+        if last:
+            if phase.handover == "best" and self._best_weights is not None:
+                self.network.load_state_dict(self._best_weights)
+            if not phase.has_accuracy:
+                self._lowest, self._best_weights = math.inf, None
+            if self.epoch < self.epochs:
+                self._enter_phase()
+
+    def _validate(self, row: dict[str, Any]) -> None:
+        if not self._ranks.leads:
+            return
+        averaged = self.task.get_trainable_module(ema=True)
+        network = self.network if averaged is None else averaged.module.student
+        logits, labels = evaluate(network, self.spec, self._dataset, "val", self.settings.workers)
+        accuracy = float((logits.argmax(1) == labels).mean())
+        self.last_validation = row["validation_accuracy"] = accuracy
+        if self.best is None or accuracy > self.best["validation_accuracy"]:
+            self.best = {"epoch": row["epoch"], "validation_accuracy": accuracy}
+            if self.settings.select == "best":
+                self._best_weights = copy.deepcopy(network.state_dict())
+
+    def finish(self) -> None:
+        """Make ``network`` what is kept: the average, the best or the last; on the CPU."""
         averaged = self.task.get_trainable_module(ema=True)
         if averaged is not None:
             self.network.load_state_dict(averaged.module.student.state_dict())
         if self.settings.select == "best" and self._best_weights is not None:
             self.network.load_state_dict(self._best_weights)
+        self.network.to("cpu").to(memory_format=torch.contiguous_format)
 
-    def _run_phase(self, phases: list[Phase], state: dict[str, Any] | None, advance: Any) -> None:
-        phase = phases[self._phase]
-        before = sum(each.epochs for each in phases[: self._phase])
-        self.task.enter(self._phase)
-        optimizer = self._optimizer(phase)
-        schedule = _schedule(self.settings, optimizer, phase, len(self._batches))
-        if state is not None:
-            optimizer.load_state_dict(state["optimizer"])
-        while self._epoch < phase.epochs:
-            self._batches.epoch, self._batches.skip = before + self._epoch, self._step
-            self.task.epoch = self._epoch
-            self.task.train()
-            begun, images_before, speed = time.monotonic(), self._sums["images"], 0.0
-            for image, label in self._loader:
-                update = self._epoch * len(self._batches) + self._step
-                schedule.step_update(update)
-                loss = self._train_step(image, label, optimizer)
-                self._step += 1
-                speed = (self._sums["images"] - images_before) / (time.monotonic() - begun)
-                accuracy = self._sums["train_accuracy"] / self._sums["images"]
-                advance(1, f"loss {loss:.3f}, top-1 {accuracy:.1%}, {speed:.0f} images/s")
-                if time.monotonic() - self._saved >= self.settings.checkpoint_seconds:
-                    self._save(optimizer)
-            self._end_epoch(phase, before, optimizer, speed)
-        if phase.handover == "best" and self._best_weights is not None:
-            self.network.load_state_dict(self._best_weights)
-        self._phase, self._epoch, self._lowest, self._best_weights = self._phase + 1, 0, math.inf, self._kept(phase)
+    # ---- phases ----------------------------------------------------------------------------------------
 
-    def _kept(self, phase: Phase) -> dict[str, Tensor] | None:
-        return self._best_weights if phase.has_accuracy else None
+    def _phase(self) -> tuple[Phase, int]:
+        """The phase of this epoch, and the epochs before it."""
+        before = 0
+        for phase in self._phases:
+            if self.epoch < before + phase.epochs:
+                break
+            before += phase.epochs
+        return phase, before
 
-    def _train_step(self, image: Tensor, label: Tensor, optimizer: torch.optim.Optimizer) -> float:
-        epoch, target = self._batches.epoch, label
-        if self._mixing is not None:
-            even = len(image) // 2 * 2  # Mixup pairs images up
-            with seeded(self.config.seed, 2, epoch, self._step):
-                image, target = self._mixing(image[:even].clone(), label[:even])
-                label = label[:even]
-        image, target = self.precision.place(image.to(self._device)), target.to(self._device)
-        with self.precision.context(self._device):
-            result = self.task(image, target)
-        value = float(result["loss"].item())
-        if not math.isfinite(value):
-            raise GateFailed(
-                f"the loss became {value} in epoch {epoch + 1}, batch {self._step + 1}: lower train.learning_rate "
-                "(the last good state is kept)"
-            )
-        optimizer.zero_grad()
-        result["loss"].backward()
-        if self.settings.clip_gradient:
-            nn.utils.clip_grad_norm_(self.task.trainable(), self.settings.clip_gradient)
-        optimizer.step()
-        self.task.update_ema()
-        self._sums["images"] += len(label)
-        self._sums["loss"] += value * len(label)
-        self._sums["train_accuracy"] += float((result["output"].argmax(1).cpu() == label).sum())
-        return value
+    def _enter_phase(self) -> None:
+        phase, _ = self._phase()
+        self.task.enter(self._phases.index(phase))
+        if self._ranks.count > 1:  # anew: DDP looks at what learns only when it wraps
+            self.task.prepare_distributed(device_ids=_device_ids(self._ranks))
+        self._optimizer = self._new_optimizer(phase)
+        self._schedule = _schedule(self.settings, self._optimizer, phase, self.steps_per_epoch)
 
-    def _end_epoch(self, phase: Phase, before: int, optimizer: torch.optim.Optimizer, speed: float) -> None:
-        images = self._sums.pop("images")
-        row: dict[str, Any] = {"epoch": before + self._epoch + 1, "phase": phase.name}
-        row |= {name: total / images for name, total in self._sums.items()}
-        row |= {"images_per_second": speed, "learning_rate": optimizer.param_groups[0]["lr"]}
-        self._epoch, self._step, self._sums = self._epoch + 1, 0, dict.fromkeys([*self._sums, "images"], 0.0)
-        last = self._epoch == phase.epochs
-        if self._has_validation and phase.has_accuracy and (last or self._epoch % self.settings.validate_every == 0):
-            averaged = self.task.get_trainable_module(ema=True)
-            network = self.network if averaged is None else averaged.module.student
-            logits, labels = evaluate(network, self.spec, self._dataset, "val", self.settings.workers)
-            accuracy = float((logits.argmax(1) == labels).mean())
-            self.last_validation = row["validation_accuracy"] = accuracy
-            if self.best is None or accuracy > self.best["validation_accuracy"]:
-                self.best = {"epoch": row["epoch"], "validation_accuracy": accuracy}
-                if self.settings.select == "best":
-                    self._best_weights = copy.deepcopy(network.state_dict())
-        elif phase.handover == "best" and row["loss"] < self._lowest:
-            self._lowest, self._best_weights = row["loss"], copy.deepcopy(self.network.state_dict())
-        self.history.append(row)
+    def _new_optimizer(self, phase: Phase) -> torch.optim.Optimizer:
+        """Timm's optimiser over what learns in this phase; biases, norms and what the network names get no decay."""
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            self.network,
+            opt=self.settings.optimizer,
+            lr=phase.learning_rate,
+            weight_decay=self.settings.weight_decay,
+            momentum=self.settings.momentum,
+            layer_decay=self.settings.layer_decay,
+        )
+        additions = [each for each in self.task.pupil.additions.parameters() if each.requires_grad]
+        if additions:
+            optimizer.add_param_group({"params": additions, "weight_decay": self.settings.weight_decay})
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", phase.learning_rate)
+        return optimizer
+
+    def _choose_precision(self, batch: Batch) -> Precision:
+        if self.settings.precision != "auto":
+            return Precision(self.settings.precision)
+
+        def step(task: nn.Module, precision: Precision) -> None:
+            with precision.context(self._ranks.device_kind):
+                # A copy, so that the teacher is asked anew.
+                loss = task(batch.image(precision).clone(), batch.target)["loss"]
+            loss.backward()
+            task.zero_grad()
+
+        self.task.enter(0)
+        self.task.train()
+        with seeded(self.config.seed, 3):
+            return fastest(self.task, step)
 
     # ---- state -----------------------------------------------------------------------------------------
 
-    def _save(self, optimizer: torch.optim.Optimizer) -> None:
+    def _save(self) -> None:
         """Write the state beside the last one and put it in its place: a kill leaves one or the other."""
+        self._saved = time.monotonic()
         if self._resume is None:
             return
         averaged = self.task.get_trainable_module(ema=True)
         state = {
-            "weights": self.task.trainable_module.state_dict(),
+            "weights": self.task.pupil.state_dict(),
             "averaged": None if averaged is None else averaged.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "generator": torch.get_rng_state(),
-            "position": [self._phase, self._epoch, self._step],
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": None if self._scaler is None else self._scaler.state_dict(),
+            "position": [self.epoch, self.step],
             "sums": self._sums,
             "history": self.history,
             "best": self.best,
@@ -220,61 +322,110 @@ class Run:
             stream.flush()
             os.fsync(stream.fileno())
         draft.replace(self._resume / STATE)
-        self._saved = time.monotonic()
 
     def _load(self) -> dict[str, Any] | None:
-        if self._resume is None or not (self._resume / STATE).is_file():
+        saved = self._resume / STATE if self._resume is not None else None
+        content = self._ranks.from_leader(saved.read_bytes() if saved is not None and saved.is_file() else None)
+        if content is None:
             return None
-        state: dict[str, Any] = torch.load(self._resume / STATE, map_location=self._device, weights_only=True)
-        self.task.trainable_module.load_state_dict(state["weights"])
+        state: dict[str, Any] = torch.load(io.BytesIO(content), map_location=self._ranks.device, weights_only=True)
+        self.task.pupil.load_state_dict(state["weights"])
         averaged = self.task.get_trainable_module(ema=True)
         if averaged is not None:
             averaged.load_state_dict(state["averaged"])
-        torch.set_rng_state(state["generator"].cpu())
-        self._phase, self._epoch, self._step = state["position"]
+        self.epoch, self.step = state["position"]
         self._sums, self.history, self.best = state["sums"], state["history"], state["best"]
         self._best_weights, self._lowest = state["best_weights"], state["lowest"]
         self.last_validation, self.precision = state["last_validation"], Precision(**state["precision"])
         return state
 
-    # ---- parts -----------------------------------------------------------------------------------------
 
-    def _optimizer(self, phase: Phase) -> torch.optim.Optimizer:
-        """Timm's optimiser over what learns in this phase; biases, norms and what the network names get no decay."""
-        optimizer: torch.optim.Optimizer = create_optimizer_v2(
-            self.network,
-            opt=self.settings.optimizer,
-            lr=phase.learning_rate,
-            weight_decay=self.settings.weight_decay,
-            momentum=self.settings.momentum,
-            layer_decay=self.settings.layer_decay,
+class Lockstep:
+    """Runs that see the same views, side by side: each view is made once, and one teacher's answer serves all."""
+
+    def __init__(self, views: TrainingViews, config: TrainingConfig, classes: int, ranks: Ranks) -> None:
+        settings = config.train
+        self._seed, self._ranks = config.seed, ranks
+        self._batches = EpochBatches(
+            len(views), settings.batch_size, config.seed, settings.repeats, ranks.rank, ranks.count
         )
-        additions = [each for each in self.task.trainable_module.additions.parameters() if each.requires_grad]
-        if additions:
-            optimizer.add_param_group({"params": additions, "weight_decay": self.settings.weight_decay})
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", phase.learning_rate)
-        return optimizer
+        self.steps_per_epoch = len(self._batches)
+        self._loader = DataLoader(
+            views,
+            batch_sampler=self._batches,
+            num_workers=settings.workers,
+            persistent_workers=settings.workers > 0,
+            generator=torch.Generator(),  # its own: starting an epoch again must not move torch's
+        )
+        # Mixing counts an image without label as of one class more, which is cut off the targets.
+        self._classes, self._known = classes, classes + views.some_unlabeled
+        self._mixing = _mixing(settings, self._known)
 
-    def _choose_precision(self) -> Precision:
-        if self.settings.precision != "auto":
-            return Precision(self.settings.precision)
-        image, label = next(iter(self._loader))
+    def train(self, runs: Sequence[Run]) -> None:
+        """Take every run from where it is to its end, or to its ``failure``. Raises the failure of a lone run."""
+        with children_signal_kept(), progress(_title(runs), sum(run.steps for run in runs)) as advance:
+            self._begin(runs)
+            for run in runs:
+                advance(run.position, "")
+            for epoch in range(min(run.epoch for run in runs), max(run.epochs for run in runs)):
+                # After a kill some may be ahead of the others: they have had these batches.
+                learners = [run for run in runs if run.epoch == epoch < run.epochs and run.failure is None]
+                if not learners:
+                    continue
+                for run in learners:
+                    run.begin_epoch()
+                for step, batch in self._epoch(epoch, min(run.step for run in learners)):
+                    for run in learners:
+                        if run.step == step and run.failure is None:
+                            advance(1, self._learn(run, batch, alone=len(runs) == 1))
+                for run in learners:
+                    if run.failure is None:
+                        run.end_epoch()
+        for run in runs:
+            run.finish()
 
-        def step(task: nn.Module, precision: Precision) -> None:
-            with precision.context(self._device):
-                loss = task(precision.place(image.to(self._device)), label.to(self._device))["loss"]
-            loss.backward()
-            task.zero_grad()
+    def _begin(self, runs: Sequence[Run]) -> None:
+        _, first = next(self._epoch(0, 0))
+        for run in runs:
+            run.begin(first)
 
-        self.task.enter(0)
-        self.task.train()
-        with seeded(self.config.seed, 3):
-            return fastest(self.task, step)
+    def _learn(self, run: Run, batch: Batch, alone: bool) -> str:
+        try:
+            told = run.learn(batch)
+        except KdpipeError as error:
+            if alone:
+                raise
+            run.failure = error
+            note(f"{run.config.model} by {run.config.method} is given up, the others go on: {error}")
+            return ""
+        return told if alone else f"{run.config.method}: {told}"
 
-    def _title(self) -> str:
-        how = "labels" if self.config.method == "labels" else self.config.method
-        return f"training {self.config.model} on {how}, seed {self.config.seed}"
+    def _epoch(self, epoch: int, skip: int) -> Iterator[tuple[int, Batch]]:
+        self._batches.epoch, self._batches.skip = epoch, skip
+        for step, (image, label) in enumerate(self._loader, skip):
+            if self._mixing is None:
+                yield step, Batch(image, label, label, self._ranks)
+                continue
+            even = len(image) // 2 * 2  # Mixup pairs images up
+            image, label = image[:even].clone(), label[:even]
+            with seeded(self._seed, 2, epoch, step):
+                image, target = self._mixing(image, label % self._known)
+            yield step, Batch(image, label, target[:, : self._classes], self._ranks)
+
+
+def _title(runs: Sequence[Run]) -> str:
+    first = runs[0].config
+    methods = ", ".join(run.config.method for run in runs)
+    what = first.model if len(runs) == 1 else f"{len(runs)} students"
+    return f"training {what} on {methods}, seed {first.seed}"
+
+
+def _nothing() -> dict[str, float]:
+    return {"images": 0.0, "loss": 0.0, "judged": 0.0, "right": 0.0}
+
+
+def _device_ids(ranks: Ranks) -> list[int] | None:
+    return [torch.device(ranks.device).index] if ranks.device_kind == "cuda" else None
 
 
 @contextlib.contextmanager
@@ -294,13 +445,13 @@ def children_signal_kept() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before)
 
 
-def _mixing(settings: Any, classes: int) -> Mixup | None:
+def _mixing(settings: TrainConfig, classes: int) -> Mixup | None:
     if not (settings.mixup or settings.cutmix):
         return None
     return Mixup(settings.mixup, settings.cutmix, label_smoothing=settings.label_smoothing, num_classes=classes)
 
 
-def _schedule(settings: Any, optimizer: torch.optim.Optimizer, phase: Phase, updates_per_epoch: int) -> Any:
+def _schedule(settings: TrainConfig, optimizer: torch.optim.Optimizer, phase: Phase, updates_per_epoch: int) -> Any:
     """Timm's schedule over the updates of a phase; a function of the update's number alone."""
     schedule, _ = create_scheduler_v2(
         optimizer,

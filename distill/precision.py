@@ -27,7 +27,9 @@ class Precision:
         return dict(vars(self))
 
     def context(self, device: str) -> torch.autocast:
-        return torch.autocast(device, dtype=torch.bfloat16, enabled=self.name == "bf16")
+        """Autocast to this format; weights, gradients and losses stay float32."""
+        kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.name)
+        return torch.autocast(device, dtype=kind, enabled=kind is not None)
 
     def place(self, tensor: Tensor) -> Tensor:
         """Images [B, C, H, W] in this layout."""

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
-from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
+import torch
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.task import TrainingTask
+from timm.utils.model import unwrap_model
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..core.config import DistillConfig
 from ..core.data import InputSpec
@@ -21,6 +24,7 @@ from .features import (
     Adapter,
     AuxiliaryHead,
     map_shapes,
+    maps_alone,
     maps_and_logits,
     paired,
     same_size,
@@ -42,9 +46,9 @@ class Phase:
 
 
 class Answer(NamedTuple):
-    """What the pupil says of a batch: logits [B, K], its maps, and what its additions make of them."""
+    """What the pupil says of a batch: logits [B, K] (if it went so far), its maps, what its additions make of them."""
 
-    logits: Tensor
+    logits: Any  # a Tensor wherever it is looked at
     maps: list[Tensor]
     outputs: list[Tensor]
 
@@ -57,28 +61,48 @@ class Pupil(nn.Module):
         self.student, self.additions = student, nn.ModuleList(additions)
         self.indices: list[int] = list(indices)
 
-    def forward(self, image: Tensor) -> Answer:
+    def forward(self, image: Tensor, deepest: int | None = None) -> Answer:
+        """All of it; or the maps up to number ``deepest`` alone, without logits."""
         if not self.indices:
             return Answer(self.student(image), [], [])
-        maps, logits = maps_and_logits(self.student, image, self.indices)
+        if deepest is None:
+            maps, logits = maps_and_logits(self.student, image, self.indices)
+        else:
+            maps, logits = maps_alone(self.student, image, self.indices[: deepest + 1]), None
         outputs = [addition(features) for addition, features in zip(self.additions, maps, strict=False)]
         return Answer(logits, maps, outputs)
 
 
 def label_loss(config: DistillConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    """Cross-entropy or BCE (mean over B * K, as timm), smoothed if asked, in float32."""
+    """Cross-entropy or BCE (mean over B * K, as timm), smoothed if asked, in float32.
+
+    The target is a class [B], or a distribution [B, K] after mixing. An image without label, whose class is
+    ``UNLABELED`` or whose distribution is nothing, adds nothing to the sum over the batch's images.
+    """
     smoothing = config.train.label_smoothing
     if config.label_loss == "bce":
-        criterion: nn.Module = BinaryCrossEntropy(smoothing)
+        hard: nn.Module = BinaryCrossEntropy(smoothing)
+        soft: nn.Module = BinaryCrossEntropy(0.0)
     else:
-        criterion = LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
-    return lambda logits, target: criterion(logits.float(), target)
+        hard = LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
+        soft = SoftTargetCrossEntropy()
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        criterion, known = (hard, target >= 0) if target.ndim == 1 else (soft, target.sum(1) > 0)
+        if known.all():
+            return cast("Tensor", criterion(logits.float(), target))
+        if not known.any():
+            return 0 * logits.float().sum()
+        return cast("Tensor", criterion(logits[known].float(), target[known])) * known.float().mean()
+
+    return loss
 
 
 class DistillationTask(TrainingTask):  # type: ignore[misc]
     """Labels alone: the control of every method, and the frame of all others."""
 
     needs_teacher: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = True  # and so learns nothing from images that have none
     own_weight: ClassVar[float] = 0.0  # of the method's loss, where the configuration names none
 
     def __init__(
@@ -92,11 +116,22 @@ class DistillationTask(TrainingTask):  # type: ignore[misc]
         self.kd_weight = self.own_weight if config.kd_weight is None else config.kd_weight
         self.epoch = 0  # the trainer's, for losses that grow
         self._label_loss = label_loss(config)
-        self.trainable_module = self.pupil(student)
+        self.trainable_module: nn.Module = self.equip(student)
 
-    def pupil(self, student: nn.Module) -> Pupil:
+    def equip(self, student: nn.Module) -> Pupil:
         """The student with this method's additions."""
         return Pupil(student)
+
+    @property
+    def pupil(self) -> Pupil:
+        """What learns, without what distributes it."""
+        pupil: Pupil = unwrap_model(self.trainable_module)
+        return pupil
+
+    def prepare_distributed(self, device_ids: list[int] | None = None, **named: Any) -> DistillationTask:
+        """Wrap what learns now in DDP; called again, wrap it anew."""
+        self.trainable_module = DistributedDataParallel(self.pupil, device_ids=device_ids, **named)
+        return self
 
     def phases(self) -> list[Phase]:
         train = self.config.train
@@ -108,6 +143,14 @@ class DistillationTask(TrainingTask):  # type: ignore[misc]
     def trainable(self) -> Iterator[nn.Parameter]:
         return (parameter for parameter in self.trainable_module.parameters() if parameter.requires_grad)
 
+    def lesson(self, input: Tensor) -> Lesson:
+        """What the teacher says of a batch, its non-maximal logits shuffled if that control is asked for."""
+        assert self.teacher is not None
+        lesson: Lesson = self.teacher(input)
+        if self.config.shuffled_teacher:
+            lesson = Lesson(losses.shuffle_non_maximal(lesson.logits, torch.default_generator), lesson.maps)
+        return lesson
+
     def compare(self, answer: Answer, lesson: Lesson, target: Tensor) -> Tensor:
         """The method's own loss, a scalar."""
         raise NotImplementedError
@@ -117,7 +160,7 @@ class DistillationTask(TrainingTask):  # type: ignore[misc]
         result = {"output": answer.logits, "task_loss": self._label_loss(answer.logits, target)}
         loss = self.config.label_weight * result["task_loss"]
         if self.teacher is not None and self.kd_weight:
-            result["kd_loss"] = self.compare(answer, self.teacher(input), target)
+            result["kd_loss"] = self.compare(answer, self.lesson(input), target)
             loss = loss + self.kd_weight * result["kd_loss"]
         return {"loss": loss, **result}
 
@@ -126,10 +169,22 @@ class LogitTask(DistillationTask):
     """Everything that compares logits with logits."""
 
     needs_teacher = True
+    needs_labels = False
     own_weight = 1.0
 
     def compare(self, answer: Answer, lesson: Lesson, target: Tensor) -> Tensor:
         return logit_loss(self.config, answer.logits, lesson.logits, target, self.epoch)
+
+
+class DkdTask(LogitTask):
+    """DKD parts the target class from the others, so it has to know it, and needs two others at least."""
+
+    needs_labels = True
+
+    def equip(self, student: nn.Module) -> Pupil:
+        if student.num_classes < 3:  # type: ignore[operator]
+            raise UserError("method 'dkd' needs three classes at least, found 2 (its second part is nothing): take kd")
+        return super().equip(student)
 
 
 class DistTask(LogitTask):
@@ -163,20 +218,27 @@ class FeatureTask(DistillationTask):
     """The frame of methods that look at stages; the teacher is told which of its maps are wanted."""
 
     needs_teacher = True
+    needs_labels = False
     stages: ClassVar[slice] = slice(None)  # which of the paired stages
+    its_stages: list[int]  # of the teacher, paired with the student's
+
+    def maps(self, lesson: Lesson) -> list[Tensor]:
+        """The teacher's maps at the paired stages."""
+        return [lesson.maps[index] for index in self.its_stages]
 
     def indices(self, student: nn.Module) -> list[int]:
         """Agree with the teacher on stages. Raises UserError where one network has none."""
         assert self.teacher is not None
         mine, its = paired(stage_indices(student, self.name), stage_indices(self.teacher.network, "the teacher"))
-        self.teacher.indices = its[self.stages]
+        self.its_stages = its[self.stages]
+        self.teacher.wanted.update(self.its_stages)
         return mine[self.stages]
 
     def adapters(self, student: nn.Module, indices: list[int], where_equal: bool) -> nn.ModuleList:
         """From each of the student's maps to the channels of the teacher's; identity for equal ones if wanted."""
         assert self.teacher is not None
         mine = map_shapes(student, self.spec.size, indices)
-        its = map_shapes(self.teacher.network, self.teacher.size, self.teacher.indices)
+        its = map_shapes(self.teacher.network, self.teacher.size, self.its_stages)
         return nn.ModuleList(
             Adapter(here[0], there[0]) if where_equal or here[0] != there[0] else nn.Identity()
             for here, there in zip(mine, its, strict=True)
@@ -189,12 +251,12 @@ class HintTask(FeatureTask):
     own_weight = 100.0
     stages = slice(-2, -1)
 
-    def pupil(self, student: nn.Module) -> Pupil:
+    def equip(self, student: nn.Module) -> Pupil:
         indices = self.indices(student)
         return Pupil(student, indices, self.adapters(student, indices, where_equal=True))
 
     def compare(self, answer: Answer, lesson: Lesson, target: Tensor) -> Tensor:
-        return losses.hint(*same_size(answer.outputs[0], lesson.maps[0]))
+        return losses.hint(*same_size(answer.outputs[0], self.maps(lesson)[0]))
 
 
 class AttentionTask(FeatureTask):
@@ -202,11 +264,11 @@ class AttentionTask(FeatureTask):
 
     own_weight = 1000.0
 
-    def pupil(self, student: nn.Module) -> Pupil:
+    def equip(self, student: nn.Module) -> Pupil:
         return Pupil(student, self.indices(student))
 
     def compare(self, answer: Answer, lesson: Lesson, target: Tensor) -> Tensor:
-        return losses.attention(answer.maps, lesson.maps)
+        return losses.attention(answer.maps, self.maps(lesson))
 
 
 class RelationTask(FeatureTask):
@@ -215,12 +277,12 @@ class RelationTask(FeatureTask):
     own_weight = 1.0
     stages = slice(-1, None)
 
-    def pupil(self, student: nn.Module) -> Pupil:
+    def equip(self, student: nn.Module) -> Pupil:
         return Pupil(student, self.indices(student))
 
     def compare(self, answer: Answer, lesson: Lesson, target: Tensor) -> Tensor:
         weights = self.config.rkd
-        mine, its = (each[-1].float().mean((2, 3)) for each in (answer.maps, lesson.maps))
+        mine, its = (each[-1].float().mean((2, 3)) for each in (answer.maps, self.maps(lesson)))
         return losses.rkd(mine, its, weights.distance_weight, weights.angle_weight)
 
 
@@ -232,9 +294,10 @@ class DeepSupervisionTask(DistillationTask):
     """
 
     needs_teacher = True
+    needs_labels = False
     own_weight = 1.0
 
-    def pupil(self, student: nn.Module) -> Pupil:
+    def equip(self, student: nn.Module) -> Pupil:
         indices = stage_indices(student, self.name)[:-1]
         classes = student.num_classes
         heads = nn.ModuleList(
@@ -260,11 +323,11 @@ class StagewiseTask(FeatureTask):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        pupil = self.trainable_module
+        pupil = self.pupil
         self._stages = stage_parameters(pupil.student, self.spec.size, pupil.indices)
         self._phase = 0
 
-    def pupil(self, student: nn.Module) -> Pupil:
+    def equip(self, student: nn.Module) -> Pupil:
         indices = self.indices(student)
         return Pupil(student, indices, self.adapters(student, indices, where_equal=False))
 
@@ -279,7 +342,7 @@ class StagewiseTask(FeatureTask):
 
     def enter(self, phase: int) -> None:
         self._phase = phase
-        pupil = _unwrapped(self.trainable_module)
+        pupil = self.pupil
         learning = set(self._stages[phase])
         for name, parameter in pupil.student.named_parameters():
             parameter.requires_grad_(name in learning)
@@ -291,7 +354,7 @@ class StagewiseTask(FeatureTask):
         """Keep the statistics of frozen BatchNorms, unless ``frozen_batchnorm`` lets them move on."""
         super().train(mode)
         if mode and hasattr(self, "_phase") and self.config.stagewise.frozen_batchnorm == "eval":
-            for module in _unwrapped(self.trainable_module).modules():
+            for module in self.pupil.modules():
                 own = list(module.parameters(recurse=False))
                 if own and isinstance(module, nn.modules.batchnorm._BatchNorm) and not own[0].requires_grad:
                     module.eval()
@@ -300,17 +363,14 @@ class StagewiseTask(FeatureTask):
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         if self._phase == len(self._stages) - 1:
             return super().forward(input, target)
-        assert self.teacher is not None
-        answer, lesson = self.trainable_module(input), self.teacher(input)
-        loss = losses.hint(*same_size(answer.outputs[self._phase], lesson.maps[self._phase]))
-        return {"loss": loss, "output": answer.logits.detach(), "kd_loss": loss}
+        # Stages above learn later; they are left out unless their statistics are to move already.
+        deepest = self._phase if self.config.stagewise.frozen_batchnorm == "eval" else None
+        answer, lesson = self.trainable_module(input, deepest), self.lesson(input)
+        loss = losses.hint(*same_size(answer.outputs[self._phase], self.maps(lesson)[self._phase]))
+        return {"loss": loss, "kd_loss": loss}
 
     def compare(self, answer: Answer, lesson: Lesson, target: Tensor) -> Tensor:
         return losses.kd(answer.logits, lesson.logits, self.config.temperature)
-
-
-def _unwrapped(module: nn.Module) -> Any:
-    return getattr(module, "module", module)
 
 
 METHODS: dict[str, type[DistillationTask]] = {
@@ -319,7 +379,7 @@ METHODS: dict[str, type[DistillationTask]] = {
     "kd": LogitTask,
     "bkd": LogitTask,
     "logit_mse": LogitTask,
-    "dkd": LogitTask,
+    "dkd": DkdTask,
     "dist": DistTask,
     "hint": HintTask,
     "at": AttentionTask,

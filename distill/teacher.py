@@ -11,33 +11,35 @@ from torch.nn import functional
 
 from ..core.data import InputSpec
 from .features import maps_and_logits
-from .losses import shuffle_non_maximal
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What the teacher says of a batch: logits [B, K] and, if asked, feature maps [B, C, H, W]."""
+    """What the teacher says of a batch: logits [B, K] and, by stage index, feature maps [B, C, H, W]."""
 
     logits: Tensor
-    maps: list[Tensor] = field(default_factory=list)
+    maps: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Teacher(nn.Module):
-    """Sees the student's view, normalised and sized as it was trained."""
+    """Sees the student's view, normalised and sized as it was trained.
+
+    Asked again about the same tensor it gives the same answer at no cost: several students learn from one forward.
+    """
 
     student_mean: Tensor
     student_std: Tensor
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module, spec: InputSpec, student_spec: InputSpec, shuffled: bool = False) -> None:
+    def __init__(self, network: nn.Module, spec: InputSpec, student_spec: InputSpec) -> None:
         super().__init__()
         self.network = network.eval().requires_grad_(False)
-        self.indices: list[int] = []  # of the feature maps that the method asks for
+        self.wanted: set[int] = set()  # indices of the feature maps that methods ask for
         self.size = spec.size
+        self._answered: tuple[Tensor, bool, Lesson] | None = None
         self._resizes = spec.size != student_spec.size
         self._same_colours = (spec.mean, spec.std) == (student_spec.mean, student_spec.std)
-        self._shuffled = shuffled
         for name, values in (
             ("student_mean", student_spec.mean),
             ("student_std", student_spec.std),
@@ -53,15 +55,18 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, view: Tensor) -> Lesson:
         """The student's normalised view [B, 3, H, W] to a Lesson."""
+        mixed_precision = torch.is_autocast_enabled(view.device.type)
+        if self._answered is None or self._answered[0] is not view or self._answered[1] != mixed_precision:
+            self._answered = (view, mixed_precision, self._answer(view))
+        return self._answered[2]
+
+    def _answer(self, view: Tensor) -> Lesson:
         if not self._same_colours:
             view = (view * self.student_std + self.student_mean - self.mean) / self.std
         if self._resizes:
             view = functional.interpolate(view, (self.size, self.size), mode="bicubic", antialias=True)
-        if self.indices:
-            maps, logits = maps_and_logits(self.network, view, self.indices)
-        else:
-            maps, logits = [], self.network(view)
-        if self._shuffled:
-            # Drawn from torch's own generator, whose state a resumed run gets back.
-            logits = shuffle_non_maximal(logits, torch.default_generator)
-        return Lesson(logits, maps)
+        if not self.wanted:
+            return Lesson(self.network(view))
+        indices = sorted(self.wanted)
+        maps, logits = maps_and_logits(self.network, view, indices)
+        return Lesson(logits, dict(zip(indices, maps, strict=True)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,52 +12,139 @@ import numpy as np
 from timm.optim import list_optimizers
 from torch import nn
 
-from ..core.artifact import Checkpoint, drafting, write_json
+from ..core.artifact import Artifact, Checkpoint, Draft, drafting, write_json
 from ..core.config import AdoptConfig, ModelConfig, TrainConfig, TrainingConfig
 from ..core.data import Dataset, InputSpec, stratified_fraction
 from ..core.errors import UserError, choice
 from ..networks import models
-from .loop import Run, evaluate
+from .loop import Lockstep, Run, evaluate
+from .ranks import Ranks, join
 from .tasks import METHODS
 from .teacher import Teacher
 from .views import TrainingViews, seeded, training_transform
 
 
 def train(config: TrainingConfig, dataset: Dataset, teacher: Checkpoint | None, out: Path) -> Checkpoint:
-    """Train ``config.model`` on the training part by ``config.method``.
+    """Train ``config.model`` on the training part by ``config.method``; see ``train_together``."""
+    return train_together({out: config}, dataset, teacher)[out]
+
+
+def companions(configs: Mapping[Path, TrainingConfig], dataset: Dataset) -> list[dict[Path, TrainingConfig]]:
+    """Runs parted by what they see: those of one part can share views, batches and the teacher's answers."""
+    classes, unlabeled = len(dataset.classes), bool(dataset.samples("unlabeled"))
+    parts: dict[str, dict[Path, TrainingConfig]] = {}
+    for out, config in configs.items():
+        settings = config.train
+        mixing = (
+            [settings.mixup, settings.cutmix, settings.label_smoothing] if settings.mixup or settings.cutmix else []
+        )
+        sees = [
+            *(config.seed, config.label_fraction, settings.batch_size),
+            *(unlabeled and METHODS[config.method].needs_labels, settings.repeats, settings.workers, mixing),
+            *(settings.augment.model_dump(), models.create(config, classes)[1].model_dump()),
+        ]
+        parts.setdefault(json.dumps(sees), {})[out] = config
+    return list(parts.values())
+
+
+def train_together(
+    configs: Mapping[Path, TrainingConfig], dataset: Dataset, teacher: Checkpoint | None
+) -> dict[Path, Checkpoint]:
+    """Train runs that see the same views side by side (``companions``); each ends as it would have ended alone.
 
     The validation part only selects (``train.select``); the test part is evaluated once, at the end. Killed at
-    any moment and called again, it goes on where it was.
+    any moment and called again, it goes on where it was. Under torchrun every process calls this; the first
+    writes. A run that fails does not stop the others: they are sealed before its error is raised.
 
     Raises:
-        UserError: an unknown model or optimiser, a teacher of other classes.
-        GateFailed: the loss stopped being finite.
+        UserError: an unknown model or optimiser, a teacher of other classes, no memory, a loss that stopped
+            being finite.
     """
-    inputs = {"data": dataset} if teacher is None else {"data": dataset, "teacher": teacher}
-    with drafting(Checkpoint, out, stage="train", config=config, inputs=inputs, resumable=True) as draft:
-        samples = dataset.samples("train")
-        chosen = stratified_fraction([sample.label for sample in samples], config.label_fraction, config.seed)
-        write_json(draft.path / "images.json", {"part": "train", "positions": chosen.tolist()})
+    ranks = join()
+    with contextlib.ExitStack() as stack:
+        drafts = {
+            out: stack.enter_context(_draft(config, dataset, teacher, out)) if ranks.leads else None
+            for out, config in configs.items()
+        }
+        runs = _runs(configs, drafts, dataset, teacher, ranks)
+        for out, run in runs.items():
+            draft = drafts[out]
+            if draft is None:
+                continue
+            if run.failure is not None:
+                draft.failed = True
+                continue
+            _write(draft, run, dataset)
+    ranks.from_leader(None)  # until the leader has sealed them
+    for run in runs.values():
+        if run.failure is not None:
+            raise run.failure
+    return {out: draft.artifact if draft else Checkpoint.open(out) for out, draft in drafts.items()}
+
+
+def _draft(
+    config: TrainingConfig, dataset: Dataset, teacher: Checkpoint | None, out: Path
+) -> contextlib.AbstractContextManager[Draft[Checkpoint]]:
+    inputs: dict[str, Artifact] = {"data": dataset}
+    if teacher is not None and config.needs_teacher:
+        inputs["teacher"] = teacher
+    return drafting(Checkpoint, out, stage="train", config=config, inputs=inputs, resumable=True)
+
+
+def _runs(
+    configs: Mapping[Path, TrainingConfig],
+    drafts: Mapping[Path, Draft[Checkpoint] | None],
+    dataset: Dataset,
+    teacher: Checkpoint | None,
+    ranks: Ranks,
+) -> dict[Path, Run]:
+    """Every run, trained."""
+    first = next(iter(configs.values()))
+    samples = dataset.samples("train")
+    chosen = stratified_fraction([sample.label for sample in samples], first.label_fraction, first.seed)
+    images = [samples[at] for at in chosen]
+    if METHODS[first.method].needs_labels:
+        if not images:
+            raise UserError(f"method '{first.method}' needs labels, found none: set label_fraction above 0 or take kd")
+    else:
+        images += dataset.samples("unlabeled")
+    guide: Teacher | None = None
+    networks: dict[Path, tuple[nn.Module, InputSpec]] = {}
+    for out, config in configs.items():
         with seeded(config.seed):
-            network, spec = models.create(config, len(dataset.classes))
-            guide = None if teacher is None else _teacher(teacher, dataset, spec, config.shuffled_teacher)
-            task = METHODS[config.method](config, network, spec, guide, config.model)
-        views = TrainingViews([samples[at] for at in chosen], config.train.augment, spec, config.seed)
-        run = Run(config, task, views, dataset, spec, draft.resume)
-        run.finish()
-        with (draft.path / "history.jsonl").open("w") as stream:
-            stream.writelines(json.dumps(row) + "\n" for row in run.history)
-        _describe(draft.path, draft.facts, config, run.network, spec, dataset)
-        draft.facts.update(
-            method=config.method,
-            training_images=len(chosen),
-            epochs=len(run.history),
-            selected=config.train.select,
-            best_validation=run.best,
-            last_validation=run.last_validation,
-            precision=run.precision.as_dict(),
-        )
-    return draft.artifact
+            networks[out] = models.create(config, len(dataset.classes))
+    spec = networks[next(iter(configs))][1]
+    if teacher is not None:
+        guide = _teacher(teacher, dataset, spec)
+    views = TrainingViews(images, first.train.augment, spec, first.seed)
+    lockstep = Lockstep(views, first, len(dataset.classes), ranks)
+    runs = {}
+    for out, config in configs.items():
+        draft = drafts[out]
+        with seeded(config.seed, 4):
+            task = METHODS[config.method](config, networks[out][0], spec, guide, config.model)
+        resume = draft.resume if draft else None
+        runs[out] = Run(config, task, dataset, spec, lockstep.steps_per_epoch, ranks, resume)
+        if draft is not None:
+            write_json(draft.path / "images.json", {"part": "train", "positions": chosen.tolist()})
+    lockstep.train(list(runs.values()))
+    return runs
+
+
+def _write(draft: Draft[Checkpoint], run: Run, dataset: Dataset) -> None:
+    with (draft.path / "history.jsonl").open("w") as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in run.history)
+    _describe(draft.path, draft.facts, run.config, run.network, run.spec, dataset)
+    draft.facts.update(
+        method=run.config.method,
+        training_images=len(json.loads((draft.path / "images.json").read_text())["positions"]),
+        unlabeled_images=0 if METHODS[run.config.method].needs_labels else len(dataset.samples("unlabeled")),
+        epochs=len(run.history),
+        selected=run.settings.select,
+        best_validation=run.best,
+        last_validation=run.last_validation,
+        precision=run.precision.as_dict(),
+    )
 
 
 def adopt(config: AdoptConfig, dataset: Dataset, out: Path) -> Checkpoint:
@@ -82,15 +171,17 @@ def check_run(config: ModelConfig, settings: TrainConfig | None) -> None:
         training_transform(settings.augment, spec)
 
 
-def _teacher(teacher: Checkpoint, dataset: Dataset, spec: InputSpec, shuffled: bool) -> Teacher:
+def _teacher(teacher: Checkpoint, dataset: Dataset, spec: InputSpec) -> Teacher:
     labels = json.loads(teacher.file("labels.json").read_text())
     if labels != dataset.classes:
-        raise UserError(
-            f"the teacher {teacher.path} knows {len(labels)} other classes than the data ({len(dataset.classes)}): "
-            "classes and their order must be the same"
+        how = (
+            "the same classes in another order"
+            if sorted(labels) == sorted(dataset.classes)
+            else f"{len(labels)} other classes than the data ({len(dataset.classes)})"
         )
+        raise UserError(f"the teacher {teacher.path} knows {how}: classes and their order must be the same")
     network, teacher_spec = models.restore(teacher)
-    return Teacher(network, teacher_spec, spec, shuffled)
+    return Teacher(network, teacher_spec, spec)
 
 
 def _describe(

@@ -4,6 +4,7 @@ else, and evaluation images by the definition that the device shares.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from torch.utils.data import Sampler
 from torchvision import transforms
 
 from ..core.config import AugmentConfig
-from ..core.data import InputSpec, Sample
+from ..core.data import UNLABELED, InputSpec, Sample
 from ..core.errors import UserError
 from ..core.proc import first_line
 from ..runtime.preprocess import decode, fit
@@ -89,16 +90,17 @@ def _small_image_style(config: AugmentConfig, spec: InputSpec) -> Callable[[Imag
 
 
 class TrainingViews(TorchDataset[tuple[torch.Tensor, int]]):
-    """Random views, addressed by (epoch, image index)."""
+    """Random views, addressed by (view number, image index); views are numbered by epoch."""
 
     def __init__(self, samples: Sequence[Sample], config: AugmentConfig, spec: InputSpec, seed: int) -> None:
         self._samples, self._seed = samples, seed
         self._transform = training_transform(config, spec)
+        self.some_unlabeled = any(sample.label == UNLABELED for sample in samples)
 
     def __getitem__(self, address: tuple[int, int]) -> tuple[torch.Tensor, int]:
-        epoch, index = address
+        view, index = address
         sample = self._samples[index]
-        with seeded(self._seed, epoch, index):
+        with seeded(self._seed, view, index):
             return self._transform(_decode(sample)), sample.label
 
     def __len__(self) -> int:
@@ -106,22 +108,39 @@ class TrainingViews(TorchDataset[tuple[torch.Tensor, int]]):
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, image index) in an order that depends on (seed, epoch) only."""
+    """Batches of (view number, image index) in an order that depends on (seed, epoch) only.
 
-    def __init__(self, images: int, batch_size: int, seed: int) -> None:
+    ``batch_size`` images a step over all ``ranks``, of which this is number ``rank``. With ``repeats`` an epoch
+    has that many views of each of its images, side by side, and so many times fewer images (Hoffer et al. 2020).
+    """
+
+    def __init__(
+        self, images: int, batch_size: int, seed: int, repeats: int = 1, rank: int = 0, ranks: int = 1
+    ) -> None:
+        if batch_size < 2 * ranks:
+            raise UserError(
+                f"train.batch_size is {batch_size}: wanted at least two images for each of {ranks} processes"
+            )
+        if images < 2 * ranks:
+            raise UserError(f"{images} training image(s) make no batch: take more images or a larger fraction")
         self.epoch, self.skip = 0, 0  # set before iterating; skip leaves out batches that were done already
         self._images, self._batch_size, self._seed = images, batch_size, seed
+        self._repeats, self._rank, self._ranks = repeats, rank, ranks
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = np.random.default_rng((self._seed, self.epoch)).permutation(self._images).tolist()
-        for start in range(self.skip * self._batch_size, self._images, self._batch_size):
-            batch = [(self.epoch, index) for index in order[start : start + self._batch_size]]
-            if len(batch) > 1 or self._images == 1:  # BatchNorm can't train on a single image
-                yield batch
+        views = [
+            (self.epoch * self._repeats + repeat, index)
+            for index in order[: math.ceil(self._images / self._repeats)]
+            for repeat in range(self._repeats)
+        ]
+        for step in range(self.skip, len(self)):
+            start = step * self._batch_size
+            yield views[start : min(start + self._batch_size, self._images)][self._rank :: self._ranks]
 
     def __len__(self) -> int:
         full, rest = divmod(self._images, self._batch_size)
-        return full + (rest > 1 or self._images == 1)
+        return full + (rest >= 2 * self._ranks)  # BatchNorm can't train on a single image
 
 
 class EvaluationViews(TorchDataset[tuple[torch.Tensor, int]]):

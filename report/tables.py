@@ -7,6 +7,7 @@ value, low, high and n, where a bound of None means "n too small". What could no
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -248,23 +249,30 @@ def distillation_gains(checkpoints: Checkpoints) -> list[Numbers]:
     """
     teachers = teacher_names(checkpoints)
     runs = [found for name, found in checkpoints.items() if found.manifest.stage == "train" and name not in teachers]
-    controls = {_setting(run, "seed"): run for run in runs if run.facts["method"] == "labels"}
+    controls = {_setting(run): run for run in runs if run.facts["method"] == "labels"}
+    names = {found.key: name for name, found in checkpoints.items()}
     groups: dict[str, list[Checkpoint]] = {}
     for run in runs:
         if run.facts["method"] != "labels":
-            groups.setdefault(f"{run.facts['method']} {_setting(run)}", []).append(run)
-    return [_gain(group, controls) for group in groups.values()]
+            settings = {name: value for name, value in run.manifest.config.items() if name != "seed"}
+            groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
+    return [_gain(_student_name(names[group[0].key], group[0]), group, controls) for group in groups.values()]
 
 
-def _setting(run: Checkpoint, *more: str) -> str:
-    names = [name for name in SHARED_BY_CONTROL if name != "seed" or name in more]
-    return json.dumps([run.manifest.config[name] for name in names], sort_keys=True)
+def _student_name(name: str, run: Checkpoint) -> str:
+    """What the recipe calls it, or its method."""
+    found = re.fullmatch(r"student-(.+)-seed\d+", name)
+    return found[1] if found else str(run.facts["method"])
 
 
-def _gain(runs: Sequence[Checkpoint], controls: Mapping[str, Checkpoint]) -> Numbers:
+def _setting(run: Checkpoint) -> str:
+    return json.dumps([run.manifest.config[name] for name in SHARED_BY_CONTROL], sort_keys=True)
+
+
+def _gain(name: str, runs: Sequence[Checkpoint], controls: Mapping[str, Checkpoint]) -> Numbers:
     seeds = []
     for run in runs:
-        control = controls.get(_setting(run, "seed"))
+        control = controls.get(_setting(run))
         accuracy, alone = run.facts["test_accuracy"], control.facts["test_accuracy"] if control else None
         points = None if alone is None else 100 * (accuracy - alone)
         seed = run.manifest.config["seed"]
@@ -272,7 +280,7 @@ def _gain(runs: Sequence[Checkpoint], controls: Mapping[str, Checkpoint]) -> Num
     points = [seed["gain_points"] for seed in seeds if seed["gain_points"] is not None]
     guide = runs[0].manifest.inputs.get("teacher")
     return {
-        "method": runs[0].facts["method"],
+        "method": name,
         "model": runs[0].facts["model"],
         "training_images": runs[0].facts["training_images"],
         "label_fraction": runs[0].manifest.config["label_fraction"],

@@ -22,11 +22,11 @@ from kdpipe.core.config import TrainingConfig
 from kdpipe.core.data import Dataset
 from kdpipe.distill.train import train
 import kdpipe.distill.loop as loop
-step = loop.Run._train_step
+step = loop.Run._learn
 def told(self, *arguments):
     print("step", flush=True)
     return step(self, *arguments)
-loop.Run._train_step = told  # says where it is; changes nothing
+loop.Run._learn = told  # says where it is; changes nothing
 config = TrainingConfig.model_validate_json(sys.argv[1])
 config = config.model_copy(update={"train": config.train.model_copy(update={"checkpoint_seconds": 0.0, "workers": 0})})
 train(config, Dataset.open(sys.argv[2]), Checkpoint.open(sys.argv[3]), Path(sys.argv[4]))

@@ -1,0 +1,67 @@
+"""Runs side by side: one view, one batch and one forward of the teacher for all, and each as if it were alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import SMALL_TRAIN, Made
+
+from kdpipe.core.config import TrainingConfig, validated
+from kdpipe.core.errors import UserError
+from kdpipe.distill.teacher import Teacher
+from kdpipe.distill.train import companions, train, train_together
+
+INPUT = {"size": 32, "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2], "interpolation": "bicubic"}
+# Dropout, a shuffled teacher, maps for one of them only, phases, fewer and more epochs, another network.
+STUDENTS: list[dict[str, object]] = [
+    {"method": "labels"},
+    {"method": "kd", "model_args": {"drop_rate": 0.3}},
+    {"method": "dkd", "shuffled_teacher": True, "train": {"epochs": 2}},
+    {"method": "hint", "model": "resnet8"},
+    {"method": "stagewise", "stagewise": {"epochs": 1}},
+    {"method": "kd", "train": {"learning_rate": 0.1, "optimizer": "sgd"}},
+]
+
+
+def configuration(change: dict[str, object], seed: int = 0, **train: object) -> TrainingConfig:
+    values = {"model": "test_resnet", "input": INPUT, "label_fraction": 0.1, "seed": seed, **change}
+    values["train"] = {**SMALL_TRAIN, "epochs": 4, **change.get("train", {}), **train}  # type: ignore[dict-item]
+    return validated(TrainingConfig, values, "test")
+
+
+def test_together_as_alone(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = {tmp_path / f"together-{at}": configuration(change) for at, change in enumerate(STUDENTS)}
+    assert companions(configs, made.dataset) == [configs]
+    forwards = []
+    answer = Teacher._answer
+    monkeypatch.setattr(Teacher, "_answer", lambda self, view: forwards.append(1) or answer(self, view))
+    together = train_together(configs, made.dataset, made.teacher)
+    assert len(forwards) == 4 * 2, "the teacher is asked once a batch"
+    for at, (out, config) in enumerate(configs.items()):
+        alone = train(config, made.dataset, made.teacher, tmp_path / f"alone-{at}")
+        for name in ("model.safetensors", "test_logits.npz", "images.json"):
+            assert together[out].file(name).read_bytes() == alone.file(name).read_bytes(), (config.method, name)
+        assert together[out].facts == alone.facts
+        assert together[out].key == alone.key
+
+
+def test_what_sees_other_views_is_no_companion(made: Made, tmp_path: Path) -> None:
+    changes: list[dict[str, object]] = [{}, {"seed": 1}, {"label_fraction": 0.2}, {"input": {"size": 40}}]
+    configs = {tmp_path / str(at): configuration(change) for at, change in enumerate(changes)}
+    configs[tmp_path / "batch"] = configuration({}, batch_size=32)
+    configs[tmp_path / "mixed"] = configuration({}, mixup=0.2)
+    configs[tmp_path / "augmented"] = configuration({}, augment={"crop": "none"})
+    assert len(companions(configs, made.dataset)) == len(configs)
+    rates = {tmp_path / str(rate): configuration({}, learning_rate=rate) for rate in (0.1, 0.2)}
+    assert len(companions(rates, made.dataset)) == 1
+
+
+def test_one_that_fails_does_not_stop_the_others(made: Made, tmp_path: Path) -> None:
+    good = configuration({"method": "kd"})
+    bad = configuration({"method": "kd"}, optimizer="sgd", learning_rate=1e12)
+    with pytest.raises(UserError, match="loss became"):
+        train_together({tmp_path / "bad": bad, tmp_path / "good": good}, made.dataset, made.teacher)
+    assert [path.name for path in tmp_path.iterdir()] == ["good"]
+    alone = train(good, made.dataset, made.teacher, tmp_path / "alone")
+    assert (tmp_path / "good" / "model.safetensors").read_bytes() == alone.file("model.safetensors").read_bytes()
