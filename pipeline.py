@@ -297,10 +297,9 @@ def student_runs(student: ModelConfig, plan: DistillationPlan) -> dict[str, Trai
         for name, config in students.items():
             seeded = config.model_copy(update={"seed": seed})
             control = control_of(seeded)
-            if plan.control and control not in runs.values():
+            if plan.control and seeded.needs_teacher and control not in runs.values():
                 runs[f"student-labels{'' if name == plan.method else '-' + name}-seed{seed}"] = control
-            if seeded != control:
-                runs[f"student-{name}-seed{seed}"] = seeded
+            runs[f"student-{name}-seed{seed}"] = seeded
     return runs
 
 
