@@ -148,7 +148,9 @@ def teacher(
     Example: kdpipe teacher artifacts/data-1a2b --model resnet50 --checkpoint resnet50.safetensors
     """
     opened = _open_dataset(dataset)
-    _print_artifact(_chain(dataset.parent).teacher(config(), opened, out), as_json)
+    settings = config()
+    chain = _chain(dataset.parent, joint=settings.is_trained)
+    _print_artifact(chain.teacher(settings, opened, out), as_json)
 
 
 @app.command()
@@ -170,7 +172,7 @@ def distill(
     from .core.artifact import Checkpoint, read_manifest
     from .core.data import Dataset
 
-    settings, chain = config(), _chain(teacher.parent)
+    settings, chain = config(), _chain(teacher.parent, joint=True)
     if read_manifest(teacher).kind == Dataset.kind:
         guide, dataset = None, Dataset.open(teacher)
     else:
@@ -359,6 +361,10 @@ def _print_json(**values: Any) -> None:
 
 
 def _print_artifact(artifact: Artifact, as_json: bool) -> None:
+    from .terminal import process_number
+
+    if process_number():
+        return
     if as_json:
         _print_json(artifact=str(artifact.path), kind=artifact.kind, key=artifact.key, facts=artifact.facts)
     else:
@@ -402,11 +408,15 @@ def _print_doctor(found: dict[str, Any]) -> None:
 # ---- finding things --------------------------------------------------------------------------------------
 
 
-def _chain(folder: Path) -> Chain:
+def _chain(folder: Path, *, joint: bool = False) -> Chain:
+    """The artifacts in ``folder``; only a ``joint`` command is one that the processes of torchrun share."""
     from .core import progress
+    from .core.errors import UserError
     from .pipeline import Chain
-    from .terminal import listener, tell_step
+    from .terminal import listener, process_count, tell_step
 
+    if process_count() > 1 and not joint:
+        raise UserError("torchrun is for training: start 'kdpipe teacher' or 'kdpipe distill' with it, this without it")
     progress.listen(listener())
     return Chain(folder, tell=tell_step)
 

@@ -116,7 +116,11 @@ class Chain:
             fingerprint = fingerprint_folder(Path(config.source), self._memory(config.source))
         else:  # named sources are known by their names
             fingerprint = "by name"
-        full = FingerprintedData(**config.model_dump(), fingerprint=fingerprint)
+        unlabeled = None
+        if config.unlabeled is not None and config.unlabeled.is_dir():
+            unlabeled = fingerprint_folder(config.unlabeled, self._memory(str(config.unlabeled)))
+        values = {name: getattr(config, name) for name in DataConfig.model_fields}
+        full = FingerprintedData(**values, fingerprint=fingerprint, unlabeled_fingerprint=unlabeled)
 
         def make(path: Path) -> Dataset:
             require("reading data", (*TRAIN_NEEDS, *(("scikit-learn",) if config.source == "digits" else ())), "train")
@@ -169,7 +173,7 @@ class Chain:
 
     def teacher(self, config: TeacherConfig, dataset: Dataset, out: Path | None = None) -> Checkpoint:
         """The user's weights, timm's, or a network trained here on all training images."""
-        if config.checkpoint is None and not config.pretrained:
+        if config.is_trained:
             common = {
                 name: getattr(config, name)
                 for name in TrainingConfig.model_fields

@@ -7,6 +7,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, TextIO
 
+from .core.progress import Listener, Silence
+
 if TYPE_CHECKING:
     from .pipeline import Step
 
@@ -85,11 +87,25 @@ def _own_stream() -> TextIO:
         return sys.stderr
 
 
-def listener() -> Lines | Bars:
+def process_number() -> int:
+    """This process's number among those of torchrun; the first speaks for all."""
+    return int(os.environ.get("RANK", 0)) if process_count() > 1 else 0
+
+
+def process_count() -> int:
+    """How many processes torchrun started (or another launcher that sets the same variables)."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def listener() -> Listener:
+    if process_number():
+        return Silence()
     return Bars() if sys.stderr.isatty() else Lines()
 
 
 def tell_step(step: Step) -> None:
     """One line a step: what it made, how long it took or that it was there already."""
+    if process_number():
+        return
     cost = "sealed" if step.sealed_before else "in that" if step.along_with else f"{step.seconds:.1f} s"
     sys.stderr.write(f"{step.name:<28} {cost:>8}  {step.path}\n")

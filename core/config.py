@@ -42,6 +42,11 @@ class DataConfig(Config):
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="cut from the training part for selection"
     )
+    unlabeled: Path | None = Field(
+        None,
+        exclude=True,  # known by its fingerprint
+        description="folder of further training images without labels, for the methods that need none",
+    )
     seed: int = Field(0, description="seed of the splits")
 
 
@@ -49,6 +54,7 @@ class FingerprintedData(DataConfig):
     """The source with the hash of what it holds now, so that changed images make a new key."""
 
     fingerprint: str
+    unlabeled_fingerprint: str | None = None
 
 
 class InputConfig(Config):
@@ -135,6 +141,10 @@ class TeacherConfig(AdoptConfig):
 
     train: TrainConfig = TrainConfig()
     seed: int = Field(0, description="seed of weights, order and views")
+
+    @property
+    def is_trained(self) -> bool:
+        return self.checkpoint is None and not self.pretrained
 
 
 class DkdConfig(Config):
@@ -376,6 +386,8 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     # A source is a path when it looks like one; 'digits' and 'hfds/name' are names.
     if source.startswith((".", "~", os.sep)) or (folder / source).exists():
         data = data.model_copy(update={"source": str((folder / Path(source).expanduser()).absolute())})
+    if data.unlabeled is not None:
+        data = data.model_copy(update={"unlabeled": (folder / data.unlabeled.expanduser()).absolute()})
     if checkpoint is not None:
         teacher = teacher.model_copy(update={"checkpoint": (folder / checkpoint.expanduser()).absolute()})
     return recipe.model_copy(update={"data": data, "teacher": teacher})

@@ -50,7 +50,8 @@ class Sample:
 class Dataset(Artifact):
     """Images by reference (a user's folder) or by value (everything else), split once and for all.
 
-    ``index.json``: root (null: the artifact itself), classes, and per part a list of [file, label].
+    ``index.json``: classes, per part a list of [file, label], and the folder below which its files lie (null:
+    the artifact itself).
     """
 
     kind = "dataset"
@@ -66,7 +67,8 @@ class Dataset(Artifact):
     def samples(self, part: Part) -> list[Sample]:
         """The images of one part, in the order of the index."""
         index = self._index()
-        root = self.path if index["root"] is None else Path(index["root"])
+        folder = index["roots"].get(part)
+        root = self.path if folder is None else Path(folder)
         return [Sample(root / name, label) for name, label in index["parts"].get(part, [])]
 
     def balanced(self, part: Part, count: int, seed: int, skip: int = 0) -> list[Sample]:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..core.artifact import Draft, drafting, write_json
+from ..core.artifact import Draft, drafting, sha256_file, write_json
 from ..core.config import DataConfig, FingerprintedData
-from ..core.data import Dataset, stratified_fraction
+from ..core.data import UNLABELED, Dataset, list_images, stratified_fraction
 from ..core.errors import UserError
 from ..core.proc import first_line
-from ..core.progress import track
+from ..core.progress import note, track
 from ..runtime.preprocess import decode
 
 Split = list[tuple[str, int]]  # file below the root, label
@@ -25,7 +25,8 @@ def prepare(config: FingerprintedData, out: Path) -> Dataset:
     """Read the source once, check every image, split it.
 
     A folder's images stay where they are; those of every other source are copied into the artifact.
-    The parts are ``train``, ``val`` (for selection, cut from the training split) and ``test``.
+    The parts are ``train``, ``val`` (for selection, cut from the training split), ``test`` and, if there are such
+    images, ``unlabeled``.
 
     Raises:
         UserError: a missing folder or split, an empty class, an image that can't be decoded.
@@ -44,11 +45,19 @@ def prepare(config: FingerprintedData, out: Path) -> Dataset:
             test = splits[config.test_split]
         train, val = _cut(learn, config.val_fraction, config.seed + 1) if config.val_fraction else (learn, [])
         parts = {"train": train, "val": val, "test": test}
+        roots = dict.fromkeys(parts, root)
         _check_classes(parts, classes)
-        _check_images(root or draft.path, parts)
+        if config.unlabeled is not None:
+            held_out = [(root or draft.path) / name for name, _ in [*val, *test]]
+            parts["unlabeled"], roots["unlabeled"] = _unlabeled(config.unlabeled, held_out), config.unlabeled
+        _check_images([(roots[part] or draft.path) / name for part, samples in parts.items() for name, _ in samples])
         write_json(
             draft.path / "index.json",
-            {"root": None if root is None else str(root), "classes": classes, "parts": parts},
+            {
+                "classes": classes,
+                "roots": {part: folder and str(folder) for part, folder in roots.items()},
+                "parts": parts,
+            },
         )
         draft.facts.update(
             source=config.source,
@@ -187,16 +196,29 @@ def _check_classes(parts: dict[str, Split], classes: list[str]) -> None:
         raise UserError(f"class '{empty}' has no training image: add some, or remove the class")
 
 
-def _check_images(root: Path, parts: dict[str, Split]) -> None:
+def _unlabeled(folder: Path, held_out: Sequence[Path]) -> Split:
+    """Every image below ``folder``, but for copies of those that are held out."""
+    if not folder.is_dir():
+        raise UserError(f"data.unlabeled: no folder {folder}: wanted a folder of images")
+    secret = {sha256_file(path) for path in held_out}
+    names = [name for name, _ in list_images(folder)]
+    kept = [name for name in names if sha256_file(folder / name) not in secret]
+    if len(kept) < len(names):
+        note(f"{len(names) - len(kept)} of the images in {folder} are held out for validation or testing: left out")
+    if not kept:
+        raise UserError(f"data.unlabeled: no images of use below {folder}: wanted some, or no data.unlabeled")
+    return [(name, UNLABELED) for name in kept]
+
+
+def _check_images(paths: Sequence[Path]) -> None:
     """Decode everything once: a broken image is named before any training. Raises UserError."""
 
-    def check(name: str) -> None:
+    def check(path: Path) -> None:
         try:
-            decode(root / name)
+            decode(path)
         except OSError as error:
-            raise UserError(f"cannot read image {root / name} ({first_line(error)}): replace or remove it") from None
+            raise UserError(f"cannot read image {path} ({first_line(error)}): replace or remove it") from None
 
-    names = [name for samples in parts.values() for name, _ in samples]
     with ThreadPoolExecutor() as pool:
-        for _ in track(pool.map(check, names), "checking images", len(names)):
+        for _ in track(pool.map(check, paths), "checking images", len(paths)):
             pass

@@ -103,6 +103,7 @@ class DistillationTask(TrainingTask):  # type: ignore[misc]
 
     needs_teacher: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = True  # and so learns nothing from images that have none
+    teaches_outputs: ClassVar[bool] = False  # rather than features alone
     own_weight: ClassVar[float] = 0.0  # of the method's loss, where the configuration names none
 
     def __init__(
@@ -170,6 +171,7 @@ class LogitTask(DistillationTask):
 
     needs_teacher = True
     needs_labels = False
+    teaches_outputs = True
     own_weight = 1.0
 
     def compare(self, answer: Answer, lesson: Lesson, target: Tensor) -> Tensor:
@@ -295,6 +297,7 @@ class DeepSupervisionTask(DistillationTask):
 
     needs_teacher = True
     needs_labels = False
+    teaches_outputs = True
     own_weight = 1.0
 
     def equip(self, student: nn.Module) -> Pupil:
@@ -320,6 +323,8 @@ class StagewiseTask(FeatureTask):
     map, through an adapter only where the widths differ. The head's loss is the labels', and KD's if
     ``kd_weight`` is given.
     """
+
+    teaches_outputs = True  # its head, if kd_weight is given
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)

@@ -103,11 +103,11 @@ def _runs(
     samples = dataset.samples("train")
     chosen = stratified_fraction([sample.label for sample in samples], first.label_fraction, first.seed)
     images = [samples[at] for at in chosen]
-    if METHODS[first.method].needs_labels:
-        if not images:
-            raise UserError(f"method '{first.method}' needs labels, found none: set label_fraction above 0 or take kd")
-    else:
-        images += dataset.samples("unlabeled")
+    unlabeled = dataset.samples("unlabeled")
+    for config in configs.values():
+        _check_labels(config, len(images), len(unlabeled))
+    if not METHODS[first.method].needs_labels:
+        images += unlabeled
     guide: Teacher | None = None
     networks: dict[Path, tuple[nn.Module, InputSpec]] = {}
     for out, config in configs.items():
@@ -129,6 +129,24 @@ def _runs(
             write_json(draft.path / "images.json", {"part": "train", "positions": chosen.tolist()})
     lockstep.train(list(runs.values()))
     return runs
+
+
+def _check_labels(config: TrainingConfig, labeled: int, unlabeled: int) -> None:
+    """Refuse a method that can't do without the labels that are missing. Raises UserError."""
+    method = METHODS[config.method]
+    weight = method.own_weight if config.kd_weight is None else config.kd_weight
+    if config.needs_teacher and method.needs_labels and unlabeled:
+        raise UserError(
+            f"method '{config.method}' needs the label of every image and {unlabeled} have none: "
+            "take kd or leave out data.unlabeled"
+        )
+    if not labeled and not (method.teaches_outputs and weight):
+        raise UserError(
+            f"method '{config.method}' needs labels for the outputs and label_fraction is 0: take more, or a method "
+            "that teaches the outputs, such as kd"
+        )
+    if not labeled and not unlabeled:
+        raise UserError("label_fraction is 0 and there is no data.unlabeled: nothing is left to learn from")
 
 
 def _write(draft: Draft[Checkpoint], run: Run, dataset: Dataset) -> None:

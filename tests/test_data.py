@@ -165,3 +165,24 @@ def test_preprocessing_is_resize_then_centre_crop() -> None:
         fit(image, {"size": 32, "crop_fraction": 0.8, "interpolation": "bicubic"}), np.asarray(image)[4:36, 24:56]
     )
     assert fit(image.resize((7, 5)), {**whole, "size": 224}).shape == (224, 224, 3)
+
+
+def test_unlabeled_images_without_copies_of_the_held_out(photos: Path, tmp_path: Path) -> None:
+    more = tmp_path / "more" / "deep"
+    more.mkdir(parents=True)
+    shutil.copy(photos / "train" / "dark" / "00.jpg", more / "known.jpg")
+    shutil.copy(photos / "val" / "dark" / "00.jpg", more / "secret.jpg")
+    (more / "noise.png").write_bytes((photos / "train" / "light" / "01.png").read_bytes())
+    dataset = prepared(tmp_path, source=str(photos), val_fraction=0, unlabeled=tmp_path / "more")
+    found = dataset.samples("unlabeled")
+    assert [sample.path.name for sample in found] == ["known.jpg", "noise.png"]
+    assert {sample.label for sample in found} == {-1}
+    assert dataset.facts["images"]["unlabeled"] == 2
+    (more / "third.png").write_bytes((photos / "train" / "light" / "03.png").read_bytes())
+    again = prepared(tmp_path, source=str(photos), val_fraction=0, unlabeled=tmp_path / "more")
+    assert again.key != dataset.key and again.facts["images"]["unlabeled"] == 3
+    (more / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="broken"):
+        prepared(tmp_path, source=str(photos), val_fraction=0, unlabeled=tmp_path / "more")
+    with pytest.raises(UserError, match="nowhere"):
+        prepared(tmp_path, source=str(photos), unlabeled=tmp_path / "nowhere")

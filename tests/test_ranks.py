@@ -1,0 +1,108 @@
+"""Several processes of torchrun train what one would have trained."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SMALL_TRAIN, Made, assert_one_line, kdpipe_process
+from safetensors.numpy import load_file
+
+from kdpipe.core.artifact import Checkpoint
+from kdpipe.core.config import TrainingConfig, validated
+from kdpipe.distill.train import train
+from kdpipe.distill.views import EpochBatches
+
+RUNS: dict[str, dict[str, Any]] = {
+    "kd": {"method": "kd"},
+    # Phases, each wrapped anew, with averaging; its teacher is of the same family, so that no adapter has a BatchNorm.
+    "stagewise": {"method": "stagewise", "stagewise": {"epochs": 1}, "train": {"average": 0.9}},
+}
+
+
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "kdpipe"]
+    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def vit(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A teacher without BatchNorm."""
+    values = {"model": "test_vit", "input": {"size": 32}, "method": "labels", "train": {**SMALL_TRAIN, "epochs": 2}}
+    folder = tmp_path_factory.mktemp("vit")
+    return train(validated(TrainingConfig, values, "test"), made.dataset, None, folder / "teacher")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_as_one(made: Made, vit: Checkpoint, tmp_path: Path, name: str) -> None:
+    change = RUNS[name]
+    sgd = {"epochs": 3, "batch_size": 32, "optimizer": "sgd", "learning_rate": 0.02, "weight_decay": 1e-4}
+    values = {"model": "test_vit", "input": {"size": 32}, "label_fraction": 0.1, **change}
+    values["train"] = {**SMALL_TRAIN, **sgd, **change.get("train", {})}
+    config = validated(TrainingConfig, values, "test")
+    alone = train(config, made.dataset, vit, tmp_path / "alone")
+    assert alone.facts["training_images"] % 32 % 2 == 1, "wanted a last batch that does not halve"
+
+    options = {
+        "method": change["method"],
+        "model": "test_vit",
+        "input.size": 32,
+        "label-fraction": 0.1,
+        "stagewise.epochs": change.get("stagewise", {}).get("epochs", "none"),
+        **{f"train.{key}": value for key, value in sgd.items()},
+        "train.average": change.get("train", {}).get("average", "none"),
+        "train.workers": 0,
+        "train.validate-every": 4,
+        "train.augment.crop": "pad",
+        "train.augment.flip": 0,
+    }
+    flags = [text for key, value in options.items() for text in (f"--{key}", value)]
+    out = tmp_path / "two"
+    done = torchrun("distill", vit.path, "--data", made.dataset.path, "--out", out, *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [str(out)], "one process speaks"
+    together = Checkpoint.open(out)
+    assert together.key == alone.key
+    mine, its = load_file(together.file("model.safetensors")), load_file(alone.file("model.safetensors"))
+    worst = max(abs(mine[key] - its[key]).max() for key in its)
+    assert worst < 1e-5
+    rows = [
+        [json.loads(line) for line in run.file("history.jsonl").read_text().splitlines()] for run in (together, alone)
+    ]
+    for row, expected in zip(*rows, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert row.get("train_accuracy") == pytest.approx(expected.get("train_accuracy"), abs=0.02)
+
+
+def test_processes_part_each_batch() -> None:
+    whole = list(EpochBatches(45, 16, seed=3))
+    parts = [list(EpochBatches(45, 16, seed=3, rank=rank, ranks=3)) for rank in range(3)]
+    assert len(whole) == 3 and len({len(part) for part in parts}) == 1
+    for batch, *shares in zip(whole, *parts, strict=True):
+        assert sorted(batch) == sorted(view for share in shares for view in share)
+        assert min(map(len, shares)) >= 2
+
+
+def test_repeats_are_views_of_the_same_image_side_by_side() -> None:
+    batches = EpochBatches(30, 10, seed=0, repeats=3)
+    batches.epoch = 2
+    views = [view for batch in batches for view in batch]
+    assert len(views) == 30 and len(set(views)) == 30
+    assert {index for _, index in views[:3]} == {views[0][1]}
+    assert [number for number, _ in views[:3]] == [6, 7, 8]
+
+
+def test_torchrun_is_for_training(made: Made) -> None:
+    done = kdpipe_process("export", made.student.path, WORLD_SIZE="2", RANK="0")
+    assert_one_line(done, 2, "torchrun is for training")
+
+
+def test_too_small_a_batch_for_so_many(made: Made) -> None:
+    from kdpipe.core.errors import UserError
+
+    with pytest.raises(UserError, match="at least two images for each of 4 processes"):
+        EpochBatches(100, 6, seed=0, ranks=4)

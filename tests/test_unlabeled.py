@@ -1,0 +1,103 @@
+"""Images without labels teach what the teacher says of them, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SMALL_TRAIN
+from test_methods import batch, network, task_of
+
+from kdpipe.core.artifact import Checkpoint
+from kdpipe.core.config import DataConfig, DistillConfig, TeacherConfig, TrainingConfig, validated
+from kdpipe.core.data import UNLABELED, Dataset
+from kdpipe.core.errors import UserError
+from kdpipe.distill.tasks import METHODS, label_loss
+from kdpipe.distill.train import train
+from kdpipe.pipeline import Chain
+
+
+@pytest.fixture(scope="module")
+def semi(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Checkpoint]:
+    """The digits, with their own pictures once more without labels, and a teacher."""
+    folder = tmp_path_factory.mktemp("semi")
+    chain = Chain(folder / "artifacts")
+    plain = chain.data(DataConfig(source="digits", test_split=None))
+    some = [sample.path for sample in plain.samples("train")[:300]]
+    (folder / "more").mkdir()
+    for at, path in enumerate(some):
+        (folder / "more" / f"{at}.png").write_bytes(path.read_bytes())
+    dataset = chain.data(DataConfig(source="digits", test_split=None, unlabeled=folder / "more"))
+    values = {"model": "test_resnet", "input": {"size": 32}, "train": SMALL_TRAIN}
+    return dataset, chain.teacher(validated(TeacherConfig, values, "test"), dataset)
+
+
+def configuration(**change: Any) -> TrainingConfig:
+    values = {"model": "test_resnet", "input": {"size": 32}, "label_fraction": 0.05, **change}
+    values["train"] = {**SMALL_TRAIN, "epochs": 2, **change.get("train", {})}
+    return validated(TrainingConfig, values, "test")
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if not METHODS[name].needs_labels])
+def test_methods_without_labels_take_them(semi: tuple[Dataset, Checkpoint], tmp_path: Path, method: str) -> None:
+    dataset, teacher = semi
+    done = train(configuration(method=method, train={"epochs": 4}), dataset, teacher, tmp_path / "student")
+    assert done.facts["unlabeled_images"] == 300
+    assert 40 < done.facts["training_images"] < 70
+
+
+def test_labels_alone_leave_them_out(semi: tuple[Dataset, Checkpoint], tmp_path: Path) -> None:
+    dataset, teacher = semi
+    done = train(configuration(method="labels"), dataset, teacher, tmp_path / "student")
+    assert done.facts["unlabeled_images"] == 0
+
+
+@pytest.mark.parametrize("train_change", [{}, {"mixup": 0.2, "cutmix": 1.0}], ids=["plain", "mixed"])
+def test_no_labels_at_all(semi: tuple[Dataset, Checkpoint], tmp_path: Path, train_change: dict[str, Any]) -> None:
+    """From the teacher's word alone a student gets far beyond chance."""
+    dataset, teacher = semi
+    config = configuration(label_fraction=0, train={"epochs": 12, **train_change})
+    done = train(config, dataset, teacher, tmp_path / "student")
+    assert done.facts["training_images"] == 0
+    assert done.facts["test_accuracy"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "dkd"}, "method 'dkd' needs the label of every image and 300 have none"),
+        ({"method": "labels", "label_fraction": 0}, "method 'labels' needs labels"),
+        ({"method": "hint", "label_fraction": 0}, "method 'hint' needs labels for the outputs"),
+        ({"method": "stagewise", "label_fraction": 0}, "method 'stagewise' needs labels for the outputs"),
+    ],
+)
+def test_missing_labels_are_told(semi: tuple[Dataset, Checkpoint], tmp_path: Path, change: Any, message: str) -> None:
+    dataset, teacher = semi
+    with pytest.raises(UserError, match=message):
+        train(configuration(**change), dataset, teacher, tmp_path / "student")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("loss", ["ce", "bce"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_label_loss_is_the_sum_over_the_labeled_by_all(loss: str, smoothing: float) -> None:
+    config = validated(DistillConfig, {"label_loss": loss, "train": {"label_smoothing": smoothing}}, "test")
+    criterion, logits = label_loss(config), torch.randn(8, 10, requires_grad=True)
+    target = torch.arange(8)
+    target[[1, 4, 5]] = UNLABELED
+    known = target >= 0
+    torch.testing.assert_close(criterion(logits, target), criterion(logits[known], target[known]) * 5 / 8)
+    criterion(logits, target).backward()
+    assert logits.grad is not None and not logits.grad[~known].any()
+    assert criterion(logits, torch.full((8,), UNLABELED)) == 0
+
+
+def test_unlabeled_images_move_the_student_by_the_methods_loss() -> None:
+    task = task_of(DistillConfig(), network("test_resnet"), network("test_resnet", seed=1))
+    image, label = batch()
+    task.eval()
+    with torch.no_grad():
+        result = task(image, torch.full_like(label, UNLABELED))
+    assert result["task_loss"] == 0 and result["loss"] == result["kd_loss"] > 0
