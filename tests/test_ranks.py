@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL_TRAIN, Made, assert_one_line, kdpipe_process
+from conftest import SMALL_TRAIN, assert_one_line, kdpipe_process
 from safetensors.numpy import load_file
 
 from kdpipe.core.artifact import Checkpoint
-from kdpipe.core.config import TrainingConfig, validated
+from kdpipe.core.config import DataConfig, TrainingConfig, validated
+from kdpipe.core.data import Dataset
+from kdpipe.core.errors import UserError
 from kdpipe.distill.train import train
 from kdpipe.distill.views import EpochBatches
+from kdpipe.pipeline import Chain
 
 RUNS: dict[str, dict[str, Any]] = {
     "kd": {"method": "kd"},
@@ -30,21 +33,22 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def vit(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """A teacher without BatchNorm."""
+def vit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Checkpoint]:
+    """The digits and a teacher without BatchNorm."""
     values = {"model": "test_vit", "input": {"size": 32}, "method": "labels", "train": {**SMALL_TRAIN, "epochs": 2}}
-    folder = tmp_path_factory.mktemp("vit")
-    return train(validated(TrainingConfig, values, "test"), made.dataset, None, folder / "teacher")
+    chain = Chain(tmp_path_factory.mktemp("vit") / "artifacts")
+    dataset = chain.data(DataConfig(source="digits", test_split=None))
+    return dataset, chain.train("teacher", validated(TrainingConfig, values, "test"), dataset, None)
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_two_processes_as_one(made: Made, vit: Checkpoint, tmp_path: Path, name: str) -> None:
-    change = RUNS[name]
+def test_two_processes_as_one(vit: tuple[Dataset, Checkpoint], tmp_path: Path, name: str) -> None:
+    (dataset, teacher), change = vit, RUNS[name]
     sgd = {"epochs": 3, "batch_size": 32, "optimizer": "sgd", "learning_rate": 0.02, "weight_decay": 1e-4}
     values = {"model": "test_vit", "input": {"size": 32}, "label_fraction": 0.1, **change}
     values["train"] = {**SMALL_TRAIN, **sgd, **change.get("train", {})}
     config = validated(TrainingConfig, values, "test")
-    alone = train(config, made.dataset, vit, tmp_path / "alone")
+    alone = train(config, dataset, teacher, tmp_path / "alone")
     assert alone.facts["training_images"] % 32 % 2 == 1, "wanted a last batch that does not halve"
 
     options = {
@@ -52,17 +56,20 @@ def test_two_processes_as_one(made: Made, vit: Checkpoint, tmp_path: Path, name:
         "model": "test_vit",
         "input.size": 32,
         "label-fraction": 0.1,
-        "stagewise.epochs": change.get("stagewise", {}).get("epochs", "none"),
         **{f"train.{key}": value for key, value in sgd.items()},
-        "train.average": change.get("train", {}).get("average", "none"),
         "train.workers": 0,
         "train.validate-every": 4,
         "train.augment.crop": "pad",
         "train.augment.flip": 0,
     }
+    options |= {
+        f"{section}.{key}": value
+        for section in ("stagewise", "train")
+        for key, value in change.get(section, {}).items()
+    }
     flags = [text for key, value in options.items() for text in (f"--{key}", value)]
     out = tmp_path / "two"
-    done = torchrun("distill", vit.path, "--data", made.dataset.path, "--out", out, *flags)
+    done = torchrun("distill", teacher.path, "--data", dataset.path, "--out", out, *flags)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str(out)], "one process speaks"
     together = Checkpoint.open(out)
@@ -96,13 +103,11 @@ def test_repeats_are_views_of_the_same_image_side_by_side() -> None:
     assert [number for number, _ in views[:3]] == [6, 7, 8]
 
 
-def test_torchrun_is_for_training(made: Made) -> None:
-    done = kdpipe_process("export", made.student.path, WORLD_SIZE="2", RANK="0")
+def test_torchrun_is_for_training(vit: tuple[Dataset, Checkpoint]) -> None:
+    done = kdpipe_process("export", vit[1].path, WORLD_SIZE="2", RANK="0")
     assert_one_line(done, 2, "torchrun is for training")
 
 
-def test_too_small_a_batch_for_so_many(made: Made) -> None:
-    from kdpipe.core.errors import UserError
-
+def test_too_small_a_batch_for_so_many() -> None:
     with pytest.raises(UserError, match="at least two images for each of 4 processes"):
         EpochBatches(100, 6, seed=0, ranks=4)
