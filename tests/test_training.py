@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import SMALL_TRAIN, Made
+from conftest import SMALL_TRAIN, Made, replace_file
 from torch import nn
 from torch.utils.data import DataLoader
 
+from kdpipe.core.artifact import Checkpoint
 from kdpipe.core.config import (
     AdoptConfig,
     AugmentConfig,
@@ -29,6 +31,7 @@ from kdpipe.core.errors import UserError
 from kdpipe.distill import loop
 from kdpipe.distill import train as trainer
 from kdpipe.distill.loop import children_signal_kept
+from kdpipe.distill.tasks import METHODS
 from kdpipe.distill.views import EpochBatches, TrainingViews
 from kdpipe.networks import models
 
@@ -132,11 +135,86 @@ def test_facts_are_what_the_weights_do(made: Made) -> None:
     )
 
 
-def test_divergence_is_refused(made: Made, tmp_path: Path) -> None:
-    train = {**SMALL_TRAIN, "optimizer": "sgd", "learning_rate": 1e12}
-    with pytest.raises(UserError, match="loss became"):
+@pytest.mark.parametrize(("precision", "cure"), [("float32", "lower train.learning_rate"), ("fp16", "bf16")])
+def test_divergence_is_refused(made: Made, tmp_path: Path, precision: str, cure: str) -> None:
+    train = {**SMALL_TRAIN, "optimizer": "sgd", "learning_rate": 1e12, "precision": precision}
+    with pytest.raises(UserError, match=f"loss became .* in epoch [0-9]+, batch [0-9]+: .*{cure}"):
         trainer.train(small(method="labels", train=train), made.dataset, None, tmp_path / "student")
     assert not list(tmp_path.iterdir())
+
+
+def test_half_precision_trains(made: Made, tmp_path: Path) -> None:
+    """With float16 and scaled gradients a student learns about as well as in float32."""
+    accuracies = []
+    for precision in ("float32", "fp16"):
+        config = small(label_fraction=0.3, train={**SMALL_TRAIN, "precision": precision})
+        done = trainer.train(config, made.dataset, made.teacher, tmp_path / precision)
+        accuracies.append(done.facts["test_accuracy"])
+    assert accuracies[1] > accuracies[0] - 0.05
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+from pathlib import Path
+from kdpipe.core.config import TrainingConfig
+from kdpipe.core.data import Dataset
+from kdpipe.core.errors import UserError
+import kdpipe.distill.loop as loop
+from kdpipe.distill.train import train
+learn = loop.Run._learn
+def limited(self, *arguments):
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 100_000_000, -1))  # a real limit, from the first step on
+    return learn(self, *arguments)
+loop.Run._learn = limited
+try:
+    train(TrainingConfig.model_validate_json(sys.argv[1]), Dataset.open(sys.argv[2]), None, Path(sys.argv[3]))
+except UserError as error:
+    print(error)
+"""
+
+
+def test_out_of_memory_says_what_to_lower(made: Made, tmp_path: Path) -> None:
+    config = small(method="labels", input={"size": 192}, label_fraction=1.0, train={**SMALL_TRAIN, "batch_size": 512})
+    arguments = [config.model_dump_json(), made.dataset.path, tmp_path / "student"]
+    command = [sys.executable, "-c", OUT_OF_MEMORY, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("out of memory training test_resnet on 512 images of 192 pixels"), done.stderr
+    assert "lower train.batch_size" in done.stdout
+    assert not (tmp_path / "student.part").exists()
+
+
+def test_a_teacher_of_two_classes_has_no_dkd(photos: Path, tmp_path: Path) -> None:
+    from test_data import prepared
+
+    dataset = prepared(tmp_path, source=str(photos))
+    values = {"model": "test_resnet", "input": {"size": 32}, "train": {**SMALL_TRAIN, "epochs": 1}}
+    alone = trainer.train(
+        validated(TrainingConfig, {**values, "method": "labels"}, "test"), dataset, None, tmp_path / "teacher"
+    )
+    for method in METHODS:
+        config = validated(TrainingConfig, {**values, "method": method}, "test")
+        if method == "dkd":
+            with pytest.raises(UserError, match="method 'dkd' needs three classes at least, found 2"):
+                trainer.train(config, dataset, alone, tmp_path / method)
+        else:
+            trainer.train(config, dataset, alone, tmp_path / method)
+
+
+def test_classes_in_another_order(made: Made, tmp_path: Path) -> None:
+    other = tmp_path / "teacher"
+    shutil.copytree(made.teacher.path, other)
+    labels = json.dumps(made.dataset.classes[::-1]).encode()
+    replace_file(other, "labels.json", labels)
+    with pytest.raises(UserError, match="knows the same classes in another order"):
+        trainer.train(small(), made.dataset, Checkpoint.open(other), tmp_path / "student")
+
+
+def test_fewer_images_than_a_batch(made: Made, tmp_path: Path) -> None:
+    """They make one batch of what there is."""
+    config = small(label_fraction=0.01, train={**SMALL_TRAIN, "epochs": 2, "batch_size": 64})
+    done = trainer.train(config, made.dataset, made.teacher, tmp_path / "student")
+    assert 10 <= done.facts["training_images"] < 64
 
 
 @pytest.mark.parametrize(
