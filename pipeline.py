@@ -279,6 +279,10 @@ def check_recipe(recipe: Recipe) -> None:
     from .distill.train import check_run
 
     check_run(recipe.teacher, None if recipe.teacher.checkpoint else recipe.teacher.train)
+    if recipe.distill.tracker != "none":
+        from .distill.trackers import TRACKERS
+
+        require(f"tracker '{recipe.distill.tracker}'", TRACKERS[recipe.distill.tracker].needs, recipe.distill.tracker)
     for config in student_runs(recipe.student, recipe.distill).values():
         check_run(config, config.train)
 

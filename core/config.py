@@ -203,6 +203,9 @@ class DistillConfig(Config):
     label_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
         1.0, description="share of the training images of each class to learn from; 0 leaves data.unlabeled alone"
     )
+    tracker: Literal["none", "tensorboard", "wandb", "mlflow"] = Field(
+        "none", exclude=True, description="where else the curves are shown while they grow"
+    )
     train: TrainConfig = TrainConfig()
 
 
@@ -218,7 +221,7 @@ class TrainingConfig(DistillConfig, ModelConfig):
 
 def control_of(config: TrainingConfig) -> TrainingConfig:
     """The same network trained as ``config`` is, on the labels alone."""
-    kept = (*ModelConfig.model_fields, "label_loss", "label_fraction", "train", "seed")
+    kept = (*ModelConfig.model_fields, "label_loss", "label_fraction", "tracker", "train", "seed")
     return TrainingConfig(**{name: getattr(config, name) for name in kept}, method="labels")
 
 

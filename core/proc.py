@@ -16,6 +16,7 @@ from .errors import UserError
 IMPORT_NAMES = {
     "ai-edge-litert": "ai_edge_litert.interpreter",
     "cuda-python": "cuda",
+    "mlflow-skinny": "mlflow",
     "pillow": "PIL",
     "scikit-learn": "sklearn",
     "pyyaml": "yaml",

@@ -36,6 +36,7 @@ from ..networks.models import Normalise
 from .precision import Precision, fastest
 from .ranks import Ranks
 from .tasks import DistillationTask, Phase
+from .trackers import Tracker
 from .views import EpochBatches, EvaluationViews, TrainingViews, seeded
 
 STATE = "state.pt"
@@ -74,6 +75,7 @@ class Run:
         steps_per_epoch: int,
         ranks: Ranks,
         resume: Path | None,
+        tracker: Tracker,
     ) -> None:
         self.config, self.settings, self.task, self.spec, self._dataset = config, config.train, task, spec, dataset
         self.network = task.pupil.student
@@ -82,7 +84,7 @@ class Run:
         self.last_validation: float | None = None
         self.precision = Precision("float32")
         self.failure: KdpipeError | None = None
-        self.steps_per_epoch, self._ranks, self._resume = steps_per_epoch, ranks, resume
+        self.steps_per_epoch, self._ranks, self._resume, self._tracker = steps_per_epoch, ranks, resume, tracker
         self._phases = task.phases()
         self.epochs = sum(phase.epochs for phase in self._phases)
         task.to(ranks.device)
@@ -116,6 +118,8 @@ class Run:
         if state is None:
             chosen = self._choose_precision(first) if self._ranks.leads else self.precision
             self.precision = self._ranks.from_leader(chosen)
+        for row in self.history:
+            self._tell(row)
         self.precision.prepare(self.task)
         if self.precision.name == "fp16":
             self._scaler = torch.amp.GradScaler(self._ranks.device_kind)
@@ -212,6 +216,7 @@ class Run:
         elif phase.handover == "best" and row["loss"] < self._lowest:
             self._lowest, self._best_weights = row["loss"], copy.deepcopy(self.network.state_dict())
         self.history.append(row)
+        self._tell(row)
         if last:
             if phase.handover == "best" and self._best_weights is not None:
                 self.network.load_state_dict(self._best_weights)
@@ -219,6 +224,9 @@ class Run:
                 self._lowest, self._best_weights = math.inf, None
             if self.epoch < self.epochs:
                 self._enter_phase()
+
+    def _tell(self, row: dict[str, Any]) -> None:
+        self._tracker.row(row["epoch"], {key: value for key, value in row.items() if isinstance(value, float)})
 
     def _validate(self, row: dict[str, Any]) -> None:
         if not self._ranks.leads:
@@ -235,6 +243,7 @@ class Run:
 
     def finish(self) -> None:
         """Make ``network`` what is kept: the average, the best or the last; on the CPU."""
+        self._tracker.close()
         averaged = self.task.get_trainable_module(ema=True)
         if averaged is not None:
             self.network.load_state_dict(averaged.module.student.state_dict())
@@ -415,9 +424,8 @@ class Lockstep:
 
 def _title(runs: Sequence[Run]) -> str:
     first = runs[0].config
-    methods = ", ".join(run.config.method for run in runs)
-    what = first.model if len(runs) == 1 else f"{len(runs)} students"
-    return f"training {what} on {methods}, seed {first.seed}"
+    what = f"{first.model} on {first.method}" if len(runs) == 1 else f"{len(runs)} students side by side"
+    return f"training {what}, seed {first.seed}"
 
 
 def _nothing() -> dict[str, float]:

@@ -21,6 +21,7 @@ from .loop import Lockstep, Run, evaluate
 from .ranks import Ranks, join
 from .tasks import METHODS
 from .teacher import Teacher
+from .trackers import Nothing, tracker
 from .views import TrainingViews, seeded, training_transform
 
 
@@ -123,8 +124,8 @@ def _runs(
         draft = drafts[out]
         with seeded(config.seed, 4):
             task = METHODS[config.method](config, networks[out][0], spec, guide, config.model)
-        resume = draft.resume if draft else None
-        runs[out] = Run(config, task, dataset, spec, lockstep.steps_per_epoch, ranks, resume)
+        resume, shown = (draft.resume, tracker(config, out)) if draft else (None, Nothing())
+        runs[out] = Run(config, task, dataset, spec, lockstep.steps_per_epoch, ranks, resume, shown)
         if draft is not None:
             write_json(draft.path / "images.json", {"part": "train", "positions": chosen.tolist()})
     lockstep.train(list(runs.values()))
