@@ -157,11 +157,13 @@ class DistillationTask(TrainingTask):  # type: ignore[misc]
         raise NotImplementedError
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        # The teacher first: the student's activations are then still in the cache when its backward wants them.
+        lesson = self.lesson(input) if self.teacher is not None and self.kd_weight else None
         answer = self.trainable_module(input)
         result = {"output": answer.logits, "task_loss": self._label_loss(answer.logits, target)}
         loss = self.config.label_weight * result["task_loss"]
-        if self.teacher is not None and self.kd_weight:
-            result["kd_loss"] = self.compare(answer, self.lesson(input), target)
+        if lesson is not None:
+            result["kd_loss"] = self.compare(answer, lesson, target)
             loss = loss + self.kd_weight * result["kd_loss"]
         return {"loss": loss, **result}
 
@@ -370,7 +372,7 @@ class StagewiseTask(FeatureTask):
             return super().forward(input, target)
         # Stages above learn later; they are left out unless their statistics are to move already.
         deepest = self._phase if self.config.stagewise.frozen_batchnorm == "eval" else None
-        answer, lesson = self.trainable_module(input, deepest), self.lesson(input)
+        lesson, answer = self.lesson(input), self.trainable_module(input, deepest)
         loss = losses.hint(*same_size(answer.outputs[self._phase], self.maps(lesson)[self._phase]))
         return {"loss": loss, "kd_loss": loss}
 
