@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -44,8 +45,9 @@ RUNS = {
 }
 
 
+@pytest.mark.parametrize("attempt", range(int(os.environ.get("KDPIPE_RESUME_ATTEMPTS", "1"))))  # more by hand
 @pytest.mark.parametrize("name", RUNS)
-def test_killed_runs_end_the_same(made: Made, tmp_path: Path, name: str) -> None:
+def test_killed_runs_end_the_same(made: Made, tmp_path: Path, name: str, attempt: int) -> None:
     change = RUNS[name]
     values = {"model": "test_resnet", "input": {"size": 32}, "label_fraction": 0.25, **change}
     values["train"] = {**SMALL_TRAIN, "epochs": 4, "batch_size": 32, **change.get("train", {})}
@@ -54,7 +56,7 @@ def test_killed_runs_end_the_same(made: Made, tmp_path: Path, name: str) -> None
 
     out = tmp_path / "killed"
     arguments = [sys.executable, "-c", SCRIPT, config.model_dump_json(), made.dataset.path, made.teacher.path, out]
-    moments = random.Random(name)
+    moments = random.Random(f"{name} {attempt}")
     kills = 0
     for _ in range(3):
         process = subprocess.Popen([str(argument) for argument in arguments], stdout=subprocess.PIPE, text=True)
