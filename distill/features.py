@@ -66,7 +66,11 @@ def map_shapes(network: nn.Module, size: int, indices: list[int]) -> list[tuple[
 def same_size(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Average-pool the larger of two maps to the smaller, height and width apart."""
     size = (min(first.shape[2], second.shape[2]), min(first.shape[3], second.shape[3]))
-    return functional.adaptive_avg_pool2d(first, size), functional.adaptive_avg_pool2d(second, size)
+
+    def pooled(features: Tensor) -> Tensor:
+        return features if features.shape[2:] == size else functional.adaptive_avg_pool2d(features, size)
+
+    return pooled(first), pooled(second)
 
 
 class Adapter(nn.Sequential):
