@@ -1,6 +1,6 @@
 """Training runs, each of which can be killed at any moment and goes on bit for bit.
 
-Order, views, mixing and dropout are functions of (seed, epoch, step or image); the rest of what a step depends
+Order, views and dropout are functions of (seed, epoch, step or image); the rest of what a step depends
 on is in the state that is saved: weights, optimiser, position. So runs that see the same views may go in
 lockstep, with one teacher's answer for all, and each ends as it would have ended alone.
 """
@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
@@ -43,7 +42,7 @@ STATE = "state.pt"
 
 
 class Batch:
-    """One batch as every run of a lockstep sees it: mixed once, laid out once for each memory format."""
+    """One batch as every run of a lockstep sees it, laid out once for each memory format."""
 
     def __init__(self, image: Tensor, label: Tensor, target: Tensor, ranks: Ranks) -> None:
         self.label, self.target = label, target.to(ranks.device)
@@ -352,11 +351,10 @@ class Run:
 class Lockstep:
     """Runs that see the same views, side by side: each view is made once, and one teacher's answer serves all."""
 
-    def __init__(self, views: TrainingViews, config: TrainingConfig, classes: int, ranks: Ranks) -> None:
-        settings = config.train
-        self._seed, self._ranks = config.seed, ranks
+    def __init__(self, views: TrainingViews, images: Sequence[int], config: TrainingConfig, ranks: Ranks) -> None:
+        settings, self._ranks = config.train, ranks
         self._batches = EpochBatches(
-            len(views), settings.batch_size, config.seed, settings.repeats, ranks.rank, ranks.count
+            images, settings.batch_size, config.seed, settings.repeats, ranks.rank, ranks.count
         )
         self.steps_per_epoch = len(self._batches)
         self._loader = DataLoader(
@@ -366,9 +364,6 @@ class Lockstep:
             persistent_workers=settings.workers > 0,
             generator=torch.Generator(),  # its own: starting an epoch again must not move torch's
         )
-        # Mixing counts an image without label as of one class more, which is cut off the targets.
-        self._classes, self._known = classes, classes + views.some_unlabeled
-        self._mixing = _mixing(settings, self._known)
 
     def train(self, runs: Sequence[Run]) -> None:
         """Take every run from where it is to its end, or to its ``failure``. Raises the failure of a lone run."""
@@ -411,15 +406,8 @@ class Lockstep:
 
     def _epoch(self, epoch: int, skip: int) -> Iterator[tuple[int, Batch]]:
         self._batches.epoch, self._batches.skip = epoch, skip
-        for step, (image, label) in enumerate(self._loader, skip):
-            if self._mixing is None:
-                yield step, Batch(image, label, label, self._ranks)
-                continue
-            even = len(image) // 2 * 2  # Mixup pairs images up
-            image, label = image[:even].clone(), label[:even]
-            with seeded(self._seed, 2, epoch, step):
-                image, target = self._mixing(image, label % self._known)
-            yield step, Batch(image, label, target[:, : self._classes], self._ranks)
+        for step, (image, label, target, _) in enumerate(self._loader, skip):
+            yield step, Batch(image, label, target, self._ranks)
 
 
 def _title(runs: Sequence[Run]) -> str:
@@ -451,12 +439,6 @@ def children_signal_kept() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGCHLD, before)
-
-
-def _mixing(settings: TrainConfig, classes: int) -> Mixup | None:
-    if not (settings.mixup or settings.cutmix):
-        return None
-    return Mixup(settings.mixup, settings.cutmix, label_smoothing=settings.label_smoothing, num_classes=classes)
 
 
 def _schedule(settings: TrainConfig, optimizer: torch.optim.Optimizer, phase: Phase, updates_per_epoch: int) -> Any:

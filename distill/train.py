@@ -103,12 +103,13 @@ def _runs(
     first = next(iter(configs.values()))
     samples = dataset.samples("train")
     chosen = stratified_fraction([sample.label for sample in samples], first.label_fraction, first.seed)
-    images = [samples[at] for at in chosen]
     unlabeled = dataset.samples("unlabeled")
     for config in configs.values():
-        _check_labels(config, len(images), len(unlabeled))
+        _check_labels(config, len(chosen), len(unlabeled))
+    # An image is known by its number among all of the training part and those without labels.
+    images = chosen.tolist()
     if not METHODS[first.method].needs_labels:
-        images += unlabeled
+        images += range(len(samples), len(samples) + len(unlabeled))
     guide: Teacher | None = None
     networks: dict[Path, tuple[nn.Module, InputSpec]] = {}
     for out, config in configs.items():
@@ -117,8 +118,8 @@ def _runs(
     spec = networks[next(iter(configs))][1]
     if teacher is not None:
         guide = _teacher(teacher, dataset, spec)
-    views = TrainingViews(images, first.train.augment, spec, first.seed)
-    lockstep = Lockstep(views, first, len(dataset.classes), ranks)
+    views = TrainingViews([*samples, *unlabeled], first.train, spec, len(dataset.classes), first.seed)
+    lockstep = Lockstep(views, images, first, ranks)
     runs = {}
     for out, config in configs.items():
         draft = drafts[out]

@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 from torchvision import transforms
 
-from ..core.config import AugmentConfig
+from ..core.config import AugmentConfig, TrainConfig
 from ..core.data import UNLABELED, InputSpec, Sample
 from ..core.errors import UserError
 from ..core.proc import first_line
@@ -89,57 +90,115 @@ def _small_image_style(config: AugmentConfig, spec: InputSpec) -> Callable[[Imag
     return transform
 
 
-class TrainingViews(TorchDataset[tuple[torch.Tensor, int]]):
-    """Random views, addressed by (view number, image index); views are numbered by epoch."""
+class TrainingView(NamedTuple):
+    """One random view; in a batch, a batch of each."""
 
-    def __init__(self, samples: Sequence[Sample], config: AugmentConfig, spec: InputSpec, seed: int) -> None:
-        self._samples, self._seed = samples, seed
-        self._transform = training_transform(config, spec)
-        self.some_unlabeled = any(sample.label == UNLABELED for sample in samples)
+    image: torch.Tensor  # float32 [3, size, size], normalised
+    label: int | torch.Tensor  # of the image itself; UNLABELED where it has none
+    target: int | torch.Tensor  # the label, or after mixing a distribution [K], nothing for what has no label
+    address: tuple[int, int] | list[torch.Tensor]  # view number and image number
 
-    def __getitem__(self, address: tuple[int, int]) -> tuple[torch.Tensor, int]:
+
+class TrainingViews(TorchDataset[TrainingView]):
+    """Random views, addressed by (view number, image number); a view is a function of (seed, address) only.
+
+    Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019) mix an image with a partner of its own, not with its
+    neighbour in a batch: so neither the batch nor the process has a say in what a view shows.
+    """
+
+    def __init__(
+        self, samples: Sequence[Sample], config: TrainConfig, spec: InputSpec, classes: int, seed: int
+    ) -> None:
+        self._samples, self._config, self._classes, self._seed = samples, config, classes, seed
+        self._transform = training_transform(config.augment, spec)
+
+    def __getitem__(self, address: tuple[int, int]) -> TrainingView:
         view, index = address
-        sample = self._samples[index]
-        with seeded(self._seed, view, index):
-            return self._transform(_decode(sample)), sample.label
+        label = self._samples[index].label
+        if not (self._config.mixup or self._config.cutmix):
+            return TrainingView(self._plain(view, index), label, label, address)
+        generator = np.random.default_rng((self._seed, view, index))
+        partner = int(generator.integers(len(self._samples)))
+        image, other = self._plain(view, index), self._plain(view, partner)
+        cut = bool(self._config.cutmix) and (not self._config.mixup or generator.random() < 0.5)
+        alpha = self._config.cutmix if cut else self._config.mixup
+        share = float(generator.beta(alpha, alpha))
+        if cut:
+            share = _paste(image, other, share, generator)
+        else:
+            image.mul_(share).add_(other, alpha=1 - share)
+        target = share * self._distribution(label) + (1 - share) * self._distribution(self._samples[partner].label)
+        return TrainingView(image, label, target, address)
 
     def __len__(self) -> int:
         return len(self._samples)
 
+    def _plain(self, view: int, index: int) -> torch.Tensor:
+        with seeded(self._seed, view, index):
+            return self._transform(_decode(self._samples[index]))
+
+    def _distribution(self, label: int) -> torch.Tensor:
+        """The smoothed label as a distribution [K]; nothing where there is none."""
+        if label == UNLABELED:
+            return torch.zeros(self._classes)
+        spread = self._config.label_smoothing / self._classes
+        target = torch.full((self._classes,), spread)
+        target[label] += 1 - self._config.label_smoothing
+        return target
+
+
+def _paste(image: torch.Tensor, other: torch.Tensor, share: float, generator: np.random.Generator) -> float:
+    """Put a box of ``other`` into ``image``, of about 1 - share of its area; the share that is really left."""
+    height, width = image.shape[1:]
+    side = math.sqrt(1 - share)
+    middle = (int(generator.integers(height)), int(generator.integers(width)))
+    (top, bottom), (left, right) = (
+        (max(0, centre - int(length * side) // 2), min(length, centre + int(length * side) // 2))
+        for centre, length in zip(middle, (height, width), strict=True)
+    )
+    image[:, top:bottom, left:right] = other[:, top:bottom, left:right]
+    return 1 - (bottom - top) * (right - left) / (height * width)
+
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (view number, image index) in an order that depends on (seed, epoch) only.
+    """Batches of (view number, image number) in an order that depends on (seed, epoch) only.
 
     ``batch_size`` images a step over all ``ranks``, of which this is number ``rank``. With ``repeats`` an epoch
     has that many views of each of its images, side by side, and so many times fewer images (Hoffer et al. 2020).
     """
 
     def __init__(
-        self, images: int, batch_size: int, seed: int, repeats: int = 1, rank: int = 0, ranks: int = 1
+        self,
+        images: Sequence[int],
+        batch_size: int,
+        seed: int,
+        repeats: int = 1,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         if batch_size < 2 * ranks:
             raise UserError(
                 f"train.batch_size is {batch_size}: wanted at least two images for each of {ranks} processes"
             )
-        if images < 2 * ranks:
-            raise UserError(f"{images} training image(s) make no batch: take more images or a larger fraction")
+        if len(images) < 2 * ranks:
+            raise UserError(f"{len(images)} training image(s) make no batch: take more images or a larger fraction")
         self.epoch, self.skip = 0, 0  # set before iterating; skip leaves out batches that were done already
-        self._images, self._batch_size, self._seed = images, batch_size, seed
+        self._images, self._batch_size, self._seed = np.asarray(images), batch_size, seed
         self._repeats, self._rank, self._ranks = repeats, rank, ranks
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = np.random.default_rng((self._seed, self.epoch)).permutation(self._images).tolist()
         views = [
             (self.epoch * self._repeats + repeat, index)
-            for index in order[: math.ceil(self._images / self._repeats)]
+            for index in order[: math.ceil(len(order) / self._repeats)]
             for repeat in range(self._repeats)
         ]
         for step in range(self.skip, len(self)):
             start = step * self._batch_size
-            yield views[start : min(start + self._batch_size, self._images)][self._rank :: self._ranks]
+            yield views[start : min(start + self._batch_size, len(order))][self._rank :: self._ranks]
 
     def __len__(self) -> int:
-        full, rest = divmod(self._images, self._batch_size)
+        full, rest = divmod(len(self._images), self._batch_size)
         return full + (rest >= 2 * self._ranks)  # BatchNorm can't train on a single image
 
 

@@ -86,8 +86,8 @@ def test_two_processes_as_one(vit: tuple[Dataset, Checkpoint], tmp_path: Path, n
 
 
 def test_processes_part_each_batch() -> None:
-    whole = list(EpochBatches(45, 16, seed=3))
-    parts = [list(EpochBatches(45, 16, seed=3, rank=rank, ranks=3)) for rank in range(3)]
+    whole = list(EpochBatches(range(45), 16, seed=3))
+    parts = [list(EpochBatches(range(45), 16, seed=3, rank=rank, ranks=3)) for rank in range(3)]
     assert len(whole) == 3 and len({len(part) for part in parts}) == 1
     for batch, *shares in zip(whole, *parts, strict=True):
         assert sorted(batch) == sorted(view for share in shares for view in share)
@@ -95,7 +95,7 @@ def test_processes_part_each_batch() -> None:
 
 
 def test_repeats_are_views_of_the_same_image_side_by_side() -> None:
-    batches = EpochBatches(30, 10, seed=0, repeats=3)
+    batches = EpochBatches(range(30), 10, seed=0, repeats=3)
     batches.epoch = 2
     views = [view for batch in batches for view in batch]
     assert len(views) == 30 and len(set(views)) == 30
@@ -110,4 +110,4 @@ def test_torchrun_is_for_training(vit: tuple[Dataset, Checkpoint]) -> None:
 
 def test_too_small_a_batch_for_so_many() -> None:
     with pytest.raises(UserError, match="at least two images for each of 4 processes"):
-        EpochBatches(100, 6, seed=0, ranks=4)
+        EpochBatches(range(100), 6, seed=0, ranks=4)

@@ -23,10 +23,11 @@ from kdpipe.core.config import (
     AugmentConfig,
     InputConfig,
     ModelConfig,
+    TrainConfig,
     TrainingConfig,
     validated,
 )
-from kdpipe.core.data import InputSpec
+from kdpipe.core.data import UNLABELED, InputSpec, Sample
 from kdpipe.core.errors import UserError
 from kdpipe.distill import loop
 from kdpipe.distill import train as trainer
@@ -40,26 +41,38 @@ EVERYTHING = AugmentConfig(crop="resized", flip=0.5, auto_augment="rand-m9-mstd0
 PADDED = AugmentConfig(crop="pad", flip=0.5, auto_augment="rand-m9-mstd0.5", erase=0.5)
 
 
-@pytest.mark.parametrize("augment", [EVERYTHING, PADDED], ids=["resized", "pad"])
-def test_views_depend_on_seed_epoch_and_index_only(made: Made, augment: AugmentConfig) -> None:
-    views = TrainingViews(made.dataset.samples("train")[:40], augment, SPEC, seed=5)
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainConfig(augment=EVERYTHING),
+        TrainConfig(augment=PADDED),
+        TrainConfig(augment=EVERYTHING, mixup=0.2),
+        TrainConfig(augment=PADDED, cutmix=1.0),
+        TrainConfig(augment=PADDED, mixup=0.2, cutmix=1.0, label_smoothing=0.1),
+    ],
+    ids=["resized", "pad", "mixup", "cutmix", "both"],
+)
+def test_views_depend_on_seed_epoch_and_index_only(made: Made, config: TrainConfig) -> None:
+    views = TrainingViews(made.dataset.samples("train")[:40], config, SPEC, 10, seed=5)
     addresses = [(epoch, index) for epoch in range(2) for index in range(40)]
-    expected = {address: views[address][0] for address in addresses}
-    assert not torch.equal(expected[(0, 3)], expected[(1, 3)])
-    assert not torch.equal(
-        expected[(0, 3)], TrainingViews(made.dataset.samples("train")[:40], augment, SPEC, 6)[(0, 3)][0]
-    )
+    expected = {address: views[address] for address in addresses}
+    image = expected[(0, 3)].image
+    assert not torch.equal(image, expected[(1, 3)].image)
+    assert not torch.equal(image, TrainingViews(made.dataset.samples("train")[:40], config, SPEC, 10, 6)[(0, 3)].image)
     shuffled = [addresses[at] for at in np.random.default_rng(0).permutation(len(addresses))]
     for workers in (0, 2):
         torch.rand(7)  # whatever was drawn before
         loader = DataLoader(views, batch_sampler=[shuffled[:50], shuffled[50:]], num_workers=workers)
         with children_signal_kept():
-            found = torch.cat([images for images, _ in loader])
-        assert torch.equal(found, torch.stack([expected[address] for address in shuffled]))
+            batches = list(loader)
+        found = torch.cat([batch.image for batch in batches])
+        assert torch.equal(found, torch.stack([expected[address].image for address in shuffled]))
+        targets = torch.cat([batch.target for batch in batches])
+        assert torch.equal(targets, torch.stack([torch.as_tensor(expected[address].target) for address in shuffled]))
 
 
 def test_views_leave_torchs_generator_alone(made: Made) -> None:
-    views = TrainingViews(made.dataset.samples("train")[:4], EVERYTHING, SPEC, seed=5)
+    views = TrainingViews(made.dataset.samples("train")[:4], TrainConfig(augment=EVERYTHING), SPEC, 10, seed=5)
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
@@ -67,15 +80,50 @@ def test_views_leave_torchs_generator_alone(made: Made) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_mixed_views_are_what_their_targets_say(made: Made) -> None:
+    """Undone by hand: the share of the target is the share of the partner's pixels."""
+    samples = [*made.dataset.samples("train")[:20], Sample(made.dataset.samples("train")[20].path, UNLABELED)]
+    none = AugmentConfig(crop="none", flip=0)
+    plain = TrainingViews(samples, TrainConfig(augment=none), SPEC, 10, seed=5)
+    images = torch.stack([plain[(0, at)].image for at in range(21)])
+    for settings in ({"mixup": 0.5}, {"cutmix": 1.0}):
+        views = TrainingViews(samples, TrainConfig(augment=none, **settings), SPEC, 10, seed=5)
+        mixed_some = 0
+        for at in range(21):
+            view = views[(0, at)]
+            assert isinstance(view.target, torch.Tensor)
+            known = [each.label for each in samples]
+            for partner in range(21):
+                if "mixup" in settings:
+                    difference = images[partner] - images[at]
+                    if not difference.any():
+                        continue
+                    share = 1 - float(((view.image - images[at]) * difference).sum() / (difference**2).sum())
+                    fits = torch.allclose(share * images[at] + (1 - share) * images[partner], view.image, atol=1e-4)
+                else:
+                    changed = (view.image != images[at]).any(0)
+                    fits = bool(changed.any()) and torch.equal(view.image[:, changed], images[partner][:, changed])
+                    share = 1 - float(changed.float().mean())
+                if fits and partner != at and 0 < share < 1:
+                    expected = torch.zeros(10)
+                    for label, weight in ((known[at], share), (known[partner], 1 - share)):
+                        if label != UNLABELED:
+                            expected[label] += weight
+                    assert torch.allclose(view.target, expected, atol=0.02 if "mixup" in settings else 0.2)
+                    mixed_some += 1
+                    break
+        assert mixed_some > 10
+
+
 def test_batches_cover_every_image_once() -> None:
-    batches = EpochBatches(10, 4, seed=0)
+    batches = EpochBatches(range(10), 4, seed=0)
     first = list(batches)
     assert sorted(index for batch in first for _, index in batch) == list(range(10))
     assert len(first) == len(batches) == 3
     batches.epoch = 1
     assert [i for b in batches for _, i in b] != [i for b in first for _, i in b]
     # A last batch of one image would break BatchNorm: it is left out.
-    assert len(EpochBatches(9, 4, seed=0)) == len(list(EpochBatches(9, 4, seed=0))) == 2
+    assert len(EpochBatches(range(9), 4, seed=0)) == len(list(EpochBatches(range(9), 4, seed=0))) == 2
 
 
 def small(model: str = "test_resnet", **more: object) -> TrainingConfig:
