@@ -12,6 +12,7 @@ import typer
 from . import __version__
 from .core.config import (
     BenchConfig,
+    CachePlan,
     DataConfig,
     ExportConfig,
     PackageConfig,
@@ -154,6 +155,56 @@ def teacher(
 
 
 @app.command()
+@configured(CachePlan)
+def cache(
+    teacher: Annotated[Path, typer.Argument(help="folder of the teacher's checkpoint")],
+    data: DataOption = None,
+    out: OutOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what it would take")] = False,
+    verify: Annotated[
+        str | None, typer.Option("--verify", help="ask the teacher again about this share of the records, such as 0.1%")
+    ] = None,
+    as_json: JsonFlag = False,
+    *,
+    config: Callable[..., CachePlan],
+) -> None:
+    """Ask the teacher beforehand what students will learn from it.
+
+    Example: kdpipe cache artifacts/teacher-1a2b --model mobilenetv4_conv_small --views 16
+    """
+    from .core.artifact import Checkpoint
+    from .distill.cache import config_of, forecast
+    from .distill.cache import verify as verify_cache
+    from .terminal import tell_forecast
+
+    share = None if verify is None else _share(verify)
+    plan, chain = config_of(config()), _chain(teacher.parent, joint=not dry_run)
+    opened = Checkpoint.open(teacher)
+    dataset = _dataset_of(opened, data)
+    path = out or chain.path("cache", "cache", plan, {"data": dataset, "teacher": opened})
+    if not path.exists():
+        expected = forecast(plan, dataset, opened, path)
+        if dry_run and as_json:
+            _print_json(cache=str(path), forecast=expected.as_dict())
+        else:
+            tell_forecast(expected)
+    if dry_run:
+        return
+    made = chain.cache(plan, dataset, opened, out)
+    checked = None if share is None else verify_cache(made, dataset, opened, share)
+    if checked is not None and as_json:
+        _print_json(artifact=str(made.path), kind=made.kind, key=made.key, facts=made.facts, verified=checked)
+        return
+    if checked is not None:
+        typer.echo(
+            f"{checked['checked']} of {checked['of']} records asked again: largest difference "
+            f"{checked['largest_relative_difference']:.2g}, same top-1 {checked['top1_agreement']:.1%}",
+            err=True,
+        )
+    _print_artifact(made, as_json)
+
+
+@app.command()
 @configured(TrainingConfig)
 def distill(
     teacher: Annotated[
@@ -161,6 +212,9 @@ def distill(
     ],
     data: DataOption = None,
     out: OutOption = None,
+    cache: Annotated[
+        str | None, typer.Option("--cache", help="folder or URL (s3://, hf://) of a cache of the teacher's answers")
+    ] = None,
     as_json: JsonFlag = False,
     *,
     config: Callable[..., TrainingConfig],
@@ -179,7 +233,14 @@ def distill(
         opened = Checkpoint.open(teacher)
         guide, dataset = opened, _dataset_of(opened, data)
     name = f"student-{settings.method}-seed{settings.seed}"
-    _print_artifact(chain.train(name, settings, dataset, guide, out), as_json)
+    remembered = None
+    if cache is not None:
+        from .distill.cache import open_cache
+
+        remembered = open_cache(cache, chain.folder / ".caches")
+        seen = remembered.manifest.config
+        settings = settings.model_copy(update={"cache_views": seen["views"], "view_seed": seen["view_seed"]})
+    _print_artifact(chain.train(name, settings, dataset, guide, out, remembered), as_json)
 
 
 @app.command()
@@ -423,6 +484,19 @@ def _chain(folder: Path, *, joint: bool = False) -> Chain:
 
 def _seconds(chain: Chain) -> dict[str, float]:
     return {step.name: round(step.seconds, 3) for step in chain.steps}
+
+
+def _share(text: str) -> float:
+    """A share such as 0.1% or 0.001. Raises UserError."""
+    from .core.errors import UserError
+
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 < share <= 1:
+        raise UserError(f"--verify: wanted a share such as 0.1% or 0.001, found '{text}'")
+    return share
 
 
 def _open_dataset(path: Path) -> Dataset:

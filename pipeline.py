@@ -15,6 +15,7 @@ from .core.artifact import (
     MANIFEST,
     Artifact,
     Bundle,
+    Cache,
     Checkpoint,
     Measurement,
     Model,
@@ -27,6 +28,7 @@ from .core.artifact import (
 from .core.config import (
     AdoptConfig,
     BenchConfig,
+    CacheConfig,
     DataConfig,
     DistillationPlan,
     DistillConfig,
@@ -41,6 +43,7 @@ from .core.config import (
     TrainingConfig,
     changed,
     control_of,
+    training_inputs,
 )
 from .core.data import Dataset, fingerprint_folder
 from .core.errors import UserError, choice
@@ -134,16 +137,40 @@ class Chain:
         name = hashlib.sha256(str(Path(source).absolute()).encode()).hexdigest()[:12]
         return self.folder / ".fingerprints" / f"{name}.json"
 
+    def cache(self, config: CacheConfig, dataset: Dataset, teacher: Checkpoint, out: Path | None = None) -> Cache:
+        def make(path: Path) -> Cache:
+            require("asking the teacher", TRAIN_NEEDS, "train")
+            from .distill.cache import build
+
+            return build(config, dataset, teacher, path)
+
+        return self.step("cache", Cache, "cache", config, {"data": dataset, "teacher": teacher}, make, out)
+
+    def _cache_of(self, config: TrainingConfig, dataset: Dataset, teacher: Checkpoint | None) -> Cache | None:
+        """What ``config`` learns from instead of a live teacher, if it does: a function of run, data and teacher."""
+        from .distill.train import cache_config
+
+        wanted = cache_config(config)
+        return None if wanted is None or teacher is None else self.cache(wanted, dataset, teacher)
+
     def train(
-        self, name: str, config: TrainingConfig, dataset: Dataset, teacher: Checkpoint | None, out: Path | None = None
+        self,
+        name: str,
+        config: TrainingConfig,
+        dataset: Dataset,
+        teacher: Checkpoint | None,
+        out: Path | None = None,
+        cache: Cache | None = None,
     ) -> Checkpoint:
+        """One student; with ``cache`` from that one, which lies elsewhere than among the artifacts."""
+
         def make(path: Path) -> Checkpoint:
             require("training", TRAIN_NEEDS, "train")
             from .distill.train import train
 
-            return train(config, dataset, teacher, path)
+            return train(config, dataset, teacher, path, cache or self._cache_of(config, dataset, teacher))
 
-        return self.step(name, Checkpoint, "train", config, _training_inputs(config, dataset, teacher), make, out)
+        return self.step(name, Checkpoint, "train", config, training_inputs(config, dataset, teacher, cache), make, out)
 
     def train_all(
         self, configs: Mapping[str, TrainingConfig], dataset: Dataset, teacher: Checkpoint | None, together: bool
@@ -151,7 +178,7 @@ class Chain:
         """Every run by name; with ``together`` those that see the same views are trained side by side."""
         made: dict[Path, str] = {}  # by whose step
         paths = {
-            self.path(name, "train", config, _training_inputs(config, dataset, teacher)): config
+            self.path(name, "train", config, training_inputs(config, dataset, teacher)): config
             for name, config in configs.items()
         }
         missing = {path: config for path, config in paths.items() if not path.exists()}
@@ -163,11 +190,12 @@ class Chain:
             parts = companions(missing, dataset) if together else [{path: missing[path]}]
             part = next(part for part in parts if path in part)
             made.update(dict.fromkeys(part, path.name))
-            return train_together(part, dataset, teacher)[path]
+            taught = next((each for each in part.values() if each.needs_teacher), missing[path])
+            return train_together(part, dataset, teacher, self._cache_of(taught, dataset, teacher))[path]
 
         found = {}
         for name, config in configs.items():
-            inputs = _training_inputs(config, dataset, teacher)
+            inputs = training_inputs(config, dataset, teacher)
             found[name] = self.step(name, Checkpoint, "train", config, inputs, make, companions=made)
         return found
 
@@ -254,10 +282,6 @@ class Chain:
 
         inputs = {"measurement": measurement, **checkpoints}
         return self.step("report", Report, "report", config, inputs, make, out)
-
-
-def _training_inputs(config: TrainingConfig, dataset: Dataset, teacher: Checkpoint | None) -> dict[str, Artifact]:
-    return {"data": dataset, "teacher": teacher} if teacher and config.needs_teacher else {"data": dataset}
 
 
 def check_recipe(recipe: Recipe) -> None:

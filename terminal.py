@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from .core.progress import Listener, Silence
 
 if TYPE_CHECKING:
+    from .distill.cache import Forecast
     from .pipeline import Step
 
 PLAIN_INTERVAL_SECONDS = 10.0
@@ -109,3 +110,15 @@ def tell_step(step: Step) -> None:
         return
     cost = "sealed" if step.sealed_before else "in that" if step.along_with else f"{step.seconds:.1f} s"
     sys.stderr.write(f"{step.name:<28} {cost:>8}  {step.path}\n")
+
+
+def tell_forecast(forecast: Forecast) -> None:
+    """What a cache would take, before it is built."""
+    if process_number():
+        return
+    room = f"{forecast.bytes / 2**20:.1f} MiB of {forecast.free_bytes / 2**30:.1f} GiB free"
+    sys.stderr.write(
+        f"{forecast.views} views of {forecast.images} images: {room}, about {forecast.build_seconds:.0f} s "
+        f"({1e3 * forecast.view_seconds:.2g} ms to make a view, {1e3 * forecast.teacher_seconds:.2g} ms to ask about "
+        f"it); pays from {forecast.break_even_epochs:.0f} epochs on, all students together\n"
+    )

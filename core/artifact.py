@@ -177,6 +177,16 @@ class Model(Artifact):
         return sum(record.size_bytes for name, record in self.manifest.files.items() if Path(name).stem == stem)
 
 
+class Cache(Artifact):
+    """What a teacher said of so many views of every image."""
+
+    kind = "cache"
+
+    def shard(self, view: int) -> Path:
+        """The file of one view number."""
+        return self.file(f"view-{view:05d}.bin")
+
+
 class Bundle(Artifact):
     """A model with labels, golden inputs and the runner: what goes onto a device."""
 

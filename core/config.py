@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .artifact import Artifact, Cache
+from .data import Dataset, InputSpec
 from .errors import UserError, did_you_mean
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -203,6 +205,13 @@ class DistillConfig(Config):
     label_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
         1.0, description="share of the training images of each class to learn from; 0 leaves data.unlabeled alone"
     )
+    cache_views: int | None = Field(
+        None,
+        ge=1,
+        description="so many views of each image take turns and the teacher answers them beforehand, once for all "
+        "students; left out, every epoch has new views and the teacher is asked in training",
+    )
+    view_seed: int | None = Field(None, description="seed of the views; left out, seed, or 0 with cache_views")
     tracker: Literal["none", "tensorboard", "wandb", "mlflow"] = Field(
         "none", exclude=True, description="where else the curves are shown while they grow"
     )
@@ -218,11 +227,76 @@ class TrainingConfig(DistillConfig, ModelConfig):
     def needs_teacher(self) -> bool:
         return self.method != "labels"
 
+    @property
+    def views_by(self) -> int:
+        """Seed of the views."""
+        if self.view_seed is not None:
+            return self.view_seed
+        return self.seed if self.cache_views is None else 0
+
+
+def training_inputs(
+    config: TrainingConfig, dataset: Dataset, teacher: Artifact | None, cache: Cache | None = None
+) -> dict[str, Artifact]:
+    """What a run is made from.
+
+    A cache as a run has it by itself is a function of the others and does not count; one whose teacher was asked
+    or stored in another way does.
+    """
+    if teacher is None or not config.needs_teacher:
+        return {"data": dataset}
+    inputs: dict[str, Artifact] = {"data": dataset, "teacher": teacher}
+    if cache is not None:
+        usual = CacheSettings()
+        if any(cache.manifest.config[name] != getattr(usual, name) for name in ("precision", "top")):
+            inputs["cache"] = cache
+    return inputs
+
 
 def control_of(config: TrainingConfig) -> TrainingConfig:
     """The same network trained as ``config`` is, on the labels alone."""
-    kept = (*ModelConfig.model_fields, "label_loss", "label_fraction", "tracker", "train", "seed")
+    kept = (
+        *ModelConfig.model_fields,
+        "label_loss",
+        "label_fraction",
+        "cache_views",
+        "view_seed",
+        "tracker",
+        "train",
+        "seed",
+    )
     return TrainingConfig(**{name: getattr(config, name) for name in kept}, method="labels")
+
+
+class CacheSettings(Config):
+    """What the teacher is asked beforehand."""
+
+    views: int = Field(16, ge=1, description="views of each image; epochs take them in turn")
+    view_seed: int = Field(0, description="seed of the views")
+    label_fraction: Annotated[float, Field(ge=0, le=1)] = Field(1.0, description="share of the training images")
+    seed: int = Field(0, description="seed of the drawn fraction")
+    top: int | None = Field(
+        None, ge=1, description="how many of the largest logits are kept; left out, all up to 256 classes, else 100"
+    )
+    precision: Literal["float32", "bf16"] = Field("float32", description="in which the teacher is asked")
+    augment: AugmentConfig = AugmentConfig()
+    mixup: float = Field(0.0, ge=0, description="alpha of Mixup; 0 is off")
+    cutmix: float = Field(0.0, ge=0, description="alpha of CutMix; 0 is off")
+    workers: int = Field(2, ge=0, exclude=True, description="data loading processes")
+
+
+class CachePlan(CacheSettings, ModelConfig):
+    """A cache for students that take the inputs of this network."""
+
+
+class CacheConfig(CacheSettings):
+    """A cache for every student of this input."""
+
+    input: InputSpec
+
+    def view_settings(self) -> TrainConfig:
+        """What of a training run decides what a view shows."""
+        return TrainConfig(augment=self.augment, mixup=self.mixup, cutmix=self.cutmix)
 
 
 class DistillationPlan(DistillConfig):

@@ -6,7 +6,9 @@ import contextlib
 import importlib.util
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 
@@ -63,6 +65,23 @@ def quiet() -> Iterator[None]:
         for descriptor in (*saved, nowhere):
             os.close(descriptor)
         logging.disable(level)
+
+
+@contextlib.contextmanager
+def children_signal_kept() -> Iterator[None]:
+    """Put SIGCHLD's handler back after the block.
+
+    torch's loader with worker processes installs one for good. Delivered later, when any child ends, while
+    the converters' native libraries are loaded, it has crashed the process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def first_line(error: BaseException) -> str:

@@ -7,13 +7,10 @@ lockstep, with one teacher's answer for all, and each ends as it would have ende
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import io
 import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,9 +26,10 @@ from torch.utils.data import DataLoader
 from ..core.config import TrainConfig, TrainingConfig
 from ..core.data import Dataset, InputSpec, Part
 from ..core.errors import KdpipeError, UserError
-from ..core.proc import first_line
+from ..core.proc import children_signal_kept, first_line
 from ..core.progress import note, progress
 from ..networks.models import Normalise
+from .cache import CachedTeacher
 from .precision import Precision, fastest
 from .ranks import Ranks
 from .tasks import DistillationTask, Phase
@@ -351,10 +349,18 @@ class Run:
 class Lockstep:
     """Runs that see the same views, side by side: each view is made once, and one teacher's answer serves all."""
 
-    def __init__(self, views: TrainingViews, images: Sequence[int], config: TrainingConfig, ranks: Ranks) -> None:
-        settings, self._ranks = config.train, ranks
+    def __init__(
+        self, views: TrainingViews, config: TrainingConfig, ranks: Ranks, remembered: CachedTeacher | None
+    ) -> None:
+        settings, self._ranks, self._remembered = config.train, ranks, remembered
         self._batches = EpochBatches(
-            images, settings.batch_size, config.seed, settings.repeats, ranks.rank, ranks.count
+            views.images,
+            settings.batch_size,
+            config.seed,
+            settings.repeats,
+            ranks.rank,
+            ranks.count,
+            config.cache_views,
         )
         self.steps_per_epoch = len(self._batches)
         self._loader = DataLoader(
@@ -406,7 +412,9 @@ class Lockstep:
 
     def _epoch(self, epoch: int, skip: int) -> Iterator[tuple[int, Batch]]:
         self._batches.epoch, self._batches.skip = epoch, skip
-        for step, (image, label, target, _) in enumerate(self._loader, skip):
+        for step, (image, label, target, address) in enumerate(self._loader, skip):
+            if self._remembered is not None:
+                self._remembered.recall(*address)
             yield step, Batch(image, label, target, self._ranks)
 
 
@@ -422,23 +430,6 @@ def _nothing() -> dict[str, float]:
 
 def _device_ids(ranks: Ranks) -> list[int] | None:
     return [torch.device(ranks.device).index] if ranks.device_kind == "cuda" else None
-
-
-@contextlib.contextmanager
-def children_signal_kept() -> Iterator[None]:
-    """Put SIGCHLD's handler back after the block.
-
-    torch's loader with worker processes installs one for good. Delivered later, when any child ends, while
-    the converters' native libraries are loaded, it has crashed the process.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, before)
 
 
 def _schedule(settings: TrainConfig, optimizer: torch.optim.Optimizer, phase: Phase, updates_per_epoch: int) -> Any:

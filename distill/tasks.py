@@ -20,6 +20,7 @@ from ..core.config import DistillConfig
 from ..core.data import InputSpec
 from ..core.errors import UserError
 from . import losses
+from .cache import CachedTeacher
 from .features import (
     Adapter,
     AuxiliaryHead,
@@ -104,10 +105,16 @@ class DistillationTask(TrainingTask):  # type: ignore[misc]
     needs_teacher: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = True  # and so learns nothing from images that have none
     teaches_outputs: ClassVar[bool] = False  # rather than features alone
+    looks_at_maps: ClassVar[bool] = False  # of the teacher, so that its logits are not enough
     own_weight: ClassVar[float] = 0.0  # of the method's loss, where the configuration names none
 
     def __init__(
-        self, config: DistillConfig, student: nn.Module, spec: InputSpec, teacher: Teacher | None, name: str = "student"
+        self,
+        config: DistillConfig,
+        student: nn.Module,
+        spec: InputSpec,
+        teacher: Teacher | CachedTeacher | None,
+        name: str = "student",
     ) -> None:
         super().__init__(verbose=False)
         if self.needs_teacher and teacher is None:
@@ -223,6 +230,7 @@ class FeatureTask(DistillationTask):
 
     needs_teacher = True
     needs_labels = False
+    looks_at_maps = True
     stages: ClassVar[slice] = slice(None)  # which of the paired stages
     its_stages: list[int]  # of the teacher, paired with the student's
 
@@ -232,7 +240,7 @@ class FeatureTask(DistillationTask):
 
     def indices(self, student: nn.Module) -> list[int]:
         """Agree with the teacher on stages. Raises UserError where one network has none."""
-        assert self.teacher is not None
+        assert isinstance(self.teacher, Teacher)
         mine, its = paired(stage_indices(student, self.name), stage_indices(self.teacher.network, "the teacher"))
         self.its_stages = its[self.stages]
         self.teacher.wanted.update(self.its_stages)
@@ -240,7 +248,7 @@ class FeatureTask(DistillationTask):
 
     def adapters(self, student: nn.Module, indices: list[int], where_equal: bool) -> nn.ModuleList:
         """From each of the student's maps to the channels of the teacher's; identity for equal ones if wanted."""
-        assert self.teacher is not None
+        assert isinstance(self.teacher, Teacher)
         mine = map_shapes(student, self.spec.size, indices)
         its = map_shapes(self.teacher.network, self.teacher.size, self.its_stages)
         return nn.ModuleList(

@@ -12,22 +12,32 @@ import numpy as np
 from timm.optim import list_optimizers
 from torch import nn
 
-from ..core.artifact import Artifact, Checkpoint, Draft, drafting, write_json
-from ..core.config import AdoptConfig, ModelConfig, TrainConfig, TrainingConfig
-from ..core.data import Dataset, InputSpec, stratified_fraction
+from ..core.artifact import Cache, Checkpoint, Draft, drafting, write_json
+from ..core.config import AdoptConfig, CacheConfig, ModelConfig, TrainConfig, TrainingConfig, training_inputs
+from ..core.data import Dataset, InputSpec
 from ..core.errors import UserError, choice
 from ..networks import models
+from .cache import CachedTeacher, check_fit, config_for
 from .loop import Lockstep, Run, evaluate
 from .ranks import Ranks, join
 from .tasks import METHODS
-from .teacher import Teacher
+from .teacher import Teacher, open_teacher
 from .trackers import Nothing, tracker
-from .views import TrainingViews, seeded, training_transform
+from .views import TrainingViews, seeded, training_images, training_transform
 
 
-def train(config: TrainingConfig, dataset: Dataset, teacher: Checkpoint | None, out: Path) -> Checkpoint:
+def train(
+    config: TrainingConfig, dataset: Dataset, teacher: Checkpoint | None, out: Path, cache: Cache | None = None
+) -> Checkpoint:
     """Train ``config.model`` on the training part by ``config.method``; see ``train_together``."""
-    return train_together({out: config}, dataset, teacher)[out]
+    return train_together({out: config}, dataset, teacher, cache)[out]
+
+
+def cache_config(config: TrainingConfig) -> CacheConfig | None:
+    """The cache that ``config`` learns from, or None where the teacher is asked in training."""
+    if config.cache_views is None or not config.needs_teacher:
+        return None
+    return config_for(config, models.input_spec(config))
 
 
 def companions(configs: Mapping[Path, TrainingConfig], dataset: Dataset) -> list[dict[Path, TrainingConfig]]:
@@ -40,7 +50,7 @@ def companions(configs: Mapping[Path, TrainingConfig], dataset: Dataset) -> list
             [settings.mixup, settings.cutmix, settings.label_smoothing] if settings.mixup or settings.cutmix else []
         )
         sees = [
-            *(config.seed, config.label_fraction, settings.batch_size),
+            *(config.seed, config.label_fraction, settings.batch_size, config.cache_views, config.views_by),
             *(unlabeled and METHODS[config.method].needs_labels, settings.repeats, settings.workers, mixing),
             *(settings.augment.model_dump(), models.create(config, classes)[1].model_dump()),
         ]
@@ -49,25 +59,26 @@ def companions(configs: Mapping[Path, TrainingConfig], dataset: Dataset) -> list
 
 
 def train_together(
-    configs: Mapping[Path, TrainingConfig], dataset: Dataset, teacher: Checkpoint | None
+    configs: Mapping[Path, TrainingConfig], dataset: Dataset, teacher: Checkpoint | None, cache: Cache | None = None
 ) -> dict[Path, Checkpoint]:
     """Train runs that see the same views side by side (``companions``); each ends as it would have ended alone.
 
     The validation part only selects (``train.select``); the test part is evaluated once, at the end. Killed at
     any moment and called again, it goes on where it was. Under torchrun every process calls this; the first
-    writes. A run that fails does not stop the others: they are sealed before its error is raised.
+    writes. A run that fails does not stop the others: they are sealed before its error is raised. With ``cache``
+    the teacher is not asked: what it said beforehand is looked up.
 
     Raises:
-        UserError: an unknown model or optimiser, a teacher of other classes, no memory, a loss that stopped
-            being finite.
+        UserError: an unknown model or optimiser, a teacher of other classes, a cache of something else, no memory,
+            a loss that stopped being finite.
     """
     ranks = join()
     with contextlib.ExitStack() as stack:
         drafts = {
-            out: stack.enter_context(_draft(config, dataset, teacher, out)) if ranks.leads else None
+            out: stack.enter_context(_draft(config, dataset, teacher, cache, out)) if ranks.leads else None
             for out, config in configs.items()
         }
-        runs = _runs(configs, drafts, dataset, teacher, ranks)
+        runs = _runs(configs, drafts, dataset, teacher, cache, ranks)
         for out, run in runs.items():
             draft = drafts[out]
             if draft is None:
@@ -76,6 +87,7 @@ def train_together(
                 draft.failed = True
                 continue
             _write(draft, run, dataset)
+            draft.facts["cache"] = cache.key if cache and run.config.needs_teacher else None
     ranks.from_leader(None)  # until the leader has sealed them
     for run in runs.values():
         if run.failure is not None:
@@ -84,11 +96,9 @@ def train_together(
 
 
 def _draft(
-    config: TrainingConfig, dataset: Dataset, teacher: Checkpoint | None, out: Path
+    config: TrainingConfig, dataset: Dataset, teacher: Checkpoint | None, cache: Cache | None, out: Path
 ) -> contextlib.AbstractContextManager[Draft[Checkpoint]]:
-    inputs: dict[str, Artifact] = {"data": dataset}
-    if teacher is not None and config.needs_teacher:
-        inputs["teacher"] = teacher
+    inputs = training_inputs(config, dataset, teacher, cache)
     return drafting(Checkpoint, out, stage="train", config=config, inputs=inputs, resumable=True)
 
 
@@ -97,29 +107,31 @@ def _runs(
     drafts: Mapping[Path, Draft[Checkpoint] | None],
     dataset: Dataset,
     teacher: Checkpoint | None,
+    cache: Cache | None,
     ranks: Ranks,
 ) -> dict[Path, Run]:
     """Every run, trained."""
     first = next(iter(configs.values()))
-    samples = dataset.samples("train")
-    chosen = stratified_fraction([sample.label for sample in samples], first.label_fraction, first.seed)
-    unlabeled = dataset.samples("unlabeled")
-    for config in configs.values():
-        _check_labels(config, len(chosen), len(unlabeled))
     # An image is known by its number among all of the training part and those without labels.
-    images = chosen.tolist()
-    if not METHODS[first.method].needs_labels:
-        images += range(len(samples), len(samples) + len(unlabeled))
-    guide: Teacher | None = None
+    source = training_images(
+        dataset, first.label_fraction, first.seed, with_unlabeled=not METHODS[first.method].needs_labels
+    )
+    for config in configs.values():
+        _check_labels(config, source.labeled, len(dataset.samples("unlabeled")))
+    guide: Teacher | CachedTeacher | None = None
     networks: dict[Path, tuple[nn.Module, InputSpec]] = {}
     for out, config in configs.items():
         with seeded(config.seed):
             networks[out] = models.create(config, len(dataset.classes))
     spec = networks[next(iter(configs))][1]
-    if teacher is not None:
-        guide = _teacher(teacher, dataset, spec)
-    views = TrainingViews([*samples, *unlabeled], first.train, spec, len(dataset.classes), first.seed)
-    lockstep = Lockstep(views, images, first, ranks)
+    if teacher is not None and cache is not None:
+        for config in configs.values():
+            _check_cached(cache, config, spec, source.numbers, dataset, teacher)
+        guide = CachedTeacher(cache)
+    elif teacher is not None:
+        guide = open_teacher(teacher, dataset, spec)
+    views = TrainingViews(source, first.train, spec, len(dataset.classes), first.views_by)
+    lockstep = Lockstep(views, first, ranks, guide if isinstance(guide, CachedTeacher) else None)
     runs = {}
     for out, config in configs.items():
         draft = drafts[out]
@@ -128,9 +140,22 @@ def _runs(
         resume, shown = (draft.resume, tracker(config, out)) if draft else (None, Nothing())
         runs[out] = Run(config, task, dataset, spec, lockstep.steps_per_epoch, ranks, resume, shown)
         if draft is not None:
-            write_json(draft.path / "images.json", {"part": "train", "positions": chosen.tolist()})
+            write_json(
+                draft.path / "images.json", {"part": "train", "positions": source.numbers[: source.labeled].tolist()}
+            )
     lockstep.train(list(runs.values()))
     return runs
+
+
+def _check_cached(
+    cache: Cache, config: TrainingConfig, spec: InputSpec, images: np.ndarray, dataset: Dataset, teacher: Checkpoint
+) -> None:
+    if METHODS[config.method].looks_at_maps:
+        raise UserError(
+            f"method '{config.method}' looks at the teacher's feature maps and a cache holds its logits: "
+            "leave out cache_views, or take a method such as kd"
+        )
+    check_fit(cache, config, spec, images, dataset, teacher)
 
 
 def _check_labels(config: TrainingConfig, labeled: int, unlabeled: int) -> None:
@@ -189,19 +214,6 @@ def check_run(config: ModelConfig, settings: TrainConfig | None) -> None:
         if settings.optimizer not in list_optimizers():
             raise choice("optimiser", settings.optimizer, list_optimizers())
         training_transform(settings.augment, spec)
-
-
-def _teacher(teacher: Checkpoint, dataset: Dataset, spec: InputSpec) -> Teacher:
-    labels = json.loads(teacher.file("labels.json").read_text())
-    if labels != dataset.classes:
-        how = (
-            "the same classes in another order"
-            if sorted(labels) == sorted(dataset.classes)
-            else f"{len(labels)} other classes than the data ({len(dataset.classes)})"
-        )
-        raise UserError(f"the teacher {teacher.path} knows {how}: classes and their order must be the same")
-    network, teacher_spec = models.restore(teacher)
-    return Teacher(network, teacher_spec, spec)
 
 
 def _describe(

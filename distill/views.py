@@ -21,7 +21,7 @@ from torch.utils.data import Sampler
 from torchvision import transforms
 
 from ..core.config import AugmentConfig, TrainConfig
-from ..core.data import UNLABELED, InputSpec, Sample
+from ..core.data import UNLABELED, Dataset, InputSpec, Sample, stratified_fraction
 from ..core.errors import UserError
 from ..core.proc import first_line
 from ..runtime.preprocess import decode, fit
@@ -90,6 +90,23 @@ def _small_image_style(config: AugmentConfig, spec: InputSpec) -> Callable[[Imag
     return transform
 
 
+class TrainingImages(NamedTuple):
+    """The images to learn from. An image's number is its place in the training part, or behind it without label."""
+
+    samples: list[Sample]  # by number
+    numbers: np.ndarray  # of those that are taken
+    labeled: int  # of the taken
+    unlabeled: int
+
+
+def training_images(dataset: Dataset, fraction: float, seed: int, with_unlabeled: bool) -> TrainingImages:
+    """A seeded, stratified ``fraction`` of the training part, and all images without labels if wanted."""
+    labeled, unlabeled = dataset.samples("train"), dataset.samples("unlabeled") if with_unlabeled else []
+    chosen = stratified_fraction([sample.label for sample in labeled], fraction, seed)
+    others = np.arange(len(labeled), len(labeled) + len(unlabeled))
+    return TrainingImages([*labeled, *unlabeled], np.concatenate([chosen, others]), len(chosen), len(unlabeled))
+
+
 class TrainingView(NamedTuple):
     """One random view; in a batch, a batch of each."""
 
@@ -106,10 +123,9 @@ class TrainingViews(TorchDataset[TrainingView]):
     neighbour in a batch: so neither the batch nor the process has a say in what a view shows.
     """
 
-    def __init__(
-        self, samples: Sequence[Sample], config: TrainConfig, spec: InputSpec, classes: int, seed: int
-    ) -> None:
-        self._samples, self._config, self._classes, self._seed = samples, config, classes, seed
+    def __init__(self, source: TrainingImages, config: TrainConfig, spec: InputSpec, classes: int, seed: int) -> None:
+        self.images = source.numbers
+        self._samples, self._config, self._classes, self._seed = source.samples, config, classes, seed
         self._transform = training_transform(config.augment, spec)
 
     def __getitem__(self, address: tuple[int, int]) -> TrainingView:
@@ -118,7 +134,7 @@ class TrainingViews(TorchDataset[TrainingView]):
         if not (self._config.mixup or self._config.cutmix):
             return TrainingView(self._plain(view, index), label, label, address)
         generator = np.random.default_rng((self._seed, view, index))
-        partner = int(generator.integers(len(self._samples)))
+        partner = int(generator.choice(self.images))
         image, other = self._plain(view, index), self._plain(view, partner)
         cut = bool(self._config.cutmix) and (not self._config.mixup or generator.random() < 0.5)
         alpha = self._config.cutmix if cut else self._config.mixup
@@ -131,7 +147,7 @@ class TrainingViews(TorchDataset[TrainingView]):
         return TrainingView(image, label, target, address)
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self.images)
 
     def _plain(self, view: int, index: int) -> torch.Tensor:
         with seeded(self._seed, view, index):
@@ -165,16 +181,18 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
     ``batch_size`` images a step over all ``ranks``, of which this is number ``rank``. With ``repeats`` an epoch
     has that many views of each of its images, side by side, and so many times fewer images (Hoffer et al. 2020).
+    With ``views`` there are so many of an image, in turn.
     """
 
     def __init__(
         self,
-        images: Sequence[int],
+        images: Sequence[int] | np.ndarray,
         batch_size: int,
         seed: int,
         repeats: int = 1,
         rank: int = 0,
         ranks: int = 1,
+        views: int | None = None,
     ) -> None:
         if batch_size < 2 * ranks:
             raise UserError(
@@ -182,6 +200,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
             )
         if len(images) < 2 * ranks:
             raise UserError(f"{len(images)} training image(s) make no batch: take more images or a larger fraction")
+        self.views = views
         self.epoch, self.skip = 0, 0  # set before iterating; skip leaves out batches that were done already
         self._images, self._batch_size, self._seed = np.asarray(images), batch_size, seed
         self._repeats, self._rank, self._ranks = repeats, rank, ranks
@@ -189,13 +208,16 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = np.random.default_rng((self._seed, self.epoch)).permutation(self._images).tolist()
         views = [
-            (self.epoch * self._repeats + repeat, index)
+            (self._view(self.epoch * self._repeats + repeat), index)
             for index in order[: math.ceil(len(order) / self._repeats)]
             for repeat in range(self._repeats)
         ]
         for step in range(self.skip, len(self)):
             start = step * self._batch_size
             yield views[start : min(start + self._batch_size, len(order))][self._rank :: self._ranks]
+
+    def _view(self, number: int) -> int:
+        return number if self.views is None else number % self.views
 
     def __len__(self) -> int:
         full, rest = divmod(len(self._images), self._batch_size)

@@ -35,22 +35,28 @@ def resolve_input(config: InputConfig, pretrained: dict[str, Any]) -> InputSpec:
     )
 
 
+def input_spec(config: ModelConfig) -> InputSpec:
+    """What the network takes, without making it. Raises UserError for an unknown name."""
+    if not timm.is_model(config.model):
+        raise UserError(
+            f"unknown model '{config.model}': wanted a name of timm{did_you_mean(config.model, timm.list_models())}"
+        )
+    base = timm.models.get_pretrained_cfg(config.model)
+    return resolve_input(config.input, base.to_dict() if base else _NO_PRETRAINED_CFG)
+
+
 def create(config: ModelConfig, classes: int) -> tuple[nn.Module, InputSpec]:
     """A network with ``classes`` outputs, random or pretrained weights, and its InputSpec.
 
     Raises:
         UserError: an unknown name or argument, a size the network can't take, weights out of reach.
     """
-    if not timm.is_model(config.model):
-        raise UserError(
-            f"unknown model '{config.model}': wanted a name of timm{did_you_mean(config.model, timm.list_models())}"
-        )
+    spec = input_spec(config)
     if config.pretrained and not timm.models.is_model_pretrained(config.model):
         raise UserError(
             f"timm has no pretrained weights for '{config.model}': set pretrained to false or train a teacher"
         )
     base = timm.models.get_pretrained_cfg(config.model)
-    spec = resolve_input(config.input, base.to_dict() if base else _NO_PRETRAINED_CFG)
     overlay = {"mean": spec.mean, "std": spec.std, "input_size": (3, spec.size, spec.size)}
     arguments = dict(config.model_args)
     if base and base.fixed_input_size:

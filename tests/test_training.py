@@ -29,16 +29,21 @@ from kdpipe.core.config import (
 )
 from kdpipe.core.data import UNLABELED, InputSpec, Sample
 from kdpipe.core.errors import UserError
+from kdpipe.core.proc import children_signal_kept
 from kdpipe.distill import loop
 from kdpipe.distill import train as trainer
-from kdpipe.distill.loop import children_signal_kept
 from kdpipe.distill.tasks import METHODS
-from kdpipe.distill.views import EpochBatches, TrainingViews
+from kdpipe.distill.views import EpochBatches, TrainingImages, TrainingViews, training_images
 from kdpipe.networks import models
 
 SPEC = InputSpec(size=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), crop_fraction=1.0, interpolation="bicubic")
 EVERYTHING = AugmentConfig(crop="resized", flip=0.5, auto_augment="rand-m9-mstd0.5", erase=0.5)
 PADDED = AugmentConfig(crop="pad", flip=0.5, auto_augment="rand-m9-mstd0.5", erase=0.5)
+
+
+def some(made: Made, count: int) -> TrainingImages:
+    """The first so many training images."""
+    return TrainingImages(made.dataset.samples("train"), np.arange(count), count, 0)
 
 
 @pytest.mark.parametrize(
@@ -53,12 +58,12 @@ PADDED = AugmentConfig(crop="pad", flip=0.5, auto_augment="rand-m9-mstd0.5", era
     ids=["resized", "pad", "mixup", "cutmix", "both"],
 )
 def test_views_depend_on_seed_epoch_and_index_only(made: Made, config: TrainConfig) -> None:
-    views = TrainingViews(made.dataset.samples("train")[:40], config, SPEC, 10, seed=5)
+    views = TrainingViews(some(made, 40), config, SPEC, 10, seed=5)
     addresses = [(epoch, index) for epoch in range(2) for index in range(40)]
     expected = {address: views[address] for address in addresses}
     image = expected[(0, 3)].image
     assert not torch.equal(image, expected[(1, 3)].image)
-    assert not torch.equal(image, TrainingViews(made.dataset.samples("train")[:40], config, SPEC, 10, 6)[(0, 3)].image)
+    assert not torch.equal(image, TrainingViews(some(made, 40), config, SPEC, 10, 6)[(0, 3)].image)
     shuffled = [addresses[at] for at in np.random.default_rng(0).permutation(len(addresses))]
     for workers in (0, 2):
         torch.rand(7)  # whatever was drawn before
@@ -72,7 +77,7 @@ def test_views_depend_on_seed_epoch_and_index_only(made: Made, config: TrainConf
 
 
 def test_views_leave_torchs_generator_alone(made: Made) -> None:
-    views = TrainingViews(made.dataset.samples("train")[:4], TrainConfig(augment=EVERYTHING), SPEC, 10, seed=5)
+    views = TrainingViews(some(made, 4), TrainConfig(augment=EVERYTHING), SPEC, 10, seed=5)
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
@@ -84,10 +89,11 @@ def test_mixed_views_are_what_their_targets_say(made: Made) -> None:
     """Undone by hand: the share of the target is the share of the partner's pixels."""
     samples = [*made.dataset.samples("train")[:20], Sample(made.dataset.samples("train")[20].path, UNLABELED)]
     none = AugmentConfig(crop="none", flip=0)
-    plain = TrainingViews(samples, TrainConfig(augment=none), SPEC, 10, seed=5)
+    source = TrainingImages(samples, np.arange(21), 20, 1)
+    plain = TrainingViews(source, TrainConfig(augment=none), SPEC, 10, seed=5)
     images = torch.stack([plain[(0, at)].image for at in range(21)])
     for settings in ({"mixup": 0.5}, {"cutmix": 1.0}):
-        views = TrainingViews(samples, TrainConfig(augment=none, **settings), SPEC, 10, seed=5)
+        views = TrainingViews(source, TrainConfig(augment=none, **settings), SPEC, 10, seed=5)
         mixed_some = 0
         for at in range(21):
             view = views[(0, at)]
@@ -113,6 +119,25 @@ def test_mixed_views_are_what_their_targets_say(made: Made) -> None:
                     mixed_some += 1
                     break
         assert mixed_some > 10
+
+
+def test_partners_come_from_the_drawn_images_alone(made: Made) -> None:
+    """A tenth of the labels is a tenth of the labels, mixed or not."""
+    source = training_images(made.dataset, 0.1, seed=0, with_unlabeled=False)
+    reached = set()
+
+    class Watched(list):  # type: ignore[type-arg]
+        def __getitem__(self, at):  # type: ignore[no-untyped-def]
+            reached.add(at)
+            return super().__getitem__(at)
+
+    views = TrainingViews(
+        source._replace(samples=Watched(source.samples)), TrainConfig(mixup=0.5, cutmix=0.5), SPEC, 10, seed=0
+    )
+    for view in range(3):
+        for at in source.numbers:
+            views[(view, int(at))]
+    assert reached == set(source.numbers.tolist())
 
 
 def test_batches_cover_every_image_once() -> None:

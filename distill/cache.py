@@ -1,0 +1,399 @@
+"""What a teacher says of every view, stored once: students then learn from it without asking the teacher.
+
+A cache holds one file a view number: a record of fixed size for each image, in the order of ``images.npy``. A
+view is a function of (seed, view number, image), so what was stored for it is what the student will see.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..core.artifact import (
+    MANIFEST,
+    Cache,
+    Checkpoint,
+    Draft,
+    drafting,
+    read_manifest,
+    sha256_file,
+    tool_versions,
+)
+from ..core.config import CacheConfig, CachePlan, CacheSettings, TrainingConfig
+from ..core.data import Dataset, InputSpec
+from ..core.errors import GateFailed, UserError
+from ..core.proc import children_signal_kept, first_line
+from ..core.progress import note, progress
+from ..networks.models import input_spec
+from .precision import Precision
+from .ranks import Ranks, join
+from .teacher import Lesson, Teacher, open_teacher
+from .views import TrainingViews, training_images
+
+BATCH = 64
+ALL_CLASSES = 256  # up to so many classes every logit is stored, above the largest TOP alone
+TOP = 100
+TIMED_BATCHES = 4
+TRANSFORMERS = ("torch", "torchvision", "timm", "pillow", "numpy")  # whose versions can change a view
+AGREES = 4e-3  # float16 has 11 bits; a teacher in another batch differs in the last bits of float32
+
+
+def top_count(config: CacheConfig, classes: int) -> int | None:
+    """How many of the largest logits are stored, or None for all of them."""
+    wanted = config.top or (None if classes <= ALL_CLASSES else TOP)
+    return None if wanted is None or wanted >= classes else wanted
+
+
+def record_type(classes: int, top: int | None) -> np.dtype[Any]:
+    """All logits less the largest; or the largest ones' classes, log-probabilities and the mass of the rest."""
+    if top is None:
+        return np.dtype([("logits", "<f2", (classes,))])
+    return np.dtype([("classes", "<u4", (top,)), ("below", "<f2", (top,)), ("largest", "<f4"), ("rest", "<f4")])
+
+
+def encode(logits: Tensor, kind: np.dtype[Any]) -> np.ndarray:
+    """Logits [B, K] as records [B]."""
+    records = np.empty(len(logits), kind)
+    if "logits" in (kind.names or ()):
+        records["logits"] = (logits - logits.amax(1, keepdim=True)).cpu().numpy()
+        return records
+    values, classes = logits.double().log_softmax(1).topk(kind["classes"].shape[0], dim=1)
+    records["classes"], records["largest"] = classes.cpu().numpy(), values[:, 0].cpu().numpy()
+    records["below"] = (values - values[:, :1]).cpu().numpy()
+    records["rest"] = (1 - values.exp().sum(1)).clamp(min=1e-12).float().cpu().numpy()
+    return records
+
+
+def decode(records: np.ndarray, classes: int) -> Tensor:
+    """Records [B] as float32 logits [B, K], up to a constant a row; the rest's mass is spread evenly."""
+    if "logits" in (records.dtype.names or ()):
+        return torch.from_numpy(records["logits"].astype(np.float32))
+    top = records["classes"].shape[1]
+    logits = np.repeat(np.log(records["rest"] / (classes - top))[:, None], classes, axis=1)
+    largest = records["largest"][:, None] + records["below"].astype(np.float32)
+    np.put_along_axis(logits, records["classes"].astype(np.int64), largest, axis=1)
+    return torch.from_numpy(logits.astype(np.float32))
+
+
+@dataclass(frozen=True)
+class RemoteCache(Cache):
+    """A cache at any URL of fsspec: a file is fetched into ``path`` when it is first wanted, and checked."""
+
+    url: str
+
+    def file(self, name: str) -> Path:
+        local = self.path / name
+        record = self.manifest.files.get(name)
+        if record is None:
+            raise UserError(f"{self.url} has no file '{name}': build the cache again")
+        if not local.is_file():
+            fetched = local.with_name(f"{name}.{os.getpid()}.new")
+            _fetch(f"{self.url}/{name}", fetched)
+            if sha256_file(fetched) != record.sha256:
+                fetched.unlink()
+                raise UserError(f"{self.url}/{name} differs from its manifest (corrupted or edited): build it again")
+            fetched.replace(local)
+        return local
+
+
+def open_cache(location: str, mirrors: Path) -> Cache:
+    """The cache in a folder, or at a URL that fsspec can read (s3://, hf://, https://), copied on use into ``mirrors``.
+
+    Raises:
+        UserError: none there, or one that is not whole.
+    """
+    if "://" not in location:
+        return Cache.open(location)
+    url = location.rstrip("/")
+    folder = mirrors / hashlib.sha256(url.encode()).hexdigest()[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    _fetch(f"{url}/{MANIFEST}", folder / MANIFEST)  # each time: what was fetched of another one is refused
+    manifest = read_manifest(folder)
+    if manifest.kind != Cache.kind:
+        raise UserError(f"{url} is a {manifest.kind}, wanted a cache")
+    for path in folder.iterdir():
+        record = manifest.files.get(path.name)
+        if path.name != MANIFEST and (record is None or sha256_file(path) != record.sha256):
+            path.unlink()
+    return RemoteCache(folder, manifest, url)
+
+
+def _fetch(url: str, path: Path) -> None:
+    import fsspec
+
+    try:
+        with fsspec.open(url, "rb") as source, path.open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+    except Exception as error:  # every file system raises its own
+        path.unlink(missing_ok=True)
+        raise UserError(f"cannot read {url}: {first_line(error)}") from error
+
+
+class CachedTeacher(nn.Module):
+    """A teacher that remembers: told which views a batch holds, it gives the lesson that was stored for them."""
+
+    def __init__(self, cache: Cache) -> None:
+        super().__init__()
+        facts = cache.facts
+        self.views: int = facts["views"]
+        self._classes, self._kind = facts["classes"], record_type(facts["classes"], facts["top"])
+        self._cache = cache
+        images = np.load(cache.file("images.npy"), allow_pickle=False)
+        self._row = {int(image): row for row, image in enumerate(images)}
+        self._rows = len(images)
+        self._shards: dict[int, np.memmap[Any, Any]] = {}
+        self._lesson: Lesson | None = None
+
+    def recall(self, views: Tensor, images: Tensor) -> None:
+        """Look up what was said of these views [B] of these images [B]."""
+        records = np.empty(len(images), self._kind)
+        rows = np.array([self._row[int(image)] for image in images])
+        for view in np.unique(views.numpy()).tolist():
+            here = views.numpy() == view
+            records[here] = self._shard(int(view))[rows[here]]
+        self._lesson = Lesson(decode(records, self._classes))
+
+    def forward(self, view: Tensor) -> Lesson:
+        assert self._lesson is not None
+        if self._lesson.logits.device != view.device:
+            self._lesson = Lesson(self._lesson.logits.to(view.device))
+        return self._lesson
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(False)
+
+    def _shard(self, view: int) -> np.memmap[Any, Any]:
+        if view not in self._shards:
+            self._shards[view] = np.memmap(self._cache.shard(view), self._kind, "r", shape=(self._rows,))
+        return self._shards[view]
+
+
+def config_for(run: TrainingConfig, spec: InputSpec) -> CacheConfig:
+    """The cache that ``run``, a network of ``spec``, learns from."""
+    assert run.cache_views is not None
+    train = run.train
+    drawn_by = run.seed if run.label_fraction < 1 else 0  # all images are the same ones for every seed
+    return CacheConfig(
+        views=run.cache_views, view_seed=run.views_by, label_fraction=run.label_fraction, seed=drawn_by,
+        input=spec, augment=train.augment, mixup=train.mixup, cutmix=train.cutmix, workers=train.workers,
+    )  # fmt: skip
+
+
+def config_of(plan: CachePlan) -> CacheConfig:
+    """The cache that a plan means, its network's input spelled out. Raises UserError for an unknown network."""
+    settings = {name: getattr(plan, name) for name in CacheSettings.model_fields}
+    if plan.label_fraction == 1:
+        settings["seed"] = 0
+    return CacheConfig(**settings, input=input_spec(plan))
+
+
+def check_fit(
+    cache: Cache, run: TrainingConfig, spec: InputSpec, images: np.ndarray, dataset: Dataset, teacher: Checkpoint
+) -> None:
+    """Refuse a cache of anything else than what ``run`` will see of ``images``. Raises UserError."""
+    config, wanted = CacheConfig.model_validate(cache.manifest.config), config_for(run, spec)
+    inputs = cache.manifest.inputs
+    others = [role for role, key in (("teacher", teacher.key), ("data", dataset.key)) if inputs[role].key != key]
+    others += [
+        f"{name} ({getattr(config, name)}, not {getattr(wanted, name)})"
+        for name in ("views", "view_seed", "input", "augment", "mixup", "cutmix")
+        if getattr(config, name) != getattr(wanted, name)
+    ]
+    here, there = tool_versions(), cache.manifest.tools
+    others += [
+        f"{name} ({there.get(name)}, not {here.get(name)})"
+        for name in TRANSFORMERS
+        if here.get(name) != there.get(name)
+    ]
+    stored = np.load(cache.file("images.npy"), allow_pickle=False)
+    if np.setdiff1d(images, stored).size:
+        others.append("share of the images")
+    elif (config.mixup or config.cutmix) and not np.array_equal(images, stored):
+        others.append("choice of images, from which mixed views take their partners")
+    if others:
+        raise UserError(
+            f"the cache {cache.path} was made for another {'; another '.join(others)}: build one for this run"
+        )
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What building a cache would take on this machine."""
+
+    images: int
+    views: int
+    bytes: int
+    free_bytes: int
+    view_seconds: float  # to make a view
+    teacher_seconds: float  # to ask the teacher about it
+    build_seconds: float
+    break_even_epochs: float  # of all students together
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def build(config: CacheConfig, dataset: Dataset, teacher: Checkpoint, out: Path) -> Cache:
+    """Ask the teacher about every view and seal the answers. Killed, it goes on with the view it was at.
+
+    Under torchrun every process calls this and asks about views of its own; the folder must be shared.
+
+    Raises:
+        UserError: no room on the disk, a teacher of other classes, a builder that is at it already.
+    """
+    ranks = join()
+    inputs = {"data": dataset, "teacher": teacher}
+    job = _Job(config, dataset, teacher, ranks)
+    with contextlib.ExitStack() as stack:
+        draft = None
+        if ranks.leads:
+            sealing = drafting(Cache, out, stage="cache", config=config, inputs=inputs, resumable=True)
+            draft = stack.enter_context(sealing)
+            _check_room(job, draft)
+        job.write_shards(Path(ranks.from_leader(str(draft.resume) if draft else "")))
+        ranks.from_leader(None)  # all of them are written
+        if draft is not None:
+            assert draft.resume is not None
+            for shard in sorted(draft.resume.glob("view-*.bin")):
+                shard.rename(draft.path / shard.name)
+            np.save(draft.path / "images.npy", job.images)
+            draft.facts.update(
+                views=config.views, images=len(job.images), classes=job.classes, top=job.top, bytes=job.bytes,
+                record_bytes=job.kind.itemsize,
+            )  # fmt: skip
+    ranks.from_leader(None)  # and sealed
+    return draft.artifact if draft else Cache.open(out)
+
+
+def forecast(config: CacheConfig, dataset: Dataset, teacher: Checkpoint, out: Path) -> Forecast:
+    """Time a few batches and reckon what ``build`` would take; writes nothing."""
+    job = _Job(config, dataset, teacher, join())
+    view_seconds, teacher_seconds = job.timed()
+    count = len(job.images)
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    build_seconds = config.views * count * (view_seconds + teacher_seconds)
+    return Forecast(
+        count, config.views, job.bytes, shutil.disk_usage(existing).free, view_seconds, teacher_seconds, build_seconds,
+        build_seconds / (count * teacher_seconds),
+    )  # fmt: skip
+
+
+def verify(cache: Cache, dataset: Dataset, teacher: Checkpoint, share: float, seed: int = 0) -> dict[str, Any]:
+    """Ask the teacher again about a random ``share`` of the records.
+
+    Raises:
+        GateFailed: an answer that is not the stored one, beyond rounding.
+    """
+    config = CacheConfig.model_validate(cache.manifest.config)
+    job = _Job(config, dataset, teacher, Ranks())
+    total = config.views * len(job.images)
+    count = max(1, round(share * total))
+    chosen = np.sort(np.random.default_rng(seed).choice(total, count, replace=False))
+    addresses = [(int(at) // len(job.images), int(job.images[at % len(job.images)])) for at in chosen]
+    remembered = CachedTeacher(cache)
+    worst, agree = 0.0, 0
+    for batch, lesson in job.answers(addresses, "asking again"):
+        remembered.recall(*batch)
+        stored = remembered(lesson.logits).logits
+        again = decode(encode(lesson.logits, job.kind), job.classes)
+        worst = max(worst, float(((stored - again).abs() / again.abs().clamp(min=1)).max()))
+        agree += int((stored.argmax(1) == again.argmax(1)).sum())
+    found = {"checked": count, "of": total, "largest_relative_difference": worst, "top1_agreement": agree / count}
+    if worst > AGREES:
+        raise GateFailed(
+            f"{cache.path} is not what its teacher says: of {count} records one differs by {worst:.2g} of its logit "
+            f"(allowed {AGREES}): build it again"
+        )
+    return found
+
+
+class _Job:
+    """The views to be asked about, and the teacher that is asked."""
+
+    def __init__(self, config: CacheConfig, dataset: Dataset, teacher: Checkpoint, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self.classes = len(dataset.classes)
+        self.top = top_count(config, self.classes)
+        self.kind = record_type(self.classes, self.top)
+        source = training_images(dataset, config.label_fraction, config.seed, with_unlabeled=True)
+        self.images = source.numbers
+        spec = config.input
+        self.views = TrainingViews(source, config.view_settings(), spec, self.classes, config.view_seed)
+        self.teacher: Teacher = open_teacher(teacher, dataset, spec).to(ranks.device)
+        self.precision = Precision(config.precision)
+
+    @property
+    def bytes(self) -> int:
+        return self.config.views * len(self.images) * int(self.kind.itemsize)
+
+    def write_shards(self, folder: Path) -> None:
+        """This process's share of the files ``view-NUMBER.bin``; those that are there are whole."""
+        mine = range(self.ranks.rank, self.config.views, self.ranks.count)
+        missing = [view for view in mine if not (folder / shard_name(view)).is_file()]
+        for done, view in enumerate(missing):
+            addresses = [(view, int(image)) for image in self.images]
+            draft = folder / f"{shard_name(view)}.new"
+            with draft.open("wb") as stream:
+                for _, lesson in self.answers(addresses, f"asking the teacher, view {done + 1} of {len(missing)}"):
+                    stream.write(encode(lesson.logits, self.kind).tobytes())
+                stream.flush()
+                os.fsync(stream.fileno())
+            draft.replace(folder / shard_name(view))
+
+    def answers(
+        self, addresses: Sequence[tuple[int, int]], what: str
+    ) -> Iterator[tuple[tuple[Tensor, Tensor], Lesson]]:
+        """The teacher's lessons on these views, batch by batch, with (view numbers, images)."""
+        batches = [list(addresses[at : at + BATCH]) for at in range(0, len(addresses), BATCH)]
+        loader = DataLoader(self.views, batch_sampler=batches, num_workers=self.config.workers)
+        with children_signal_kept(), progress(what, len(addresses)) as advance:
+            for image, _, _, (views, images) in loader:
+                lesson = self.ask(image)
+                yield (views, images), lesson
+                advance(len(images), "")
+
+    def ask(self, image: Tensor) -> Lesson:
+        with self.precision.context(self.ranks.device_kind):
+            lesson = self.teacher(image.to(self.ranks.device))
+        return Lesson(lesson.logits.float().cpu())
+
+    def timed(self) -> tuple[float, float]:
+        """Seconds to make a view, and to ask about it."""
+        making, asking = [], []
+        for at in range(TIMED_BATCHES + 1):
+            begun = time.perf_counter()
+            images = self.images[(at * BATCH + np.arange(BATCH)) % len(self.images)]
+            batch = torch.stack([self.views[(0, int(image))].image for image in images])
+            made = time.perf_counter()
+            self.ask(batch)
+            making.append((made - begun) / len(images))
+            asking.append((time.perf_counter() - made) / len(images))
+        return float(np.median(making[1:])), float(np.median(asking[1:]))  # the first warms up
+
+
+def shard_name(view: int) -> str:
+    return f"view-{view:05d}.bin"
+
+
+def _check_room(job: _Job, draft: Draft[Cache]) -> None:
+    assert draft.resume is not None
+    written = sum(path.stat().st_size for path in draft.resume.glob("view-*.bin"))
+    free = shutil.disk_usage(draft.path).free
+    if job.bytes - written > free:
+        raise UserError(
+            f"the cache needs {job.bytes / 2**20:.0f} MiB and {draft.path} has {free / 2**20:.0f} MiB left: lower "
+            "cache_views, take fewer images, or another disk"
+        )
+    note(f"the cache of {job.config.views} views of {len(job.images)} images takes {job.bytes / 2**20:.1f} MiB")
