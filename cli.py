@@ -24,7 +24,7 @@ from .core.errors import KdpipeError
 from .options import configured
 
 if TYPE_CHECKING:
-    from .core.artifact import Artifact
+    from .core.artifact import Artifact, Cache, Checkpoint
     from .core.data import Dataset
     from .pipeline import Chain
 
@@ -235,9 +235,7 @@ def distill(
     name = f"student-{settings.method}-seed{settings.seed}"
     remembered = None
     if cache is not None:
-        from .distill.cache import open_cache
-
-        remembered = open_cache(cache, chain.folder / ".caches")
+        remembered = _cache_at(cache, chain, settings, dataset, guide)
         seen = remembered.manifest.config
         settings = settings.model_copy(update={"cache_views": seen["views"], "view_seed": seen["view_seed"]})
     _print_artifact(chain.train(name, settings, dataset, guide, out, remembered), as_json)
@@ -484,6 +482,19 @@ def _chain(folder: Path, *, joint: bool = False) -> Chain:
 
 def _seconds(chain: Chain) -> dict[str, float]:
     return {step.name: round(step.seconds, 3) for step in chain.steps}
+
+
+def _cache_at(
+    location: str, chain: Chain, settings: TrainingConfig, dataset: Dataset, teacher: Checkpoint | None
+) -> Cache:
+    """The cache in a folder or at a URL; built in a folder that is not there, if the settings say of how many views."""
+    from .distill.cache import open_cache
+    from .distill.train import cache_config
+
+    wanted = cache_config(settings)
+    if "://" in location or Path(location).exists() or wanted is None or teacher is None:
+        return open_cache(location, chain.folder / ".caches")
+    return chain.cache(wanted, dataset, teacher, Path(location))
 
 
 def _share(text: str) -> float:

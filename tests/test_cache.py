@@ -387,6 +387,9 @@ def test_command(taught: tuple[Chain, Dataset, Checkpoint], tmp_path: Path) -> N
     assert_one_line(kdpipe("cache", teacher.path, *options, "--verify", "a bit"), 2, "wanted a share such as 0.1%")
     elsewhere = kdpipe("distill", teacher.path, *common, *train_options, "--cache", tmp_path / "nowhere")
     assert_one_line(elsewhere, 2, "no artifact at")
+    there = ["--cache", tmp_path / "nowhere", "--cache-views", 2, "--out", tmp_path / "other"]
+    assert kdpipe("distill", teacher.path, *common, *train_options, *there).returncode == 0
+    assert Cache.open(tmp_path / "nowhere").facts["views"] == 2
 
 
 def test_forecast_says_when_it_pays(taught: tuple[Chain, Dataset, Checkpoint], tmp_path: Path) -> None:
