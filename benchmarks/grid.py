@@ -2,6 +2,7 @@
 
     python benchmarks/grid.py CIFAR10 --out runs                       every fraction, seed 0
     python benchmarks/grid.py CIFAR10 --out runs --fraction 0.1 --seed 0 --seed 1 --seed 2
+    python benchmarks/grid.py CIFAR10 --out runs --fraction 0.1 --method kd-V1 --method kd-V4 --method kd-V16
     python benchmarks/grid.py CIFAR10 --out runs --no-train            what is there so far, as Markdown
 
 CIFAR10 is a folder with train/<class>/* and val/<class>/*. Every run is sealed, so a killed grid goes on where it
@@ -39,6 +40,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "deep": {"method": "deep_supervision", **BALANCE},
     "stages": {"method": "stagewise"},
 }
+# kd-T4 from a cache of so many views of each image; kd-T4 itself has a new one every epoch.
+CACHED = {f"kd-V{views}": {**METHODS["kd-T4"], "cache_views": views} for views in (1, 4, 16)}
 AUGMENT = {"crop": "pad", "flip": 0.5}
 TRAIN = {
     "precision": "auto",
@@ -88,7 +91,7 @@ def main(
 def plan(share: float, seeds: list[int], methods: list[str]) -> DistillationPlan:
     """These methods on this share of the images."""
     epochs = EPOCHS[share]
-    students = {name: dict(METHODS[name]) for name in methods}
+    students = {name: dict((METHODS | CACHED)[name]) for name in methods}
     if "dkd-b2" in students:
         students["dkd-b2"]["dkd"] = {"beta": 2, "warmup_epochs": epochs // 12}
     train = {**TRAIN, "epochs": epochs, "warmup_epochs": max(1, epochs // 15)}
@@ -110,7 +113,7 @@ def print_table(folders: list[Path]) -> None:
     shares = sorted({share for _, share in found})
     print(f"taught by {about}\n\n| method | " + " | ".join(f"{100 * share:g} %" for share in shares) + " |")
     print("|---" * (len(shares) + 1) + "|")
-    for method in ("labels", *METHODS):
+    for method in ("labels", *METHODS, *CACHED):
         cells = [cell(found[method, share], found["labels", share], method == "labels") for share in shares]
         print(f"| {method} | " + " | ".join(cells) + " |")
 
