@@ -150,16 +150,14 @@ class CachedTeacher(nn.Module):
         self.views: int = facts["views"]
         self._classes, self._kind = facts["classes"], record_type(facts["classes"], facts["top"])
         self._cache = cache
-        images = np.load(cache.file("images.npy"), allow_pickle=False)
-        self._row = {int(image): row for row, image in enumerate(images)}
-        self._rows = len(images)
+        self._images = np.load(cache.file("images.npy"), mmap_mode="r", allow_pickle=False)  # ascending
         self._shards: dict[int, np.memmap[Any, Any]] = {}
         self._lesson: Lesson | None = None
 
     def recall(self, views: Tensor, images: Tensor) -> None:
         """Look up what was said of these views [B] of these images [B]."""
         records = np.empty(len(images), self._kind)
-        rows = np.array([self._row[int(image)] for image in images])
+        rows = np.searchsorted(self._images, images.numpy())
         for view in np.unique(views.numpy()).tolist():
             here = views.numpy() == view
             records[here] = self._shard(int(view))[rows[here]]
@@ -176,7 +174,7 @@ class CachedTeacher(nn.Module):
 
     def _shard(self, view: int) -> np.memmap[Any, Any]:
         if view not in self._shards:
-            self._shards[view] = np.memmap(self._cache.shard(view), self._kind, "r", shape=(self._rows,))
+            self._shards[view] = np.memmap(self._cache.shard(view), self._kind, "r", shape=(len(self._images),))
         return self._shards[view]
 
 

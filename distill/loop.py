@@ -7,6 +7,7 @@ lockstep, with one teacher's answer for all, and each ends as it would have ende
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import math
@@ -122,7 +123,7 @@ class Run:
             self._scaler = torch.amp.GradScaler(self._ranks.device_kind)
         if self.epoch < self.epochs:
             self._enter_phase()
-        if state is not None and state["optimizer"] is not None:
+        if state is not None and self.epoch < self.epochs:
             self._optimizer.load_state_dict(state["optimizer"])
             if self._scaler is not None:
                 self._scaler.load_state_dict(state["scaler"])
@@ -135,20 +136,11 @@ class Run:
 
     def learn(self, batch: Batch) -> str:
         """One step; a few words on how it goes. Raises UserError when it can't go on."""
-        try:
-            # Dropout draws from torch's own generators.
-            with seeded(self.config.seed, 1, self.epoch, self.step, self._ranks.rank):
-                if self._ranks.device_kind == "cuda":
-                    torch.cuda.manual_seed(torch.initial_seed())
-                self._learn(batch)
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-                raise UserError(
-                    f"out of memory training {self.config.model} on {len(batch.label)} images of {self.spec.size} "
-                    f"pixels ({first_line(error)}): lower train.batch_size or input.size, train with "
-                    "distill.together false, or try train.precision bf16"
-                ) from None
-            raise
+        drawn_by = (self.config.seed, 1, self.epoch, self.step, self._ranks.rank)
+        with self._memory_watched(len(batch.label)), seeded(*drawn_by):  # dropout draws from torch's own generators
+            if self._ranks.device_kind == "cuda":
+                torch.cuda.manual_seed(torch.initial_seed())
+            self._learn(batch)
         self.step += 1
         if self.settings.checkpoint_seconds <= time.monotonic() - self._saved:
             self._save()
@@ -156,6 +148,20 @@ class Run:
         speed = (images - self._began_images) / (time.monotonic() - self._began)
         accuracy = self._sums["right"] / max(1.0, self._sums["judged"])
         return f"loss {self._sums['loss'] / images:.3f}, top-1 {accuracy:.1%}, {speed:.0f} images/s"
+
+    @contextlib.contextmanager
+    def _memory_watched(self, images: int) -> Iterator[None]:
+        """Say what to lower when memory runs out in the block. Raises UserError."""
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+                raise UserError(
+                    f"out of memory training {self.config.model} on {images} images of {self.spec.size} pixels "
+                    f"({first_line(error)}): lower train.batch_size or input.size, train with distill.together false, "
+                    "or try train.precision bf16"
+                ) from None
+            raise
 
     def _learn(self, batch: Batch) -> None:
         phase, before = self._phase()
@@ -297,7 +303,7 @@ class Run:
 
         self.task.enter(0)
         self.task.train()
-        with seeded(self.config.seed, 3):
+        with seeded(self.config.seed, 3), self._memory_watched(len(batch.label)):
             return fastest(self.task, step)
 
     # ---- state -----------------------------------------------------------------------------------------

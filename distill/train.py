@@ -124,11 +124,12 @@ def _runs(
         with seeded(config.seed):
             networks[out] = models.create(config, len(dataset.classes))
     spec = networks[next(iter(configs))][1]
-    if teacher is not None and cache is not None:
-        for config in configs.values():
+    taught = [config for config in configs.values() if config.needs_teacher]
+    if teacher is not None and cache is not None and taught:
+        for config in taught:
             _check_cached(cache, config, spec, source.numbers, dataset, teacher)
         guide = CachedTeacher(cache)
-    elif teacher is not None:
+    elif teacher is not None and taught:
         guide = open_teacher(teacher, dataset, spec)
     views = TrainingViews(source, first.train, spec, len(dataset.classes), first.views_by)
     lockstep = Lockstep(views, first, ranks, guide if isinstance(guide, CachedTeacher) else None)

@@ -170,6 +170,28 @@ def test_records_of_any_scale(scale: float) -> None:
         assert torch.isfinite(found).all() and torch.equal(found.argmax(1), logits.argmax(1))
 
 
+@pytest.mark.parametrize("count", [1_000, 5_000_000])
+def test_memory_does_not_grow_with_the_records(cache: Cache, tmp_path: Path, count: int) -> None:
+    kind = record_type(10, None)
+    np.save(tmp_path / "images.npy", np.arange(count))
+    with (tmp_path / shard_name(0)).open("wb") as stream:
+        stream.truncate(count * kind.itemsize)
+    large = Cache(tmp_path, cache.manifest)
+    before = own_memory_kib()
+    teacher, generator = CachedTeacher(large), torch.Generator().manual_seed(0)
+    for _ in range(50):
+        images = torch.randint(0, count, (256,), generator=generator)
+        teacher.recall(torch.zeros(256, dtype=torch.long), images)
+        assert teacher(images).logits.shape == (256, 10)
+    assert own_memory_kib() - before < 4096
+
+
+def own_memory_kib() -> int:
+    """What this process holds itself: pages of a mapped file are the system's, which may take them back."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
+
+
 def test_verify_sees_a_wrong_answer(taught: tuple[Chain, Dataset, Checkpoint], cache: Cache, tmp_path: Path) -> None:
     _, dataset, teacher = taught
     assert verify(cache, dataset, teacher, 0.2)["largest_relative_difference"] < 4e-3
