@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from conftest import SMALL_TRAIN, Made
 
-from kdpipe.core.config import TrainingConfig, validated
+from kdpipe.core.config import DistillationPlan, InputConfig, ModelConfig, TrainingConfig, control_of, validated
 from kdpipe.core.errors import UserError
 from kdpipe.distill.teacher import Teacher
 from kdpipe.distill.train import companions, train, train_together
+from kdpipe.pipeline import Chain, student_runs
 
 INPUT = {"size": 32, "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2], "interpolation": "bicubic"}
 # Dropout, a shuffled teacher, maps for one of them only, phases, fewer and more epochs, another network.
@@ -65,3 +66,59 @@ def test_one_that_fails_does_not_stop_the_others(made: Made, tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["good"]
     alone = train(good, made.dataset, made.teacher, tmp_path / "alone")
     assert (tmp_path / "good" / "model.safetensors").read_bytes() == alone.file("model.safetensors").read_bytes()
+
+
+def test_a_plan_names_its_students_and_their_controls() -> None:
+    students = {
+        "hotter": {"temperature": 20},
+        "smaller": {"model": "resnet8"},
+        "longer": {"method": "dkd", "dkd": {"beta": 2}, "train": {"epochs": 9}},
+    }
+    plan = validated(DistillationPlan, {"seeds": [3, 5], "students": students, "train": {"batch_size": 32}}, "test")
+    runs = student_runs(ModelConfig(model="test_resnet"), plan)
+    of_one_seed = ["labels", "kd", "hotter", "labels-smaller", "smaller", "labels-longer", "longer"]
+    assert list(runs) == [f"student-{name}-seed{seed}" for seed in (3, 5) for name in of_one_seed]
+    longer = runs["student-longer-seed5"]
+    assert (longer.train.epochs, longer.train.batch_size, longer.dkd.beta, longer.seed) == (9, 32, 2, 5)
+    assert runs["student-labels-longer-seed5"] == control_of(longer)
+    # A control learns at full weight whatever the balance of the method is, and carries none of its settings.
+    unbalanced = validated(TrainingConfig, {"model": "x", "label_weight": 0.1, "temperature": 9}, "test")
+    assert control_of(unbalanced) == TrainingConfig(model="x", method="labels")
+
+
+@pytest.mark.parametrize(
+    ("students", "message"),
+    [
+        (
+            {"hotter": {"temprature": 4}},
+            r"distill.students.hotter: unknown key 'temprature'; did you mean 'temperature'",
+        ),
+        ({"a": {"train": {"epoch": 4}}}, r"distill.students.a.train: unknown key 'epoch'; did you mean 'epochs'"),
+        ({"a": {"method": "kdd"}}, r"distill.students.a: 'method'"),
+        ({"kd": {}}, r"distill.students: the name 'kd' is taken"),
+    ],
+)
+def test_mistaken_students_are_named(students: dict[str, dict[str, object]], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        student_runs(ModelConfig(model="test_resnet"), DistillationPlan(students=students))
+
+
+def test_a_chain_trains_them_side_by_side(made: Made, tmp_path: Path) -> None:
+    train_settings = {**SMALL_TRAIN, "epochs": 1}
+    values = {"label_fraction": 0.05, "students": {"dkd": {"method": "dkd"}}, "train": train_settings}
+    student = ModelConfig(model="test_resnet", input=InputConfig(size=32))
+    runs = student_runs(student, validated(DistillationPlan, values, "test"))
+    chain = Chain(tmp_path)
+    first = chain.train_all(runs, made.dataset, made.teacher, together=True)
+    assert [(step.name, bool(step.along_with)) for step in chain.steps] == [
+        ("student-labels-seed0", False),
+        ("student-kd-seed0", True),
+        ("student-dkd-seed0", True),
+    ]
+    apart = Chain(tmp_path / "apart").train_all(runs, made.dataset, made.teacher, together=False)
+    again = chain.train_all(runs, made.dataset, made.teacher, together=True)
+    assert all(step.sealed_before for step in chain.steps[3:])
+    for name, checkpoint in first.items():
+        assert again[name].path == checkpoint.path
+        weights = apart[name].file("model.safetensors").read_bytes()
+        assert checkpoint.file("model.safetensors").read_bytes() == weights
