@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .artifact import Artifact, Cache
-from .data import Dataset, InputSpec
 from .errors import UserError, did_you_mean
+from .inputs import InputSpec
+
+if TYPE_CHECKING:
+    from .artifact import Artifact, Cache
+    from .data import Dataset
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Method = Literal[

@@ -1,4 +1,4 @@
-"""What the rooms agree on about images: the InputSpec, the sealed Dataset, its splits and fingerprints."""
+"""What the rooms agree on about images: the sealed Dataset, its splits and fingerprints."""
 
 from __future__ import annotations
 
@@ -12,33 +12,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .artifact import Artifact, Record, canonical, sha256_file
+from .artifact import Artifact, canonical, sha256_file
+from .inputs import InputSpec as InputSpec  # part of the same agreement
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 UNLABELED = -1  # label of an image that has none
 Part = Literal["train", "val", "test", "unlabeled"]
-
-
-class InputSpec(Record):
-    """How an image file becomes the network's input; travels from the student to the device.
-
-    ``mean`` and ``std`` (of RGB in 0..1) are folded into every exported graph: a device feeds 0..255.
-    """
-
-    size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    crop_fraction: float
-    interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"]
-    antialias: Literal[True] = True
-    colour_order: Literal["RGB"] = "RGB"
-    layout: Literal["NCHW", "NHWC"] = "NCHW"
-    dtype: Literal["float32"] = "float32"
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Shape of one input in this layout."""
-        return (3, self.size, self.size) if self.layout == "NCHW" else (self.size, self.size, 3)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,9 @@ class OpenVinoQuantizer:
             nncf.Dataset(images),
             preset=nncf.QuantizationPreset.MIXED,
             subset_size=len(images),
-            fast_bias_correction=True,
+            # The fast one moves biases by what it sees of one layer alone: on the demo's student it costs 5 dB
+            # against no correction at all, where this one gains 1.
+            fast_bias_correction=False,
         )
         openvino.save_model(quantized, folder / entry, compress_to_fp16=False)
-        return {"format": "NNCF", "preset": "mixed", "bias_correction": "fast"}
+        return {"format": "NNCF", "preset": "mixed", "bias_correction": "accurate"}
