@@ -182,7 +182,7 @@ def cache(
     opened = Checkpoint.open(teacher)
     dataset = _dataset_of(opened, data)
     path = out or chain.path("cache", "cache", plan, {"data": dataset, "teacher": opened})
-    if not path.exists():
+    if dry_run or not path.exists():
         expected = forecast(plan, dataset, opened, path)
         if dry_run and as_json:
             _print_json(cache=str(path), forecast=expected.as_dict())
@@ -237,7 +237,9 @@ def distill(
     if cache is not None:
         remembered = _cache_at(cache, chain, settings, dataset, guide)
         seen = remembered.manifest.config
-        settings = settings.model_copy(update={"cache_views": seen["views"], "view_seed": seen["view_seed"]})
+        as_stored = {"cache_views": seen["views"], "view_seed": seen["view_seed"]}
+        left_out = {name: value for name, value in as_stored.items() if getattr(settings, name) is None}
+        settings = settings.model_copy(update=left_out)
     _print_artifact(chain.train(name, settings, dataset, guide, out, remembered), as_json)
 
 

@@ -307,7 +307,8 @@ def check_recipe(recipe: Recipe) -> None:
         from .distill.trackers import TRACKERS
 
         require(f"tracker '{recipe.distill.tracker}'", TRACKERS[recipe.distill.tracker].needs, recipe.distill.tracker)
-    for config in student_runs(recipe.student, recipe.distill).values():
+    of_one_seed = recipe.distill.model_copy(update={"seeds": recipe.distill.seeds[:1]})  # the others are like it
+    for config in student_runs(recipe.student, of_one_seed).values():
         check_run(config, config.train)
 
 

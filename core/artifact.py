@@ -184,7 +184,11 @@ class Cache(Artifact):
 
     def shard(self, view: int) -> Path:
         """The file of one view number."""
-        return self.file(f"view-{view:05d}.bin")
+        return self.file(self.shard_name(view))
+
+    @staticmethod
+    def shard_name(view: int) -> str:
+        return f"view-{view:05d}.bin"
 
 
 class Bundle(Artifact):

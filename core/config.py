@@ -296,6 +296,7 @@ class CacheConfig(CacheSettings):
     """A cache for every student of this input."""
 
     input: InputSpec
+    versions: dict[str, str] = Field(description="of the libraries that can change a view")
 
     def view_settings(self) -> TrainConfig:
         """What of a training run decides what a view shows."""

@@ -67,7 +67,8 @@ def encode(logits: Tensor, kind: np.dtype[Any]) -> np.ndarray:
     """Logits [B, K] as records [B]."""
     records = np.empty(len(logits), kind)
     if "logits" in (kind.names or ()):
-        records["logits"] = (logits - logits.amax(1, keepdim=True)).cpu().numpy()
+        below = logits - logits.amax(1, keepdim=True)
+        records["logits"] = below.clamp(min=float(np.finfo(np.float16).min)).cpu().numpy()
         return records
     values, classes = logits.double().log_softmax(1).topk(kind["classes"].shape[0], dim=1)
     records["classes"], records["largest"] = classes.cpu().numpy(), values[:, 0].cpu().numpy()
@@ -174,7 +175,10 @@ class CachedTeacher(nn.Module):
 
     def _shard(self, view: int) -> np.memmap[Any, Any]:
         if view not in self._shards:
-            self._shards[view] = np.memmap(self._cache.shard(view), self._kind, "r", shape=(len(self._images),))
+            path, wanted = self._cache.shard(view), len(self._images) * self._kind.itemsize
+            if path.stat().st_size != wanted:
+                raise UserError(f"{path} has {path.stat().st_size} bytes, wanted {wanted}: build the cache again")
+            self._shards[view] = np.memmap(path, self._kind, "r", shape=(len(self._images),))
         return self._shards[view]
 
 
@@ -185,7 +189,8 @@ def config_for(run: TrainingConfig, spec: InputSpec) -> CacheConfig:
     drawn_by = run.seed if run.label_fraction < 1 else 0  # all images are the same ones for every seed
     return CacheConfig(
         views=run.cache_views, view_seed=run.views_by, label_fraction=run.label_fraction, seed=drawn_by,
-        input=spec, augment=train.augment, mixup=train.mixup, cutmix=train.cutmix, workers=train.workers,
+        input=spec, versions=_versions(), augment=train.augment, mixup=train.mixup, cutmix=train.cutmix,
+        workers=train.workers,
     )  # fmt: skip
 
 
@@ -194,7 +199,11 @@ def config_of(plan: CachePlan) -> CacheConfig:
     settings = {name: getattr(plan, name) for name in CacheSettings.model_fields}
     if plan.label_fraction == 1:
         settings["seed"] = 0
-    return CacheConfig(**settings, input=input_spec(plan))
+    return CacheConfig(**settings, input=input_spec(plan), versions=_versions())
+
+
+def _versions() -> dict[str, str]:
+    return {name: version for name, version in tool_versions().items() if name in TRANSFORMERS}
 
 
 def check_fit(
@@ -209,12 +218,8 @@ def check_fit(
         for name in ("views", "view_seed", "input", "augment", "mixup", "cutmix")
         if getattr(config, name) != getattr(wanted, name)
     ]
-    here, there = tool_versions(), cache.manifest.tools
-    others += [
-        f"{name} ({there.get(name)}, not {here.get(name)})"
-        for name in TRANSFORMERS
-        if here.get(name) != there.get(name)
-    ]
+    here, there = wanted.versions, config.versions
+    others += [f"{name} ({there.get(name)}, not {here[name]})" for name in here if here[name] != there.get(name)]
     stored = np.load(cache.file("images.npy"), allow_pickle=False)
     if np.setdiff1d(images, stored).size:
         others.append("share of the images")
@@ -339,16 +344,16 @@ class _Job:
     def write_shards(self, folder: Path) -> None:
         """This process's share of the files ``view-NUMBER.bin``; those that are there are whole."""
         mine = range(self.ranks.rank, self.config.views, self.ranks.count)
-        missing = [view for view in mine if not (folder / shard_name(view)).is_file()]
+        missing = [view for view in mine if not (folder / Cache.shard_name(view)).is_file()]
         for done, view in enumerate(missing):
             addresses = [(view, int(image)) for image in self.images]
-            draft = folder / f"{shard_name(view)}.new"
+            draft = folder / f"{Cache.shard_name(view)}.new"
             with draft.open("wb") as stream:
                 for _, lesson in self.answers(addresses, f"asking the teacher, view {done + 1} of {len(missing)}"):
                     stream.write(encode(lesson.logits, self.kind).tobytes())
                 stream.flush()
                 os.fsync(stream.fileno())
-            draft.replace(folder / shard_name(view))
+            draft.replace(folder / Cache.shard_name(view))
 
     def answers(
         self, addresses: Sequence[tuple[int, int]], what: str
@@ -379,10 +384,6 @@ class _Job:
             making.append((made - begun) / len(images))
             asking.append((time.perf_counter() - made) / len(images))
         return float(np.median(making[1:])), float(np.median(asking[1:]))  # the first warms up
-
-
-def shard_name(view: int) -> str:
-    return f"view-{view:05d}.bin"
 
 
 def _check_room(job: _Job, draft: Draft[Cache]) -> None:

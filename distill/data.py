@@ -49,7 +49,8 @@ def prepare(config: FingerprintedData, out: Path) -> Dataset:
         _check_classes(parts, classes)
         if config.unlabeled is not None:
             held_out = [(root or draft.path) / name for name, _ in [*val, *test]]
-            parts["unlabeled"], roots["unlabeled"] = _unlabeled(config.unlabeled, held_out), config.unlabeled
+            roots["unlabeled"] = config.unlabeled.absolute()
+            parts["unlabeled"] = _unlabeled(config.unlabeled, held_out)
         _check_images([(roots[part] or draft.path) / name for part, samples in parts.items() for name, _ in samples])
         write_json(
             draft.path / "index.json",

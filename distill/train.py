@@ -42,7 +42,7 @@ def cache_config(config: TrainingConfig) -> CacheConfig | None:
 
 def companions(configs: Mapping[Path, TrainingConfig], dataset: Dataset) -> list[dict[Path, TrainingConfig]]:
     """Runs parted by what they see: those of one part can share views, batches and the teacher's answers."""
-    classes, unlabeled = len(dataset.classes), bool(dataset.samples("unlabeled"))
+    unlabeled = bool(dataset.samples("unlabeled"))
     parts: dict[str, dict[Path, TrainingConfig]] = {}
     for out, config in configs.items():
         settings = config.train
@@ -52,7 +52,7 @@ def companions(configs: Mapping[Path, TrainingConfig], dataset: Dataset) -> list
         sees = [
             *(config.seed, config.label_fraction, settings.batch_size, config.cache_views, config.views_by),
             *(unlabeled and METHODS[config.method].needs_labels, settings.repeats, settings.workers, mixing),
-            *(settings.augment.model_dump(), models.create(config, classes)[1].model_dump()),
+            *(settings.augment.model_dump(), models.input_spec(config).model_dump()),
         ]
         parts.setdefault(json.dumps(sees), {})[out] = config
     return list(parts.values())

@@ -31,7 +31,6 @@ from kdpipe.distill.cache import (
     forecast,
     open_cache,
     record_type,
-    shard_name,
     verify,
 )
 from kdpipe.distill.tasks import METHODS
@@ -177,7 +176,7 @@ def test_records_of_any_scale(scale: float) -> None:
 def test_memory_does_not_grow_with_the_records(cache: Cache, tmp_path: Path, count: int) -> None:
     kind = record_type(10, None)
     np.save(tmp_path / "images.npy", np.arange(count))
-    with (tmp_path / shard_name(0)).open("wb") as stream:
+    with (tmp_path / Cache.shard_name(0)).open("wb") as stream:
         stream.truncate(count * kind.itemsize)
     large = Cache(tmp_path, cache.manifest)
     before = own_memory_kib()
@@ -199,7 +198,7 @@ def test_verify_sees_a_wrong_answer(taught: tuple[Chain, Dataset, Checkpoint], c
     _, dataset, teacher = taught
     assert verify(cache, dataset, teacher, 0.2)["largest_relative_difference"] < 4e-3
     wrong = shutil.copytree(cache.path, tmp_path / "wrong")
-    shard = np.memmap(wrong / shard_name(1), record_type(10, None), "r+")
+    shard = np.memmap(wrong / Cache.shard_name(1), record_type(10, None), "r+")
     shard["logits"] = shard["logits"][:, ::-1]
     shard.flush()
     with pytest.raises(GateFailed, match="is not what its teacher says"):
@@ -223,8 +222,8 @@ def test_what_does_not_fit_is_named(
     ]:
         with pytest.raises(UserError, match=message):
             train(config, dataset, guide, tmp_path / "student", cache)
-    versions = {**cache.manifest.tools, "timm": "0.9.0"}
-    old = Cache(cache.path, cache.manifest.model_copy(update={"tools": versions}))
+    settings = {**cache.manifest.config, "versions": {**cache.manifest.config["versions"], "timm": "0.9.0"}}
+    old = Cache(cache.path, cache.manifest.model_copy(update={"config": settings}))
     with pytest.raises(UserError, match=r"another timm \(0.9.0, not "):
         train(configuration(), dataset, teacher, tmp_path / "student", old)
     assert not list(tmp_path.glob("student*"))
@@ -233,7 +232,7 @@ def test_what_does_not_fit_is_named(
 @pytest.mark.parametrize("damage", ["flip", "cut", "missing", "extra"])
 def test_a_damaged_cache_is_refused(cache: Cache, tmp_path: Path, damage: str) -> None:
     broken = shutil.copytree(cache.path, tmp_path / "broken")
-    shard = broken / shard_name(1)
+    shard = broken / Cache.shard_name(1)
     if damage == "flip":
         flip_a_byte(shard)
     elif damage == "cut":
@@ -241,7 +240,7 @@ def test_a_damaged_cache_is_refused(cache: Cache, tmp_path: Path, damage: str) -
     elif damage == "missing":
         shard.unlink()
     else:
-        (broken / shard_name(7)).write_bytes(b"x")
+        (broken / Cache.shard_name(7)).write_bytes(b"x")
     with pytest.raises(UserError, match=r"view-0000[17]\.bin"):
         Cache.open(broken)
 
@@ -300,7 +299,7 @@ def test_a_killed_build_goes_on(taught: tuple[Chain, Dataset, Checkpoint], tmp_p
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     left = sorted(path.name for path in (tmp_path / "killed.part" / "resume").glob("view-*.bin"))
-    assert left[:2] == [shard_name(0), shard_name(1)] and len(left) < 6
+    assert left[:2] == [Cache.shard_name(0), Cache.shard_name(1)] and len(left) < 6
     again = builder(taught, out, 6)
     told, error = again.communicate(timeout=120)
     assert again.returncode == 0, error
@@ -376,8 +375,8 @@ def test_at_a_url(taught: tuple[Chain, Dataset, Checkpoint], cache: Cache, tmp_p
     near = train(config, dataset, teacher, tmp_path / "near", cache)
     far = train(config, dataset, teacher, tmp_path / "far", remote)
     assert near.file("model.safetensors").read_bytes() == far.file("model.safetensors").read_bytes()
-    assert [path.name for path in remote.path.glob("view-*")] == [shard_name(0)], "the second view was not wanted"
-    memory.pipe(f"/bucket/cache/{shard_name(1)}", b"nonsense")
+    assert [path.name for path in remote.path.glob("view-*")] == [Cache.shard_name(0)], "the second view was not wanted"
+    memory.pipe(f"/bucket/cache/{Cache.shard_name(1)}", b"nonsense")
     with pytest.raises(UserError, match="differs from its manifest"):
         remote.shard(1)
     with pytest.raises(UserError, match=r"cannot read memory://bucket/nothing/manifest\.json"):
@@ -398,6 +397,8 @@ def test_command(taught: tuple[Chain, Dataset, Checkpoint], tmp_path: Path) -> N
     assert told["bytes"] == told["images"] * 2 * 20 and told["break_even_epochs"] >= 2
     begun = time.monotonic()
     done = kdpipe("cache", teacher.path, *options, "--verify", "10%")
+    again = kdpipe("cache", teacher.path, *options, "--dry-run", "--json")
+    assert json.loads(again.stdout)["forecast"]["bytes"] == told["bytes"], "of one that is there too"
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - begun > told["build_seconds"] / 5
     assert "records asked again" in done.stderr
@@ -412,6 +413,8 @@ def test_command(taught: tuple[Chain, Dataset, Checkpoint], tmp_path: Path) -> N
     assert_one_line(kdpipe("cache", teacher.path, *options, "--verify", "a bit"), 2, "wanted a share such as 0.1%")
     elsewhere = kdpipe("distill", teacher.path, *common, *train_options, "--cache", tmp_path / "nowhere")
     assert_one_line(elsewhere, 2, "no artifact at")
+    three = kdpipe("distill", teacher.path, *common, *train_options, "--cache", tmp_path / "cache", "--cache-views", 3)
+    assert_one_line(three, 2, "another views (2, not 3)")
     there = ["--cache", tmp_path / "nowhere", "--cache-views", 2, "--out", tmp_path / "other"]
     assert kdpipe("distill", teacher.path, *common, *train_options, *there).returncode == 0
     assert Cache.open(tmp_path / "nowhere").facts["views"] == 2
