@@ -324,9 +324,9 @@ def bench(
     from .core.errors import Untrusted
 
     opened = [Bundle.open(path) for path in bundles]
-    named = {f"{bundle.facts['target']}-{bundle.facts['precision']}": bundle for bundle in opened}
+    named = {f"{bundle.facts['target']}-{bundle.facts['variant']}": bundle for bundle in opened}
     if len(named) < len(opened):  # several of one kind: tell them apart by their keys
-        named = {f"{bundle.facts['target']}-{bundle.facts['precision']}-{bundle.key[:8]}": bundle for bundle in opened}
+        named = {f"{bundle.facts['target']}-{bundle.facts['variant']}-{bundle.key[:8]}": bundle for bundle in opened}
     dataset = _dataset_of(opened[0], data)
     measurement = _chain(bundles[0].parent).bench(config(), named, dataset, out)
     _print_artifact(measurement, as_json)

@@ -10,7 +10,7 @@ from .core.errors import choice
 from .core.proc import is_installed
 from .devices.probe import UNAVAILABLE, probe
 from .export import TARGETS
-from .quantize import QUANTIZERS
+from .quantize import VARIANTS
 from .runtime import RUNTIMES
 
 
@@ -31,7 +31,8 @@ def examine_target(target: str) -> TargetState:
     if target not in TARGETS:
         raise choice("target", target, TARGETS)
     export, int8, run = (
-        [name for name in each[target].needs if not is_installed(name)] for each in (TARGETS, QUANTIZERS, RUNTIMES)
+        [name for name in needs if not is_installed(name)]
+        for needs in (TARGETS[target].needs, VARIANTS[target]["int8"].needs, RUNTIMES[target].needs)
     )
     makes = not export and not int8
     cure = "" if makes else f"pip install 'kdpipe[{target}]'"

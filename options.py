@@ -46,7 +46,8 @@ def metavar(annotation: Any) -> str:
 
 def _parse(text: str, info: FieldInfo) -> Any:
     """The text of an option as YAML would read it; fields of plain text take it as it is."""
-    if info.annotation is str or (str in get_args(info.annotation) and text.lower() != "null"):
+    may_be_null = get_origin(info.annotation) in (types.UnionType, Union) and str in get_args(info.annotation)
+    if info.annotation is str or (may_be_null and text.lower() != "null"):
         return text
     import yaml
 

@@ -17,6 +17,7 @@ from .core.artifact import (
     Bundle,
     Cache,
     Checkpoint,
+    Graph,
     Measurement,
     Model,
     Report,
@@ -34,21 +35,26 @@ from .core.config import (
     DistillConfig,
     ExportConfig,
     FingerprintedData,
+    GraphConfig,
     ModelConfig,
     PackageConfig,
     QuantizeConfig,
+    QuantizePlan,
+    QuantizeSettings,
     Recipe,
     ReportConfig,
     TeacherConfig,
     TrainingConfig,
     changed,
     control_of,
+    suited,
     training_inputs,
 )
 from .core.data import Dataset, fingerprint_folder
 from .core.errors import UserError, choice
 from .core.proc import require
 from .core.progress import note, progress
+from .devices.probe import flags_of, probe
 
 A = TypeVar("A", bound=Artifact)
 TRAIN_NEEDS = ("torch", "torchvision", "timm", "safetensors")
@@ -123,7 +129,14 @@ class Chain:
         if config.unlabeled is not None and config.unlabeled.is_dir():
             unlabeled = fingerprint_folder(config.unlabeled, self._memory(str(config.unlabeled)))
         values = {name: getattr(config, name) for name in DataConfig.model_fields}
-        full = FingerprintedData(**values, fingerprint=fingerprint, unlabeled_fingerprint=unlabeled)
+        if config.classes is not None and not config.classes.is_file():
+            raise UserError(f"data.classes: no file at {config.classes}: wanted a text file with one class a line")
+        full = FingerprintedData(
+            **values,
+            fingerprint=fingerprint,
+            unlabeled_fingerprint=unlabeled,
+            classes_fingerprint=sha256_file(config.classes) if config.classes is not None else None,
+        )
 
         def make(path: Path) -> Dataset:
             require("reading data", (*TRAIN_NEEDS, *(("scikit-learn",) if config.source == "digits" else ())), "train")
@@ -226,23 +239,69 @@ class Chain:
 
         return self.step("teacher", Checkpoint, "adopt", adopted, {"data": dataset}, make, out)
 
+    def graph(self, config: GraphConfig, student: Checkpoint, dataset: Dataset) -> Graph:
+        """The student as ONNX, made once for every target that starts from it."""
+        of_graph = GraphConfig(**{name: getattr(config, name) for name in GraphConfig.model_fields})
+
+        def make(path: Path) -> Graph:
+            from .export.graph import trace
+
+            return trace(of_graph, student, dataset, path)
+
+        return self.step("graph", Graph, "graph", of_graph, {"student": student, "data": dataset}, make)
+
     def export(self, config: ExportConfig, student: Checkpoint, dataset: Dataset, out: Path | None = None) -> Model:
+        from .export import TARGETS
+
+        if config.target not in TARGETS:
+            raise choice("target", config.target, TARGETS)
+        from_graph = TARGETS[config.target].source is Graph
+        source = self.graph(config, student, dataset) if from_graph else student
+
         def make(path: Path) -> Model:
             from .export.stage import export
 
-            return export(config, student, dataset, path)
+            return export(config, source, dataset, path)
 
-        inputs = {"student": student, "data": dataset}
+        inputs = {source.kind: source, "data": dataset}
         return self.step(f"{config.target}-float32", Model, "export", config, inputs, make, out)
 
     def quantize(self, config: QuantizeConfig, model: Model, dataset: Dataset, out: Path | None = None) -> Model:
+        machine = probe()
+        full = suited(config, machine["machine"], flags_of(machine))
+
         def make(path: Path) -> Model:
             from .quantize.stage import quantize
 
-            return quantize(config, model, dataset, path)
+            return quantize(full, model, dataset, path, self._nearest(model, Graph), self._teacher_of(model))
 
         inputs = {"model": model, "data": dataset}
-        return self.step(f"{model.facts['target']}-int8", Model, "quantize", config, inputs, make, out)
+        return self.step(f"{model.facts['target']}-{config.variant}", Model, "quantize", full, inputs, make, out)
+
+    def variants(self, plan: QuantizePlan, model: Model, dataset: Dataset) -> list[Model]:
+        """Every variant of the plan that ``model``'s target has; with auto, those that could be the best here."""
+        from .quantize import VARIANTS
+
+        flags = flags_of(probe())
+        settings = {name: getattr(plan, name) for name in QuantizeSettings.model_fields}
+        made = []
+        for name, kind in VARIANTS[model.facts["target"]].items():
+            if kind.suits(model.facts, flags) if plan.variants == "auto" else name in plan.variants:
+                made.append(self.quantize(QuantizeConfig(**settings, variant=name), model, dataset))
+        return made
+
+    def _nearest(self, artifact: Artifact, kind: type[A]) -> A | None:
+        """The nearest ancestor of ``kind``, if it lies beside ``artifact``."""
+        wanted = [found.key for found in find_ancestors(artifact.manifest.provenance(), kind.kind)]
+        found = beside(artifact, kind, set(wanted[:1]))
+        return next(iter(found.values()), None)
+
+    def _teacher_of(self, model: Model) -> Checkpoint | None:
+        """The checkpoint that taught the student of ``model``, if it lies beside it."""
+        student = next(iter(find_ancestors(model.manifest.provenance(), Checkpoint.kind)), None)
+        if student is None or "teacher" not in student.inputs:
+            return None
+        return next(iter(beside(model, Checkpoint, {student.inputs["teacher"].key}).values()), None)
 
     def package(self, config: PackageConfig, model: Model, dataset: Dataset, out: Path | None = None) -> Bundle:
         def make(path: Path) -> Bundle:
@@ -250,7 +309,7 @@ class Chain:
 
             return package(config, model, dataset, path)
 
-        name = f"bundle-{model.facts['target']}-{model.facts['precision']}"
+        name = f"bundle-{model.facts['target']}-{model.facts['variant']}"
         return self.step(name, Bundle, "package", config, {"model": model, "data": dataset}, make, out)
 
     def bench(
@@ -288,7 +347,8 @@ def check_recipe(recipe: Recipe) -> None:
     """Refuse before any work what a later stage would refuse: packages, names, networks. Raises UserError."""
     from .devices.session import session_config
     from .export import TARGETS
-    from .quantize import QUANTIZERS
+    from .export.onnx import NEEDS as GRAPH_NEEDS
+    from .quantize import VARIANTS
 
     session_config(recipe.bench)
 
@@ -298,8 +358,17 @@ def check_recipe(recipe: Recipe) -> None:
         if target not in TARGETS:
             raise choice("target", target, TARGETS)
         require(f"target '{target}'", TARGETS[target].needs, target)
+        if TARGETS[target].source is Graph:
+            require("ONNX", GRAPH_NEEDS, target)
         if recipe.quantize is not None:
-            require(f"INT8 for '{target}'", QUANTIZERS[target].needs, target)
+            for name, variant in VARIANTS[target].items():
+                if recipe.quantize.variants == "auto" or name in recipe.quantize.variants:
+                    require(f"{name} for '{target}'", variant.needs, target)
+    if recipe.quantize is not None and recipe.quantize.variants != "auto":
+        known = {name for target in recipe.export.targets for name in VARIANTS[target]}
+        for name in recipe.quantize.variants:
+            if name not in known:
+                raise choice("variant", name, known)
     from .distill.train import check_run
 
     check_run(recipe.teacher, None if recipe.teacher.checkpoint else recipe.teacher.train)
@@ -364,12 +433,12 @@ def run(recipe: Recipe, chain: Chain) -> Outcome:
 
     bundles: dict[str, Bundle] = {}
     for target in recipe.export.targets:
-        parity = {name: getattr(recipe.export, name) for name in ("parity_images", "parity_tolerance")}
+        parity = {name: getattr(recipe.export, name) for name in GraphConfig.model_fields}
         models = [chain.export(ExportConfig(target=target, **parity), shipped, dataset)]
         if recipe.quantize is not None:
-            models.append(chain.quantize(recipe.quantize, models[0], dataset))
+            models += chain.variants(recipe.quantize, models[0], dataset)
         for model in models:
-            bundles[f"{target}-{model.facts['precision']}"] = chain.package(recipe.package, model, dataset)
+            bundles[f"{target}-{model.facts['variant']}"] = chain.package(recipe.package, model, dataset)
     measurement = chain.bench(recipe.bench, bundles, dataset)
     if measurement.facts["trusted"] is False:
         note("the A/A control could not tell a model from itself: too noisy a machine to rank by these latencies")
@@ -382,7 +451,7 @@ def dataset_of(artifact: Artifact) -> Dataset:
     wanted = find_ancestors(artifact.manifest.provenance(), Dataset.kind)
     if not wanted:
         raise UserError(f"{artifact.path} was not made from a dataset: name one with --data")
-    found = _beside(artifact, Dataset, {wanted[0].key})
+    found = beside(artifact, Dataset, {wanted[0].key})
     if not found:
         raise UserError(f"no dataset {wanted[0].key[:12]} beside {artifact.path}: name its folder with --data")
     return next(iter(found.values()))
@@ -393,7 +462,7 @@ def checkpoints_beside(measurement: Measurement) -> dict[str, Checkpoint]:
     datasets = {found.key for found in find_ancestors(measurement.manifest.provenance(), Dataset.kind)}
     return {
         path.name.rpartition("-")[0]: checkpoint
-        for path, checkpoint in sorted(_beside(measurement, Checkpoint, None).items())
+        for path, checkpoint in sorted(beside(measurement, Checkpoint, None).items())
         if checkpoint.manifest.inputs["data"].key in datasets
     }
 
@@ -402,7 +471,7 @@ def open_checkpoints(paths: Sequence[Path]) -> dict[str, Checkpoint]:
     return {path.name.rpartition("-")[0] or path.name: Checkpoint.open(path) for path in paths}
 
 
-def _beside(artifact: Artifact, kind: type[A], keys: set[str] | None) -> dict[Path, A]:
+def beside(artifact: Artifact, kind: type[A], keys: set[str] | None) -> dict[Path, A]:
     """Sealed artifacts of ``kind`` in the same folder (only those with one of ``keys``, if given)."""
     found = {}
     for path in artifact.path.absolute().parent.iterdir():

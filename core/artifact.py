@@ -31,12 +31,13 @@ from .errors import KdpipeError, UserError
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 RESUME = "resume"
+EVIDENCE = "evidence"  # subfolder of what a stage looked at: kept, not shipped
 
 # Versions written into every manifest, where installed: the tools that can change a number.
 TOOLS = (
     "kdpipe", "torch", "torchvision", "timm", "safetensors", "onnx", "onnxscript", "onnxruntime", "openvino",
     "nncf", "litert-torch", "litert-converter", "ai-edge-quantizer", "ai-edge-litert", "tensorrt", "numpy",
-    "pillow", "scikit-learn",
+    "onnxslim", "pillow", "scikit-learn",
 )  # fmt: skip
 
 
@@ -165,8 +166,14 @@ class Checkpoint(Artifact):
     kind = "checkpoint"
 
 
+class Graph(Artifact):
+    """One student as ONNX, simplified: what most targets are made from."""
+
+    kind = "graph"
+
+
 class Model(Artifact):
-    """One student for one target in one precision."""
+    """One student for one target in one variant: float32, or what was made of that."""
 
     kind = "model"
 

@@ -6,6 +6,7 @@ The same field name serves YAML, the command line (``--train.epochs 60``) and Py
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
@@ -52,6 +53,12 @@ class DataConfig(Config):
         exclude=True,  # known by its fingerprint
         description="folder of further training images without labels, for the methods that need none",
     )
+    classes: Path | None = Field(
+        None,
+        exclude=True,  # known by its fingerprint
+        description="text file with one class a line, in the order of the checkpoint's outputs; some may have no "
+        "training image. Left out, the training folders in name order",
+    )
     seed: int = Field(0, description="seed of the splits")
 
 
@@ -60,6 +67,7 @@ class FingerprintedData(DataConfig):
 
     fingerprint: str
     unlabeled_fingerprint: str | None = None
+    classes_fingerprint: str | None = None
 
 
 class InputConfig(Config):
@@ -325,28 +333,92 @@ class ParityConfig(Config):
     parity_tolerance: float = Field(1e-3, gt=0, description="largest logit difference allowed, over the logits' spread")
 
 
-class ExportConfig(ParityConfig):
+class GraphConfig(ParityConfig):
+    """Checkpoint to ONNX, as torch writes it and simplified."""
+
+    hop_images: int = Field(
+        1000, ge=1, description="test images on which the exported graph's accuracy is told beside torch's"
+    )
+
+
+class ExportConfig(GraphConfig):
     """Checkpoint to a file of one target, in float32."""
 
     target: str = Field("onnxruntime", description="onnxruntime, openvino, tensorrt or tflite")
 
 
-class ExportPlan(ParityConfig):
+class ExportPlan(GraphConfig):
     """The targets of a recipe."""
 
     targets: tuple[str, ...] = Field(("onnxruntime", "openvino", "tensorrt", "tflite"), min_length=1)
 
 
-class QuantizeConfig(Config):
-    """Float32 model to INT8 by the target's own quantiser."""
+class CalibrateConfig(Config):
+    """The training images that set an INT8 model's ranges."""
 
-    calibration_images: int = Field(256, ge=1, description="training images that set the ranges, balanced over classes")
-    check_images: int = Field(128, ge=1, description="other training images on which INT8 and float32 are compared")
-    activations: Literal["auto", "uint8", "int8"] = Field(
-        "auto", description="onnxruntime only: auto is uint8 on x86 and int8 on ARM"
+    images: int = Field(256, ge=2, description="how many")
+    select: Literal["random", "balanced", "coverage", "teacher"] = Field(
+        "balanced",
+        description="drawn; even over the classes; spread over the model's outputs; spread over the teacher's entropy",
     )
-    scheme: Literal["static", "dynamic"] = Field("static", description="tflite only: static suits CNNs, dynamic ViTs")
-    seed: int = Field(0, description="seed of the choice of images")
+    pool: int = Field(2048, ge=2, description="training images that coverage and teacher look at, at most")
+    ranges: Literal["mse", "minmax"] = Field(
+        "mse", description="ranges of least squared error, or of all values seen (NNCF has its own)"
+    )
+    seed: int = Field(0, description="seed of the choice")
+
+
+class QuantizeSettings(Config):
+    """How a float32 model becomes a smaller one."""
+
+    calibrate: CalibrateConfig = CalibrateConfig()
+    check_images: int = Field(128, ge=1, description="other training images on which it is compared with float32")
+    activations: Literal["auto", "uint8", "int8"] = Field(
+        "auto", description="onnxruntime and its file in openvino: auto is uint8 on x86 and int8 on ARM"
+    )
+    reduce_range: bool | None = Field(
+        None,
+        description="7-bit weights for x86 CPUs without VNNI, whose INT8 sums saturate; left out, as this CPU needs",
+    )
+    max_drop: float | None = Field(
+        None,
+        ge=0,
+        description="points of accuracy that may be lost on held-out images; layers stay float until it holds",
+    )
+    guard_part: Literal["val", "test"] = Field(
+        "val", description="held-out images of max_drop: the test part makes its own accuracy look better than it is"
+    )
+    guard_steps: int = Field(10, ge=1, description="mixes that max_drop tries at most")
+
+
+S = TypeVar("S", bound=QuantizeSettings)
+
+
+class QuantizeConfig(QuantizeSettings):
+    """Float32 model to one variant."""
+
+    variant: str = Field("int8", description="int8, int8-qdq, int8-dynamic, float16 or bf16, as the target has them")
+
+
+def suited(config: S, machine: str, flags: Mapping[str, bool]) -> S:
+    """``config`` with what it leaves to the CPU it is for decided, so that a key says it."""
+    arm = machine.lower() in ("aarch64", "arm64")
+    # x86 adds pairs of 8-bit products in 16 bits, which saturate, unless it has VNNI.
+    saturates = bool(flags.get("avx2")) and not (flags.get("avx512_vnni") or flags.get("avx_vnni"))
+    return config.model_copy(
+        update={
+            "activations": config.activations if config.activations != "auto" else "int8" if arm else "uint8",
+            "reduce_range": saturates if config.reduce_range is None else config.reduce_range,
+        }
+    )
+
+
+class QuantizePlan(QuantizeSettings):
+    """The variants of a recipe, for every target."""
+
+    variants: Literal["auto"] | tuple[str, ...] = Field(
+        "auto", description="auto makes what could make sense on this machine; or names, each where a target has it"
+    )
 
 
 class PackageConfig(Config):
@@ -381,7 +453,7 @@ class Recipe(Config):
     student: ModelConfig
     distill: DistillationPlan = DistillationPlan()
     export: ExportPlan = ExportPlan()
-    quantize: QuantizeConfig | None = QuantizeConfig()
+    quantize: QuantizePlan | None = QuantizePlan()
     package: PackageConfig = PackageConfig()
     bench: BenchConfig = BenchConfig()
 
@@ -469,6 +541,8 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
         data = data.model_copy(update={"source": str((folder / Path(source).expanduser()).absolute())})
     if data.unlabeled is not None:
         data = data.model_copy(update={"unlabeled": (folder / data.unlabeled.expanduser()).absolute()})
+    if data.classes is not None:
+        data = data.model_copy(update={"classes": (folder / data.classes.expanduser()).absolute()})
     if checkpoint is not None:
         teacher = teacher.model_copy(update={"checkpoint": (folder / checkpoint.expanduser()).absolute()})
     return recipe.model_copy(update={"data": data, "teacher": teacher})

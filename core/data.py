@@ -53,8 +53,11 @@ class Dataset(Artifact):
     def balanced(self, part: Part, count: int, seed: int, skip: int = 0) -> list[Sample]:
         """``count`` seeded samples of one part (or all it has), classes taking turns, after ``skip`` others."""
         samples = self.samples(part)
-        chosen = stratified_count([sample.label for sample in samples], skip + count, seed)
-        return [samples[at] for at in chosen[skip:]]
+        return [samples[at] for at in self.positions(part, skip + count, seed)[skip:]]
+
+    def positions(self, part: Part, count: int, seed: int) -> np.ndarray:
+        """Where in ``samples(part)`` the ``balanced`` ones are, as they are drawn."""
+        return stratified_count([sample.label for sample in self.samples(part)], count, seed)
 
 
 def stratified_order(labels: Sequence[int] | np.ndarray, seed: int) -> list[np.ndarray]:

@@ -46,7 +46,7 @@ def prepare(config: FingerprintedData, out: Path) -> Dataset:
         train, val = _cut(learn, config.val_fraction, config.seed + 1) if config.val_fraction else (learn, [])
         parts = {"train": train, "val": val, "test": test}
         roots = dict.fromkeys(parts, root)
-        _check_classes(parts, classes)
+        _check_classes(parts, classes, may_be_empty=config.classes is not None)
         if config.unlabeled is not None:
             held_out = [(root or draft.path) / name for name, _ in [*val, *test]]
             roots["unlabeled"] = config.unlabeled.absolute()
@@ -93,12 +93,12 @@ def _wanted_splits(config: DataConfig) -> list[str]:
 
 
 def _folder(config: DataConfig) -> tuple[Path, list[str], dict[str, Split]]:
-    """``source/<split>/<class>/*``; the classes are the folders of the training split, in name order."""
+    """``source/<split>/<class>/*``; the classes are those listed, or the training folders in name order."""
     from timm.data.readers import create_reader
 
     root = Path(config.source)
     splits: dict[str, Split] = {}
-    classes: list[str] = []
+    classes: list[str] = [] if config.classes is None else _listed(config.classes)
     for split in _wanted_splits(config):
         folder = root / split
         if not folder.is_dir():
@@ -112,7 +112,8 @@ def _folder(config: DataConfig) -> tuple[Path, list[str], dict[str, Split]]:
             raise UserError(f"no class folders in {folder}: wanted {folder}/<class>/*.jpg (or png)")
         if classes and set(named) - set(classes):
             extra = ", ".join(sorted(set(named) - set(classes))[:3])
-            raise UserError(f"{folder} has classes that {root / config.train_split} lacks: {extra}")
+            known = config.classes or root / config.train_split
+            raise UserError(f"{folder} has classes that {known} lacks: {extra}")
         classes = classes or named
         try:
             reader = create_reader("", root=str(folder), class_map={name: at for at, name in enumerate(classes)})
@@ -123,6 +124,14 @@ def _folder(config: DataConfig) -> tuple[Path, list[str], dict[str, Split]]:
             for name, (_, label) in zip(reader.filenames(absolute=False), reader.samples, strict=True)
         ]
     return root, classes, splits
+
+
+def _listed(path: Path) -> list[str]:
+    names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{path} lists '{twice}' twice: wanted every class once, in the order of the outputs")
+    return names
 
 
 def _reader(draft: Draft[Dataset], config: DataConfig) -> tuple[None, list[str], dict[str, Split]]:
@@ -188,11 +197,11 @@ def _cut(samples: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     return rest, [sample for at, sample in enumerate(samples) if at in taken]
 
 
-def _check_classes(parts: dict[str, Split], classes: list[str]) -> None:
+def _check_classes(parts: dict[str, Split], classes: list[str], may_be_empty: bool) -> None:
     if len(classes) < 2:
         raise UserError(f"wanted at least two classes, found {len(classes)}: {', '.join(classes)}")
     counts = np.bincount([label for _, label in parts["train"]], minlength=len(classes))
-    if (counts == 0).any():
+    if (counts == 0).any() and not may_be_empty:
         empty = classes[int(np.argmin(counts))]
         raise UserError(f"class '{empty}' has no training image: add some, or remove the class")
 

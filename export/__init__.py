@@ -10,10 +10,12 @@ from .onnxruntime import OnnxRuntimeTarget
 from .openvino import OpenVinoTarget
 from .tensorrt import TensorRtTarget
 from .tflite import TfliteTarget
+from .written import Written
 
 if TYPE_CHECKING:
-    from torch import nn
+    import numpy as np
 
+    from ..core.artifact import Artifact
     from ..core.data import InputSpec
 
 
@@ -21,15 +23,18 @@ class Target(Protocol):
     """How a network becomes a file that one runtime opens."""
 
     needs: tuple[str, ...]  # distributions that make the file
+    source: type[Artifact]  # what it is made from: the Graph (ONNX), or the Checkpoint itself
     layout: Literal["NCHW", "NHWC"]
     entry: str  # the file that the runtime opens
     facts: Mapping[str, Any]  # settings that the runtime must take, by RUNTIMES of the same name
 
-    def write(self, network: nn.Module, spec: InputSpec, folder: Path) -> None:
+    def write(self, source: Any, spec: InputSpec, images: np.ndarray, folder: Path) -> Written:
         """Write ``entry`` (and what belongs to it) into ``folder``.
 
         Args:
-            network: float32 [N, 3, H, W] in 0..255 to logits [N, K], in eval mode.
+            source: an artifact of the type ``self.source``.
+            spec: in the target's own layout.
+            images: uint8 [N, H, W, 3], the parity images.
         """
 
 

@@ -1,40 +1,71 @@
-"""Torch to ONNX: the file that three of the targets start from."""
+"""Torch to ONNX, as torch writes it and simplified: what three of the targets are made from."""
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import onnx
     from torch import nn
 
     from ..core.data import InputSpec
 
-NEEDS = ("torch", "timm", "onnx", "onnxscript")
+NEEDS = ("torch", "timm", "onnx", "onnxscript", "onnxslim", "onnxruntime")
 INPUT, OUTPUT = "image", "logits"
 # One opset on which ONNX Runtime's static quantiser (below 21), OpenVINO and TensorRT 10 and 11 agree.
 OPSET = 20
 
 
-def write_onnx(network: nn.Module, spec: InputSpec, path: Path, dynamic_batch: bool = True) -> None:
-    """Export with the dynamo exporter, weights inside the file.
+def write_onnx(network: nn.Module, spec: InputSpec, path: Path) -> None:
+    """Export with the dynamo exporter: dynamic batch dimension, weights inside, nodes named by torch's modules.
 
     The example has two images: with one, the exporter takes the batch of 1 for a constant, which breaks
     ConvNeXt-like networks.
     """
+    import onnx
     import torch
 
-    example = torch.zeros(2 if dynamic_batch else 1, *spec.shape)
-    batch = torch.export.Dim("batch")
     program = torch.onnx.export(
         network,
-        (example,),
+        (torch.zeros(2, *spec.shape),),
         dynamo=True,
-        dynamic_shapes=({0: batch},) if dynamic_batch else None,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
         input_names=[INPUT],
         output_names=[OUTPUT],
         opset_version=OPSET,
         verbose=False,
     )
     assert program is not None  # dynamo=True always returns a program
-    program.save(str(path), external_data=False)
+    model = program.model_proto
+    name_nodes(model.graph)
+    onnx.save(model, path)
+
+
+def name_nodes(graph: onnx.GraphProto) -> None:
+    """Call each node by the module it comes from (``blocks.0.conv``), so that every later table can be read."""
+    taken: dict[str, int] = {}
+    for node in graph.node:
+        name = _module_of(node)
+        again = taken[name] = taken.get(name, 0) + 1
+        node.name = name if again == 1 else f"{name}~{again}"
+        del node.metadata_props[:]  # stack traces name files of this machine
+
+
+def _module_of(node: onnx.NodeProto) -> str:
+    weight = next((name for name in node.input if name.endswith(".weight")), None)
+    if weight is not None:
+        return str(weight).removesuffix(".weight").removeprefix("network.")
+    scopes = next((entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"), "[]")
+    modules = [scope for scope in ast.literal_eval(scopes)[:-1] if scope]  # the last one is the operator's own
+    module = str(modules[-1]).removeprefix("network").lstrip(".") if modules else ""
+    return f"{module}:{node.op_type}" if module else node.op_type
+
+
+def simplify(source: Path, out: Path) -> None:
+    """Fold constants and drop what does nothing, by onnxslim."""
+    import onnx
+    import onnxslim
+
+    onnx.save(onnxslim.slim(onnx.load(source)), out)

@@ -2,44 +2,67 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ..core.config import ParityConfig
+from ..core.errors import GateFailed
 
 
 @dataclass(frozen=True)
 class Parity:
     images: int
     max_difference: float  # largest absolute logit difference
-    logit_spread: float  # standard deviation of torch's logits: the scale of the difference
+    logit_spread: float  # largest standard deviation of a torch logit over the images: the scale of the difference
     top1_agreement: float
-    worst_image: int
+    worst_image: Path
 
     @property
     def relative(self) -> float:
         return self.max_difference / self.logit_spread
 
     def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "relative_difference": self.relative}
+        return {**vars(self), "worst_image": self.worst_image.name, "relative_difference": self.relative}
 
 
-def compare(expected: np.ndarray, actual: np.ndarray) -> Parity:
-    """Compare two float arrays of logits [N, K]; a value that is not finite differs infinitely.
+def compare(expected: np.ndarray, actual: np.ndarray, images: Sequence[Path]) -> Parity:
+    """Compare two float arrays of logits [N, K] of N images; a value that is not finite differs infinitely.
 
     Raises:
-        ValueError: different shapes, or constant expected logits (parity would say nothing).
+        GateFailed: different shapes, or constant expected logits (parity would say nothing).
     """
     if expected.shape != actual.shape:
-        raise ValueError(f"wanted logits of shape {expected.shape}, found {actual.shape}")
-    spread = float(expected.std())
+        raise GateFailed(f"wanted logits of shape {expected.shape}, the exported file gives {actual.shape}")
+    spread = float(expected.std(axis=0).max())
     if not spread > 0:
-        raise ValueError("the network's outputs do not depend on the image: parity would say nothing")
+        raise GateFailed("the network's outputs do not depend on the image: parity would say nothing, train it first")
     difference = np.where(np.isfinite(actual), np.abs(expected - actual), np.finfo(np.float32).max).max(1)
     return Parity(
         images=len(expected),
         max_difference=float(difference.max()),
         logit_spread=spread,
         top1_agreement=float((expected.argmax(1) == actual.argmax(1)).mean()),
-        worst_image=int(difference.argmax()),
+        worst_image=images[int(difference.argmax())],
     )
+
+
+def check(parity: Parity, config: ParityConfig, what: str) -> Parity:
+    """Refuse a file that differs. Raises GateFailed."""
+    if parity.relative > config.parity_tolerance:
+        raise GateFailed(
+            f"the {what} differs from torch by {parity.relative:.1e} of the logits' spread "
+            f"(allowed {config.parity_tolerance:.0e}), top-1 agrees on {parity.top1_agreement:.1%} of {parity.images} "
+            f"images; worst image {parity.worst_image}"
+        )
+    return parity
+
+
+def keep_worst(parity: Parity, folder: Path) -> None:
+    """Copy the image that differs most beside the model, as evidence: not part of what is shipped."""
+    folder.mkdir(exist_ok=True)
+    shutil.copyfile(parity.worst_image, folder / f"worst{parity.worst_image.suffix}")

@@ -1,52 +1,63 @@
 """A TensorRT package: the ONNX and the script that builds its engine on the device.
 
 Engines are never shipped between devices, so nothing here needs TensorRT; the graph is checked with ONNX
-Runtime, and the model says "not built here" until a device has built it.
+Runtime and by ``lint``, and the model says "not built here" until a device has built it.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from .onnx import INPUT, NEEDS, write_onnx
+import numpy as np
+
+from ..core.artifact import Artifact, Graph
+from .graph import GRAPH, of_graph
+from .written import Written
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ..core.data import InputSpec
 
-# --stronglyTyped is what TensorRT 11 always does and 10.x must be told: precision stands in the graph.
+# 11.x has no --stronglyTyped (it always is), and its timing defaults are others; both only matter to who times.
 BUILD_SCRIPT = """\
 #!/bin/sh
 # Builds model.engine on this device with TensorRT's own trtexec (10.x or 11.x). An engine fits only the
-# device and the version that built it. Environment: TRTEXEC, WORKSPACE_MIB.
+# device and the version that built it. Environment:
+#   TRTEXEC           trtexec, where it is not on the PATH
+#   WORKSPACE_MIB     scratch memory that the builder may take (default 1024; 256 for small boards)
+#   MAX_BATCH         largest batch of the engine (default 1)
+#   TIMING_CACHE      file that remembers which kernels were fast (default timing.cache)
+#   OPTIMIZATION      builder effort 0..5 (default 3)
 set -eu
 cd "$(dirname "$0")"
 trtexec="${{TRTEXEC:-trtexec}}"
-workspace_mib="${{WORKSPACE_MIB:-1024}}"
+batch="${{MAX_BATCH:-1}}"
+options="$("$trtexec" --help 2>&1 || true)"
 typed=""
-if "$trtexec" --help 2>&1 | grep -q -- --stronglyTyped; then typed="--stronglyTyped"; fi
+# Precision stands in the graph: 11.x knows nothing else, 10.x must be told.
+case "$options" in *--stronglyTyped*) typed="--stronglyTyped" ;; esac
 exec "$trtexec" --onnx=model.onnx --saveEngine=model.engine $typed \\
-  --minShapes={name}:1x3x{size}x{size} --optShapes={name}:1x3x{size}x{size} --maxShapes={name}:1x3x{size}x{size} \\
-  --memPoolSize=workspace:"$workspace_mib" --timingCacheFile=timing.cache --skipInference
+  --minShapes={name}:1x3x{size}x{size} --optShapes={name}:1x3x{size}x{size} \\
+  --maxShapes={name}:"$batch"x3x{size}x{size} \\
+  --memPoolSize=workspace:"${{WORKSPACE_MIB:-1024}}" --timingCacheFile="${{TIMING_CACHE:-timing.cache}}" \\
+  --builderOptimizationLevel="${{OPTIMIZATION:-3}}" --skipInference
 """
+SCRIPT = "build_engine.sh"
 
 
 class TensorRtTarget:
-    needs: tuple[str, ...] = (*NEEDS, "onnxruntime")
+    needs: tuple[str, ...] = ("onnx", "onnxruntime")
+    source: type[Artifact] = Graph
     layout: Literal["NCHW", "NHWC"] = "NCHW"
     entry: str = "model.onnx"
     facts: Mapping[str, Any] = MappingProxyType({"runtime": {}, "stand_in": "onnxruntime", "not_built_here": True})
 
-    def write(self, network: nn.Module, spec: InputSpec, folder: Path) -> None:
-        write_onnx(network, spec, folder / self.entry)
-        write_build_script(spec.size, folder)
-
-
-def write_build_script(size: int, folder: Path) -> None:
-    script = folder / "build_engine.sh"
-    script.write_text(BUILD_SCRIPT.format(name=INPUT, size=size))
-    script.chmod(0o755)
+    def write(self, source: Graph, spec: InputSpec, images: np.ndarray, folder: Path) -> Written:
+        shutil.copyfile(source.file(GRAPH), folder / self.entry)
+        script = folder / SCRIPT
+        script.write_text(BUILD_SCRIPT.format(name="image", size=spec.size))
+        script.chmod(0o755)
+        return of_graph(source)

@@ -1,36 +1,52 @@
-"""TFLite by litert-torch: channels last, batch of one, as its runtimes like it."""
+"""TFLite by litert-torch, from torch itself: channels last, batch of one, as its runtimes like it."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-if TYPE_CHECKING:
-    from torch import nn
+import numpy as np
 
+from ..core.artifact import Artifact, Checkpoint
+from .written import Written
+
+if TYPE_CHECKING:
     from ..core.data import InputSpec
 
 
 class TfliteTarget:
     needs: tuple[str, ...] = ("torch", "timm", "litert-torch", "ai-edge-litert")
+    source: type[Artifact] = Checkpoint
     layout: Literal["NCHW", "NHWC"] = "NHWC"
     entry: str = "model.tflite"
     facts: Mapping[str, Any] = MappingProxyType({"runtime": {}})
 
-    def write(self, network: nn.Module, spec: InputSpec, folder: Path) -> None:
+    def write(self, source: Checkpoint, spec: InputSpec, images: np.ndarray, folder: Path) -> Written:
         import litert_torch
         import torch
+        from ai_edge_litert.interpreter import Interpreter
+
+        from ..networks import models
+
+        network, torch_spec = models.restore(source)
+        whole = models.Normalise(network, torch_spec).eval()
 
         class ChannelsLast(torch.nn.Module):
             def __init__(self) -> None:
                 super().__init__()
-                self.network = network
+                self.network = whole
 
             def forward(self, image: torch.Tensor) -> torch.Tensor:
                 logits: torch.Tensor = self.network(image.permute(0, 3, 1, 2))
                 return logits
 
-        example = torch.zeros(1, *spec.shape)
-        litert_torch.convert(ChannelsLast().eval(), (example,)).export(str(folder / self.entry))
+        with torch.no_grad():
+            expected: np.ndarray = ChannelsLast()(torch.from_numpy(images).float()).numpy()
+            example = torch.zeros(1, *spec.shape)
+            litert_torch.convert(ChannelsLast().eval(), (example,)).export(str(folder / self.entry))
+        interpreter = Interpreter(str(folder / self.entry), num_threads=1)
+        kinds = Counter(operation["op_name"] for operation in interpreter._get_ops_details())
+        return Written(expected, dict(kinds.most_common()))

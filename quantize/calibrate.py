@@ -1,16 +1,21 @@
-"""Calibration inputs: real training images, read one at a time."""
+"""Calibration inputs: real training images, chosen, and read one at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
 
 import numpy as np
 
-from ..core.data import Sample
+from ..core.config import CalibrateConfig
+from ..core.data import Dataset, Sample
+from ..core.errors import UserError
 from ..core.progress import progress
 from ..runtime.layout import to_input
 from ..runtime.preprocess import load_images
+
+# Logits [N, K] of images uint8 [N, H, W, 3]: the float model's, or the teacher's for its own InputSpec.
+Predict = Callable[[Sequence[Sample]], np.ndarray]
 
 
 class CalibrationInputs(Sequence[np.ndarray]):
@@ -36,3 +41,62 @@ class CalibrationInputs(Sequence[np.ndarray]):
             for at in range(len(self)):
                 yield self[at]
                 advance(1, "")
+
+
+def choose(config: CalibrateConfig, dataset: Dataset, model: Predict, teacher: Predict | None) -> list[Sample]:
+    """``config.images`` training images, or all there are, by ``config.select``.
+
+    Args:
+        model: for ``coverage``: logits of the float model.
+        teacher: for ``teacher``: logits of the teacher.
+
+    Raises:
+        UserError: fewer than two training images, or no teacher.
+    """
+    samples = dataset.samples("train")
+    if len(samples) < 2:
+        raise UserError(f"{dataset.path} has {len(samples)} training image(s): INT8 wants at least 2 to calibrate on")
+    if config.select == "balanced":
+        return dataset.balanced("train", config.images, config.seed)
+    if config.select == "random":
+        order = np.random.default_rng(config.seed).permutation(len(samples))
+        return [samples[at] for at in order[: config.images]]
+    pool = dataset.balanced("train", max(config.pool, config.images), config.seed)
+    if config.select == "coverage":
+        chosen = farthest(model(pool), config.images)
+    else:
+        if teacher is None:
+            raise UserError(
+                "calibrate.select teacher: the student's teacher is not beside it: put it there, or balanced"
+            )
+        chosen = spread(entropy(teacher(pool)), config.images)
+    return [pool[at] for at in chosen]
+
+
+def farthest(points: np.ndarray, count: int) -> np.ndarray:
+    """Positions of ``count`` points [N, D] that cover them all: each is the farthest from those before.
+
+    Greedy k-centre (Gonzalez 1985), begun with the point nearest to the mean.
+    """
+    points = np.asarray(points, dtype=np.float64)
+    distances = np.full(len(points), np.inf)
+    chosen = [int(np.square(points - points.mean(0)).sum(1).argmin())]
+    while len(chosen) < min(count, len(points)):
+        distances = np.minimum(distances, np.square(points - points[chosen[-1]]).sum(1))
+        distances[chosen] = -1
+        chosen.append(int(distances.argmax()))
+    return np.asarray(chosen)
+
+
+def entropy(logits: np.ndarray) -> np.ndarray:
+    """Shannon entropy, in nats, of the softmax of logits [N, K]."""
+    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    log_probabilities = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    return np.asarray(-(np.exp(log_probabilities) * log_probabilities).sum(1))
+
+
+def spread(values: np.ndarray, count: int) -> np.ndarray:
+    """Positions of ``count`` of ``values`` [N], at even steps of their ranks."""
+    order = np.argsort(values, kind="stable")
+    count = min(count, len(order))
+    return np.asarray(order[np.round(np.linspace(0, len(order) - 1, count)).astype(int)])

@@ -1,29 +1,90 @@
-"""INT8 for ONNX Runtime: uint8 activations on x86 (int8 ones are four times slower there), int8 on ARM."""
+"""ONNX Runtime: uint8 activations on x86 (int8 ones are four times slower there), int8 on ARM."""
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from .qdq import write_qdq
+from .layers import Activations
+from .qdq import OnnxActivations, write_qdq
+from .ranges import Range, estimate
 
 if TYPE_CHECKING:
-    from ..core.artifact import Model
-    from ..core.config import QuantizeConfig
+    from .work import Work
 
 
-class OnnxRuntimeQuantizer:
+class Qdq:
+    """Static INT8: weights per channel, activations per tensor."""
+
     needs: tuple[str, ...] = ("onnx", "onnxruntime")
+    precision = "int8"
+    calibrated = True
 
-    def write(self, model: Model, images: Sequence[np.ndarray], config: QuantizeConfig, folder: Path) -> dict[str, Any]:
-        activations = config.activations
-        if activations == "auto":
-            activations = "int8" if platform.machine().lower() in ("aarch64", "arm64") else "uint8"
-        extra = {"ActivationSymmetric": activations == "int8"}
-        entry = model.facts["entry"]
-        write_qdq(model.file(entry), images, folder / entry, activations, extra)
-        return {"format": "QDQ", "weights": "int8 per channel", "activations": activations, "ranges": "min-max"}
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._activations = work.config.activations
+
+    @staticmethod
+    def suits(facts: Mapping[str, Any], flags: Mapping[str, bool]) -> bool:
+        return True
+
+    @property
+    def source(self) -> Path:
+        """The float ONNX."""
+        return self._work.entry
+
+    @cached_property
+    def ranges(self) -> Mapping[str, Range]:
+        rule = self._work.config.calibrate.ranges
+        return estimate(OnnxActivations(self.source), self._work.inputs, rule, self._activations == "int8")
+
+    def write(self, keep_float: Collection[str], folder: Path) -> dict[str, Any]:
+        return self.write_as(folder / self._work.model.facts["entry"], keep_float)
+
+    def write_as(self, out: Path, keep_float: Collection[str]) -> dict[str, Any]:
+        extra = {"ActivationSymmetric": self._activations == "int8"}
+        reduced = bool(self._work.config.reduce_range)
+        write_qdq(self.source, self.ranges, out, self._activations, keep_float, reduced, extra)
+        return {
+            "format": "QDQ",
+            "weights": f"int{7 if reduced else 8} per channel",
+            "activations": self._activations,
+            "ranges": self._work.config.calibrate.ranges,
+        }
+
+    def activations(self, entry: Path) -> Activations:
+        return OnnxActivations(entry)
+
+
+class DynamicMatMul:
+    """INT8 weights of matrix products, activations quantised while it runs; convolutions stay float."""
+
+    needs: tuple[str, ...] = ("onnx", "onnxruntime")
+    precision = "int8"
+    calibrated = False
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    @staticmethod
+    def suits(facts: Mapping[str, Any], flags: Mapping[str, bool]) -> bool:
+        """Transformers: a network without matrix products gains nothing."""
+        return int(facts["nodes_by_kind"].get("MatMul", 0)) > 4
+
+    def write(self, keep_float: Collection[str], folder: Path) -> dict[str, Any]:
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        quantize_dynamic(
+            str(self._work.entry),
+            str(folder / self._work.model.facts["entry"]),
+            op_types_to_quantize=["MatMul", "Gemm"],  # dynamic convolutions are ten times slower than float ones
+            per_channel=True,
+            reduce_range=bool(self._work.config.reduce_range),
+            weight_type=QuantType.QInt8,
+        )
+        return {"format": "dynamic", "weights": "int8 per channel, of matrix products", "activations": "as they come"}
+
+    def activations(self, entry: Path) -> None:
+        return None

@@ -1,75 +1,170 @@
-"""The quantize stage: a float32 model to a sealed INT8 one, with what it changed on real images."""
+"""The quantize stage: a float32 model to one sealed variant, with what it changed on real images."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ..core.artifact import Model, drafting, write_json
+from ..core.artifact import EVIDENCE, Checkpoint, Draft, Graph, Model, drafting, write_json
 from ..core.config import QuantizeConfig
-from ..core.data import Dataset
-from ..core.errors import GateFailed, KdpipeError, UserError
-from ..core.proc import first_line, quiet, require
-from ..runtime import open_session, predict
+from ..core.data import Dataset, Sample
+from ..core.errors import GateFailed, UserError, choice
+from ..core.proc import quiet, require
+from ..networks.lint import tensorrt_lint
+from ..runtime import predict
 from ..runtime.preprocess import load_images
-from . import QUANTIZERS
-from .calibrate import CalibrationInputs
+from . import VARIANTS, Variant
+from .calibrate import CalibrationInputs, choose
+from .guard import guarded
+from .layers import sensitivities
+from .work import TRACED_IMAGES, Work, open_checked, write_variant
 
 
-def quantize(config: QuantizeConfig, model: Model, dataset: Dataset, out: Path) -> Model:
-    """Quantise ``model`` to INT8, calibrated on training images.
+def quantize(
+    config: QuantizeConfig,
+    model: Model,
+    dataset: Dataset,
+    out: Path,
+    graph: Graph | None = None,
+    teacher: Checkpoint | None = None,
+) -> Model:
+    """Make ``config.variant`` of a float32 model; ranges come from training images, never from random data.
+
+    With ``config.max_drop`` layers are kept in float, the most damaging first, until the variant loses no more
+    than that on held-out images.
+
+    Args:
+        config: as ``suited`` to a machine.
+        graph: the ONNX that ``model`` was made from, if it was made from one.
+        teacher: for ``calibrate.select: teacher``.
 
     Raises:
-        UserError: not a float32 model, too few images, a missing package, an operator the quantiser lacks.
-        GateFailed: the INT8 model's outputs are not finite or do not depend on the image.
+        UserError: not a float32 model, an unknown variant, too few images, a missing package, an operator the
+            quantiser lacks, a drop that no mix keeps.
+        GateFailed: the variant's outputs are not finite or do not depend on the image.
     """
     target = model.facts["target"]
     if model.facts["precision"] != "float32":
-        raise UserError(f"{model.path} is {model.facts['precision']} already: give the float32 model")
-    quantizer = QUANTIZERS[target]()
-    require(f"INT8 for '{target}'", quantizer.needs, target)
+        raise UserError(f"{model.path} is {model.facts['variant']} already: give the float32 model")
+    if config.variant not in VARIANTS[target]:
+        raise choice(f"variant of {target}", config.variant, VARIANTS[target])
+    kind = VARIANTS[target][config.variant]
+    require(f"{config.variant} for '{target}'", kind.needs, target)
     spec = model.facts["input"]
-    calibration = dataset.balanced("train", config.calibration_images, config.seed)
-    checked = dataset.balanced("train", config.check_images, config.seed, skip=len(calibration))
-    with drafting(Model, out, stage="quantize", config=config, inputs={"model": model, "data": dataset}) as draft:
+    held_out = _held_out(config, dataset)
+    with drafting(
+        Model,
+        out,
+        stage="quantize",
+        config=config,
+        inputs={"model": model, "data": dataset},
+        resumable=config.max_drop is not None,
+    ) as draft:
+        calibration = _calibration(config, model, dataset, teacher) if kind.calibrated else []
         inputs = CalibrationInputs(calibration, spec, f"calibrating {target}")
-        with quiet():
-            try:
-                settings = quantizer.write(model, inputs, config, draft.path)
-            except KdpipeError:
-                raise
-            except Exception as error:  # every quantiser raises its own
-                raise UserError(
-                    f"{model.facts['model']} cannot be quantised for {target}: {first_line(error)}"
-                ) from error
+        variant = kind(Work(model, graph, inputs, config))
+        evidence = draft.path / EVIDENCE
+        evidence.mkdir()
+        if config.max_drop is None:
+            settings = write_variant(variant, model, (), draft.path)
+        else:
+            settings = guarded(config.max_drop, config.guard_steps, variant, model, held_out, draft)
+        facts = {name: model.facts[name] for name in model.facts.keys() - {"parity"}}
+        facts["runtime"] = {**facts["runtime"], **settings.pop("runtime", {})}
         draft.facts.update(
-            {name: model.facts[name] for name in model.facts.keys() - {"parity"}},
-            precision="int8",
-            int8=settings,
-            calibration_images=len(calibration),
+            {
+                **facts,
+                "variant": config.variant,
+                "precision": kind.precision,
+                "settings": settings,
+                "calibration_images": len(calibration),
+                **draft.facts,
+            }
         )
-        write_json(draft.path / "calibration.json", {"part": "train", "files": [s.path.name for s in calibration]})
-        if checked:
-            images = load_images((sample.path for sample in checked), spec)
-            stand_in = "stand_in" in model.facts
-            with quiet():
-                before = predict(open_session(model.path, model.facts, stand_in=stand_in), images)
-                after = predict(open_session(draft.path, draft.facts, stand_in=stand_in), images)
-            draft.facts["against_float32"] = damage(before, after)
+        if target == "tensorrt" and (refused := tensorrt_lint(draft.path / facts["entry"])):
+            raise UserError(f"TensorRT would refuse {len(refused)} node(s): {'; '.join(refused[:8])}")
+        if calibration:
+            files = [sample.path.name for sample in calibration]
+            write_json(evidence / "calibration.json", {"part": "train", "files": files})
         shutil.copyfile(model.file("labels.json"), draft.path / "labels.json")
+        _compare(config, variant, model, dataset, draft, {sample.path for sample in calibration})
     return draft.artifact
 
 
+def _held_out(config: QuantizeConfig, dataset: Dataset) -> list[Sample]:
+    if config.max_drop is None:
+        return []
+    found = dataset.samples(config.guard_part)
+    if not found:
+        raise UserError(
+            f"max_drop wants held-out images, and {dataset.path} has no '{config.guard_part}' part: "
+            "set data.val_fraction above 0, or guard_part test"
+        )
+    return found
+
+
+def _calibration(
+    config: QuantizeConfig, model: Model, dataset: Dataset, teacher: Checkpoint | None
+) -> Sequence[Sample]:
+    spec = model.facts["input"]
+
+    def by_model(samples: Sequence[Sample]) -> np.ndarray:
+        with quiet():
+            session = open_checked(model.path, model.facts)
+            return predict(session, load_images((sample.path for sample in samples), spec))
+
+    def by_teacher(samples: Sequence[Sample]) -> np.ndarray:
+        import torch
+
+        from ..networks import models
+
+        assert teacher is not None  # choose() asks only where there is one
+        network, its_spec = models.restore(teacher)
+        whole = models.Normalise(network, its_spec).eval()
+        found = []
+        with torch.inference_mode():
+            for at in range(0, len(samples), 64):
+                images = load_images((sample.path for sample in samples[at : at + 64]), its_spec.model_dump())
+                found.append(whole(torch.from_numpy(images).permute(0, 3, 1, 2).float()).numpy())
+        return np.concatenate(found)
+
+    return choose(config.calibrate, dataset, by_model, None if teacher is None else by_teacher)
+
+
+def _compare(
+    config: QuantizeConfig, variant: Variant, model: Model, dataset: Dataset, draft: Draft[Model], seen: set[Path]
+) -> None:
+    """What changed, on training images that set no range: of the outputs, and layer by layer."""
+    samples = dataset.balanced("train", config.check_images + len(seen), config.calibrate.seed)
+    checked = [sample for sample in samples if sample.path not in seen][: config.check_images]
+    if not checked:
+        return
+    images = load_images((sample.path for sample in checked), model.facts["input"])
+    with quiet():
+        before = predict(open_checked(model.path, model.facts), images)
+        after = predict(open_checked(draft.path, draft.facts), images)
+    draft.facts["against_float32"] = damage(before, after)
+    with quiet():
+        whole = variant.activations(model.file(model.facts["entry"]))
+        small = variant.activations(draft.path / draft.facts["entry"])
+        if whole is None or small is None:
+            return
+        traced = CalibrationInputs(checked[:TRACED_IMAGES], model.facts["input"], "comparing layers")
+        found = sensitivities(whole, small, traced)
+    write_json(draft.path / EVIDENCE / "layers.json", {"layers": [layer.as_dict() for layer in found]})
+
+
 def damage(before: np.ndarray, after: np.ndarray) -> dict[str, float | int]:
-    """What INT8 changed in logits [N, K]: signal-to-noise ratio in dB and top-1 agreement.
+    """What a variant changed in logits [N, K]: signal-to-noise ratio in dB and top-1 agreement.
 
     Raises:
         GateFailed: outputs that are not finite or the same for every image.
     """
-    if not np.isfinite(after).all() or not after.std(axis=0).any():
-        raise GateFailed("the INT8 model's outputs are not finite or do not depend on the image: it is not sealed")
+    if not np.isfinite(after).all() or (len(after) > 1 and not after.std(axis=0).any()):
+        raise GateFailed("the variant's outputs are not finite or do not depend on the image: it is not sealed")
     noise = float(((after - before) ** 2).mean())
     signal = float((before**2).mean())
     return {

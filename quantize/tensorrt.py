@@ -1,35 +1,84 @@
-"""INT8 for TensorRT: explicit, symmetric Q/DQ, the one form that 10.x and 11.x both take.
+"""TensorRT: precision stands in the graph, as 11.x wants it and 10.x can take it.
 
-Biases stay float: an INT32 bias behind a DequantizeLinear is what TensorRT's parser has refused.
+INT8 is explicit and symmetric; biases stay float: an INT32 bias behind a DequantizeLinear is what TensorRT's
+parser has refused.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from .qdq import write_qdq
+from .layers import Activations
+from .qdq import OnnxActivations, write_qdq
+from .ranges import Range, estimate
 
 if TYPE_CHECKING:
-    from ..core.artifact import Model
-    from ..core.config import QuantizeConfig
+    from .work import Work
+
+SCRIPT = "build_engine.sh"
 
 
-class TensorRtQuantizer:
+class ExplicitQdq:
     needs: tuple[str, ...] = ("onnx", "onnxruntime")
+    precision = "int8"
+    calibrated = True
 
-    def write(self, model: Model, images: Sequence[np.ndarray], config: QuantizeConfig, folder: Path) -> dict[str, Any]:
-        entry = model.facts["entry"]
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    @staticmethod
+    def suits(facts: Mapping[str, Any], flags: Mapping[str, bool]) -> bool:
+        return True
+
+    @cached_property
+    def ranges(self) -> Mapping[str, Range]:
+        rule = self._work.config.calibrate.ranges
+        return estimate(OnnxActivations(self._work.entry), self._work.inputs, rule, symmetric=True)
+
+    def write(self, keep_float: Collection[str], folder: Path) -> dict[str, Any]:
         extra = {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False}
-        write_qdq(model.file(entry), images, folder / entry, "int8", extra)
-        shutil.copy(model.file("build_engine.sh"), folder)
+        out = folder / self._work.model.facts["entry"]
+        write_qdq(self._work.entry, self.ranges, out, "int8", keep_float, False, extra)
+        shutil.copy(self._work.model.file(SCRIPT), folder)
         return {
             "format": "explicit QDQ",
             "weights": "int8 per channel",
             "activations": "int8 symmetric",
-            "ranges": "min-max",
+            "ranges": self._work.config.calibrate.ranges,
         }
+
+    def activations(self, entry: Path) -> Activations:
+        return OnnxActivations(entry)
+
+
+class TypedFloat16:
+    """float16 weights and arithmetic; input and output stay float32."""
+
+    needs: tuple[str, ...] = ("onnx", "onnxruntime")
+    precision = "float16"
+    calibrated = False
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    @staticmethod
+    def suits(facts: Mapping[str, Any], flags: Mapping[str, bool]) -> bool:
+        return True
+
+    def write(self, keep_float: Collection[str], folder: Path) -> dict[str, Any]:
+        import onnx
+        from onnxruntime.transformers.float16 import convert_float_to_float16
+
+        model = onnx.shape_inference.infer_shapes(onnx.load(self._work.entry))
+        # An empty block list: the default one keeps operators in float32 that ONNX Runtime lacks, not TensorRT.
+        half = convert_float_to_float16(model, keep_io_types=True, op_block_list=[])
+        onnx.save(half, folder / self._work.model.facts["entry"])
+        shutil.copy(self._work.model.file(SCRIPT), folder)
+        return {"format": "typed float16 graph", "weights": "float16"}
+
+    def activations(self, entry: Path) -> None:
+        return None

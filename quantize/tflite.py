@@ -1,40 +1,203 @@
-"""INT8 for TFLite by ai-edge-quantizer: static for CNNs, dynamic for ViTs."""
+"""TFLite by ai-edge-quantizer: static suits CNNs, dynamic ViTs; its ranges are ours."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .layers import Activations, Layer
+from .ranges import Range, estimate
+
 if TYPE_CHECKING:
-    from ..core.artifact import Model
-    from ..core.config import QuantizeConfig
+    from .work import Work
+
+INPUT_RANGE = (0.0, 255.0)  # known: observing it would let 255 clip on a brighter image
 
 
-class TfliteQuantizer:
+class TfliteActivations:
+    """A flatbuffer whose interpreter keeps every tensor; int8 ones are given as the floats they stand for."""
+
+    def __init__(self, path: Path) -> None:
+        from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+        self._interpreter = Interpreter(
+            str(path),
+            experimental_preserve_all_tensors=True,
+            # XNNPACK would take the tensors between its operators for itself.
+            experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+        )
+        self._interpreter.allocate_tensors()
+        self._input = self._interpreter.get_input_details()[0]
+        # Two parts of a graph may give their tensors the same name: those are told apart by none of the tools.
+        tensors = {tensor["index"]: tensor for tensor in self._interpreter.get_tensor_details()}
+        made = {at for operation in self._interpreter._get_ops_details() for at in operation["outputs"]}
+        self._tensors = {at: tensors[at] for at in {*made, self._input["index"]} if _holds_numbers(tensors[at])}
+        self.layers: tuple[Layer, ...] = tuple(
+            Layer(
+                self._name(operation["outputs"][0]),
+                operation["op_name"],
+                tuple(self._name(at) for at in operation["inputs"] if at in self._tensors),
+                self._name(operation["outputs"][0]),
+            )
+            for operation in self._interpreter._get_ops_details()
+            if len(operation["outputs"]) == 1 and operation["outputs"][0] in self._tensors
+            if operation["op_name"] not in ("QUANTIZE", "DEQUANTIZE", "DELEGATE")
+        )
+
+    def _name(self, at: int) -> str:
+        name: str = self._tensors[at]["name"]
+        return name
+
+    def __call__(self, image: np.ndarray) -> dict[str, np.ndarray]:
+        self._interpreter.set_tensor(self._input["index"], _quantized(image, self._input))
+        self._interpreter.invoke()
+        return {
+            tensor["name"]: _dequantized(self._interpreter.get_tensor(at), tensor)
+            for at, tensor in self._tensors.items()
+        }
+
+
+def _holds_numbers(tensor: Mapping[str, Any]) -> bool:
+    return bool(tensor["dtype"] == np.float32 or (tensor["dtype"] == np.int8 and tensor["quantization"][0] > 0))
+
+
+def _quantized(image: np.ndarray, tensor: Mapping[str, Any]) -> np.ndarray:
+    if tensor["dtype"] == np.float32:
+        return image
+    scale, zero_point = tensor["quantization"]
+    return np.asarray(np.clip(np.round(image / scale) + zero_point, -128, 127), dtype=tensor["dtype"])
+
+
+def _dequantized(values: np.ndarray, tensor: Mapping[str, Any]) -> np.ndarray:
+    if tensor["dtype"] == np.float32:
+        return values
+    scale, zero_point = tensor["quantization"]
+    return np.asarray((values.astype(np.float32) - zero_point) * scale, dtype=np.float32)
+
+
+class StaticInt8:
     needs: tuple[str, ...] = ("ai-edge-quantizer", "ai-edge-litert")
+    precision = "int8"
+    calibrated = True
 
-    def write(self, model: Model, images: Sequence[np.ndarray], config: QuantizeConfig, folder: Path) -> dict[str, Any]:
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    @staticmethod
+    def suits(facts: Mapping[str, Any], flags: Mapping[str, bool]) -> bool:
+        return True
+
+    @cached_property
+    def ranges(self) -> Mapping[str, Range]:
+        rule = self._work.config.calibrate.ranges
+        return estimate(TfliteActivations(self._work.entry), self._work.inputs, rule, symmetric=False)
+
+    def write(self, keep_float: Collection[str], folder: Path) -> dict[str, Any]:
         from ai_edge_litert.interpreter import Interpreter
         from ai_edge_quantizer import quantizer, recipe
+        from ai_edge_quantizer.algorithm_manager import AlgorithmName
+        from ai_edge_quantizer.qtyping import TFLOperationName
 
-        entry = model.facts["entry"]
-        source = str(model.file(entry))
+        source = str(self._work.entry)
         work = quantizer.Quantizer(source)
-        if config.scheme == "dynamic":
-            work.load_quantization_recipe(recipe.dynamic_wi8_afp32())
-            ranges = None
-        else:
-            work.load_quantization_recipe(recipe.static_wi8_ai8())
-            interpreter = Interpreter(source)
-            [(signature, names)] = interpreter.get_signature_list().items()
-            [argument] = names["inputs"]
-            ranges = work.calibrate({signature: [{argument: image} for image in images]})
-            # The input's range is known: observing it would let 255 clip on a brighter image.
-            tensor = interpreter.get_input_details()[0]["name"]
-            for end, value in (("min", 0.0), ("max", 255.0)):
-                ranges[tensor][end] = np.full_like(ranges[tensor][end], value)
-        work.quantize(ranges).export_model(str(folder / entry), overwrite=True)
-        return {"format": config.scheme, "weights": "int8 per channel", "input_range": [0, 255]}
+        work.load_quantization_recipe(recipe.static_wi8_ai8())
+        for name in keep_float:
+            work.update_quantization_recipe(
+                f"^{re.escape(name)};?$", TFLOperationName.ALL_SUPPORTED, algorithm_key=AlgorithmName.NO_QUANTIZE
+            )
+        interpreter = Interpreter(source)
+        [(signature, names)] = interpreter.get_signature_list().items()
+        [argument] = names["inputs"]
+        # Two images make the quantiser list what it wants to know; what it wants to know is answered by our ranges,
+        # since its own are moving averages that lose a decibel.
+        wanted = work.calibrate({signature: [{argument: self._work.inputs[at]} for at in range(2)]})
+        known = {**self.ranges, interpreter.get_input_details()[0]["name"]: INPUT_RANGE}
+        for name in wanted.keys() & known.keys():
+            for end, value in zip(("min", "max"), known[name], strict=True):
+                if end in wanted[name]:
+                    wanted[name][end] = np.full_like(wanted[name][end], value)
+        work.quantize(wanted).export_model(str(folder / self._work.model.facts["entry"]), overwrite=True)
+        return {
+            "format": "static",
+            "weights": "int8 per channel",
+            "activations": "int8",
+            "ranges": self._work.config.calibrate.ranges,
+        }
+
+    def activations(self, entry: Path) -> Activations:
+        return TfliteActivations(entry)
+
+
+class DynamicInt8:
+    """INT8 weights, activations quantised while it runs."""
+
+    needs: tuple[str, ...] = ("ai-edge-quantizer", "ai-edge-litert")
+    precision = "int8"
+    calibrated = False
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    @staticmethod
+    def suits(facts: Mapping[str, Any], flags: Mapping[str, bool]) -> bool:
+        """Transformers: static INT8 loses their accuracy and their speed; CNNs lose their speed by this one."""
+        return int(facts["nodes_by_kind"].get("SOFTMAX", 0)) > 0
+
+    def write(self, keep_float: Collection[str], folder: Path) -> dict[str, Any]:
+        from ai_edge_quantizer import quantizer, recipe
+
+        work = quantizer.Quantizer(str(self._work.entry))
+        work.load_quantization_recipe(recipe.dynamic_wi8_afp32())
+        work.quantize(None).export_model(str(folder / self._work.model.facts["entry"]), overwrite=True)
+        return {"format": "dynamic", "weights": "int8 per channel", "activations": "as they come"}
+
+    def activations(self, entry: Path) -> None:
+        return None
+
+
+class Float16Weights:
+    """Weights stored in float16: half the size; a CPU computes in float32 all the same."""
+
+    needs: tuple[str, ...] = ("ai-edge-quantizer", "ai-edge-litert")
+    precision = "float16"
+    calibrated = False
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    @staticmethod
+    def suits(facts: Mapping[str, Any], flags: Mapping[str, bool]) -> bool:
+        return False  # on a CPU it can only be smaller
+
+    def write(self, keep_float: Collection[str], folder: Path) -> dict[str, Any]:
+        from ai_edge_quantizer import quantizer
+        from ai_edge_quantizer.algorithm_manager import AlgorithmName
+        from ai_edge_quantizer.qtyping import (
+            ComputePrecision,
+            OpQuantizationConfig,
+            TensorDataType,
+            TensorQuantizationConfig,
+            TFLOperationName,
+        )
+
+        work = quantizer.Quantizer(str(self._work.entry))
+        work.update_quantization_recipe(
+            ".*",
+            TFLOperationName.ALL_SUPPORTED,
+            OpQuantizationConfig(
+                weight_tensor_config=TensorQuantizationConfig(num_bits=16, dtype=TensorDataType.FLOAT),
+                compute_precision=ComputePrecision.FLOAT,
+                explicit_dequantize=True,
+            ),
+            AlgorithmName.FLOAT_CASTING,
+        )
+        work.quantize(None).export_model(str(folder / self._work.model.facts["entry"]), overwrite=True)
+        return {"format": "float16 weights", "weights": "float16"}
+
+    def activations(self, entry: Path) -> None:
+        return None

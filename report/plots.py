@@ -76,7 +76,7 @@ def accuracy_against_latency(rows: Sequence[Numbers]) -> str:
         colour = PALETTE[targets.index(row["target"]) % len(PALETTE)]
         x, y = _point(row)
         error = {"xerr": _arms(row["latency_p50_ms"], 1), "yerr": _arms(row["accuracy"], 100)}
-        marker = "o" if row["precision"] == "float32" else "D"
+        marker = "o" if row["variant"] == "float32" else "D"
         axes.errorbar(x, y, **error, fmt=marker, color=colour, markersize=8, elinewidth=1, alpha=0.9)
     axes.margins(x=0.22, y=0.08)  # room for labels beside the outermost points
     axes.set_xlim(*axes.get_xlim())

@@ -79,7 +79,7 @@ def chain(measurement: Measurement, checkpoints: Checkpoints) -> Numbers:
         "students": [network(name, found) for name, found in checkpoints.items() if found.key in shipped],
         "data": data.facts if data else None,
         "targets": list(dict.fromkeys(bundle.facts["target"] for bundle in bundles.values())),
-        "precisions": list(dict.fromkeys(bundle.facts["precision"] for bundle in bundles.values())),
+        "variants": list(dict.fromkeys(bundle.facts["variant"] for bundle in bundles.values())),
     }
 
 
@@ -122,7 +122,7 @@ def bundle_rows(measurement: Measurement) -> list[Numbers]:
             {
                 "name": name,
                 "target": bundle.facts["target"],
-                "precision": bundle.facts["precision"],
+                "variant": bundle.facts["variant"],
                 "status": result["status"],
                 **{field: result.get(field) for field in ("accuracy", "latency_p50_ms", "latency_p90_ms")},
                 "latency_over_float32": _over_float32(name, bundles, results),
@@ -197,7 +197,7 @@ def accuracy_hops(measurement: Measurement, checkpoints: Checkpoints) -> list[Nu
         for name in names:
             base = float32_of(name, bundles)
             before = right[base] if base in right and base != name else torch_right
-            steps.append(_step(bundles[name].facts["precision"], bundles[name].facts, before, right[name]))
+            steps.append(_step(bundles[name].facts["variant"], bundles[name].facts, before, right[name]))
         ran = _where_run(measurement, names[0], bundles[names[0]])
         hops.append({"target": target, "student": key, "ran": ran, "steps": steps})
     return hops
@@ -329,7 +329,7 @@ def _inputs_first(role: str, source: Provenance) -> Iterator[tuple[str, Provenan
     for name, before in source.inputs.items():
         yield from _inputs_first(name, before)
     # A bundle's and an INT8 model's input are both called "model".
-    named = f"{source.facts['target']}-{source.facts['precision']}" if source.kind == "model" else role
+    named = f"{source.facts['target']}-{source.facts['variant']}" if source.kind == "model" else role
     yield (f"{named} ({source.kind})" if source.kind in ("model", "bundle") else named), source
 
 

@@ -84,7 +84,7 @@ def chain_sentence(numbers: Mapping[str, Any]) -> str:
     """What was done, in one sentence."""
     chain, trust, device = numbers["chain"], numbers["trust"], numbers["environment"]["device_before"]
     students = [_student(student, chain) for student in chain["students"]]
-    files = f"exported to {listed(chain['targets'])} in {listed(chain['precisions'])}"
+    files = f"exported to {listed(chain['targets'])} in {listed(chain['variants'])}"
     machine = f"{device.get('cpu', 'unavailable')}, {device.get('usable_cores', 'unavailable')} usable cores"
     return f"{'; '.join(students) or 'A network'}; {files}; measured on '{trust['device']}' ({machine})."
 

@@ -19,12 +19,22 @@ import pytest
 
 from kdpipe import pipeline
 from kdpipe.cli import main
-from kdpipe.core.artifact import MANIFEST, Bundle, Checkpoint, Measurement, Model, Report, manifest_digest
+from kdpipe.core.artifact import MANIFEST, Bundle, Checkpoint, Graph, Measurement, Model, Report, manifest_digest
 from kdpipe.core.config import Recipe, validated
 from kdpipe.core.data import Dataset
+from kdpipe.devices.probe import flags_of, probe
 from kdpipe.pipeline import Chain
+from kdpipe.quantize import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# OpenVINO in bf16 is refused where the CPU would silently run it in float32.
+HAS_BF16 = any(flags_of(probe()).get(flag) for flag in ("amx_bf16", "avx512_bf16"))
+VARIANTS_HERE = {
+    target: [name for name in variants if name != "bf16" or HAS_BF16] for target, variants in VARIANTS.items()
+}
+EVERY_VARIANT = sorted({name for variants in VARIANTS_HERE.values() for name in variants})
+EVERY_MODEL = [(target, variant) for target, variants in VARIANTS_HERE.items() for variant in ("float32", *variants)]
 
 SMALL_TRAIN = {"epochs": 8, "workers": 0, "validate_every": 4, "augment": {"crop": "pad", "flip": 0}}
 SMALL_RECIPE = {
@@ -33,7 +43,7 @@ SMALL_RECIPE = {
     "teacher": {"model": "test_resnet", "input": {"size": 32}, "train": SMALL_TRAIN},
     "student": {"model": "test_resnet", "input": {"size": 32}},
     "distill": {"label_fraction": 0.3, "seeds": [0, 1], "train": SMALL_TRAIN},
-    "quantize": {"calibration_images": 64, "check_images": 32},
+    "quantize": {"variants": EVERY_VARIANT, "calibrate": {"images": 64}, "check_images": 32},
     "bench": {"rounds": 2, "seconds": 0.1, "min_samples": 40},
 }
 
@@ -46,6 +56,7 @@ class Made:
     dataset: Dataset
     teacher: Checkpoint
     student: Checkpoint
+    graph: Graph
     models: dict[str, Model]
     bundles: dict[str, Bundle]
     measurement: Measurement
@@ -63,6 +74,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         Dataset.open(paths["data"]),
         Checkpoint.open(paths["teacher"]),
         Checkpoint.open(paths["student-kd-seed0"]),
+        Graph.open(paths["graph"]),
         models,
         outcome.bundles,
         outcome.measurement,

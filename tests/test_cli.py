@@ -109,7 +109,7 @@ def by_hand(made: Made, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     )
     call("model", "export", made_here["student"], "--target", "openvino")
     call("tensorrt", "export", made_here["student"], "--target", "tensorrt")
-    call("int8", "quantize", made_here["model"], "--calibration-images", 32)
+    call("int8", "quantize", made_here["model"], "--calibrate.images", 32)
     call("bundle", "package", made_here["model"])
     call("bundle-int8", "package", made_here["int8"])
     call(

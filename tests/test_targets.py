@@ -9,21 +9,20 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 import torch
-from conftest import Made
+from conftest import EVERY_MODEL, Made
 
-from kdpipe.core.artifact import Model
+from kdpipe.core.artifact import Checkpoint, Model
 from kdpipe.core.config import ExportConfig, QuantizeConfig
 from kdpipe.core.errors import GateFailed, UserError
 from kdpipe.export import TARGETS
 from kdpipe.export.parity import compare
 from kdpipe.export.stage import export
+from kdpipe.export.written import Written
 from kdpipe.networks import models
-from kdpipe.quantize import QUANTIZERS
+from kdpipe.quantize import VARIANTS
 from kdpipe.quantize.stage import damage, quantize
 from kdpipe.runtime import RUNTIMES, open_session, predict
 from kdpipe.runtime.preprocess import load_images
-
-BOTH = [(target, precision) for target in TARGETS for precision in ("float32", "int8")]
 
 
 def session_of(model: Model, threads: int = 1):
@@ -42,7 +41,7 @@ def torch_logits(made: Made, images: np.ndarray) -> np.ndarray:
 
 
 def test_a_target_is_one_entry_in_each_room() -> None:
-    assert set(TARGETS) == set(QUANTIZERS) == set(RUNTIMES)
+    assert set(TARGETS) == set(VARIANTS) == set(RUNTIMES)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -56,10 +55,10 @@ def test_float32_computes_what_torch_computes(made: Made, target: str) -> None:
     assert model.facts["parity"]["top1_agreement"] == 1
 
 
-@pytest.mark.parametrize(("target", "precision"), BOTH)
-def test_raw_images_go_in(made: Made, target: str, precision: str) -> None:
+@pytest.mark.parametrize(("target", "variant"), EVERY_MODEL)
+def test_raw_images_go_in(made: Made, target: str, variant: str) -> None:
     """Normalisation is inside: the runner's input is 0..255, and a black image differs from a white one."""
-    model = made.models[f"{target}-{precision}"]
+    model = made.models[f"{target}-{variant}"]
     assert model.facts["input"]["layout"] == TARGETS[target].layout
     session = session_of(model)
     black, white = (np.full((1, 32, 32, 3), value, np.uint8) for value in (0, 255))
@@ -67,11 +66,11 @@ def test_raw_images_go_in(made: Made, target: str, precision: str) -> None:
     assert np.abs(session.infer(session.prepare(black)) - session.infer(session.prepare(white))).max() > 0.1
 
 
-@pytest.mark.parametrize(("target", "precision"), BOTH)
-def test_int8_and_float32_agree_on_most_images(made: Made, target: str, precision: str) -> None:
+@pytest.mark.parametrize(("target", "variant"), EVERY_MODEL)
+def test_every_variant_and_torch_agree_on_most_images(made: Made, target: str, variant: str) -> None:
     images = images_of(made)
     agreement = (
-        predict(session_of(made.models[f"{target}-{precision}"]), images).argmax(1)
+        predict(session_of(made.models[f"{target}-{variant}"]), images).argmax(1)
         == torch_logits(made, images).argmax(1)
     ).mean()
     assert agreement >= 0.75  # a small network of few epochs has narrow margins
@@ -190,16 +189,22 @@ def test_a_file_that_differs_is_refused(made: Made, tmp_path: Path, monkeypatch:
     """A target whose file really computes something else: one weight moved."""
 
     class Broken(TARGETS["onnxruntime"]):  # type: ignore[misc]
-        def write(self, network, spec, folder):
-            with torch.no_grad():
-                next(parameter for parameter in network.parameters() if parameter.ndim == 4)[0] += 0.5
-            super().write(network, spec, folder)
-            with torch.no_grad():
-                next(parameter for parameter in network.parameters() if parameter.ndim == 4)[0] -= 0.5
+        def write(self, source, spec, images, folder):
+            import onnx
+            from onnx import numpy_helper
+
+            written = super().write(source, spec, images, folder)
+            model = onnx.load(folder / self.entry)
+            weight = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
+            moved = numpy_helper.to_array(weight).copy()
+            moved[0] += 0.5
+            weight.CopyFrom(numpy_helper.from_array(moved, weight.name))
+            onnx.save(model, folder / self.entry)
+            return written
 
     monkeypatch.setitem(TARGETS, "onnxruntime", Broken)
     with pytest.raises(GateFailed, match="differs from torch by"):
-        export(ExportConfig(target="onnxruntime"), made.student, made.dataset, tmp_path / "model")
+        export(ExportConfig(target="onnxruntime"), made.graph, made.dataset, tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
 
@@ -208,14 +213,15 @@ def test_a_new_target_is_one_class_a_room(made: Made, tmp_path: Path, monkeypatc
 
     class LookupTarget:
         needs = ("numpy",)
+        source = Checkpoint
         layout = "NHWC"
         entry = "model.npz"
         facts = MappingProxyType({"runtime": {}})
 
-        def write(self, network, spec, folder):
-            samples = made.dataset.balanced("train", 64, seed=0)
-            images = load_images((sample.path for sample in samples), spec.model_dump())
-            np.savez(folder / self.entry, images=images, logits=torch_logits(made, images))
+        def write(self, source, spec, images, folder):
+            logits = torch_logits(made, images)
+            np.savez(folder / self.entry, images=images, logits=logits)
+            return Written(logits, {"lookup": 1})
 
     class LookupSession:
         needs = modules = ("numpy",)
@@ -261,7 +267,7 @@ def test_calibration_comes_from_the_training_part(made: Made) -> None:
 
     training = {sample.path.name for sample in made.dataset.samples("train")}
     for target in TARGETS:
-        used = json.loads(made.models[f"{target}-int8"].file("calibration.json").read_text())["files"]
+        used = json.loads(made.models[f"{target}-int8"].file("evidence/calibration.json").read_text())["files"]
         assert len(used) == 64
         assert set(used) <= training
 
@@ -275,10 +281,10 @@ def test_dead_outputs_are_refused() -> None:
 
 
 def test_parity_refuses_to_say_nothing() -> None:
-    constant = np.ones((4, 3), np.float32)
-    with pytest.raises(ValueError, match="do not depend"):
-        compare(constant, constant)
-    with pytest.raises(ValueError, match="shape"):
-        compare(np.zeros((4, 3)), np.zeros((4, 2)))
-    broken = compare(np.eye(3), np.full((3, 3), np.nan))
+    constant, paths = np.ones((4, 3), np.float32), [Path(str(at)) for at in range(4)]
+    with pytest.raises(GateFailed, match="do not depend"):
+        compare(constant, constant, paths)
+    with pytest.raises(GateFailed, match="shape"):
+        compare(np.zeros((4, 3)), np.zeros((4, 2)), paths)
+    broken = compare(np.eye(3), np.full((3, 3), np.nan), paths)
     assert broken.relative > 1e3

@@ -1,0 +1,14 @@
+"""What the targets give back."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Written(NamedTuple):
+    """What is known of a model once it is written."""
+
+    torch_logits: np.ndarray  # of the parity images, float32 [N, K]
+    nodes_by_kind: dict[str, int]  # operations of the file, by the target's own names

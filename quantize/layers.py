@@ -1,0 +1,82 @@
+"""Where noise enters: signal-to-quantisation-noise ratio of every layer's input and output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+PADDING = 1e30  # max pooling is padded with the least float or minus infinity: no value, and no range may hold it
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One operation of a graph and the float tensors around it."""
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...]
+    output: str
+
+
+class Activations(Protocol):
+    """A graph that tells what passes between its layers."""
+
+    layers: tuple[Layer, ...]  # in the order they run
+
+    def __call__(self, image: np.ndarray) -> Mapping[str, np.ndarray]:
+        """Float values of the tensors of ``layers`` (and the input) by name, for one input of the graph."""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """A layer's noise. Decibels are None where the tensor is exact or does not exist in the smaller model."""
+
+    name: str
+    kind: str
+    in_db: float | None
+    out_db: float | None
+
+    @property
+    def own_noise(self) -> float:
+        """Relative noise power that the layer adds to what it was given."""
+        return max(0.0, _relative(self.out_db) - _relative(self.in_db))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "kind": self.kind, "in_db": self.in_db, "out_db": self.out_db}
+
+
+def _relative(decibel: float | None) -> float:
+    return 0.0 if decibel is None else 10 ** (-decibel / 10)
+
+
+def sensitivities(whole: Activations, small: Activations, images: Iterable[np.ndarray]) -> list[Sensitivity]:
+    """Compare two graphs tensor by tensor over ``images``, in the order of ``whole``'s layers.
+
+    The ratio is 10 log10 of the signal's energy over the energy of the difference, over all images.
+    """
+    signal: dict[str, float] = {}
+    noise: dict[str, float] = {}
+    for image in images:
+        expected, actual = whole(image), small(image)
+        for name, values in expected.items():
+            other = actual.get(name)
+            if other is not None and other.shape == values.shape:
+                real = np.abs(values) < PADDING
+                signal[name] = signal.get(name, 0.0) + float(np.square(values[real], dtype=np.float64).sum())
+                difference = np.subtract(other[real], values[real], dtype=np.float64)
+                noise[name] = noise.get(name, 0.0) + float(np.square(difference).sum())
+
+    def decibel(name: str) -> float | None:
+        if not signal.get(name) or not noise.get(name) or not np.isfinite(noise[name]):
+            return None
+        return round(10 * float(np.log10(signal[name] / noise[name])), 2)
+
+    found = []
+    for layer in whole.layers:
+        if layer.output in signal:
+            inputs = [ratio for ratio in map(decibel, layer.inputs) if ratio is not None]
+            found.append(Sensitivity(layer.name, layer.kind, min(inputs, default=None), decibel(layer.output)))
+    return found

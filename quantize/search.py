@@ -1,0 +1,110 @@
+"""The fewest layers that must stay float, the most damaging first, for a drop to hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core.artifact import write_json
+from ..core.errors import UserError
+from ..core.progress import progress
+
+
+@dataclass(frozen=True)
+class Step:
+    """One mix: how many layers stay float, and what that costs and gives."""
+
+    kept: int
+    drop_points: float  # of accuracy against float32, on the held-out images; negative is a gain
+    drop_low: float | None
+    drop_high: float | None
+    images: int
+    over_float32: float | None  # latency as a share of float32's; None where it cannot be timed here
+    size_bytes: int
+
+    def holds(self, max_drop: float) -> bool:
+        return self.drop_points <= max_drop
+
+
+def search(
+    ranked: Callable[[], Sequence[str]],
+    make: Callable[[Sequence[str], Path], Step],
+    max_drop: float,
+    limit: int,
+    resume: Path,
+) -> tuple[list[Step], Path, list[str]]:
+    """The mix with the fewest float layers whose drop holds.
+
+    Doubles the number of float layers until the drop holds, then halves the gap; each mix is kept in ``resume``,
+    so that a killed search goes on where it was.
+
+    Args:
+        ranked: names of the layers, the most damaging first; asked for only if INT8 alone does not hold.
+        make: writes a mix into a new folder and measures it.
+        max_drop: points of accuracy.
+        limit: mixes that are tried at most.
+
+    Returns:
+        Every step in the order taken, the folder of the mix, and the names of its float layers.
+
+    Raises:
+        UserError: no mix of so many holds; the message tells the best.
+    """
+    steps: dict[int, Step] = {}
+    names: Sequence[str] = ()
+
+    def attempt(kept: int) -> Step:
+        folder = resume / mix_name(kept)
+        told = folder.with_suffix(".json")
+        if told.is_file():
+            step = Step(**json.loads(told.read_text()))
+        else:
+            step = make(names[:kept], folder)
+            draft = told.with_suffix(".tmp")
+            write_json(draft, asdict(step))
+            draft.rename(told)
+        steps[kept] = step
+        advance(1, f"{kept} layers in float: {step.drop_points:+.2f} points lost")
+        return step
+
+    with progress(f"guarding a drop of {max_drop:g} points", limit) as advance:
+        low, high = 0, None  # low does not hold, high does
+        if attempt(0).holds(max_drop):
+            high = 0
+        else:
+            names = ranked()
+            kept = 1
+            while high is None and len(steps) < limit:
+                kept = min(kept, len(names))
+                if attempt(kept).holds(max_drop):
+                    high = kept
+                elif kept == len(names):
+                    break
+                else:
+                    low, kept = kept, 2 * kept
+            while high is not None and high - low > 1 and len(steps) < limit:
+                middle = (low + high) // 2
+                if attempt(middle).holds(max_drop):
+                    high = middle
+                else:
+                    low = middle
+    if high is None:
+        best = min(steps.values(), key=lambda step: step.drop_points)
+        raise UserError(
+            f"no mix loses at most {max_drop:g} points: the best of {len(steps)} loses {best.drop_points:.2f} on "
+            f"{best.images} images with {best.kept} of {len(names)} layers in float; allow more, or ship float32"
+        )
+    return list(steps.values()), resume / mix_name(high), list(names[:high])
+
+
+def mix_name(kept: int) -> str:
+    """Folder of the mix with so many float layers."""
+    return f"mix-{kept:04d}"
+
+
+def as_curve(steps: Sequence[Step]) -> list[dict[str, Any]]:
+    """The steps by number of float layers, for the manifest."""
+    return [asdict(step) for step in sorted(steps, key=lambda step: step.kept)]
