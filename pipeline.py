@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import BaseModel
 
@@ -55,6 +55,9 @@ from .core.errors import UserError, choice
 from .core.proc import require
 from .core.progress import note, progress
 from .devices.probe import flags_of, probe
+
+if TYPE_CHECKING:
+    from .report.compression import Sources
 
 A = TypeVar("A", bound=Artifact)
 TRAIN_NEEDS = ("torch", "torchvision", "timm", "safetensors")
@@ -337,10 +340,26 @@ class Chain:
             require("the report", ("jinja2", "matplotlib"), "report")
             from .report.page import report
 
-            return report(config, measurement, checkpoints, path)
+            return report(config, measurement, checkpoints, sources, path)
 
-        inputs = {"measurement": measurement, **checkpoints}
+        sources = self._sources(measurement)
+        inputs = {"measurement": measurement, **checkpoints, **sources.as_inputs()}
         return self.step("report", Report, "report", config, inputs, make, out)
+
+    def _sources(self, measurement: Measurement) -> Sources:
+        """Graphs, models and dataset behind ``measurement`` that lie beside it."""
+        from .report.compression import Sources
+
+        lineage = measurement.manifest.provenance()
+        graphs, models, datasets = (
+            beside(measurement, kind, {found.key for found in find_ancestors(lineage, kind.kind)})
+            for kind in (Graph, Model, Dataset)
+        )
+        return Sources(
+            {graph.key: graph for graph in graphs.values() if isinstance(graph, Graph)},
+            {model.key: model for model in models.values() if isinstance(model, Model)},
+            next((dataset for dataset in datasets.values() if isinstance(dataset, Dataset)), None),
+        )
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -442,7 +461,10 @@ def run(recipe: Recipe, chain: Chain) -> Outcome:
     measurement = chain.bench(recipe.bench, bundles, dataset)
     if measurement.facts["trusted"] is False:
         note("the A/A control could not tell a model from itself: too noisy a machine to rank by these latencies")
-    report = chain.report(ReportConfig(title=recipe.name), measurement, checkpoints)
+    page = ReportConfig(title=recipe.name)
+    if recipe.quantize is not None and recipe.quantize.max_drop is not None:
+        page = page.model_copy(update={"max_drop": recipe.quantize.max_drop})
+    report = chain.report(page, measurement, checkpoints)
     return Outcome(report, measurement, bundles)
 
 

@@ -442,6 +442,7 @@ class ReportConfig(Config):
     """The page."""
 
     title: str = Field("kdpipe", description="title of the page")
+    max_drop: float = Field(0.5, ge=0, description="points of accuracy that an advised variant may lose to float32")
 
 
 class Recipe(Config):

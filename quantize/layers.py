@@ -76,7 +76,10 @@ def sensitivities(whole: Activations, small: Activations, images: Iterable[np.nd
 
     found = []
     for layer in whole.layers:
-        if layer.output in signal:
+        # An activation that was merged into its layer took the layer's output with it: it shows the noise of both.
+        merged = (follower.output for follower in whole.layers if layer.output in follower.inputs)
+        output = next((name for name in (layer.output, *merged) if name in signal), None)
+        if output is not None:
             inputs = [ratio for ratio in map(decibel, layer.inputs) if ratio is not None]
-            found.append(Sensitivity(layer.name, layer.kind, min(inputs, default=None), decibel(layer.output)))
+            found.append(Sensitivity(layer.name, layer.kind, min(inputs, default=None), decibel(output)))
     return found

@@ -17,7 +17,7 @@ INPUT_RANGE = (0.0, 255.0)  # known: observing it would let 255 clip on a bright
 
 
 class OnnxActivations:
-    """An ONNX graph with every float tensor among its outputs."""
+    """An ONNX graph with every float tensor among its outputs; a quantised one as its consumers get it."""
 
     def __init__(self, path: Path) -> None:
         import onnx
@@ -37,7 +37,14 @@ class OnnxActivations:
             for name, node in made.items()
             if node.op_type not in ("QuantizeLinear", "DequantizeLinear", "Constant")
         )
-        wanted = {layer.output for layer in self.layers}
+        # What passes Q and DQ is known by its name before them.
+        quantized = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+        self._names = {
+            node.output[0]: quantized[node.input[0]]
+            for node in model.graph.node
+            if node.op_type == "DequantizeLinear" and node.input[0] in quantized
+        }
+        wanted = {layer.output for layer in self.layers} | self._names.keys()
         model.graph.output.extend(
             value for value in model.graph.value_info if value.name in wanted and value.name not in outputs
         )
@@ -46,11 +53,12 @@ class OnnxActivations:
         self._session = onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
-        self._names = [output.name for output in self._session.get_outputs()]
+        self._outputs = [output.name for output in self._session.get_outputs()]
 
     def __call__(self, image: np.ndarray) -> dict[str, np.ndarray]:
-        found = self._session.run(None, {INPUT: image})
-        return {INPUT: image, **dict(zip(self._names, found, strict=True))}
+        found = dict(zip(self._outputs, self._session.run(None, {INPUT: image}), strict=True))
+        known = {name: found[output] for output, name in self._names.items() if output in found}
+        return {INPUT: image, **found, **known}
 
 
 def write_qdq(

@@ -39,6 +39,7 @@ def figures(numbers: Numbers) -> dict[str, Any]:
         return {
             "pareto": accuracy_against_latency(timed) if timed else None,
             "gains": [gain_by_seed(gain) if gain else None for gain in paired],
+            "noise": noise_by_layer(numbers["noise_by_layer"]) if numbers["noise_by_layer"] else None,
             "curves": training_curves(numbers["curves"]) if numbers["curves"] else None,
         }
 
@@ -175,6 +176,22 @@ def gain_by_seed(gain: Numbers) -> str:
     axes.set_xlabel("top-1 on the test images, %")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, handletextpad=0.5)
     return _svg(figure, f"gain-{gain['method']}-{gain['label_fraction']}")
+
+
+def noise_by_layer(models: Sequence[Numbers]) -> str:
+    """Signal-to-quantisation-noise ratio at each layer's output against its place, one line a variant."""
+    figure = _figure(9.4, 3.4, left=0.075, right=0.985, bottom=0.15, top=0.86)
+    axes = figure.add_subplot()
+    for at, model in enumerate(models):
+        ratios = [layer["out_db"] for layer in model["layers"]]
+        places = [100 * place / max(1, len(ratios) - 1) for place in range(len(ratios))]
+        known = [(x, y) for x, y in zip(places, ratios, strict=True) if y is not None]
+        style = {"color": PALETTE[at % len(PALETTE)], "linewidth": 1.3, "alpha": 0.85}
+        axes.plot([x for x, _ in known], [y for _, y in known], label=model["bundle"], **style)
+    axes.set_xlabel("place among the layers, % from input to output")
+    axes.set_ylabel("signal to noise, dB")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(models), borderaxespad=0.2, handletextpad=0.5)
+    return _svg(figure, "noise")
 
 
 def training_curves(curves: Sequence[Numbers]) -> str:

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.artifact import Checkpoint, Measurement, Provenance, find_ancestors
+from ..core.artifact import Checkpoint, Graph, Measurement, Provenance, find_ancestors
+from ..core.config import ReportConfig
 from ..core.errors import UserError
 from ..core.stats import mcnemar, mean_interval, ratio_interval, wilson
 from . import words
+from .compression import Sources, advice, flips, guards, noise_by_layer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,20 +32,33 @@ Checkpoints = Mapping[str, Checkpoint]
 SHARED_BY_CONTROL = ("model", "model_args", "pretrained", "input", "label_fraction", "train", "seed")
 
 
-def collect(title: str, measurement: Measurement, checkpoints: Checkpoints) -> Numbers:
+def collect(config: ReportConfig, measurement: Measurement, checkpoints: Checkpoints, sources: Sources) -> Numbers:
     """Every number of the report, JSON-serialisable and finite.
 
     Raises:
         UserError: a checkpoint that was tested on other images than the bundles.
     """
+    bundles, rows = bundles_of(measurement), bundle_rows(measurement)
+    hops = accuracy_hops(measurement, checkpoints, sources.graphs)
+    labels = np.load(measurement.file("labels.npy"), allow_pickle=False)
+    pairs = [
+        (base, step["bundle"])
+        for hop in hops
+        for step in hop["steps"]
+        if step["variant"] and (base := float32_of(step["bundle"], bundles)) is not None
+    ]
     return {
         "schema_version": SCHEMA_VERSION,
-        "title": title,
+        "title": config.title,
         "measured_utc": measurement.manifest.created_utc,
         "chain": chain(measurement, checkpoints),
         "trust": trust(measurement),
-        "bundles": bundle_rows(measurement),
-        "hops": accuracy_hops(measurement, checkpoints),
+        "bundles": rows,
+        "advice": advice(rows, hops, config.max_drop) if measurement.facts["trusted"] else [],
+        "hops": hops,
+        "flips": flips(measurement, pairs, labels, sources),
+        "noise_by_layer": noise_by_layer(bundles, sources),
+        "guards": guards(bundles),
         "gains": distillation_gains(checkpoints),
         "curves": curves(checkpoints),
         "lineage": lineage(measurement, checkpoints),
@@ -177,8 +192,12 @@ def pareto_front(rows: Sequence[Numbers]) -> set[str]:
     return {name for name, point in points.items() if not beaten(point)}
 
 
-def accuracy_hops(measurement: Measurement, checkpoints: Checkpoints) -> list[Numbers]:
-    """Per target: torch, the float32 file, the INT8 file; each against the one before, image by image."""
+def accuracy_hops(measurement: Measurement, checkpoints: Checkpoints, graphs: Mapping[str, Graph]) -> list[Numbers]:
+    """Per target: torch, ONNX as exported and simplified, the float32 file; then every variant.
+
+    Each against the one before, variants against the float32 file, image by image. The ONNX hops may have been
+    tested on fewer images.
+    """
     bundles = bundles_of(measurement)
     labels = np.load(measurement.file("labels.npy"), allow_pickle=False)
     right = {
@@ -194,13 +213,30 @@ def accuracy_hops(measurement: Measurement, checkpoints: Checkpoints) -> list[Nu
         student = next((found for found in checkpoints.values() if found.key == key), None)
         torch_right = None if student is None else _torch_right(student, labels)
         steps = [] if torch_right is None else [_step("torch", {}, None, torch_right)]
+        graph = next(
+            (graphs[found.key] for found in find_ancestors(bundles[names[0]], "graph") if found.key in graphs), None
+        )
+        if graph is not None and torch_right is not None:
+            steps += _graph_steps(graph, torch_right, labels)
         for name in names:
             base = float32_of(name, bundles)
             before = right[base] if base in right and base != name else torch_right
-            steps.append(_step(bundles[name].facts["variant"], bundles[name].facts, before, right[name]))
+            step = _step(bundles[name].facts["variant"], bundles[name].facts, before, right[name])
+            steps.append({**step, "bundle": name, "variant": base in right and base != name})
         ran = _where_run(measurement, names[0], bundles[names[0]])
         hops.append({"target": target, "student": key, "ran": ran, "steps": steps})
     return hops
+
+
+def _graph_steps(graph: Graph, torch_right: np.ndarray, labels: np.ndarray) -> list[Numbers]:
+    steps = []
+    with np.load(graph.file("hops.npz"), allow_pickle=False) as hops:
+        before = torch_right[hops["positions"]]
+        for name in ("exported", "simplified"):
+            after = hops[name].argmax(1) == labels[hops["positions"]]
+            steps.append(_step(name, {"parity": graph.facts["parity"][name]}, before, after))
+            before = after
+    return steps
 
 
 def _torch_right(student: Checkpoint, labels: np.ndarray) -> np.ndarray:
@@ -226,6 +262,8 @@ def _step(at: str, facts: Mapping[str, Any], before: np.ndarray | None, after: n
     parity, int8 = facts.get("parity", {}), facts.get("against_float32", {})
     return {
         "at": at,
+        "bundle": None,
+        "variant": False,
         "accuracy": wilson(int(after.sum()), len(after)).as_dict(),
         **_change(before, after),
         "parity_max_difference": parity.get("max_difference"),
@@ -385,7 +423,10 @@ def print_summary(console: Console, numbers: Numbers) -> None:
         if row["status"] != "measured":
             say(f"{row['name']}: {row['status']}")
     for hop in numbers["hops"]:
-        say(words.hop_line(hop))
+        for line in words.hop_lines(hop):
+            say(line)
+    for advised in numbers["advice"]:
+        say(words.advice_sentence(advised))
     for gain in numbers["gains"]:
         say(words.gain_sentence(gain))
     say(words.trust_sentence(numbers["trust"]))

@@ -153,10 +153,26 @@ def gain_sentence(gain: Mapping[str, Any]) -> str:
     return f"{'Gain' if found['value'] > 0 else 'Loss'}: {against} {amount}."
 
 
-def hop_line(hop: Mapping[str, Any]) -> str:
-    """``openvino: torch 97.40 -> float32 97.40 (no flips) -> ...``, in per cent."""
+def hop_lines(hop: Mapping[str, Any]) -> list[str]:
+    """``openvino: torch 97.40 -> float32 97.40 (no flips)`` and below it the variants, in per cent."""
     ran = f" ({hop['ran']})" if hop["ran"] else ""
-    return f"{hop['target']}{ran}: " + " \N{RIGHTWARDS ARROW} ".join(map(_step, hop["steps"]))
+    whole = [step for step in hop["steps"] if not step["variant"]]
+    small = [step for step in hop["steps"] if step["variant"]]
+    lines = [f"{hop['target']}{ran}: " + " \N{RIGHTWARDS ARROW} ".join(map(_step, whole))]
+    return lines + ["  against float32: " + "; ".join(map(_step, small))] * bool(small)
+
+
+def advice_sentence(advised: Mapping[str, Any]) -> str:
+    """Which variant of a target to ship, and why."""
+    if advised["variant"] == "float32":
+        return (
+            f"{advised['target']}: ship float32; no variant is surely faster and loses at most "
+            f"{advised['max_drop_points']:g} points"
+        )
+    return (
+        f"{advised['target']}: ship {advised['variant']}, {interval(advised['over_float32'])} of float32's latency, "
+        f"{points(100 * advised['difference']['value'])} points {point_bounds(advised['difference'], 100)}"
+    )
 
 
 def _step(step: Mapping[str, Any]) -> str:

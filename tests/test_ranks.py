@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +30,13 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+def torchrun_command(*arguments: object) -> list[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "kdpipe"]
-    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False)
+    return [*command, *map(str, arguments)]
+
+
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(torchrun_command(*arguments), capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +90,31 @@ def test_two_processes_as_one(vit: tuple[Dataset, Checkpoint], tmp_path: Path, n
     for row, expected in zip(*rows, strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
         assert row.get("train_accuracy") == pytest.approx(expected.get("train_accuracy"), abs=0.02)
+
+
+def test_killed_ranks_go_on(vit: tuple[Dataset, Checkpoint], tmp_path: Path) -> None:
+    """Every process killed in the middle of the run: the same command ends as one unhurried process does."""
+    (dataset, teacher), out = vit, tmp_path / "killed"
+    values = {"model": "test_vit", "input": {"size": 32}, "label_fraction": 0.2}
+    values["train"] = {"epochs": 6, "batch_size": 32, "optimizer": "sgd", "learning_rate": 0.02, "workers": 0}
+    alone = train(validated(TrainingConfig, values, "test"), dataset, teacher, tmp_path / "alone")
+    options = "--model test_vit --input.size 32 --label-fraction 0.2 --train.epochs 6 --train.batch-size 32"
+    options += " --train.optimizer sgd --train.learning-rate 0.02 --train.workers 0 --train.checkpoint-seconds 0"
+    arguments = ["distill", teacher.path, "--data", dataset.path, "--out", out, *options.split()]
+    killed = subprocess.Popen(torchrun_command(*arguments))
+    state, begun = tmp_path / "killed.part" / "resume" / "state.pt", time.monotonic()
+    while not state.is_file() and time.monotonic() - begun < 120:
+        time.sleep(0.02)
+    ranks = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
+    assert len(ranks) == 2
+    for pid in (killed.pid, *map(int, ranks)):
+        os.kill(pid, signal.SIGKILL)
+    killed.wait()
+    assert state.is_file() and not out.exists()
+    done = torchrun(*arguments)
+    assert done.returncode == 0, done.stderr
+    mine, its = (load_file(run.file("model.safetensors")) for run in (Checkpoint.open(out), alone))
+    assert max(abs(mine[key] - its[key]).max() for key in its) < 1e-5
 
 
 def test_processes_part_each_batch() -> None:
