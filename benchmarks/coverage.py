@@ -137,7 +137,7 @@ def table(found: list[dict[str, Any]]) -> str:
         f"with {versions}.",
         "One model of each family, random but not degenerate weights, 10 classes, its own input size where that is "
         "fixed, else 224 pixels. A figure is the seconds of the export with its parity check (largest difference of 8 "
-        "images within 1e-3 of the logits' spread); making and simplifying the ONNX that the first three share stands in "
+        "images within 1e-3 of the logits' spread); the ONNX that the first three share is made in "
         "the first column. A failure says why below. TensorRT: the graph and its lint, not built here. Seconds of a "
         "shared machine that did other work too.",
         "",

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..core.proc import first_line
+
 if TYPE_CHECKING:
     import onnx
 
@@ -43,6 +45,10 @@ def tensorrt_lint(path: Path) -> list[str]:
         if attribute.name == "value"
     }
     found: list[str] = []
+    try:  # order, and types that do not match: strong typing inserts no casts
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        found.append(f"the graph: {first_line(error)}")
 
     def refuse(node: onnx.NodeProto, why: str) -> None:
         found.append(f"'{node.name}' ({node.op_type}): {why}")

@@ -20,6 +20,7 @@ class Variant(Protocol):
     needs: tuple[str, ...]  # distributions that do it
     precision: str  # of most of its arithmetic or weights: int8, float16, bf16
     calibrated: bool  # whether training images set its ranges
+    quick: bool  # whether writing it again, with other layers in float, takes a second or so
 
     def __init__(self, work: Work) -> None:
         """What is worked on; nothing is computed yet."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..core.artifact import Draft, Model, write_json
 from ..core.data import Sample
 from ..core.errors import GateFailed, UserError
 from ..core.proc import quiet
+from ..core.progress import progress
 from ..core.stats import mcnemar
 from ..runtime import open_session, predict
 from ..runtime.preprocess import load_images
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from . import Variant
 
 SETTINGS = "settings.json"
+# Layers that add most noise of their own, of which each is tried in float alone, and the images for that.
+RANKED, RANKING_IMAGES = 32, 64
 TIMED_ROUNDS, TIMED_INFERENCES = 5, 20  # of a mix's latency ratio: for the curve, not for a verdict
 
 
@@ -79,10 +83,25 @@ def guarded(
                 f"{facts['target']} cannot keep single layers of this variant in float, and it loses more than "
                 f"{max_drop:g} points: choose another variant"
             )
-        traced = CalibrationInputs(held_out[:TRACED_IMAGES], facts["input"], "ranking layers")
+        traced = CalibrationInputs(held_out[:TRACED_IMAGES], facts["input"], "tracing layers")
         with quiet():
             found = sensitivities(whole, plain, traced)
-        return [layer.name for layer in sorted(found, key=lambda layer: -layer.own_noise) if layer.own_noise > 0]
+        names = [layer.name for layer in sorted(found, key=lambda layer: -layer.own_noise)]
+        return by_damage(names[:RANKED]) + names[RANKED:] if variant.quick else names
+
+    def by_damage(names: Sequence[str]) -> list[str]:
+        """The layer first without whose rounding the outputs are nearest to float32's."""
+        few = images[:RANKING_IMAGES]
+        with quiet():
+            expected = predict(open_checked(model.path, facts), few)
+        noise = {}
+        with progress("ranking layers", len(names)) as advance, tempfile.TemporaryDirectory() as scratch:
+            for name in names:
+                advance(1, name)
+                write_variant(variant, model, [name], Path(scratch))
+                with quiet():
+                    noise[name] = float(np.square(predict(open_checked(Path(scratch), facts), few) - expected).mean())
+        return sorted(names, key=lambda name: noise[name])
 
     steps, folder, kept = search(ranked, make, max_drop, limit, resume)
     for path in folder.iterdir():

@@ -21,6 +21,7 @@ class Qdq:
     needs: tuple[str, ...] = ("onnx", "onnxruntime")
     precision = "int8"
     calibrated = True
+    quick = True
 
     def __init__(self, work: Work) -> None:
         self._work = work
@@ -64,6 +65,7 @@ class DynamicMatMul:
     needs: tuple[str, ...] = ("onnx", "onnxruntime")
     precision = "int8"
     calibrated = False
+    quick = False
 
     def __init__(self, work: Work) -> None:
         self._work = work

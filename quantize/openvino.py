@@ -60,6 +60,7 @@ class Nncf:
     needs: tuple[str, ...] = ("openvino", "nncf")
     precision = "int8"
     calibrated = True
+    quick = False
 
     def __init__(self, work: Work) -> None:
         self._work = work
@@ -132,6 +133,7 @@ class BFloat16:
     needs: tuple[str, ...] = ("openvino",)
     precision = "bf16"
     calibrated = False
+    quick = False
 
     def __init__(self, work: Work) -> None:
         self._work = work
@@ -155,6 +157,7 @@ class CompressedFloat16:
     needs: tuple[str, ...] = ("openvino",)
     precision = "float16"
     calibrated = False
+    quick = False
 
     def __init__(self, work: Work) -> None:
         self._work = work

@@ -26,6 +26,7 @@ class ExplicitQdq:
     needs: tuple[str, ...] = ("onnx", "onnxruntime")
     precision = "int8"
     calibrated = True
+    quick = True
 
     def __init__(self, work: Work) -> None:
         self._work = work
@@ -61,6 +62,7 @@ class TypedFloat16:
     needs: tuple[str, ...] = ("onnx", "onnxruntime")
     precision = "float16"
     calibrated = False
+    quick = False
 
     def __init__(self, work: Work) -> None:
         self._work = work
@@ -71,12 +73,15 @@ class TypedFloat16:
 
     def write(self, keep_float: Collection[str], folder: Path) -> dict[str, Any]:
         import onnx
+        from onnxruntime.quantization.onnx_model import ONNXModel
         from onnxruntime.transformers.float16 import convert_float_to_float16
 
         model = onnx.shape_inference.infer_shapes(onnx.load(self._work.entry))
         # An empty block list: the default one keeps operators in float32 that ONNX Runtime lacks, not TensorRT.
         half = convert_float_to_float16(model, keep_io_types=True, op_block_list=[])
-        onnx.save(half, folder / self._work.model.facts["entry"])
+        ordered = ONNXModel(half)
+        ordered.topological_sort()  # the conversion leaves its casts at the end, where no parser takes them
+        onnx.save(ordered.model, folder / self._work.model.facts["entry"])
         shutil.copy(self._work.model.file(SCRIPT), folder)
         return {"format": "typed float16 graph", "weights": "float16"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -37,21 +38,18 @@ class TfliteActivations:
         tensors = {tensor["index"]: tensor for tensor in self._interpreter.get_tensor_details()}
         made = {at for operation in self._interpreter._get_ops_details() for at in operation["outputs"]}
         self._tensors = {at: tensors[at] for at in {*made, self._input["index"]} if _holds_numbers(tensors[at])}
-        self.layers: tuple[Layer, ...] = tuple(
-            Layer(
-                self._name(operation["outputs"][0]),
-                operation["op_name"],
-                tuple(self._name(at) for at in operation["inputs"] if at in self._tensors),
-                self._name(operation["outputs"][0]),
-            )
-            for operation in self._interpreter._get_ops_details()
-            if len(operation["outputs"]) == 1 and operation["outputs"][0] in self._tensors
-            if operation["op_name"] not in ("QUANTIZE", "DEQUANTIZE", "DELEGATE")
-        )
-
-    def _name(self, at: int) -> str:
-        name: str = self._tensors[at]["name"]
-        return name
+        taken: Counter[str] = Counter()
+        layers = []
+        for operation in self._interpreter._get_ops_details():
+            kind, outputs = operation["op_name"], operation["outputs"]
+            if len(outputs) != 1 or outputs[0] not in self._tensors or kind in ("QUANTIZE", "DEQUANTIZE", "DELEGATE"):
+                continue
+            tensor: str = self._tensors[outputs[0]]["name"]
+            name = f"{_module_of(tensor)}:{kind}"
+            taken[name] += 1
+            inputs = (self._tensors[at]["name"] for at in operation["inputs"] if at in self._tensors)
+            layers.append(Layer(name if taken[name] == 1 else f"{name}~{taken[name]}", kind, tuple(inputs), tensor))
+        self.layers: tuple[Layer, ...] = tuple(layers)
 
     def __call__(self, image: np.ndarray) -> dict[str, np.ndarray]:
         self._interpreter.set_tensor(self._input["index"], _quantized(image, self._input))
@@ -60,6 +58,13 @@ class TfliteActivations:
             tensor["name"]: _dequantized(self._interpreter.get_tensor(at), tensor)
             for at, tensor in self._tensors.items()
         }
+
+
+def _module_of(tensor: str) -> str:
+    """``blocks.0.conv`` from a tensor's name, which lists class and attribute of every module it came through."""
+    pieces = tensor.split(";;")[-1].rpartition(";")[0].split("/")
+    attributes = [piece.rpartition(".")[2].partition("_")[2] for piece in pieces]
+    return ".".join(name for name in attributes if name and name != "network") or tensor.split("/")[-1]
 
 
 def _holds_numbers(tensor: Mapping[str, Any]) -> bool:
@@ -84,6 +89,7 @@ class StaticInt8:
     needs: tuple[str, ...] = ("ai-edge-quantizer", "ai-edge-litert")
     precision = "int8"
     calibrated = True
+    quick = True
 
     def __init__(self, work: Work) -> None:
         self._work = work
@@ -106,7 +112,8 @@ class StaticInt8:
         source = str(self._work.entry)
         work = quantizer.Quantizer(source)
         work.load_quantization_recipe(recipe.static_wi8_ai8())
-        for name in keep_float:
+        outputs = {layer.name: layer.output for layer in TfliteActivations(self._work.entry).layers}
+        for name in (outputs[layer] for layer in keep_float):
             work.update_quantization_recipe(
                 f"^{re.escape(name)};?$", TFLOperationName.ALL_SUPPORTED, algorithm_key=AlgorithmName.NO_QUANTIZE
             )
@@ -139,6 +146,7 @@ class DynamicInt8:
     needs: tuple[str, ...] = ("ai-edge-quantizer", "ai-edge-litert")
     precision = "int8"
     calibrated = False
+    quick = False
 
     def __init__(self, work: Work) -> None:
         self._work = work
@@ -166,6 +174,7 @@ class Float16Weights:
     needs: tuple[str, ...] = ("ai-edge-quantizer", "ai-edge-litert")
     precision = "float16"
     calibrated = False
+    quick = False
 
     def __init__(self, work: Work) -> None:
         self._work = work

@@ -65,7 +65,8 @@ class Made:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    chain = Chain(tmp_path_factory.mktemp("small") / "artifacts")
+    # Sealed artifacts of an earlier session may be kept, by hand, while tests are being written.
+    chain = Chain(Path(os.environ.get("KDPIPE_TEST_ARTIFACTS") or tmp_path_factory.mktemp("small") / "artifacts"))
     outcome = pipeline.run(validated(Recipe, SMALL_RECIPE, "the small recipe"), chain)
     paths = {step.name: step.path for step in chain.steps}
     models = {name: Model.open(paths[name]) for name in outcome.bundles}

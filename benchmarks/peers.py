@@ -1,0 +1,230 @@
+"""One checkpoint through the other tools' defaults and through ours: accuracy, latency, size, seconds, in one session.
+
+    python benchmarks/peers.py CHECKPOINT --data DATA --out runs
+
+CHECKPOINT is the folder of a student or an adopted teacher. Every contender becomes a bundle and all bundles of a runtime are
+measured together, interleaved, by ``kdpipe bench``. All calibrate on the same training images. Peers: the defaults of ONNX
+Runtime's quantiser, of NNCF, of ai-edge-quantizer and, where it is installed, of Olive.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from kdpipe.core.artifact import Bundle, Checkpoint, Model, drafting
+from kdpipe.core.config import BenchConfig, Config, ExportConfig, PackageConfig, QuantizePlan, ReportConfig
+from kdpipe.core.data import Dataset
+from kdpipe.core.proc import quiet
+from kdpipe.pipeline import Chain
+from kdpipe.quantize.calibrate import CalibrationInputs
+
+IMAGES = 256
+TARGETS = ("onnxruntime", "openvino", "tflite")
+Write = Callable[[Path, CalibrationInputs, Path], None]
+
+
+class PeerConfig(Config):
+    peer: str
+
+
+def ort_static(source: Path, images: CalibrationInputs, out: Path) -> None:
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._images: Iterator[np.ndarray] = iter(images)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            image = next(self._images, None)
+            return None if image is None else {"image": image}
+
+    prepared = out.with_suffix(".prepared.onnx")
+    quant_pre_process(str(source), str(prepared))
+    quantize_static(str(prepared), str(out), Reader())
+    prepared.unlink()
+
+
+def ort_dynamic(source: Path, images: CalibrationInputs, out: Path) -> None:
+    from onnxruntime.quantization import quantize_dynamic
+
+    quantize_dynamic(str(source), str(out))
+
+
+def olive_static(source: Path, images: CalibrationInputs, out: Path) -> None:
+    """Olive's pass with nothing set but what it asks for."""
+    from olive.data.config import DataComponentConfig, DataConfig
+    from olive.data.registry import Registry
+    from olive.hardware import DEFAULT_CPU_ACCELERATOR
+    from olive.model import ONNXModelHandler
+    from olive.passes.olive_pass import create_pass_from_dict
+    from olive.passes.onnx.quantization import OnnxStaticQuantization
+
+    class Images:
+        def __len__(self) -> int:
+            return len(images)
+
+        def __getitem__(self, at: int) -> tuple[dict[str, np.ndarray], int]:
+            return {"image": images[at][0]}, 0
+
+    Registry.register_dataset("kdpipe_images")(lambda **_: Images())
+    data = DataConfig(name="calibration", load_dataset_config=DataComponentConfig(type="kdpipe_images"))
+    folder = out.parent / "olive"
+    run = create_pass_from_dict(
+        OnnxStaticQuantization, {"data_config": data}, disable_search=True, accelerator_spec=DEFAULT_CPU_ACCELERATOR
+    )
+    made = run.run(ONNXModelHandler(str(source)), str(folder))
+    Path(made.model_path).rename(out)
+    for left in sorted(folder.rglob("*"), reverse=True):
+        left.rmdir() if left.is_dir() else left.unlink()
+    folder.rmdir()
+
+
+def nncf_default(source: Path, images: CalibrationInputs, out: Path) -> None:
+    import nncf
+    import openvino
+
+    openvino.save_model(nncf.quantize(openvino.Core().read_model(source), nncf.Dataset(images)), out)
+
+
+def aeq(recipe_name: str) -> Write:
+    def write(source: Path, images: CalibrationInputs, out: Path) -> None:
+        from ai_edge_litert.interpreter import Interpreter
+        from ai_edge_quantizer import quantizer, recipe
+
+        work = quantizer.Quantizer(str(source))
+        work.load_quantization_recipe(getattr(recipe, recipe_name)())
+        ranges = None
+        if work.need_calibration:
+            [(signature, names)] = Interpreter(str(source)).get_signature_list().items()
+            [argument] = names["inputs"]
+            ranges = work.calibrate({signature: [{argument: image} for image in images]})
+        work.quantize(ranges).export_model(str(out), overwrite=True)
+
+    return write
+
+
+PEERS: dict[str, dict[str, Write]] = {
+    "onnxruntime": {"ort-static": ort_static, "ort-dynamic": ort_dynamic},
+    "openvino": {"nncf-default": nncf_default},
+    "tflite": {"aeq-static": aeq("static_wi8_ai8"), "aeq-dynamic": aeq("dynamic_wi8_afp32")},
+}
+if importlib.util.find_spec("olive") is not None:
+    PEERS["onnxruntime"]["olive-static"] = olive_static
+
+
+def peer(chain: Chain, name: str, write: Write, model: Model, dataset: Dataset) -> Model:
+    """What ``write`` makes of the float32 model, as an artifact like ours."""
+    config, inputs = PeerConfig(peer=name), {"model": model, "data": dataset}
+
+    def make(out: Path) -> Model:
+        samples = dataset.balanced("train", IMAGES, 0)
+        images = CalibrationInputs(samples, model.facts["input"], name)
+        with drafting(Model, out, stage="peer", config=config, inputs=inputs) as draft, quiet():
+            write(model.file(model.facts["entry"]), images, draft.path / model.facts["entry"])
+            (draft.path / "labels.json").write_bytes(model.file("labels.json").read_bytes())
+            facts = {key: value for key, value in model.facts.items() if key != "parity"}
+            draft.facts.update({**facts, "variant": name, "precision": "int8"})
+        return draft.artifact
+
+    return chain.step(f"{model.facts['target']}-{name}", Model, "peer", config, inputs, make)
+
+
+def rows(numbers: dict[str, Any], seconds: dict[str, float], ours: set[str]) -> list[dict[str, Any]]:
+    steps = {step["bundle"]: step for hop in numbers["hops"] for step in hop["steps"] if step["bundle"]}
+    return [
+        {
+            "bundle": row["name"],
+            "ours": row["name"] in ours,
+            "top1": row["accuracy"]["value"],
+            "difference": steps[row["name"]]["difference"],
+            "p": steps[row["name"]]["mcnemar_p"],
+            "over_float32": row["latency_over_float32"],
+            "mib": row["size_bytes"] / 2**20,
+            "seconds": seconds.get(row["name"]),
+        }
+        for row in numbers["bundles"]
+    ]
+
+
+def beaten(mine: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    """Whether a peer is faster and no less accurate, or more accurate and no slower, by the point values."""
+    speed = [1.0 if each["over_float32"] is None else each["over_float32"]["value"] for each in (mine, theirs)]
+    return (
+        theirs["top1"] >= mine["top1"]
+        and speed[1] <= speed[0]
+        and (theirs["top1"] > mine["top1"] or speed[1] < speed[0])
+    )
+
+
+def main(
+    checkpoint: Annotated[Path, typer.Argument(help="folder of a student or an adopted teacher")],
+    data: Annotated[Path, typer.Option(help="folder of its dataset")],
+    out: Annotated[Path, typer.Option(help="folder of artifacts; what is there is not made again")],
+    target: Annotated[list[str], typer.Option(help="runtime (repeatable)")] = list(TARGETS),  # noqa: B006
+    rounds: Annotated[int, typer.Option(help="fresh processes for each bundle")] = 8,
+    seconds: Annotated[float, typer.Option(help="steady time of one measurement")] = 0.5,
+    threads: Annotated[int, typer.Option(help="of the runtime; 0: every core")] = 0,
+) -> None:
+    """Compare, print a table a runtime and write out/peers.json."""
+    student, dataset = Checkpoint.open(checkpoint), Dataset.open(data)
+    chain = Chain(out, tell=lambda step: print(f"{step.name:32} {step.seconds:7.1f} s", flush=True))
+    found: dict[str, Any] = {}
+    for name in target:
+        whole = chain.export(ExportConfig(target=name), student, dataset)
+        models = {f"{name}-float32": whole}
+        for made in chain.variants(QuantizePlan(calibrate={"images": IMAGES}), whole, dataset):  # type: ignore[arg-type]
+            models[f"{name}-{made.facts['variant']}"] = made
+        ours = set(models)
+        for title, write in PEERS[name].items():
+            models[f"{name}-{title}"] = peer(chain, title, write, whole, dataset)
+        bundles: dict[str, Bundle] = {
+            title: chain.package(PackageConfig(), model, dataset) for title, model in models.items()
+        }
+        begun = time.monotonic()
+        measured = chain.bench(BenchConfig(rounds=rounds, seconds=seconds, threads=threads), bundles, dataset)
+        page = chain.report(ReportConfig(title=f"peers, {name}"), measured, {"student": student})
+        numbers = json.loads(page.file("report.json").read_text())
+        made_in = {title: model.manifest.seconds for title, model in models.items()}
+        table = rows(numbers, made_in, ours)
+        advised = next((row for row in table for each in numbers["advice"] if each["bundle"] == row["bundle"]), None)
+        ahead = [row["bundle"] for row in table if not row["ours"] and advised is not None and beaten(advised, row)]
+        found[name] = {
+            "rows": table,
+            "advice": numbers["advice"],
+            "trust": numbers["trust"],
+            "ahead_of_advised": ahead,
+            "session_seconds": time.monotonic() - begun,
+        }
+        tell(name, found[name])
+    (out / "peers.json").write_text(json.dumps(found, indent=1))
+
+
+def tell(name: str, found: dict[str, Any]) -> None:
+    trust = found["trust"]
+    print(f"\n{name}: {'trusted' if trust['trusted'] else 'NOT TRUSTED'}, resolution {trust['resolution_factor']}")
+    print("| bundle | top-1 % | difference, points | over float32 latency | MiB | seconds |")
+    print("|---|---|---|---|---|---|")
+    for row in found["rows"]:
+        change, ratio = row["difference"], row["over_float32"]
+        drop = (
+            f"{100 * change['value']:+.2f} [{100 * change['low']:+.2f}, {100 * change['high']:+.2f}]" if change else ""
+        )
+        speed = f"{ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]" if ratio else ""
+        mark = "" if row["ours"] else " (peer)"
+        cells = [row["bundle"] + mark, f"{100 * row['top1']:.2f}", drop, speed, f"{row['mib']:.2f}"]
+        print("| " + " | ".join([*cells, f"{row['seconds']:.1f}"]) + " |")
+    for each in found["advice"]:
+        print(f"advised: {each['bundle']}; peers ahead of it: {', '.join(found['ahead_of_advised']) or 'none'}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,452 @@
+"""How variants are made: chosen images, ranges, noise by layer, the guard; and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import VARIANTS_HERE, Made, assert_one_line, command, kdpipe
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdpipe.core.artifact import Model
+from kdpipe.core.config import CalibrateConfig, QuantizeConfig, suited, validated
+from kdpipe.core.data import Dataset
+from kdpipe.core.errors import UserError
+from kdpipe.networks.lint import tensorrt_lint
+from kdpipe.pipeline import Chain
+from kdpipe.quantize import VARIANTS
+from kdpipe.quantize.calibrate import choose, entropy, farthest, spread
+from kdpipe.quantize.layers import Layer, sensitivities
+from kdpipe.quantize.ranges import Histogram, estimate
+from kdpipe.quantize.search import Step, search
+from kdpipe.quantize.stage import quantize
+
+
+def config(**values: object) -> QuantizeConfig:
+    return suited(validated(QuantizeConfig, {"calibrate": {"images": 48}, **values}, "test"), "x86_64", {})
+
+
+# ---- what a CPU needs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "activations", "reduced"),
+    [
+        ("x86_64", {"avx2": True, "avx512_vnni": True, "avx_vnni": False}, "uint8", False),
+        ("x86_64", {"avx2": True, "avx512_vnni": False, "avx_vnni": False}, "uint8", True),
+        ("aarch64", {"asimddp": True}, "int8", False),
+        ("arm64", {}, "int8", False),
+    ],
+)
+def test_settings_suit_the_cpu(machine: str, flags: Mapping[str, bool], activations: str, reduced: bool) -> None:
+    found = suited(QuantizeConfig(), machine, flags)
+    assert (found.activations, found.reduce_range) == (activations, reduced)
+    said = QuantizeConfig(activations="int8", reduce_range=True)
+    assert suited(said, machine, flags) == said
+
+
+def test_reduced_range_is_seven_bits(made: Made, tmp_path: Path) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    model = quantize(config(reduce_range=True), made.models["onnxruntime-float32"], made.dataset, tmp_path / "q")
+    tensors = [numpy_helper.to_array(t) for t in onnx.load(model.file("model.onnx")).graph.initializer]
+    weights = [tensor for tensor in tensors if tensor.dtype == np.int8 and tensor.ndim == 4]
+    assert weights and max(np.abs(weight.astype(int)).max() for weight in weights) <= 64
+
+
+# ---- calibration images ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("select", ["random", "balanced", "coverage", "teacher"])
+def test_images_are_chosen_from_the_training_part(made: Made, tmp_path: Path, select: str) -> None:
+    settings = config(calibrate={"images": 24, "select": select, "pool": 120})
+    float32 = made.models["onnxruntime-float32"]
+    model = quantize(settings, float32, made.dataset, tmp_path / "q", made.graph, made.teacher)
+    files = json.loads(model.file("evidence/calibration.json").read_text())["files"]
+    training = {sample.path.name for sample in made.dataset.samples("train")}
+    assert len(files) == len(set(files)) == 24
+    assert set(files) <= training
+
+
+def test_the_teacher_must_be_there(made: Made, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="teacher is not beside it"):
+        quantize(
+            config(calibrate={"select": "teacher"}),
+            made.models["onnxruntime-float32"],
+            made.dataset,
+            tmp_path / "q",
+        )
+
+
+def test_coverage_reaches_every_corner() -> None:
+    generator = np.random.default_rng(0)
+    crowd = generator.normal(0, 0.1, (200, 2))
+    corners = np.array([[9, 9], [-9, 9], [9, -9], [-9, -9]])
+    chosen = farthest(np.concatenate([crowd, corners]), 5)
+    assert set(range(200, 204)) <= set(chosen.tolist())
+    assert sorted(farthest(crowd[:3], 9).tolist()) == [0, 1, 2]
+
+
+def test_spread_takes_both_ends() -> None:
+    values = np.random.default_rng(1).normal(size=50)
+    chosen = values[spread(values, 5)]
+    assert chosen[0] == values.min() and chosen[-1] == values.max()
+    assert (np.diff(chosen) > 0).all()
+    assert entropy(np.zeros((1, 8)))[0] == pytest.approx(np.log(8))
+    assert entropy(np.array([[1000.0, 0.0]]))[0] == pytest.approx(0)
+
+
+def test_one_image_is_not_enough(made: Made) -> None:
+    class One(Dataset):
+        def samples(self, part):
+            return super().samples(part)[:1]
+
+    with pytest.raises(UserError, match="at least 2 to calibrate on"):
+        choose(CalibrateConfig(), One(made.dataset.path, made.dataset.manifest), lambda _: np.zeros((1, 2)), None)
+
+
+# ---- ranges ------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(-1e4, 1e4), min_size=2, max_size=200), st.integers(1, 5))
+def test_a_range_lies_within_what_was_seen(values: list[float], parts: int) -> None:
+    histogram = Histogram()
+    for part in np.array_split(np.array(values), parts):
+        if part.size:
+            histogram.add(part)
+    assert histogram.low == min(values) and histogram.high == max(values)
+    low, high = histogram.least_error(symmetric=False)
+    assert min(*values, 0) <= low <= 0 <= high <= max(*values, 0)
+    low, high = histogram.least_error(symmetric=True)
+    assert low == -high
+
+
+@pytest.mark.parametrize("kind", ["laplace", "normal", "uniform"])
+def test_the_chosen_range_has_less_error_than_all_that_was_seen(kind: str) -> None:
+    values = getattr(np.random.default_rng(0), kind)(size=10_000)
+    histogram = Histogram()
+    histogram.add(values)
+
+    def error(low: float, high: float) -> float:
+        step = (high - low) / 255
+        return float(np.square(np.round((np.clip(values, low, high) - low) / step) * step + low - values).mean())
+
+    ratio = error(*histogram.least_error(symmetric=False)) / error(min(values.min(), 0), values.max())
+    assert ratio < {"laplace": 0.8, "normal": 1, "uniform": 1.01}[kind]
+
+
+def test_padding_is_no_value() -> None:
+    """Max pooling is padded with minus infinity, or the least float: one of them in a range leaves nothing of it."""
+
+    class Padded:
+        layers = (Layer("pad", "PADV2", ("image",), "padded"),)
+
+        def __call__(self, image):
+            return {"padded": np.array([-np.inf, np.finfo(np.float32).min, 0.5, 2.0], np.float32)}
+
+    assert estimate(Padded(), [np.zeros(1)], "minmax", symmetric=False)["padded"] == (0.5, 2.0)
+
+
+def test_memory_does_not_grow_with_the_images() -> None:
+    import tracemalloc
+
+    class Layers:
+        layers = ()
+
+        def __call__(self, image):
+            return {f"tensor {at}": image for at in range(10)}
+
+    def peak(count: int) -> int:
+        images = (np.random.default_rng(at).normal(size=4096).astype(np.float32) for at in range(count))
+        tracemalloc.start()
+        estimate(Layers(), images, "minmax", symmetric=False)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    few = peak(8)
+    assert peak(64) < 1.2 * few
+
+
+# ---- noise by layer ----------------------------------------------------------------------------------------
+
+
+def test_ratios_are_of_energies() -> None:
+    class Graph:
+        layers = (Layer("a", "Conv", ("image",), "x"), Layer("b", "Relu", ("x",), "y"), Layer("c", "Conv", ("y",), "z"))
+
+        def __init__(self, noise: dict[str, float]) -> None:
+            self.noise = noise
+
+        def __call__(self, image):
+            return {name: np.full(4, 10.0) + self.noise[name] for name in ("x", "y", "z") if name in self.noise}
+
+    whole = Graph({"x": 0.0, "y": 0.0, "z": 0.0})
+    [first, merged, last] = sensitivities(whole, Graph({"x": 1.0, "y": 0.0, "z": 0.1}), [np.zeros(1)])
+    assert (first.in_db, first.out_db) == (None, 20.0)
+    assert (merged.in_db, merged.out_db) == (20.0, None)
+    assert last.out_db == 40.0 and first.own_noise > last.own_noise > merged.own_noise == 0
+    # What was merged into its activation shows the activation's noise.
+    [first, merged, _] = sensitivities(whole, Graph({"y": 1.0, "z": 0.1}), [np.zeros(1)])
+    assert first.out_db == merged.out_db == 20.0
+
+
+@pytest.mark.parametrize(
+    ("target", "variant"),
+    [(target, name) for target, names in VARIANTS_HERE.items() for name in names if VARIANTS[target][name].calibrated],
+)
+def test_every_calibrated_variant_tells_its_layers(made: Made, target: str, variant: str) -> None:
+    layers = json.loads(made.models[f"{target}-{variant}"].file("evidence/layers.json").read_text())["layers"]
+    names = [layer["name"] for layer in layers]
+    assert len(names) == len(set(names)) > 20
+    assert any("layer2.0.conv2" in name for name in names), "layers are named as torch names them"
+    ratios = [layer["out_db"] for layer in layers if layer["out_db"] is not None]
+    assert len(ratios) > 15 and min(ratios) > 5
+
+
+# ---- the guard ---------------------------------------------------------------------------------------------
+
+
+def step(kept: int, drop: float) -> Step:
+    return Step(kept, drop, None, None, 100, None, 1)
+
+
+@given(st.integers(0, 40), st.integers(40, 60))
+def test_the_search_finds_the_fewest(tmp_path_factory: pytest.TempPathFactory, needed: int, layers: int) -> None:
+    made = []
+
+    def make(names, folder):
+        folder.mkdir(parents=True)
+        made.append(len(names))
+        return step(len(names), 0.0 if len(names) >= needed else 1.0)
+
+    folder = tmp_path_factory.mktemp("guard")
+    steps, chosen, kept = search(lambda: [str(at) for at in range(layers)], make, 0.5, 20, folder)
+    assert len(kept) == needed and chosen.name == f"mix-{needed:04d}" and chosen.is_dir()
+    assert len(made) == len(set(made)) == len(steps) <= 14
+
+
+def test_a_drop_that_no_mix_keeps(tmp_path: Path) -> None:
+    def make(names, folder):
+        folder.mkdir(parents=True)
+        return step(len(names), 5.0 - 0.1 * len(names))
+
+    with pytest.raises(
+        UserError, match=r"no mix loses at most 0.5 points: the best of 5 loses 4.30 .* with 7 of 7 layers"
+    ):
+        search(lambda: list("abcdefg"), make, 0.5, 20, tmp_path)
+
+
+class Ruined:
+    """A real float32 model's INT8 with one layer's range torn: what a guard is for."""
+
+    @staticmethod
+    def tear(monkeypatch: pytest.MonkeyPatch, target: str, layer: str) -> None:
+        variant = VARIANTS[target]["int8"]
+        honest = variant.ranges.func  # type: ignore[attr-defined]
+
+        def torn(self):
+            found = dict(honest(self))
+            whole = self.activations(self._work.entry)
+            [output] = [each.output for each in whole.layers if each.name == layer]
+            return {**found, output: (-1e4, 1e4)}
+
+        monkeypatch.setattr(variant, "ranges", property(torn))
+
+
+@pytest.mark.parametrize(
+    ("target", "layer"),
+    [("onnxruntime", "conv1.6"), ("tensorrt", "layer2.0.downsample.1"), ("tflite", "layer2.0.downsample.1:CONV_2D")],
+)
+def test_the_guilty_layer_stays_float(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, layer: str
+) -> None:
+    # ONNX Runtime's file has one range for a layer and its activation.
+    layer_torn = "act1:Relu" if target == "onnxruntime" else layer
+    Ruined.tear(monkeypatch, target, layer_torn)
+    float32 = made.models[f"{target}-float32"]
+    model = quantize(config(max_drop=6, guard_part="test"), float32, made.dataset, tmp_path / "q")
+    guard = model.facts["guard"]
+    first = guard["curve"][0]
+    assert first["kept"] == 0 and first["drop_points"] > 6, "the torn range does no damage: the test shows nothing"
+    assert 1 <= len(guard["kept_float"]) <= 4
+    assert {layer, layer_torn} & set(guard["kept_float"])
+    assert guard["curve"][-1]["drop_points"] <= 6
+    assert all(mix["size_bytes"] > 0 and mix["images"] == len(made.dataset.samples("test")) for mix in guard["curve"])
+    assert not (model.path / "resume").exists()
+
+
+def test_the_guard_wants_held_out_images(made: Made, tmp_path: Path) -> None:
+    class NoVal(Dataset):
+        def samples(self, part):
+            return [] if part == "val" else super().samples(part)
+
+    with pytest.raises(UserError, match=r"no 'val' part: set data\.val_fraction above 0"):
+        quantize(
+            config(max_drop=1), made.models["onnxruntime-float32"], NoVal(made.dataset.path, made.dataset.manifest),
+            tmp_path / "q",
+        )  # fmt: skip
+
+
+def test_a_variant_without_layers_cannot_be_guarded(made: Made, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot keep single layers of this variant in float"):
+        quantize(
+            config(variant="int8-dynamic", max_drop=0, guard_part="test"),
+            made.models["tflite-float32"],
+            made.dataset,
+            tmp_path / "q",
+        )
+
+
+def test_a_killed_guard_goes_on(made: Made, tmp_path: Path) -> None:
+    out = tmp_path / "q"
+    arguments = command(
+        *("quantize", made.models["tensorrt-float32"].path, "--out", out, "--max-drop", 0, "--guard-part", "test"),
+        *("--calibrate.images", 48),
+    )
+    first = out.with_name("q.part") / "resume" / "mix-0001.json"
+    killed = subprocess.Popen(arguments, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    begun = time.monotonic()
+    while not first.is_file() and killed.poll() is None and time.monotonic() - begun < 180:
+        time.sleep(0.02)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert first.is_file() and not out.exists()
+    before = first.stat().st_mtime_ns
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    # It ends in a mix or in the news that there is none; either way the mixes that were there are not made again.
+    assert done.returncode in (0, 2), done.stderr
+    if done.returncode == 0:
+        assert Model.open(out).facts["guard"]["curve"][0]["kept"] == 0
+    else:
+        assert_one_line(done, 2, "no mix loses at most 0 points")
+        assert first.stat().st_mtime_ns == before
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------
+
+
+def test_an_unknown_variant(made: Made) -> None:
+    done = kdpipe("quantize", made.models["onnxruntime-float32"].path, "--variant", "int8-dynamc")
+    assert_one_line(done, 2, "unknown variant of onnxruntime", "did you mean 'int8-dynamic'?")
+
+
+def test_a_silent_fallback_is_seen(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runtime that takes another precision than it was asked for: here it is asked for f16, which no CPU here has."""
+
+    class Half(VARIANTS["openvino"]["bf16"]):  # type: ignore[misc]
+        def write(self, keep_float, folder):
+            return {**super().write(keep_float, folder), "runtime": {"inference_precision": "f16"}}
+
+    monkeypatch.setitem(VARIANTS["openvino"], "bf16", Half)
+    with pytest.raises(UserError, match="asked for f16 and silently runs"):
+        quantize(config(variant="bf16"), made.models["openvino-float32"], made.dataset, tmp_path / "q")
+    assert not (tmp_path / "q").exists()
+
+
+def test_weights_that_are_not_finite(made: Made, tmp_path: Path) -> None:
+    import shutil
+
+    from conftest import replace_file
+    from safetensors.numpy import load_file, save
+
+    folder = Path(shutil.copytree(made.student.path, tmp_path / "student"))
+    weights = load_file(folder / "model.safetensors")
+    weights["fc.weight"][0, 0] = np.nan
+    replace_file(folder, "model.safetensors", save(weights))
+    done = kdpipe("export", folder, "--data", made.dataset.path)
+    assert_one_line(done, 2, "not finite")
+    assert not list(tmp_path.glob("*graph*"))
+
+
+def test_control_flow_is_one_line(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kdpipe.networks import models
+
+    forward = models.Normalise.forward
+
+    def branching(self, image):
+        logits = forward(self, image)
+        return logits if logits.sum() > 0 else -logits
+
+    monkeypatch.setattr(models.Normalise, "forward", branching)
+    chain = Chain(tmp_path / "artifacts")
+    from kdpipe.core.config import ExportConfig
+
+    for target in ("onnxruntime", "tflite"):
+        with pytest.raises(
+            UserError, match=f"cannot be exported to {'ONNX' if target == 'onnxruntime' else 'tflite'}: "
+        ):
+            chain.export(ExportConfig(target=target), made.student, made.dataset)
+    assert not [path for path in (tmp_path / "artifacts").iterdir() if not path.name.startswith(".")]
+
+
+# ---- TensorRT's lint ---------------------------------------------------------------------------------------
+
+
+def graph_of(*nodes, initializers=()):
+    from onnx import TensorProto, helper
+
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4]) for name in ("image", "logits")]
+    return helper.make_model(helper.make_graph(list(nodes), "g", ends[:1], ends[1:], list(initializers)))
+
+
+def test_lint_names_every_refused_node(tmp_path: Path) -> None:
+    import onnx
+    from onnx import helper, numpy_helper
+
+    constants = [
+        numpy_helper.from_array(np.float32(0.1), "scale"),
+        numpy_helper.from_array(np.uint8(3), "zero"),
+        numpy_helper.from_array(np.zeros(4, np.int32), "bias"),
+        numpy_helper.from_array(np.int32(0), "bias_zero"),
+    ]
+    model = graph_of(
+        helper.make_node("Unique", ["image"], ["a"], "odd"),
+        helper.make_node("QuantizeLinear", ["a", "scale", "zero"], ["b"], "asymmetric"),
+        helper.make_node("DequantizeLinear", ["b", "scale", "zero"], ["c"], "back"),
+        helper.make_node("DequantizeLinear", ["bias", "scale", "bias_zero"], ["d"], "bias of ints"),
+        helper.make_node("Gelu", ["c"], ["e"], "contrib", domain="com.microsoft"),
+        helper.make_node("Add", ["e", "d"], ["logits"], "fine"),
+        initializers=constants,
+    )
+    onnx.save(model, tmp_path / "m.onnx")
+    found = tensorrt_lint(tmp_path / "m.onnx")
+    for name, why in {
+        "odd": "without an importer",
+        "asymmetric": "zero point that is not 0",
+        "back": "zero point that is not 0",
+        "bias of ints": "INT32 bias",
+        "contrib": "com.microsoft",
+    }.items():
+        assert any(line.startswith(f"'{name}' ") and why in line for line in found), found
+    assert not any("'fine'" in line for line in found)
+
+
+@pytest.mark.parametrize("variant", ["float32", "int8", "float16"])
+def test_what_is_written_for_tensorrt_passes(made: Made, variant: str) -> None:
+    assert tensorrt_lint(made.models[f"tensorrt-{variant}"].file("model.onnx")) == []
+
+
+def test_the_portable_file_would_be_refused(made: Made) -> None:
+    """The lint sees what it is there for: ONNX Runtime's own INT8 is asymmetric and has INT32 biases."""
+    found = " ".join(tensorrt_lint(made.models["onnxruntime-int8"].file("model.onnx")))
+    assert "zero point that is not 0" in found or "uint8" in found
+    assert "INT32 bias" in found
+
+
+def test_float16_is_float16(made: Made) -> None:
+    import onnx
+
+    model = onnx.load(made.models["tensorrt-float16"].file("model.onnx"))
+    kinds = {tensor.data_type for tensor in model.graph.initializer if len(tensor.dims) == 4}
+    assert kinds == {onnx.TensorProto.FLOAT16}
+    onnx.checker.check_model(model, full_check=True)  # no operator mixes types, which strong typing refuses
