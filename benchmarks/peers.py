@@ -2,9 +2,9 @@
 
     python benchmarks/peers.py CHECKPOINT --data DATA --out runs
 
-CHECKPOINT is the folder of a student or an adopted teacher. Every contender becomes a bundle and all bundles of a runtime are
-measured together, interleaved, by ``kdpipe bench``. All calibrate on the same training images. Peers: the defaults of ONNX
-Runtime's quantiser, of NNCF, of ai-edge-quantizer and, where it is installed, of Olive.
+CHECKPOINT is the folder of a student or an adopted teacher. Every contender becomes a bundle and all bundles of a
+runtime are measured together, interleaved, by ``kdpipe bench``. All calibrate on the same training images. Peers: the
+defaults of ONNX Runtime's quantiser, of NNCF, of ai-edge-quantizer and, where it is installed, of Olive.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def ort_static(source: Path, images: CalibrationInputs, out: Path) -> None:
     prepared.unlink()
 
 
-def ort_dynamic(source: Path, images: CalibrationInputs, out: Path) -> None:
+def ort_dynamic(source: Path, _: CalibrationInputs, out: Path) -> None:
     from onnxruntime.quantization import quantize_dynamic
 
     quantize_dynamic(str(source), str(out))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from . import Variant
 
 SETTINGS = "settings.json"
-# Layers that add most noise of their own, of which each is tried in float alone, and the images for that.
+# Of the layers that add most noise of their own each is tried alone, on so many images.
 RANKED, RANKING_IMAGES = 32, 64
 TIMED_ROUNDS, TIMED_INFERENCES = 5, 20  # of a mix's latency ratio: for the curve, not for a verdict
 
@@ -87,21 +87,25 @@ def guarded(
         with quiet():
             found = sensitivities(whole, plain, traced)
         names = [layer.name for layer in sorted(found, key=lambda layer: -layer.own_noise)]
-        return by_damage(names[:RANKED]) + names[RANKED:] if variant.quick else names
+        return by_damage(names) if variant.quick else names
 
     def by_damage(names: Sequence[str]) -> list[str]:
-        """The layer first without whose rounding the outputs are nearest to float32's."""
-        few = images[:RANKING_IMAGES]
+        """The most damaging first: the outputs' error when a layer alone is small and all others are float.
+
+        A bad range hurts the layer that makes a tensor and the one that takes it: both come out on top, where leaving
+        either of them in float would change nothing.
+        """
+        few, error = images[:RANKING_IMAGES], {}
         with quiet():
             expected = predict(open_checked(model.path, facts), few)
-        noise = {}
-        with progress("ranking layers", len(names)) as advance, tempfile.TemporaryDirectory() as scratch:
-            for name in names:
+        tried = names[:RANKED]
+        with progress("ranking layers", len(tried)) as advance, tempfile.TemporaryDirectory() as scratch:
+            for name in tried:
                 advance(1, name)
-                write_variant(variant, model, [name], Path(scratch))
+                write_variant(variant, model, [other for other in names if other != name], Path(scratch))
                 with quiet():
-                    noise[name] = float(np.square(predict(open_checked(Path(scratch), facts), few) - expected).mean())
-        return sorted(names, key=lambda name: noise[name])
+                    error[name] = float(np.square(predict(open_checked(Path(scratch), facts), few) - expected).mean())
+        return [*sorted(tried, key=lambda name: -error[name]), *names[RANKED:]]
 
     steps, folder, kept = search(ranked, make, max_drop, limit, resume)
     for path in folder.iterdir():

@@ -61,20 +61,6 @@ class OnnxActivations:
         return {INPUT: image, **found, **known}
 
 
-def _with_activations(source: Path, names: Collection[str]) -> set[str]:
-    """The nodes of these names with the Relu or Clip behind each, or before: the two are quantised as one."""
-    import onnx
-
-    graph = onnx.load(source, load_external_data=False).graph
-    makers = {output: node for node in graph.node for output in node.output}
-    kept = set(names)
-    for node in graph.node:
-        maker = makers.get(node.input[0]) if node.op_type in ("Relu", "Clip") else None
-        if maker is not None and not kept.isdisjoint({node.name, maker.name}):
-            kept |= {node.name, maker.name}
-    return kept
-
-
 def write_qdq(
     source: Path,
     ranges: Mapping[str, Range],
@@ -112,7 +98,7 @@ def write_qdq(
             reduce_range=reduce_range,
             activation_type=QuantType.QUInt8 if activations == "uint8" else QuantType.QInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=sorted(_with_activations(source, keep_float)),
+            nodes_to_exclude=sorted(keep_float),
             extra_options=extra,
             calibration_cache_path=known,
         )
