@@ -273,14 +273,26 @@ def quantize(
     *,
     config: Callable[..., QuantizeConfig],
 ) -> None:
-    """Make a model INT8, calibrated on training images.
+    """Make a smaller variant of a model: INT8 calibrated on training images, bf16, float16.
 
-    Example: kdpipe quantize MODEL
+    --variant auto makes every one that could be the best on this machine: bench them to know which is.
+
+    Example: kdpipe quantize MODEL --max-drop 0.5
     """
     from .core.artifact import Model
+    from .core.config import QuantizePlan, QuantizeSettings
+    from .core.errors import UserError
 
-    opened = Model.open(model)
-    _print_artifact(_chain(model.parent).quantize(config(), opened, _dataset_of(opened, data), out), as_json)
+    settings, opened, chain = config(), Model.open(model), _chain(model.parent)
+    dataset = _dataset_of(opened, data)
+    if settings.variant != "auto":
+        _print_artifact(chain.quantize(settings, opened, dataset, out), as_json)
+        return
+    if out is not None:
+        raise UserError("--variant auto makes several artifacts: leave --out away, they go beside the model")
+    plan = QuantizePlan(**{name: getattr(settings, name) for name in QuantizeSettings.model_fields})
+    for made in chain.variants(plan, opened, dataset):
+        _print_artifact(made, as_json)
 
 
 @app.command()

@@ -87,6 +87,7 @@ class Chain:
     steps: list[Step] = field(default_factory=list)
     # Called once, before the first step that is not sealed: mistakes are told before any work.
     check: Callable[[], None] = lambda: None
+    _graphs: dict[Path, Graph] = field(default_factory=dict)  # opened once for all the targets of a run
 
     def step(
         self,
@@ -251,7 +252,11 @@ class Chain:
 
             return trace(of_graph, student, dataset, path)
 
-        return self.step("graph", Graph, "graph", of_graph, {"student": student, "data": dataset}, make)
+        inputs = {"student": student, "data": dataset}
+        path = self.path("graph", "graph", of_graph, inputs)
+        if path not in self._graphs:
+            self._graphs[path] = self.step("graph", Graph, "graph", of_graph, inputs, make)
+        return self._graphs[path]
 
     def export(self, config: ExportConfig, student: Checkpoint, dataset: Dataset, out: Path | None = None) -> Model:
         from .export import TARGETS

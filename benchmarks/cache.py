@@ -2,6 +2,7 @@
 
     python benchmarks/cache.py                                     mobilenetv4_conv_small at 224, three teachers
     python benchmarks/cache.py --student resnet8 --teacher resnet56 --size 32 --batch 64 --threads 1
+    python benchmarks/cache.py --peers --precision float32             timm's and torchdistill's live teachers too
 
 A step is the whole of one: look up or ask, forward, backward, update; the views are made beforehand, so that nothing
 hides what the cache costs. Networks have random weights: a step takes as long with any. A ratio is of two neighbours
@@ -24,6 +25,7 @@ import typer
 from safetensors.torch import save_file
 from torch import Tensor
 
+from distill import timms, torchdistills  # the benchmark beside this one
 from kdpipe.core.artifact import Cache, Checkpoint
 from kdpipe.core.config import DataConfig, ModelConfig, TeacherConfig, TrainingConfig, validated
 from kdpipe.core.data import Dataset
@@ -40,6 +42,7 @@ from kdpipe.networks import models
 from kdpipe.pipeline import Chain
 
 FRACTION, VIEWS = 0.1, 2
+PEERS = {"timm": timms, "torchdistill": torchdistills}
 
 
 def random_teacher(chain: Chain, name: str, size: int, dataset: Dataset) -> Checkpoint:
@@ -64,6 +67,7 @@ def main(
     threads: Annotated[int, typer.Option()] = 2,
     rounds: Annotated[int, typer.Option()] = 12,
     precision: Annotated[str, typer.Option(help="float32 or bf16")] = "bf16",
+    peers: Annotated[bool, typer.Option("--peers", help="timm's and torchdistill's loops too")] = False,
 ) -> None:
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -111,6 +115,9 @@ def main(
                 look_up = CachedTeacher(cache)
                 steps["cached teacher"] = stepper("kd", guide, cache)
             steps[f"live {name}"] = stepper("kd", guide, None)
+            for title, loop in PEERS.items() if peers else ():
+                loaded = models.restore(guide)[0]
+                steps[f"{title}, {name}"] = loop(copy.deepcopy(network), loaded, image, label, precision == "bf16")
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         order = random.Random(0)
         for _ in range(rounds + 1):
@@ -121,7 +128,7 @@ def main(
         print(f"{student}, {batch} images of {size} pixels, {threads} thread(s), {precision}, {rounds} rounds")
         for name in steps:  # the first round warms up
             found = ratio_interval(seconds[name][1:], seconds["cached teacher"][1:])
-            print(f"{name:<28} takes {found.value:.2f} of a step from the cache [{found.low:.2f}, {found.high:.2f}]")
+            print(f"{name:<36} takes {found.value:.2f} of a step from the cache [{found.low:.2f}, {found.high:.2f}]")
         assert look_up is not None
         numbers = torch.from_numpy(source.numbers[:batch])
         begun = time.perf_counter()

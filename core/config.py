@@ -397,7 +397,9 @@ S = TypeVar("S", bound=QuantizeSettings)
 class QuantizeConfig(QuantizeSettings):
     """Float32 model to one variant."""
 
-    variant: str = Field("int8", description="int8, int8-qdq, int8-dynamic, float16 or bf16, as the target has them")
+    variant: str = Field(
+        "int8", description="int8, int8-qdq, int8-dynamic, float16 or bf16, as the target has them; auto: see below"
+    )
 
 
 def suited(config: S, machine: str, flags: Mapping[str, bool]) -> S:

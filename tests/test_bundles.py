@@ -79,7 +79,7 @@ def test_bundle_holds_what_a_device_needs(made: Made) -> None:
 
 def test_lineage_goes_back_to_the_teacher_and_the_data(made: Made) -> None:
     model = made.bundles["openvino-int8"].manifest.inputs["model"]
-    student = model.inputs["model"].inputs["student"]
+    student = model.inputs["model"].inputs["graph"].inputs["student"]
     assert student.key == made.student.key
     assert student.inputs["teacher"].key == made.teacher.key
     assert student.inputs["teacher"].inputs["data"].key == made.dataset.key

@@ -340,6 +340,14 @@ def test_an_unknown_variant(made: Made) -> None:
     assert_one_line(done, 2, "unknown variant of onnxruntime", "did you mean 'int8-dynamic'?")
 
 
+def test_auto_makes_what_suits(made: Made) -> None:
+    model = made.models["openvino-float32"].path
+    done = kdpipe("quantize", model, "--variant", "auto", "--calibrate.images", 64, "--check-images", 32)
+    made_now = {Model.open(path).facts["variant"] for path in done.stdout.split()}
+    assert made_now == set(VARIANTS_HERE["openvino"]) - {"float16"}  # which no CPU runs faster
+    assert_one_line(kdpipe("quantize", model, "--variant", "auto", "--out", "x"), 2, "leave --out away")
+
+
 def test_a_silent_fallback_is_seen(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A runtime that takes another precision than it was asked for: here it is asked for f16, which no CPU here has."""
 
