@@ -30,6 +30,7 @@ class TfliteTarget:
         from ai_edge_litert.interpreter import Interpreter
 
         from ..networks import models
+        from ..networks.rewrites import for_tflite
 
         network, torch_spec = models.restore(source)
         whole = models.Normalise(network, torch_spec).eval()
@@ -45,6 +46,7 @@ class TfliteTarget:
 
         with torch.no_grad():
             expected: np.ndarray = ChannelsLast()(torch.from_numpy(images).float()).numpy()
+            for_tflite(whole)
             example = torch.zeros(1, *spec.shape)
             litert_torch.convert(ChannelsLast().eval(), (example,)).export(str(folder / self.entry))
         interpreter = Interpreter(str(folder / self.entry), num_threads=1)

@@ -288,3 +288,18 @@ def test_parity_refuses_to_say_nothing() -> None:
         compare(np.zeros((4, 3)), np.zeros((4, 2)), paths)
     broken = compare(np.eye(3), np.full((3, 3), np.nan), paths)
     assert broken.relative > 1e3
+
+
+def test_a_rewritten_module_computes_the_same() -> None:
+    """MobileViTv2's attention as litert-torch can take it."""
+    import timm
+
+    from kdpipe.networks.rewrites import for_tflite
+
+    network = timm.create_model("mobilevitv2_050", num_classes=10).eval()
+    image = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        before = network(image)
+        after = for_tflite(network)(image)
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(after, network(image + 1))
