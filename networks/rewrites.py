@@ -12,7 +12,7 @@ def for_tflite(network: nn.Module) -> nn.Module:
     """``network`` itself, with modules that litert-torch fails on computed another way."""
     for module in network.modules():
         if isinstance(module, LinearSelfAttention):
-            module._forward_self_attn = MethodType(_linear_attention, module)  # type: ignore[assignment]
+            module._forward_self_attn = MethodType(_linear_attention, module)
     return network
 
 
