@@ -169,7 +169,7 @@ def main(
     checkpoint: Annotated[Path, typer.Argument(help="folder of a student or an adopted teacher")],
     data: Annotated[Path, typer.Option(help="folder of its dataset")],
     out: Annotated[Path, typer.Option(help="folder of artifacts; what is there is not made again")],
-    target: Annotated[list[str], typer.Option(help="runtime (repeatable)")] = list(TARGETS),  # noqa: B006
+    target: Annotated[list[str] | None, typer.Option(help="runtime (repeatable); left out, all")] = None,
     rounds: Annotated[int, typer.Option(help="fresh processes for each bundle")] = 8,
     seconds: Annotated[float, typer.Option(help="steady time of one measurement")] = 0.5,
     threads: Annotated[int, typer.Option(help="of the runtime; 0: every core")] = 0,
@@ -178,7 +178,7 @@ def main(
     student, dataset = Checkpoint.open(checkpoint), Dataset.open(data)
     chain = Chain(out, tell=lambda step: print(f"{step.name:32} {step.seconds:7.1f} s", flush=True))
     found: dict[str, Any] = {}
-    for name in target:
+    for name in target or TARGETS:
         whole = chain.export(ExportConfig(target=name), student, dataset)
         models = {f"{name}-float32": whole}
         for made in chain.variants(QuantizePlan(calibrate={"images": IMAGES}), whole, dataset):  # type: ignore[arg-type]

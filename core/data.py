@@ -78,7 +78,7 @@ def stratified_fraction(labels: Sequence[int] | np.ndarray, fraction: float, see
 def stratified_count(labels: Sequence[int] | np.ndarray, count: int, seed: int) -> np.ndarray:
     """Positions of ``count`` samples, as even over the classes as they allow, classes taking turns."""
     orders = stratified_order(labels, seed)
-    turns = [order[turn] for turn in range(max(map(len, orders))) for order in orders if turn < len(order)]
+    turns = [order[turn] for turn in range(max(map(len, orders), default=0)) for order in orders if turn < len(order)]
     return np.asarray(turns[:count], dtype=np.int64)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..core.artifact import Artifact, Graph
+from ..networks.lint import check_for_tensorrt
 from .graph import GRAPH, of_graph
 from .written import Written
 
@@ -57,6 +58,7 @@ class TensorRtTarget:
 
     def write(self, source: Graph, spec: InputSpec, images: np.ndarray, folder: Path) -> Written:
         shutil.copyfile(source.file(GRAPH), folder / self.entry)
+        check_for_tensorrt(folder / self.entry)
         script = folder / SCRIPT
         script.write_text(BUILD_SCRIPT.format(name="image", size=spec.size))
         script.chmod(0o755)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..core.errors import UserError
 from ..core.proc import first_line
 
 if TYPE_CHECKING:
@@ -72,6 +73,12 @@ def tensorrt_lint(path: Path) -> list[str]:
             if dimensions not in CONV_DIMENSIONS:
                 refuse(node, f"convolution over {dimensions} dimension(s), wanted 2 or 3")
     return found
+
+
+def check_for_tensorrt(path: Path) -> None:
+    """Refuse a graph that TensorRT would refuse; names the nodes. Raises UserError."""
+    if refused := tensorrt_lint(path):
+        raise UserError(f"TensorRT would refuse {len(refused)} node(s): {'; '.join(refused)}")
 
 
 def _quantization_faults(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> list[str]:

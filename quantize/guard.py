@@ -26,7 +26,7 @@ from .search import Step, as_curve, mix_name, search
 from .work import TRACED_IMAGES, open_checked, write_variant
 
 if TYPE_CHECKING:
-    from . import Variant
+    from .variant import Variant
 
 SETTINGS = "settings.json"
 # Of the layers that add most noise of their own each is tried alone, on so many images.

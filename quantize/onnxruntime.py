@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from .layers import Activations
 from .qdq import OnnxActivations, write_qdq
 from .ranges import Range, estimate
+from .variant import Variant
 
 if TYPE_CHECKING:
     from .work import Work
 
 
-class Qdq:
+class Qdq(Variant):
     """Static INT8: weights per channel, activations per tensor."""
 
     needs: tuple[str, ...] = ("onnx", "onnxruntime")
@@ -24,12 +25,8 @@ class Qdq:
     quick = True
 
     def __init__(self, work: Work) -> None:
-        self._work = work
+        super().__init__(work)
         self._activations = work.config.activations
-
-    @staticmethod
-    def suits(facts: Mapping[str, Any], flags: Mapping[str, bool]) -> bool:
-        return True
 
     @property
     def source(self) -> Path:
@@ -59,16 +56,11 @@ class Qdq:
         return OnnxActivations(entry)
 
 
-class DynamicMatMul:
+class DynamicMatMul(Variant):
     """INT8 weights of matrix products, activations quantised while it runs; convolutions stay float."""
 
     needs: tuple[str, ...] = ("onnx", "onnxruntime")
     precision = "int8"
-    calibrated = False
-    quick = False
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
 
     @staticmethod
     def suits(facts: Mapping[str, Any], flags: Mapping[str, bool]) -> bool:
@@ -87,6 +79,3 @@ class DynamicMatMul:
             weight_type=QuantType.QInt8,
         )
         return {"format": "dynamic", "weights": "int8 per channel, of matrix products", "activations": "as they come"}
-
-    def activations(self, entry: Path) -> None:
-        return None

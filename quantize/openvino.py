@@ -13,6 +13,7 @@ import numpy as np
 from ..core.errors import UserError
 from .layers import Activations, Layer
 from .onnxruntime import Qdq
+from .variant import Variant
 
 if TYPE_CHECKING:
     from .work import Work
@@ -56,18 +57,10 @@ def _before_fake_quantize(output: Any) -> str:
     return name
 
 
-class Nncf:
+class Nncf(Variant):
     needs: tuple[str, ...] = ("openvino", "nncf")
     precision = "int8"
     calibrated = True
-    quick = False
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
-
-    @staticmethod
-    def suits(facts: Mapping[str, Any], flags: Mapping[str, bool]) -> bool:
-        return True
 
     def write(self, keep_float: Collection[str], folder: Path) -> dict[str, Any]:
         import nncf
@@ -127,16 +120,11 @@ class PortableQdq(Qdq):
         return OpenVinoActivations(entry)
 
 
-class BFloat16:
+class BFloat16(Variant):
     """The float32 file, run in bf16."""
 
     needs: tuple[str, ...] = ("openvino",)
     precision = "bf16"
-    calibrated = False
-    quick = False
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
 
     @staticmethod
     def suits(facts: Mapping[str, Any], flags: Mapping[str, bool]) -> bool:
@@ -147,20 +135,12 @@ class BFloat16:
             shutil.copyfile(self._work.model.file(name), folder / name)
         return {"format": "float32 file", "runtime": {"inference_precision": "bf16"}}
 
-    def activations(self, entry: Path) -> None:
-        return None
 
-
-class CompressedFloat16:
+class CompressedFloat16(Variant):
     """Weights stored in float16: half the size; a CPU computes in float32 all the same."""
 
     needs: tuple[str, ...] = ("openvino",)
     precision = "float16"
-    calibrated = False
-    quick = False
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
 
     @staticmethod
     def suits(facts: Mapping[str, Any], flags: Mapping[str, bool]) -> bool:
@@ -172,6 +152,3 @@ class CompressedFloat16:
         model = openvino.Core().read_model(self._work.entry)
         openvino.save_model(model, folder / self._work.model.facts["entry"], compress_to_fp16=True)
         return {"format": "float16 weights", "weights": "float16"}
-
-    def activations(self, entry: Path) -> None:
-        return None

@@ -13,13 +13,13 @@ from ..core.config import QuantizeConfig
 from ..core.data import Dataset, Sample
 from ..core.errors import GateFailed, UserError, choice
 from ..core.proc import quiet, require
-from ..networks.lint import tensorrt_lint
 from ..runtime import predict
 from ..runtime.preprocess import load_images
-from . import VARIANTS, Variant
+from . import VARIANTS
 from .calibrate import CalibrationInputs, choose
 from .guard import guarded
 from .layers import sensitivities
+from .variant import Variant
 from .work import TRACED_IMAGES, Work, open_checked, write_variant
 
 
@@ -84,8 +84,6 @@ def quantize(
                 **draft.facts,
             }
         )
-        if target == "tensorrt" and (refused := tensorrt_lint(draft.path / facts["entry"])):
-            raise UserError(f"TensorRT would refuse {len(refused)} node(s): {'; '.join(refused[:8])}")
         if calibration:
             files = [sample.path.name for sample in calibration]
             write_json(evidence / "calibration.json", {"part": "train", "files": files})
@@ -97,7 +95,8 @@ def quantize(
 def _held_out(config: QuantizeConfig, dataset: Dataset) -> list[Sample]:
     if config.max_drop is None:
         return []
-    found = dataset.samples(config.guard_part)
+    # Classes take turns: the first few, on which layers are ranked, are of many.
+    found = dataset.balanced(config.guard_part, len(dataset.samples(config.guard_part)), seed=0)
     if not found:
         raise UserError(
             f"max_drop wants held-out images, and {dataset.path} has no '{config.guard_part}' part: "

@@ -12,28 +12,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..networks.lint import check_for_tensorrt
 from .layers import Activations
 from .qdq import OnnxActivations, write_qdq
 from .ranges import Range, estimate
+from .variant import Variant
 
 if TYPE_CHECKING:
-    from .work import Work
+    pass
 
 SCRIPT = "build_engine.sh"
 
 
-class ExplicitQdq:
+class ExplicitQdq(Variant):
     needs: tuple[str, ...] = ("onnx", "onnxruntime")
     precision = "int8"
     calibrated = True
     quick = True
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
-
-    @staticmethod
-    def suits(facts: Mapping[str, Any], flags: Mapping[str, bool]) -> bool:
-        return True
 
     @cached_property
     def ranges(self) -> Mapping[str, Range]:
@@ -44,6 +39,7 @@ class ExplicitQdq:
         extra = {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False}
         out = folder / self._work.model.facts["entry"]
         write_qdq(self._work.entry, self.ranges, out, "int8", keep_float, False, extra)
+        check_for_tensorrt(folder / self._work.model.facts["entry"])
         shutil.copy(self._work.model.file(SCRIPT), folder)
         return {
             "format": "explicit QDQ",
@@ -56,20 +52,11 @@ class ExplicitQdq:
         return OnnxActivations(entry)
 
 
-class TypedFloat16:
+class TypedFloat16(Variant):
     """float16 weights and arithmetic; input and output stay float32."""
 
     needs: tuple[str, ...] = ("onnx", "onnxruntime")
     precision = "float16"
-    calibrated = False
-    quick = False
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
-
-    @staticmethod
-    def suits(facts: Mapping[str, Any], flags: Mapping[str, bool]) -> bool:
-        return True
 
     def write(self, keep_float: Collection[str], folder: Path) -> dict[str, Any]:
         import onnx
@@ -82,8 +69,6 @@ class TypedFloat16:
         ordered = ONNXModel(half)
         ordered.topological_sort()  # the conversion leaves its casts at the end, where no parser takes them
         onnx.save(ordered.model, folder / self._work.model.facts["entry"])
+        check_for_tensorrt(folder / self._work.model.facts["entry"])
         shutil.copy(self._work.model.file(SCRIPT), folder)
         return {"format": "typed float16 graph", "weights": "float16"}
-
-    def activations(self, entry: Path) -> None:
-        return None

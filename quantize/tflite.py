@@ -13,9 +13,10 @@ import numpy as np
 
 from .layers import Activations, Layer
 from .ranges import Range, estimate
+from .variant import Variant
 
 if TYPE_CHECKING:
-    from .work import Work
+    pass
 
 INPUT_RANGE = (0.0, 255.0)  # known: observing it would let 255 clip on a brighter image
 
@@ -85,18 +86,11 @@ def _dequantized(values: np.ndarray, tensor: Mapping[str, Any]) -> np.ndarray:
     return np.asarray((values.astype(np.float32) - zero_point) * scale, dtype=np.float32)
 
 
-class StaticInt8:
+class StaticInt8(Variant):
     needs: tuple[str, ...] = ("ai-edge-quantizer", "ai-edge-litert")
     precision = "int8"
     calibrated = True
     quick = True
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
-
-    @staticmethod
-    def suits(facts: Mapping[str, Any], flags: Mapping[str, bool]) -> bool:
-        return True
 
     @cached_property
     def ranges(self) -> Mapping[str, Range]:
@@ -140,16 +134,11 @@ class StaticInt8:
         return TfliteActivations(entry)
 
 
-class DynamicInt8:
+class DynamicInt8(Variant):
     """INT8 weights, activations quantised while it runs."""
 
     needs: tuple[str, ...] = ("ai-edge-quantizer", "ai-edge-litert")
     precision = "int8"
-    calibrated = False
-    quick = False
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
 
     @staticmethod
     def suits(facts: Mapping[str, Any], flags: Mapping[str, bool]) -> bool:
@@ -164,20 +153,12 @@ class DynamicInt8:
         work.quantize(None).export_model(str(folder / self._work.model.facts["entry"]), overwrite=True)
         return {"format": "dynamic", "weights": "int8 per channel", "activations": "as they come"}
 
-    def activations(self, entry: Path) -> None:
-        return None
 
-
-class Float16Weights:
+class Float16Weights(Variant):
     """Weights stored in float16: half the size; a CPU computes in float32 all the same."""
 
     needs: tuple[str, ...] = ("ai-edge-quantizer", "ai-edge-litert")
     precision = "float16"
-    calibrated = False
-    quick = False
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
 
     @staticmethod
     def suits(facts: Mapping[str, Any], flags: Mapping[str, bool]) -> bool:
@@ -207,6 +188,3 @@ class Float16Weights:
         )
         work.quantize(None).export_model(str(folder / self._work.model.facts["entry"]), overwrite=True)
         return {"format": "float16 weights", "weights": "float16"}
-
-    def activations(self, entry: Path) -> None:
-        return None

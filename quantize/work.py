@@ -16,7 +16,7 @@ from ..runtime import Session, open_session
 from .calibrate import CalibrationInputs
 
 if TYPE_CHECKING:
-    from . import Variant
+    from .variant import Variant
 
 TRACED_IMAGES = 16  # on which the noise of every layer is measured
 
