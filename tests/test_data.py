@@ -186,3 +186,20 @@ def test_unlabeled_images_without_copies_of_the_held_out(photos: Path, tmp_path:
         prepared(tmp_path, source=str(photos), val_fraction=0, unlabeled=tmp_path / "more")
     with pytest.raises(UserError, match="nowhere"):
         prepared(tmp_path, source=str(photos), unlabeled=tmp_path / "nowhere")
+
+
+def test_listed_classes_give_the_order_and_may_be_empty(photos: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "classes.txt"
+    listed.write_text("light\nneither\ndark\n")
+    chain = Chain(tmp_path / "artifacts")
+    dataset = chain.data(DataConfig(source=str(photos), classes=listed))
+    assert dataset.classes == ["light", "neither", "dark"]
+    assert {sample.path.parent.name: sample.label for sample in dataset.samples("test")} == {"light": 0, "dark": 2}
+    listed.write_text("dark\nlight\n")
+    assert chain.data(DataConfig(source=str(photos), classes=listed)).key != dataset.key, "another order, another key"
+    for text, wanted in (("dark\ndark\n", "lists 'dark' twice"), ("dark\nother\n", "has classes that .* lacks: light")):
+        listed.write_text(text)
+        with pytest.raises(UserError, match=wanted):
+            chain.data(DataConfig(source=str(photos), classes=listed))
+    with pytest.raises(UserError, match="no file at"):
+        chain.data(DataConfig(source=str(photos), classes=tmp_path / "nowhere.txt"))
