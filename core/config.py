@@ -372,6 +372,10 @@ class QuantizeSettings(Config):
     """How a float32 model becomes a smaller one."""
 
     calibrate: CalibrateConfig = CalibrateConfig()
+    correct_biases: bool = Field(
+        True,
+        description="move biases against the mean shift of rounding, where that measures better (NNCF has its own)",
+    )
     check_images: int = Field(128, ge=1, description="other training images on which it is compared with float32")
     activations: Literal["auto", "uint8", "int8"] = Field(
         "auto", description="onnxruntime and its file in openvino: auto is uint8 on x86 and int8 on ARM"

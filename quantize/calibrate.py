@@ -24,6 +24,12 @@ class CalibrationInputs(Sequence[np.ndarray]):
     def __init__(self, samples: Sequence[Sample], spec: dict[str, Any], what: str) -> None:
         self._samples, self._spec, self._what = samples, spec, what
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CalibrationInputs) and self._samples == other._samples and self._spec == other._spec
+
+    def __hash__(self) -> int:
+        return hash(tuple(sample.path for sample in self._samples))
+
     @overload
     def __getitem__(self, at: int) -> np.ndarray: ...
     @overload

@@ -19,12 +19,14 @@ class Layer:
     kind: str
     inputs: tuple[str, ...]
     output: str
+    bias: str | None = None  # the constant that is added per channel, where there is one
 
 
 class Activations(Protocol):
     """A graph that tells what passes between its layers."""
 
     layers: tuple[Layer, ...]  # in the order they run
+    channel_axis: int
 
     def __call__(self, image: np.ndarray) -> Mapping[str, np.ndarray]:
         """Float values of the tensors of ``layers`` (and the input) by name, for one input of the graph."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .bias import Correction, Shifts, correct
 from .layers import Activations
-from .qdq import OnnxActivations, write_qdq
+from .qdq import OnnxActivations, observe_onnx, write_qdq
 from .ranges import Range, estimate
 from .variant import Variant
 
@@ -26,31 +28,48 @@ class Qdq(Variant):
 
     def __init__(self, work: Work) -> None:
         super().__init__(work)
-        self._activations = work.config.activations
+        self._activations: str = work.config.activations
+        self._reduce_range = bool(work.config.reduce_range)
+        self._extra: dict[str, Any] = {}
 
     @property
     def source(self) -> Path:
         """The float ONNX."""
-        return self._work.entry
+        return self._work.entry if self._work.graph is None else self._work.graph.file("model.onnx")
 
     @cached_property
     def ranges(self) -> Mapping[str, Range]:
         rule = self._work.config.calibrate.ranges
-        return estimate(OnnxActivations(self.source), self._work.inputs, rule, self._activations == "int8")
+        return estimate(observe_onnx(self.source, self._work.inputs), rule, self._activations == "int8")
+
+    @cached_property
+    def correction(self) -> Correction:
+        if not self._work.config.correct_biases:
+            return Correction()
+
+        def make(shifts: Shifts) -> OnnxActivations:
+            with tempfile.TemporaryDirectory() as scratch:
+                self._write_onnx(Path(scratch) / "model.onnx", (), shifts)
+                return OnnxActivations(Path(scratch) / "model.onnx")
+
+        return correct(OnnxActivations(self.source), make, self._work.inputs)
 
     def write(self, keep_float: Collection[str], folder: Path) -> dict[str, Any]:
         return self.write_as(folder / self._work.model.facts["entry"], keep_float)
 
     def write_as(self, out: Path, keep_float: Collection[str]) -> dict[str, Any]:
-        extra = {"ActivationSymmetric": self._activations == "int8"}
-        reduced = bool(self._work.config.reduce_range)
-        write_qdq(self.source, self.ranges, out, self._activations, keep_float, reduced, extra)
+        self._write_onnx(out, keep_float, self.correction.shifts)
         return {
             "format": "QDQ",
-            "weights": f"int{7 if reduced else 8} per channel",
+            "weights": f"int{7 if self._reduce_range else 8} per channel",
             "activations": self._activations,
             "ranges": self._work.config.calibrate.ranges,
+            "bias_correction": self.correction.as_dict(),
         }
+
+    def _write_onnx(self, out: Path, keep_float: Collection[str], shifts: Shifts) -> None:
+        extra = {"ActivationSymmetric": self._activations == "int8", **self._extra}
+        write_qdq(self.source, self.ranges, shifts, out, self._activations, keep_float, self._reduce_range, extra)
 
     def activations(self, entry: Path) -> Activations:
         return OnnxActivations(entry)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 class OpenVinoActivations:
     """An IR with the output of every float operation among its results."""
 
+    channel_axis = 1
+
     def __init__(self, path: Path) -> None:
         import openvino
 
@@ -104,7 +106,7 @@ class PortableQdq(Qdq):
     def source(self) -> Path:
         if self._work.graph is None:
             raise UserError(f"{self._work.model.path} has no ONNX graph beside it: export it again, here")
-        return self._work.graph.file("model.onnx")
+        return super().source
 
     def write(self, keep_float: Collection[str], folder: Path) -> dict[str, Any]:
         import openvino

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .calibrate import CalibrationInputs
 from .layers import Layer
-from .ranges import Range
+from .ranges import Histogram, Range, observe
 
 INPUT = "image"
+BIASED = ("Conv", "Gemm")
 INPUT_RANGE = (0.0, 255.0)  # known: observing it would let 255 clip on a brighter image
 
 
 class OnnxActivations:
     """An ONNX graph with every float tensor among its outputs; a quantised one as its consumers get it."""
+
+    channel_axis = 1
 
     def __init__(self, path: Path) -> None:
         import onnx
@@ -33,7 +38,13 @@ class OnnxActivations:
         }
         made = {name: node for node in model.graph.node for name in node.output if name in floats}
         self.layers: tuple[Layer, ...] = tuple(
-            Layer(node.name, node.op_type, tuple(i for i in node.input if i and i not in weights), name)
+            Layer(
+                node.name,
+                node.op_type,
+                tuple(i for i in node.input if i and i not in weights),
+                name,
+                next((i for i in node.input[2:] if i in weights and node.op_type in BIASED), None),
+            )
             for name, node in made.items()
             if node.op_type not in ("QuantizeLinear", "DequantizeLinear", "Constant")
         )
@@ -61,9 +72,16 @@ class OnnxActivations:
         return {INPUT: image, **found, **known}
 
 
+@lru_cache(maxsize=1)
+def observe_onnx(source: Path, images: CalibrationInputs) -> dict[str, Histogram]:
+    """What was seen of every float tensor; kept for the next target that starts from the same graph and images."""
+    return observe(OnnxActivations(source), images)
+
+
 def write_qdq(
     source: Path,
     ranges: Mapping[str, Range],
+    shifts: Mapping[str, np.ndarray],
     out: Path,
     activations: str,
     keep_float: Collection[str],
@@ -76,6 +94,7 @@ def write_qdq(
 
     Args:
         ranges: of every float tensor.
+        shifts: added to the biases of nodes, by name.
         activations: "uint8" or "int8".
         keep_float: names of nodes left as they are.
         extra: the library's ``extra_options``.
@@ -89,6 +108,7 @@ def write_qdq(
         prepared, known = Path(scratch) / "prepared.onnx", Path(scratch) / "ranges.json"
         # The graph is simplified already; fusing it here would change the names that the ranges go by.
         quant_pre_process(str(source), str(prepared), skip_optimization=True, skip_symbolic_shape=True)
+        _move_biases(prepared, {name: shift for name, shift in shifts.items() if name not in keep_float})
         save_tensors_data(TensorsData(CalibrationMethod.MinMax, values), known)
         quantize_static(
             str(prepared),
@@ -102,3 +122,19 @@ def write_qdq(
             extra_options=extra,
             calibration_cache_path=known,
         )
+
+
+def _move_biases(path: Path, shifts: Mapping[str, np.ndarray]) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(path)
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.name in shifts:
+            # One of its own: two nodes may share a bias.
+            name = f"{node.name}.moved_bias"
+            moved = numpy_helper.to_array(weights[node.input[2]]) + shifts[node.name]
+            model.graph.initializer.append(numpy_helper.from_array(moved.astype(np.float32), name))
+            node.input[2] = name
+    onnx.save(model, path)

@@ -27,10 +27,12 @@ class Histogram:
 
     def add(self, values: np.ndarray) -> None:
         flat = values.ravel()
-        flat = flat[np.abs(flat) < PADDING]
-        if not flat.size:
-            return
         low, high = float(flat.min()), float(flat.max())
+        if max(-low, high) >= PADDING:
+            flat = flat[np.abs(flat) < PADDING]
+            if not flat.size:
+                return
+            low, high = float(flat.min()), float(flat.max())
         self.low, self.high = min(self.low, low), max(self.high, high)
         while max(-low, high) > self._limit:
             folded = self._counts.reshape(-1, 2).sum(1)
@@ -67,15 +69,20 @@ class Histogram:
         return float(start), float(end)
 
 
-def estimate(
-    activations: Activations, images: Iterable[np.ndarray], rule: Literal["mse", "minmax"], symmetric: bool
-) -> Mapping[str, Range]:
-    """The range of every float tensor of a graph, by tensor name."""
+Rule = Literal["mse", "minmax"]
+
+
+def observe(activations: Activations, images: Iterable[np.ndarray]) -> dict[str, Histogram]:
+    """What was seen of every float tensor of a graph, by tensor name."""
     histograms: dict[str, Histogram] = {}
     for image in images:
         for name, values in activations(image).items():
             histograms.setdefault(name, Histogram()).add(values)
-    seen = {name: found for name, found in histograms.items() if found.low <= found.high}
+    return {name: found for name, found in histograms.items() if found.low <= found.high}
+
+
+def estimate(histograms: Mapping[str, Histogram], rule: Rule, symmetric: bool) -> dict[str, Range]:
+    """The range of every tensor that was observed, by tensor name."""
     if rule == "minmax":
-        return {name: (found.low, found.high) for name, found in seen.items()}
-    return {name: found.least_error(symmetric) for name, found in seen.items()}
+        return {name: (found.low, found.high) for name, found in histograms.items()}
+    return {name: found.least_error(symmetric) for name, found in histograms.items()}

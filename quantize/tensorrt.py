@@ -7,49 +7,31 @@ parser has refused.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping
-from functools import cached_property
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..networks.lint import check_for_tensorrt
-from .layers import Activations
-from .qdq import OnnxActivations, write_qdq
-from .ranges import Range, estimate
+from .onnxruntime import Qdq
 from .variant import Variant
 
 if TYPE_CHECKING:
-    pass
+    from .work import Work
 
 SCRIPT = "build_engine.sh"
 
 
-class ExplicitQdq(Variant):
-    needs: tuple[str, ...] = ("onnx", "onnxruntime")
-    precision = "int8"
-    calibrated = True
-    quick = True
-
-    @cached_property
-    def ranges(self) -> Mapping[str, Range]:
-        rule = self._work.config.calibrate.ranges
-        return estimate(OnnxActivations(self._work.entry), self._work.inputs, rule, symmetric=True)
+class ExplicitQdq(Qdq):
+    def __init__(self, work: Work) -> None:
+        super().__init__(work)
+        self._activations, self._reduce_range = "int8", False
+        self._extra = {"WeightSymmetric": True, "QuantizeBias": False}
 
     def write(self, keep_float: Collection[str], folder: Path) -> dict[str, Any]:
-        extra = {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False}
-        out = folder / self._work.model.facts["entry"]
-        write_qdq(self._work.entry, self.ranges, out, "int8", keep_float, False, extra)
+        settings = super().write(keep_float, folder)
         check_for_tensorrt(folder / self._work.model.facts["entry"])
         shutil.copy(self._work.model.file(SCRIPT), folder)
-        return {
-            "format": "explicit QDQ",
-            "weights": "int8 per channel",
-            "activations": "int8 symmetric",
-            "ranges": self._work.config.calibrate.ranges,
-        }
-
-    def activations(self, entry: Path) -> Activations:
-        return OnnxActivations(entry)
+        return {**settings, "format": "explicit QDQ", "activations": "int8 symmetric"}
 
 
 class TypedFloat16(Variant):

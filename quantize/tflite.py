@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from .bias import Correction, Shifts, correct
 from .layers import Activations, Layer
-from .ranges import Range, estimate
+from .ranges import Range, estimate, observe
 from .variant import Variant
 
-if TYPE_CHECKING:
-    pass
-
+BIASED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
 INPUT_RANGE = (0.0, 255.0)  # known: observing it would let 255 clip on a brighter image
 
 
 class TfliteActivations:
     """A flatbuffer whose interpreter keeps every tensor; int8 ones are given as the floats they stand for."""
+
+    channel_axis = -1
 
     def __init__(self, path: Path) -> None:
         from ai_edge_litert.interpreter import Interpreter, OpResolverType
@@ -41,7 +44,8 @@ class TfliteActivations:
         self._tensors = {at: tensors[at] for at in {*made, self._input["index"]} if _holds_numbers(tensors[at])}
         taken: Counter[str] = Counter()
         layers = []
-        for operation in self._interpreter._get_ops_details():
+        self.operators: dict[str, int] = {}  # their positions in the file, by layer
+        for at, operation in enumerate(self._interpreter._get_ops_details()):
             kind, outputs = operation["op_name"], operation["outputs"]
             if len(outputs) != 1 or outputs[0] not in self._tensors or kind in ("QUANTIZE", "DEQUANTIZE", "DELEGATE"):
                 continue
@@ -49,7 +53,10 @@ class TfliteActivations:
             name = f"{_module_of(tensor)}:{kind}"
             taken[name] += 1
             inputs = (self._tensors[at]["name"] for at in operation["inputs"] if at in self._tensors)
-            layers.append(Layer(name if taken[name] == 1 else f"{name}~{taken[name]}", kind, tuple(inputs), tensor))
+            bias = tensors[operation["inputs"][2]]["name"] if kind in BIASED and len(operation["inputs"]) > 2 else None
+            name = name if taken[name] == 1 else f"{name}~{taken[name]}"
+            self.operators[name] = at
+            layers.append(Layer(name, kind, tuple(inputs), tensor, bias))
         self.layers: tuple[Layer, ...] = tuple(layers)
 
     def __call__(self, image: np.ndarray) -> dict[str, np.ndarray]:
@@ -86,6 +93,26 @@ def _dequantized(values: np.ndarray, tensor: Mapping[str, Any]) -> np.ndarray:
     return np.asarray((values.astype(np.float32) - zero_point) * scale, dtype=np.float32)
 
 
+def _move_biases(path: Path, shifts: Mapping[int, np.ndarray], out: Path) -> None:
+    """Write the file with ``shifts`` added to the biases of operators, by their positions."""
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    file = flatbuffer_utils.read_model(str(path))
+    graph = file.subgraphs[0]
+    for at, shift in shifts.items():
+        inputs = graph.operators[at].inputs
+        # One of its own: two operators may share a bias.
+        tensor = copy.copy(graph.tensors[inputs[2]])
+        buffer = copy.copy(file.buffers[tensor.buffer])
+        moved = np.frombuffer(buffer.data.tobytes(), np.float32) + shift
+        buffer.data = np.frombuffer(moved.astype(np.float32).tobytes(), np.uint8)
+        tensor.name, tensor.buffer = f"moved_bias_{at}".encode(), len(file.buffers)
+        inputs[2] = len(graph.tensors)
+        file.buffers.append(buffer)
+        graph.tensors.append(tensor)
+    flatbuffer_utils.write_model(file, str(out))
+
+
 class StaticInt8(Variant):
     needs: tuple[str, ...] = ("ai-edge-quantizer", "ai-edge-litert")
     precision = "int8"
@@ -95,18 +122,46 @@ class StaticInt8(Variant):
     @cached_property
     def ranges(self) -> Mapping[str, Range]:
         rule = self._work.config.calibrate.ranges
-        return estimate(TfliteActivations(self._work.entry), self._work.inputs, rule, symmetric=False)
+        return estimate(observe(TfliteActivations(self._work.entry), self._work.inputs), rule, symmetric=False)
+
+    @cached_property
+    def correction(self) -> Correction:
+        if not self._work.config.correct_biases:
+            return Correction()
+
+        def make(shifts: Shifts) -> TfliteActivations:
+            with tempfile.TemporaryDirectory() as scratch:
+                self._write(Path(scratch) / "model.tflite", (), shifts)
+                return TfliteActivations(Path(scratch) / "model.tflite")
+
+        return correct(TfliteActivations(self._work.entry), make, self._work.inputs)
 
     def write(self, keep_float: Collection[str], folder: Path) -> dict[str, Any]:
+        self._write(folder / self._work.model.facts["entry"], keep_float, self.correction.shifts)
+        return {
+            "format": "static",
+            "weights": "int8 per channel",
+            "activations": "int8",
+            "ranges": self._work.config.calibrate.ranges,
+            "bias_correction": self.correction.as_dict(),
+        }
+
+    def _write(self, out: Path, keep_float: Collection[str], shifts: Shifts) -> None:
         from ai_edge_litert.interpreter import Interpreter
         from ai_edge_quantizer import quantizer, recipe
         from ai_edge_quantizer.algorithm_manager import AlgorithmName
         from ai_edge_quantizer.qtyping import TFLOperationName
 
-        source = str(self._work.entry)
+        whole = TfliteActivations(self._work.entry)
+        _move_biases(
+            self._work.entry,
+            {whole.operators[name]: shift for name, shift in shifts.items() if name not in keep_float},
+            out,
+        )
+        source = str(out)
         work = quantizer.Quantizer(source)
         work.load_quantization_recipe(recipe.static_wi8_ai8())
-        outputs = {layer.name: layer.output for layer in TfliteActivations(self._work.entry).layers}
+        outputs = {layer.name: layer.output for layer in whole.layers}
         for name in (outputs[layer] for layer in keep_float):
             work.update_quantization_recipe(
                 f"^{re.escape(name)};?$", TFLOperationName.ALL_SUPPORTED, algorithm_key=AlgorithmName.NO_QUANTIZE
@@ -122,13 +177,7 @@ class StaticInt8(Variant):
             for end, value in zip(("min", "max"), known[name], strict=True):
                 if end in wanted[name]:
                     wanted[name][end] = np.full_like(wanted[name][end], value)
-        work.quantize(wanted).export_model(str(folder / self._work.model.facts["entry"]), overwrite=True)
-        return {
-            "format": "static",
-            "weights": "int8 per channel",
-            "activations": "int8",
-            "ranges": self._work.config.calibrate.ranges,
-        }
+        work.quantize(wanted).export_model(source, overwrite=True)
 
     def activations(self, entry: Path) -> Activations:
         return TfliteActivations(entry)

@@ -20,14 +20,21 @@ from kdpipe.core.artifact import Model
 from kdpipe.core.config import CalibrateConfig, QuantizeConfig, suited, validated
 from kdpipe.core.data import Dataset
 from kdpipe.core.errors import UserError
+from kdpipe.core.proc import quiet
 from kdpipe.networks.lint import tensorrt_lint
 from kdpipe.pipeline import Chain
 from kdpipe.quantize import VARIANTS
-from kdpipe.quantize.calibrate import choose, entropy, farthest, spread
+from kdpipe.quantize.bias import Correction, correct
+from kdpipe.quantize.calibrate import CalibrationInputs, choose, entropy, farthest, spread
 from kdpipe.quantize.layers import Layer, sensitivities
-from kdpipe.quantize.ranges import Histogram, estimate
+from kdpipe.quantize.qdq import OnnxActivations
+from kdpipe.quantize.ranges import Histogram, estimate, observe
 from kdpipe.quantize.search import Step, search
 from kdpipe.quantize.stage import quantize
+from kdpipe.quantize.tflite import TfliteActivations
+from kdpipe.quantize.work import Work, open_checked
+from kdpipe.runtime import predict
+from kdpipe.runtime.preprocess import load_images
 
 
 def config(**values: object) -> QuantizeConfig:
@@ -153,7 +160,7 @@ def test_padding_is_no_value() -> None:
         def __call__(self, image):
             return {"padded": np.array([-np.inf, np.finfo(np.float32).min, 0.5, 2.0], np.float32)}
 
-    assert estimate(Padded(), [np.zeros(1)], "minmax", symmetric=False)["padded"] == (0.5, 2.0)
+    assert estimate(observe(Padded(), [np.zeros(1)]), "minmax", symmetric=False)["padded"] == (0.5, 2.0)
 
 
 def test_memory_does_not_grow_with_the_images() -> None:
@@ -168,13 +175,76 @@ def test_memory_does_not_grow_with_the_images() -> None:
     def peak(count: int) -> int:
         images = (np.random.default_rng(at).normal(size=4096).astype(np.float32) for at in range(count))
         tracemalloc.start()
-        estimate(Layers(), images, "minmax", symmetric=False)
+        estimate(observe(Layers(), images), "minmax", symmetric=False)
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return found
 
     few = peak(8)
     assert peak(64) < 1.2 * few
+
+
+# ---- biases ------------------------------------------------------------------------------------------------
+
+
+class TwoLayers:
+    """y = (x W + b) V + c in numpy; ``rounding`` is taken off every weight of W."""
+
+    channel_axis = 1
+    layers = (
+        Layer("first", "Gemm", ("image",), "hidden", "b"),
+        Layer("second", "Gemm", ("hidden",), "logits", "c"),
+    )
+
+    def __init__(self, rounding: float, shifts: Mapping[str, np.ndarray]) -> None:
+        random = np.random.default_rng(0)
+        self.first, self.second = random.normal(size=(8, 6)) - rounding, random.normal(size=(6, 4))
+        self.shifts = {"first": np.zeros(6), "second": np.zeros(4), **shifts}
+
+    def __call__(self, image: np.ndarray) -> dict[str, np.ndarray]:
+        hidden = image @ self.first + self.shifts["first"]
+        return {"hidden": hidden, "logits": hidden @ self.second + self.shifts["second"]}
+
+
+def test_biases_are_moved_where_that_helps() -> None:
+    random = np.random.default_rng(1)
+    images = [random.uniform(1, 2, size=(1, 8)) for _ in range(32)]
+    found = correct(TwoLayers(0, {}), lambda shifts: TwoLayers(0.1, shifts), images)
+    assert found.shifts.keys() == {"first", "second"}
+    assert found.before_db is not None and found.after_db is not None and found.after_db > found.before_db + 10
+    # Noise that has no mean cannot be moved away.
+    pairs = zip(images[::2], images[1::2], strict=True)
+    balanced = [sign * image for pair in pairs for sign in (1, -1) for image in pair]
+    still = correct(TwoLayers(0, {}), lambda shifts: TwoLayers(0.1, shifts), balanced)
+    assert still.shifts == {} and still.after_db is None
+    # What comes out worse is not kept.
+    worse = correct(TwoLayers(0, {}), lambda shifts: TwoLayers(0.1, {k: -v for k, v in shifts.items()}), images)
+    assert worse.shifts == {} and worse.after_db is not None and worse.after_db < found.before_db
+
+
+@pytest.mark.parametrize(
+    ("target", "variant"),
+    [("onnxruntime", "int8"), ("openvino", "int8-qdq"), ("tensorrt", "int8"), ("tflite", "int8")],
+)
+def test_a_moved_bias_moves_the_output(made: Made, tmp_path: Path, target: str, variant: str) -> None:
+    model = made.models[f"{target}-float32"]
+    spec = model.facts["input"]
+    inputs = CalibrationInputs(made.dataset.balanced("train", 16, 0), spec, "test")
+    kind = VARIANTS[target][variant](Work(model, made.graph, inputs, config()))
+    whole = TfliteActivations(model.file("model.tflite")) if target == "tflite" else OnnxActivations(kind.source)
+    biased = [layer for layer in whole.layers if layer.bias is not None]
+    logits = []
+    classes = len(made.dataset.classes)
+    for name, shift in (("plain", 0.0), ("moved", 3.0)):
+        kind.__dict__["correction"] = Correction({biased[-1].name: np.full(classes, shift, np.float32)})
+        (tmp_path / name).mkdir()
+        kind.write((), tmp_path / name)
+        with quiet():
+            session = open_checked(tmp_path / name, model.facts)
+        images = load_images((sample.path for sample in made.dataset.samples("test")[:16]), spec)
+        logits.append(predict(session, images))
+    # Its range was made for what it gave before: what exceeds that is clipped.
+    assert np.median(logits[1] - logits[0]) == pytest.approx(3, abs=0.2)
 
 
 # ---- noise by layer ----------------------------------------------------------------------------------------
