@@ -337,7 +337,7 @@ class GraphConfig(ParityConfig):
     """Checkpoint to ONNX, as torch writes it and simplified."""
 
     hop_images: int = Field(
-        1000, ge=1, description="test images on which the exported graph's accuracy is told beside torch's"
+        256, ge=1, description="test images on which the exported graph's accuracy is told beside torch's"
     )
 
 

@@ -19,7 +19,7 @@ IMAGES = 32  # half of them move biases, half judge
 # can come out worse than it went in, which is why the outcome is judged.
 PASSES = 4
 LEAST_SHARE = 0.5  # a channel that seldom lets anything through would be moved too far
-WORTH_DB = 0.5  # with less than that to gain, nothing is moved
+WORTH_DB = 1.0  # with less than that to gain, nothing is moved
 
 Shifts = dict[str, np.ndarray]
 
@@ -28,7 +28,7 @@ Shifts = dict[str, np.ndarray]
 class Correction:
     """What to add to the biases of layers, by name; empty where it is not worth it or measured no better.
 
-    Signal to noise of the outputs in dB, on training images that moved no bias: as rounding left it, with the noise's
+    Signal to noise of the logits in dB, on training images that moved no bias: as rounding left it, with the noise's
     own mean taken away (more cannot be gained by much), and with the biases moved (None where that was not tried).
     """
 
@@ -117,10 +117,17 @@ def _outputs(activations: Activations, whole: Activations, images: Sequence[np.n
 
 
 def _decibels(expected: np.ndarray, found: np.ndarray) -> tuple[float, float]:
-    """Signal to noise of outputs [N, K], as they are and without the mean of the noise."""
-    signal, noise = float(np.square(expected).mean()), found - expected
+    """Signal to noise of logits [N, K], as they are and without the mean of the noise.
+
+    Of each image's own signal, so that a few images with large logits don't decide; what all classes share is neither.
+    """
+    noise = found - expected
     # Of N values a variance is N / (N - 1) times what their own mean leaves.
-    spread = float(noise.var(axis=0, ddof=1).mean())
-    ratios = (10 * float(np.log10(signal / max(each, 1e-30))) for each in (float(np.square(noise).mean()), spread))
-    before, without_mean = (round(ratio, 2) for ratio in ratios)
+    centred = (noise - noise.mean(0)) * np.sqrt(len(noise) / (len(noise) - 1))
+    before, without_mean = (_decibel(expected, each) for each in (noise, centred))
     return before, without_mean
+
+
+def _decibel(expected: np.ndarray, noise: np.ndarray) -> float:
+    shares = noise.var(axis=1) / np.maximum(expected.var(axis=1), 1e-30)
+    return round(-10 * float(np.log10(max(float(shares.mean()), 1e-30))), 2)

@@ -67,6 +67,8 @@ class Nncf(Variant):
     def write(self, keep_float: Collection[str], folder: Path) -> dict[str, Any]:
         import nncf
         import openvino
+        from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
+        from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
         self._work.model.file(self._work.entry.with_suffix(".bin").name)
         transformer = _is_transformer(self._work)
@@ -80,11 +82,18 @@ class Nncf(Variant):
             # The fast one moves biases by what it sees of one layer alone: on the demo's student it costs 5 dB
             # against no correction at all, where this one gains 1.
             fast_bias_correction=False,
+            advanced_parameters=AdvancedQuantizationParameters(
+                # Its default averages the ends over images, and clips whatever exceeds the average: 10 to 16 dB less
+                # on networks trained on small images, level on an ImageNet one.
+                activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
+                overflow_fix=OverflowFix.FIRST_LAYER if self._work.config.reduce_range else OverflowFix.DISABLE,
+            ),
         )
         openvino.save_model(quantized, folder / self._work.model.facts["entry"], compress_to_fp16=False)
         return {
             "format": "NNCF",
             "preset": "mixed" + (", transformer" if transformer else ""),
+            "ranges": "minmax",
             "bias_correction": "accurate",
         }
 
