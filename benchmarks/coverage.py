@@ -67,9 +67,10 @@ def prepared(model: str, path: Path, size: int, images: list[Path]) -> None:
     network.eval()
     for norm in norms:
         norm.train()
-    batch = np.stack([np.asarray(Image.open(file).resize((size, size))) for file in images])
+    batch = np.stack([np.asarray(Image.open(file).resize((size, size)), np.float32) / 255 for file in images])
+    mean, std = (np.array(network.pretrained_cfg[name], np.float32) for name in ("mean", "std"))
     with torch.no_grad():
-        network(torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 127.5 - 1)
+        network(torch.from_numpy((batch - mean) / std).permute(0, 3, 1, 2))
     save_file({name: tensor.clone().contiguous() for name, tensor in network.state_dict().items()}, path)
 
 
