@@ -16,7 +16,7 @@ from ..core.data import Dataset
 from ..core.errors import UserError
 from ..core.proc import first_line, quiet, require
 from ..core.progress import progress
-from ..runtime import open_session, predict
+from ..runtime import open_session, predict, predict_files
 from ..runtime.preprocess import load_images
 from .onnx import NEEDS, simplify, write_onnx
 from .parity import check, compare
@@ -67,13 +67,13 @@ def trace(config: GraphConfig, student: Checkpoint, dataset: Dataset, out: Path)
             advance(1, "comparing")
             hops = dataset.positions("test", config.hop_images, seed=0)
             test = dataset.samples("test")
-            tested = load_images((test[at].path for at in hops), spec.model_dump())
+            tested = [test[at].path for at in hops]
             parity, logits = {}, {}
             for hop, file in (("exported", raw), ("simplified", draft.path / GRAPH)):
                 with quiet():
                     session = open_session(file.parent, _facts(file.name, spec.model_dump(mode="json")), threads=0)
                     actual = predict(session, images)
-                    logits[hop] = predict(session, tested)
+                    logits[hop] = predict_files(session, tested, spec.model_dump())
                 found = compare(expected, actual, paths)
                 parity[hop] = check(found, config, f"{hop} ONNX graph").as_dict()
                 advance(1, "")

@@ -18,7 +18,7 @@ from ..core.errors import GateFailed, UserError
 from ..core.proc import quiet
 from ..core.progress import progress
 from ..core.stats import mcnemar
-from ..runtime import open_session, predict
+from ..runtime import open_session, predict, predict_files
 from ..runtime.preprocess import load_images
 from .calibrate import CalibrationInputs
 from .layers import sensitivities
@@ -48,9 +48,10 @@ def guarded(
     assert draft.resume is not None  # the draft was begun as a resumable one
     resume, facts = draft.resume, model.facts
     labels = np.array([sample.label for sample in held_out])
-    images = load_images((sample.path for sample in held_out), facts["input"])
+    paths = [sample.path for sample in held_out]
+    few = load_images(paths[:RANKING_IMAGES], facts["input"])
     with quiet():
-        right = predict(open_checked(model.path, facts), images).argmax(1) == labels
+        right = predict_files(open_checked(model.path, facts), paths, facts["input"]).argmax(1) == labels
 
     def make(keep_float: Sequence[str], folder: Path) -> Step:
         shutil.rmtree(folder, ignore_errors=True)
@@ -60,7 +61,7 @@ def guarded(
         mine = {**facts, "runtime": {**facts["runtime"], **settings.get("runtime", {})}}
         with quiet():
             session = open_checked(folder, mine)
-            logits = predict(session, images)
+            logits = predict_files(session, paths, facts["input"])
         if not np.isfinite(logits).all():
             raise GateFailed("the variant's outputs are not finite: it is not sealed")
         found = mcnemar(right, logits.argmax(1) == labels)
@@ -71,7 +72,7 @@ def guarded(
             drop_low=-100 * found.high,
             drop_high=-100 * found.low,
             images=found.n,
-            over_float32=_over_float32(model, folder, mine, images),
+            over_float32=_over_float32(model, folder, mine, few),
             size_bytes=size,
         )
 
@@ -95,7 +96,7 @@ def guarded(
         A bad range hurts the layer that makes a tensor and the one that takes it: both come out on top, where leaving
         either of them in float would change nothing.
         """
-        few, error = images[:RANKING_IMAGES], {}
+        error = {}
         with quiet():
             expected = predict(open_checked(model.path, facts), few)
         tried = names[:RANKED]

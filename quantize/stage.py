@@ -13,7 +13,7 @@ from ..core.config import QuantizeConfig
 from ..core.data import Dataset, Sample
 from ..core.errors import GateFailed, UserError, choice
 from ..core.proc import quiet, require
-from ..runtime import predict
+from ..runtime import predict, predict_files
 from ..runtime.preprocess import load_images
 from . import VARIANTS
 from .calibrate import CalibrationInputs, choose
@@ -113,7 +113,7 @@ def _calibration(
     def by_model(samples: Sequence[Sample]) -> np.ndarray:
         with quiet():
             session = open_checked(model.path, model.facts)
-            return predict(session, load_images((sample.path for sample in samples), spec))
+            return predict_files(session, [sample.path for sample in samples], spec)
 
     def by_teacher(samples: Sequence[Sample]) -> np.ndarray:
         import torch

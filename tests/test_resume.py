@@ -50,7 +50,7 @@ RUNS = {
 def test_killed_runs_end_the_same(made: Made, tmp_path: Path, name: str, attempt: int) -> None:
     change = RUNS[name]
     values = {"model": "test_resnet", "input": {"size": 32}, "label_fraction": 0.25, **change}
-    values["train"] = {**SMALL_TRAIN, "epochs": 4, "batch_size": 32, **change.get("train", {})}
+    values["train"] = {**SMALL_TRAIN, "epochs": 3, "batch_size": 32, **change.get("train", {})}
     config = validated(TrainingConfig, values, "test")
     whole = train(config, made.dataset, made.teacher, tmp_path / "whole")
 
@@ -58,7 +58,7 @@ def test_killed_runs_end_the_same(made: Made, tmp_path: Path, name: str, attempt
     arguments = [sys.executable, "-c", SCRIPT, config.model_dump_json(), made.dataset.path, made.teacher.path, out]
     moments = random.Random(f"{name} {attempt}")
     kills = 0
-    for _ in range(3):
+    for _ in range(2):
         process = subprocess.Popen([str(argument) for argument in arguments], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         steps = moments.randint(2, 9)
@@ -70,7 +70,7 @@ def test_killed_runs_end_the_same(made: Made, tmp_path: Path, name: str, attempt
         if out.exists():
             break
         assert (tmp_path / "killed.part" / "resume" / "state.pt").is_file()
-    assert kills >= 2
+    assert kills >= 1
     subprocess.run([str(argument) for argument in arguments], check=True, stdout=subprocess.DEVNULL)
     assert (out / "model.safetensors").read_bytes() == whole.file("model.safetensors").read_bytes()
     assert not (tmp_path / "killed.part").exists()
