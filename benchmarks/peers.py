@@ -173,6 +173,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="fresh processes for each bundle")] = 8,
     seconds: Annotated[float, typer.Option(help="steady time of one measurement")] = 0.5,
     threads: Annotated[int, typer.Option(help="of the runtime; 0: every core")] = 0,
+    peers: Annotated[bool, typer.Option(help="the other tools too, or what kdpipe makes alone")] = True,
 ) -> None:
     """Compare, print a table a runtime and write out/peers.json."""
     student, dataset = Checkpoint.open(checkpoint), Dataset.open(data)
@@ -184,7 +185,7 @@ def main(
         for made in chain.variants(QuantizePlan(calibrate={"images": IMAGES}), whole, dataset):  # type: ignore[arg-type]
             models[f"{name}-{made.facts['variant']}"] = made
         ours = set(models)
-        for title, write in PEERS[name].items():
+        for title, write in PEERS[name].items() if peers else ():
             models[f"{name}-{title}"] = peer(chain, title, write, whole, dataset)
         bundles: dict[str, Bundle] = {
             title: chain.package(PackageConfig(), model, dataset) for title, model in models.items()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import takewhile
 from typing import Literal
 
 import numpy as np
 
-from .layers import PADDING, Activations
+from .layers import PADDING, Activations, Layer
 
 BINS = 4096
 SAMPLED = 16384  # values of one tensor of one image that enter its histogram; smallest and largest enter always
@@ -24,6 +25,11 @@ class Histogram:
         self._counts = np.zeros(BINS)
         self._limit = 2.0**-10
         self.low, self.high = float("inf"), float("-inf")
+        self._pinned = False
+
+    def pin(self, low: float, high: float) -> None:
+        """Make this the range, whatever was seen or will be."""
+        self.low, self.high, self._pinned = low, high, True
 
     def add(self, values: np.ndarray) -> None:
         flat = values.ravel()
@@ -48,7 +54,7 @@ class Histogram:
         Candidates shrink both ends independently (together if ``symmetric``).
         """
         low, high = min(self.low, 0.0), max(self.high, 0.0)
-        if high <= low:
+        if high <= low or self._pinned:
             return low, high
         seen = self._counts > 0
         values = ((np.arange(BINS) + 0.5) * (2 / BINS) - 1)[seen] * self._limit
@@ -73,12 +79,28 @@ Rule = Literal["mse", "minmax"]
 
 
 def observe(activations: Activations, images: Iterable[np.ndarray]) -> dict[str, Histogram]:
-    """What was seen of every float tensor of a graph, by tensor name."""
+    """What was seen of every float tensor of a graph, by tensor name.
+
+    What normalisation makes of the input is known and not estimated, since pixels are 0 to 255: a range of what was
+    seen, or of least error, would clip a brighter image, which has cost up to 5 dB.
+    """
     histograms: dict[str, Histogram] = {}
+    darkest = brightest = None
     for image in images:
+        darkest, brightest = np.zeros_like(image), np.full_like(image, 255)
         for name, values in activations(image).items():
             histograms.setdefault(name, Histogram()).add(values)
+    if darkest is not None and brightest is not None:
+        ends = [activations(image) for image in (darkest, brightest)]
+        for layer in normalisation(activations):
+            values = np.concatenate([end[layer.output].ravel() for end in ends])
+            histograms[layer.output].pin(float(values.min()), float(values.max()))
     return {name: found for name, found in histograms.items() if found.low <= found.high}
+
+
+def normalisation(activations: Activations) -> list[Layer]:
+    """The arithmetic on the image before anything else."""
+    return list(takewhile(lambda layer: layer.kind.upper() in ("SUB", "MUL", "ADD", "DIV"), activations.layers))
 
 
 def estimate(histograms: Mapping[str, Histogram], rule: Rule, symmetric: bool) -> dict[str, Range]:
