@@ -356,7 +356,7 @@ class ExportPlan(GraphConfig):
 class CalibrateConfig(Config):
     """The training images that set an INT8 model's ranges."""
 
-    images: int = Field(256, ge=2, description="how many")
+    images: int = Field(128, ge=2, description="how many")
     select: Literal["random", "balanced", "coverage", "teacher"] = Field(
         "balanced",
         description="drawn; even over the classes; spread over the model's outputs; spread over the teacher's entropy",
