@@ -25,6 +25,7 @@ from kdpipe.core.data import Dataset
 from kdpipe.core.proc import quiet
 from kdpipe.pipeline import Chain
 from kdpipe.quantize.calibrate import CalibrationInputs
+from kdpipe.report.compression import advice
 
 IMAGES = 256
 TARGETS = ("onnxruntime", "openvino", "tflite")
@@ -196,13 +197,15 @@ def main(
         numbers = json.loads(page.file("report.json").read_text())
         made_in = {title: model.manifest.seconds for title, model in models.items()}
         table = rows(numbers, made_in, ours)
-        advised = next((row for row in table for each in numbers["advice"] if each["bundle"] == row["bundle"]), None)
-        ahead = [row["bundle"] for row in table if not row["ours"] and advised is not None and beaten(advised, row)]
+        # What the report of a chain without peers would advise.
+        mine = [row for row in numbers["bundles"] if row["name"] in ours]
+        [shipped] = advice(mine, numbers["hops"], ReportConfig().max_drop)
+        advised = next(row for row in table if row["bundle"] == shipped["bundle"])
         found[name] = {
             "rows": table,
-            "advice": numbers["advice"],
+            "advised": shipped["bundle"],
             "trust": numbers["trust"],
-            "ahead_of_advised": ahead,
+            "ahead_of_advised": [row["bundle"] for row in table if not row["ours"] and beaten(advised, row)],
             "session_seconds": time.monotonic() - begun,
         }
         tell(name, found[name])
@@ -223,8 +226,7 @@ def tell(name: str, found: dict[str, Any]) -> None:
         mark = "" if row["ours"] else " (peer)"
         cells = [row["bundle"] + mark, f"{100 * row['top1']:.2f}", drop, speed, f"{row['mib']:.2f}"]
         print("| " + " | ".join([*cells, f"{row['seconds']:.1f}"]) + " |")
-    for each in found["advice"]:
-        print(f"advised: {each['bundle']}; peers ahead of it: {', '.join(found['ahead_of_advised']) or 'none'}")
+    print(f"advised: {found['advised']}; peers ahead of it: {', '.join(found['ahead_of_advised']) or 'none'}")
 
 
 if __name__ == "__main__":
