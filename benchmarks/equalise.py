@@ -1,4 +1,4 @@
-"""Whether cross-layer equalisation helps INT8 with a scale for every channel: it did not, so kdpipe has none.
+"""Whether cross-layer equalisation helps INT8 with a scale for every channel: not enough that kdpipe does it.
 
     python benchmarks/equalise.py MODEL --data DATA        MODEL: an onnxruntime float32 model
 
