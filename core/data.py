@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .artifact import Artifact, canonical, sha256_file
+from .errors import UserError
 from .inputs import InputSpec as InputSpec  # part of the same agreement
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -42,6 +43,17 @@ class Dataset(Artifact):
     @property
     def classes(self) -> list[str]:
         return list(self._index()["classes"])
+
+    def check_classes_of(self, artifact: Artifact, what: str) -> None:
+        """Refuse a checkpoint, model or bundle whose outputs mean something else. Raises UserError."""
+        labels = json.loads(artifact.file("labels.json").read_text())
+        if labels != self.classes:
+            how = (
+                "the same classes in another order"
+                if sorted(labels) == sorted(self.classes)
+                else f"{len(labels)} other classes than the data ({len(self.classes)})"
+            )
+            raise UserError(f"{what} {artifact.path} knows {how}: classes and their order must be the same")
 
     def samples(self, part: Part) -> list[Sample]:
         """The images of one part, in the order of the index."""

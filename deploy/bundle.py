@@ -26,8 +26,9 @@ def package(config: PackageConfig, model: Model, dataset: Dataset, out: Path) ->
     """Pack model, labels, golden inputs with expected outputs, and the runner.
 
     Raises:
-        UserError: the model's runtime is not installed.
+        UserError: the model's runtime is not installed, images of other classes.
     """
+    dataset.check_classes_of(model, "the model")
     facts = model.facts
     with drafting(Bundle, out, stage="package", config=config, inputs={"model": model, "data": dataset}) as draft:
         for name in model.manifest.files:

@@ -37,6 +37,8 @@ def bench(config: BenchSession, bundles: Mapping[str, Bundle], dataset: Dataset,
     """
     if not bundles:
         raise UserError("nothing to measure: give at least one bundle")
+    for bundle in bundles.values():
+        dataset.check_classes_of(bundle, "the bundle")
     device = DEVICES[config.device]()
     timed = [name for name, bundle in bundles.items() if _runnable(bundle)]
     for name in bundles.keys() - set(timed):

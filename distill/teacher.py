@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -12,7 +11,6 @@ from torch.nn import functional
 
 from ..core.artifact import Checkpoint
 from ..core.data import Dataset, InputSpec
-from ..core.errors import UserError
 from ..networks import models
 from .features import maps_and_logits
 
@@ -78,13 +76,6 @@ class Teacher(nn.Module):
 
 def open_teacher(teacher: Checkpoint, dataset: Dataset, spec: InputSpec) -> Teacher:
     """The teacher in ``teacher`` for students of ``spec``. Raises UserError when its classes are not the data's."""
-    labels = json.loads(teacher.file("labels.json").read_text())
-    if labels != dataset.classes:
-        how = (
-            "the same classes in another order"
-            if sorted(labels) == sorted(dataset.classes)
-            else f"{len(labels)} other classes than the data ({len(dataset.classes)})"
-        )
-        raise UserError(f"the teacher {teacher.path} knows {how}: classes and their order must be the same")
+    dataset.check_classes_of(teacher, "the teacher")
     network, teacher_spec = models.restore(teacher)
     return Teacher(network, teacher_spec, spec)

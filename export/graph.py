@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.artifact import Checkpoint, Draft, Graph, drafting
+from ..core.artifact import EVIDENCE, Checkpoint, Draft, Graph, drafting
 from ..core.config import GraphConfig
 from ..core.data import Dataset
 from ..core.errors import UserError
@@ -19,7 +19,7 @@ from ..core.progress import progress
 from ..runtime import open_session, predict, predict_files
 from ..runtime.preprocess import load_images
 from .onnx import NEEDS, simplify, write_onnx
-from .parity import check, compare
+from .parity import check, compare, keep_worst
 from .written import Written
 
 GRAPH = "model.onnx"
@@ -35,6 +35,7 @@ def trace(config: GraphConfig, student: Checkpoint, dataset: Dataset, out: Path)
         GateFailed: a graph computes something else than torch on real images.
     """
     require("ONNX", NEEDS, "onnxruntime")
+    dataset.check_classes_of(student, "the checkpoint")
     with drafting(Graph, out, stage="graph", config=config, inputs={"student": student, "data": dataset}) as draft:
         with progress("exporting to ONNX", 4) as advance:
             import torch
@@ -76,6 +77,7 @@ def trace(config: GraphConfig, student: Checkpoint, dataset: Dataset, out: Path)
                     logits[hop] = predict_files(session, tested, spec.model_dump())
                 found = compare(expected, actual, paths)
                 parity[hop] = check(found, config, f"{hop} ONNX graph").as_dict()
+                keep_worst(found, draft.path / EVIDENCE / hop)
                 advance(1, "")
         raw.unlink()
         np.save(draft.path / TORCH_LOGITS, expected)

@@ -64,5 +64,5 @@ def check(parity: Parity, config: ParityConfig, what: str) -> Parity:
 
 def keep_worst(parity: Parity, folder: Path) -> None:
     """Copy the image that differs most beside the model, as evidence: not part of what is shipped."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(parity.worst_image, folder / f"worst{parity.worst_image.suffix}")

@@ -31,6 +31,7 @@ def export(config: ExportConfig, source: Checkpoint | Graph, dataset: Dataset, o
         raise choice("target", config.target, TARGETS)
     target = TARGETS[config.target]()
     require(f"target '{config.target}'", target.needs, config.target)
+    dataset.check_classes_of(source, "the checkpoint")
     inputs = {target.source.kind: source, "data": dataset}
     with drafting(Model, out, stage="export", config=config, inputs=inputs) as draft:
         spec = InputSpec.model_validate(source.facts["input"]).model_copy(update={"layout": target.layout})

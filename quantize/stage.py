@@ -42,8 +42,8 @@ def quantize(
         teacher: for ``calibrate.select: teacher``.
 
     Raises:
-        UserError: not a float32 model, an unknown variant, too few images, a missing package, an operator the
-            quantiser lacks, a drop that no mix keeps.
+        UserError: not a float32 model, an unknown variant, images of other classes, too few images, a missing
+            package, an operator the quantiser lacks, a drop that no mix keeps.
         GateFailed: the variant's outputs are not finite or do not depend on the image.
     """
     target = model.facts["target"]
@@ -53,6 +53,7 @@ def quantize(
         raise choice(f"variant of {target}", config.variant, VARIANTS[target])
     kind = VARIANTS[target][config.variant]
     require(f"{config.variant} for '{target}'", kind.needs, target)
+    dataset.check_classes_of(model, "the model")
     spec = model.facts["input"]
     held_out = _held_out(config, dataset)
     with drafting(

@@ -405,6 +405,19 @@ def test_a_killed_guard_goes_on(made: Made, tmp_path: Path) -> None:
 # ---- what is refused ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("classes", [["cat", "dog"], list("9876543210")])
+def test_images_of_other_classes(made: Made, tmp_path: Path, classes: list[str]) -> None:
+    class Others(Dataset):
+        @property
+        def classes(self) -> list[str]:
+            return classes
+
+    others = Others(made.dataset.path, made.dataset.manifest)
+    with pytest.raises(UserError, match=r"knows (10 other classes than the data|the same classes in another order)"):
+        quantize(config(), made.models["onnxruntime-float32"], others, tmp_path / "q")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unknown_variant(made: Made) -> None:
     done = kdpipe("quantize", made.models["onnxruntime-float32"].path, "--variant", "int8-dynamc")
     assert_one_line(done, 2, "unknown variant of onnxruntime", "did you mean 'int8-dynamic'?")
