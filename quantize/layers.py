@@ -26,7 +26,7 @@ class Activations(Protocol):
     """A graph that tells what passes between its layers."""
 
     layers: tuple[Layer, ...]  # in the order they run
-    channel_axis: int
+    channel_axis: int  # of a tensor of two or four dimensions
 
     def __call__(self, image: np.ndarray) -> Mapping[str, np.ndarray]:
         """Float values of the tensors of ``layers`` (and the input) by name, for one input of the graph."""
