@@ -24,9 +24,9 @@ from .core.errors import KdpipeError
 from .options import configured
 
 if TYPE_CHECKING:
+    from .chain import Chain
     from .core.artifact import Artifact, Cache, Checkpoint
-    from .core.data import Dataset
-    from .pipeline import Chain
+    from .data.dataset import Dataset
 
 JSON_VERSION = 1
 INTERRUPTED = 130
@@ -224,7 +224,7 @@ def distill(
     Example: kdpipe distill artifacts/teacher-1a2b --model mobilenetv4_conv_small
     """
     from .core.artifact import Checkpoint, read_manifest
-    from .core.data import Dataset
+    from .data.dataset import Dataset
 
     settings, chain = config(), _chain(teacher.parent, joint=True)
     if read_manifest(teacher).kind == Dataset.kind:
@@ -388,9 +388,9 @@ def report(
     """
     import json
 
+    from .chain import checkpoints_beside, open_checkpoints
     from .core.artifact import Measurement
     from .core.config import ReportConfig
-    from .pipeline import checkpoints_beside, open_checkpoints
 
     opened = Measurement.open(measurement)
     found = open_checkpoints(checkpoints) if checkpoints else checkpoints_beside(opened)
@@ -483,9 +483,9 @@ def _print_doctor(found: dict[str, Any]) -> None:
 
 def _chain(folder: Path, *, joint: bool = False) -> Chain:
     """The artifacts in ``folder``; only a ``joint`` command is one that the processes of torchrun share."""
+    from .chain import Chain
     from .core import progress
     from .core.errors import UserError
-    from .pipeline import Chain
     from .terminal import listener, process_count, tell_step
 
     if process_count() > 1 and not joint:
@@ -525,13 +525,13 @@ def _share(text: str) -> float:
 
 
 def _open_dataset(path: Path) -> Dataset:
-    from .core.data import Dataset
+    from .data.dataset import Dataset
 
     return Dataset.open(path)
 
 
 def _dataset_of(artifact: Artifact, given: Path | None) -> Dataset:
-    from .pipeline import dataset_of
+    from .chain import dataset_of
 
     return _open_dataset(given) if given else dataset_of(artifact)
 

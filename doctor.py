@@ -8,10 +8,10 @@ from typing import Any
 from .core.artifact import tool_versions
 from .core.errors import choice
 from .core.proc import is_installed
-from .devices.probe import UNAVAILABLE, probe
 from .export import TARGETS
 from .quantize import VARIANTS
 from .runtime import RUNTIMES
+from .runtime.probe import UNAVAILABLE, probe
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from .core.progress import Listener, Silence
 
 if TYPE_CHECKING:
+    from .chain import Step
     from .distill.cache import Forecast
-    from .pipeline import Step
 
 PLAIN_INTERVAL_SECONDS = 10.0
 

@@ -26,20 +26,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distill import timms, torchdistills  # the benchmark beside this one
+from kdpipe.chain import Chain
 from kdpipe.core.artifact import Cache, Checkpoint
 from kdpipe.core.config import DataConfig, ModelConfig, TeacherConfig, TrainingConfig, validated
-from kdpipe.core.data import Dataset
 from kdpipe.core.stats import ratio_interval
+from kdpipe.data.dataset import Dataset
 from kdpipe.distill.cache import CachedTeacher
 from kdpipe.distill.loop import Batch, Run
+from kdpipe.distill.methods import METHODS
 from kdpipe.distill.ranks import Ranks
-from kdpipe.distill.tasks import METHODS
 from kdpipe.distill.teacher import open_teacher
 from kdpipe.distill.trackers import Nothing
 from kdpipe.distill.train import cache_config
 from kdpipe.distill.views import TrainingViews, training_images
 from kdpipe.networks import models
-from kdpipe.pipeline import Chain
 
 FRACTION, VIEWS = 0.1, 2
 PEERS = {"timm": timms, "torchdistill": torchdistills}

@@ -24,10 +24,10 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from kdpipe.chain import Chain
 from kdpipe.core.config import AdoptConfig, DataConfig, ExportConfig
 from kdpipe.core.errors import KdpipeError
 from kdpipe.export import TARGETS
-from kdpipe.pipeline import Chain
 
 _FAMILIES = """
 resnet10t resnext26ts skresnet18 resnest14d res2net50_14w_8s regnetx_002 regnety_002 nf_regnet_b0 densenet121 dla46_c

@@ -24,15 +24,15 @@ import typer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kdpipe.chain import Chain
 from kdpipe.core.config import DataConfig, TrainingConfig, validated
-from kdpipe.core.data import InputSpec
+from kdpipe.core.inputs import InputSpec
 from kdpipe.core.stats import ratio_interval
 from kdpipe.distill.loop import Batch, Run
+from kdpipe.distill.methods import METHODS
 from kdpipe.distill.ranks import Ranks
-from kdpipe.distill.tasks import METHODS
 from kdpipe.distill.teacher import Teacher
 from kdpipe.distill.trackers import Nothing
-from kdpipe.pipeline import Chain
 
 TEMPERATURE, LEARNING_RATE, WEIGHT_DECAY = 4.0, 1e-3, 0.05
 Step = Callable[[], float]  # one training step; its loss

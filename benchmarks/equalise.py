@@ -19,8 +19,8 @@ import typer
 from onnx import numpy_helper
 
 from kdpipe.core.artifact import Model
-from kdpipe.core.data import Dataset
 from kdpipe.core.proc import quiet
+from kdpipe.data.dataset import Dataset
 from kdpipe.quantize.calibrate import CalibrationInputs
 from kdpipe.quantize.qdq import OnnxActivations, write_qdq
 from kdpipe.quantize.ranges import estimate, observe

@@ -17,11 +17,12 @@ from typing import Annotated, Any
 
 import typer
 
+from kdpipe.chain import Chain
 from kdpipe.core import progress
 from kdpipe.core.artifact import Checkpoint
 from kdpipe.core.config import DataConfig, DistillationPlan, ModelConfig, TeacherConfig, validated
 from kdpipe.core.stats import mean_interval
-from kdpipe.pipeline import Chain, student_runs
+from kdpipe.pipeline import student_runs
 from kdpipe.terminal import listener, tell_step
 
 # Passes over the drawn images: every cell of the grid costs the same, 135,000 views of CIFAR-10.

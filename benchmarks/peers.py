@@ -19,11 +19,11 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from kdpipe.chain import Chain
 from kdpipe.core.artifact import Bundle, Checkpoint, Model, drafting
 from kdpipe.core.config import BenchConfig, Config, ExportConfig, PackageConfig, QuantizePlan, ReportConfig
-from kdpipe.core.data import Dataset
 from kdpipe.core.proc import quiet
-from kdpipe.pipeline import Chain
+from kdpipe.data.dataset import Dataset
 from kdpipe.quantize.calibrate import CalibrationInputs
 from kdpipe.report.compression import advice
 

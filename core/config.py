@@ -17,7 +17,6 @@ from .inputs import InputSpec
 
 if TYPE_CHECKING:
     from .artifact import Artifact, Cache
-    from .data import Dataset
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Method = Literal[
@@ -247,7 +246,7 @@ class TrainingConfig(DistillConfig, ModelConfig):
 
 
 def training_inputs(
-    config: TrainingConfig, dataset: Dataset, teacher: Artifact | None, cache: Cache | None = None
+    config: TrainingConfig, dataset: Artifact, teacher: Artifact | None, cache: Cache | None = None
 ) -> dict[str, Artifact]:
     """What a run is made from.
 

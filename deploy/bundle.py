@@ -11,9 +11,9 @@ import numpy as np
 from .. import runtime
 from ..core.artifact import EVIDENCE, Bundle, Model, drafting
 from ..core.config import PackageConfig
-from ..core.data import Dataset
 from ..core.errors import GateFailed, UserError
 from ..core.proc import first_line, is_installed, quiet
+from ..data.dataset import Dataset
 from ..runtime.bundle import BundleError, replay_golden
 from ..runtime.preprocess import load_images
 

@@ -11,11 +11,11 @@ import numpy as np
 
 from .. import runtime
 from ..core.artifact import Bundle, Measurement, drafting, write_json
-from ..core.data import Dataset
 from ..core.errors import UserError
 from ..core.proc import is_installed
 from ..core.progress import note, progress
 from ..core.stats import percentile_interval, ratio_interval, wilson
+from ..data.dataset import Dataset
 from ..runtime.preprocess import load_images
 from . import DEVICES, Device
 from .session import BenchSession

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import KdpipeError, UserError
-from .probe import probe
+from ..runtime.probe import probe
 
 
 class LocalDevice:

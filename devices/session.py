@@ -6,8 +6,8 @@ from typing import Any
 
 from ..core.config import BenchConfig
 from ..core.errors import choice
+from ..runtime.probe import fingerprint
 from . import DEVICES
-from .probe import fingerprint
 
 
 class BenchSession(BenchConfig):

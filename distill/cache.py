@@ -32,10 +32,11 @@ from ..core.artifact import (
     tool_versions,
 )
 from ..core.config import CacheConfig, CachePlan, CacheSettings, TrainingConfig
-from ..core.data import Dataset, InputSpec
 from ..core.errors import GateFailed, UserError
+from ..core.inputs import InputSpec
 from ..core.proc import children_signal_kept, first_line
 from ..core.progress import note, progress
+from ..data.dataset import Dataset
 from ..networks.models import input_spec
 from .precision import Precision
 from .ranks import Ranks, join

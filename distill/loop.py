@@ -25,15 +25,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..core.config import TrainConfig, TrainingConfig
-from ..core.data import Dataset, InputSpec, Part
 from ..core.errors import KdpipeError, UserError
+from ..core.inputs import InputSpec
 from ..core.proc import children_signal_kept, first_line
 from ..core.progress import note, progress
+from ..data.dataset import Dataset, Part
 from ..networks.models import Normalise
 from .cache import CachedTeacher
+from .methods import DistillationTask, Phase
 from .precision import Precision, fastest
 from .ranks import Ranks
-from .tasks import DistillationTask, Phase
 from .trackers import Tracker
 from .views import EpochBatches, EvaluationViews, TrainingViews, seeded
 

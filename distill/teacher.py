@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..core.artifact import Checkpoint
-from ..core.data import Dataset, InputSpec
+from ..core.inputs import InputSpec
+from ..data.dataset import Dataset
 from ..networks import models
 from .features import maps_and_logits
 

@@ -14,13 +14,14 @@ from torch import nn
 
 from ..core.artifact import Cache, Checkpoint, Draft, drafting, write_json
 from ..core.config import AdoptConfig, CacheConfig, ModelConfig, TrainConfig, TrainingConfig, training_inputs
-from ..core.data import Dataset, InputSpec
 from ..core.errors import UserError, choice
+from ..core.inputs import InputSpec
+from ..data.dataset import Dataset
 from ..networks import models
 from .cache import CachedTeacher, check_fit, config_for
 from .loop import Lockstep, Run, evaluate
+from .methods import METHODS
 from .ranks import Ranks, join
-from .tasks import METHODS
 from .teacher import Teacher, open_teacher
 from .trackers import Nothing, tracker
 from .views import TrainingViews, seeded, training_images, training_transform

@@ -21,9 +21,11 @@ from torch.utils.data import Sampler
 from torchvision import transforms
 
 from ..core.config import AugmentConfig, TrainConfig
-from ..core.data import UNLABELED, Dataset, InputSpec, Sample, stratified_fraction
 from ..core.errors import UserError
+from ..core.inputs import InputSpec
 from ..core.proc import first_line
+from ..data.dataset import UNLABELED, Dataset, Sample
+from ..data.splits import stratified_fraction
 from ..runtime.preprocess import decode, fit
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..core.artifact import Artifact
-    from ..core.data import InputSpec
+    from ..core.inputs import InputSpec
 
 
 class Target(Protocol):

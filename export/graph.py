@@ -12,10 +12,10 @@ import numpy as np
 
 from ..core.artifact import EVIDENCE, Checkpoint, Draft, Graph, drafting
 from ..core.config import GraphConfig
-from ..core.data import Dataset
 from ..core.errors import UserError
 from ..core.proc import first_line, quiet, require
 from ..core.progress import progress
+from ..data.dataset import Dataset
 from ..runtime import open_session, predict, predict_files
 from ..runtime.preprocess import load_images
 from .onnx import NEEDS, simplify, write_onnx

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import onnx
     from torch import nn
 
-    from ..core.data import InputSpec
+    from ..core.inputs import InputSpec
 
 NEEDS = ("torch", "timm", "onnx", "onnxscript", "onnxslim", "onnxruntime")
 INPUT, OUTPUT = "image", "logits"

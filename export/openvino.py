@@ -14,7 +14,7 @@ from .graph import GRAPH, of_graph
 from .written import Written
 
 if TYPE_CHECKING:
-    from ..core.data import InputSpec
+    from ..core.inputs import InputSpec
 
 
 class OpenVinoTarget:

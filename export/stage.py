@@ -7,10 +7,11 @@ from pathlib import Path
 
 from ..core.artifact import EVIDENCE, Checkpoint, Graph, Model, drafting
 from ..core.config import ExportConfig
-from ..core.data import Dataset, InputSpec
 from ..core.errors import KdpipeError, UserError, choice
+from ..core.inputs import InputSpec
 from ..core.proc import first_line, quiet, require
 from ..core.progress import progress
+from ..data.dataset import Dataset
 from ..runtime import open_session, predict
 from ..runtime.preprocess import load_images
 from . import TARGETS

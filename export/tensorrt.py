@@ -20,7 +20,7 @@ from .graph import GRAPH, of_graph
 from .written import Written
 
 if TYPE_CHECKING:
-    from ..core.data import InputSpec
+    from ..core.inputs import InputSpec
 
 # 11.x has no --stronglyTyped (it always is), and its timing defaults are others; both only matter to who times.
 BUILD_SCRIPT = """\

@@ -14,7 +14,7 @@ from ..core.artifact import Artifact, Checkpoint
 from .written import Written
 
 if TYPE_CHECKING:
-    from ..core.data import InputSpec
+    from ..core.inputs import InputSpec
 
 
 class TfliteTarget:

@@ -12,8 +12,8 @@ from torch import nn
 
 from ..core.artifact import Checkpoint
 from ..core.config import InputConfig, ModelConfig
-from ..core.data import InputSpec
 from ..core.errors import UserError, did_you_mean
+from ..core.inputs import InputSpec
 from ..core.proc import first_line
 from . import cifar  # noqa: F401 (registers its networks with timm)
 

@@ -8,9 +8,9 @@ from typing import Any, overload
 import numpy as np
 
 from ..core.config import CalibrateConfig
-from ..core.data import Dataset, Sample
 from ..core.errors import UserError
 from ..core.progress import progress
+from ..data.dataset import Dataset, Sample
 from ..runtime.layout import to_input
 from ..runtime.preprocess import load_images
 

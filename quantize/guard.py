@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.artifact import Draft, Model, write_json
-from ..core.data import Sample
 from ..core.errors import GateFailed, UserError
 from ..core.proc import quiet
 from ..core.progress import progress
 from ..core.stats import mcnemar
+from ..data.dataset import Sample
 from ..runtime import open_session, predict, predict_files
 from ..runtime.preprocess import load_images
 from .calibrate import CalibrationInputs

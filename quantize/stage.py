@@ -10,9 +10,9 @@ import numpy as np
 
 from ..core.artifact import EVIDENCE, Checkpoint, Draft, Graph, Model, drafting, write_json
 from ..core.config import QuantizeConfig
-from ..core.data import Dataset, Sample
 from ..core.errors import GateFailed, UserError, choice
 from ..core.proc import quiet, require
+from ..data.dataset import Dataset, Sample
 from ..runtime import predict, predict_files
 from ..runtime.preprocess import load_images
 from . import VARIANTS

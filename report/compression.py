@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..core.artifact import Artifact, Graph, Measurement, Model, Provenance
-from ..core.data import Dataset
+from ..data.dataset import Dataset
 from ..runtime.preprocess import decode
 
 Numbers = dict[str, Any]

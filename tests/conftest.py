@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 
 from kdpipe import pipeline
+from kdpipe.chain import Chain
 from kdpipe.cli import main
 from kdpipe.core.artifact import MANIFEST, Bundle, Checkpoint, Graph, Measurement, Model, Report, manifest_digest
 from kdpipe.core.config import Recipe, validated
-from kdpipe.core.data import Dataset
-from kdpipe.devices.probe import flags_of, probe
-from kdpipe.pipeline import Chain
+from kdpipe.data.dataset import Dataset
 from kdpipe.quantize import VARIANTS
+from kdpipe.runtime.probe import flags_of, probe
 
 ROOT = Path(__file__).resolve().parent.parent
 

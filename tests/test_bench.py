@@ -15,9 +15,9 @@ from kdpipe.core.config import BenchConfig
 from kdpipe.core.errors import KdpipeError, UserError
 from kdpipe.devices import DEVICES
 from kdpipe.devices.bench import CONTROL, bench, comparisons, order
-from kdpipe.devices.probe import UNAVAILABLE, probe, read
 from kdpipe.devices.session import session_config
 from kdpipe.runtime.measure import warm_up
+from kdpipe.runtime.probe import UNAVAILABLE, probe, read
 
 TIMED = [
     f"{target}-{precision}" for target in ("onnxruntime", "openvino", "tflite") for precision in ("float32", "int8")

@@ -18,10 +18,11 @@ import torch
 from conftest import SMALL_TRAIN, assert_one_line, flip_a_byte, kdpipe, kdpipe_process
 from safetensors.numpy import load_file
 
+from kdpipe.chain import Chain
 from kdpipe.core.artifact import Cache, Checkpoint
 from kdpipe.core.config import CachePlan, DataConfig, TeacherConfig, TrainingConfig, validated
-from kdpipe.core.data import Dataset
 from kdpipe.core.errors import GateFailed, UserError
+from kdpipe.data.dataset import Dataset
 from kdpipe.distill.cache import (
     CachedTeacher,
     build,
@@ -33,10 +34,9 @@ from kdpipe.distill.cache import (
     record_type,
     verify,
 )
-from kdpipe.distill.tasks import METHODS
+from kdpipe.distill.methods import METHODS
 from kdpipe.distill.teacher import Teacher
 from kdpipe.distill.train import cache_config, train, train_together
-from kdpipe.pipeline import Chain
 
 AUGMENT = {"crop": "pad", "flip": 0, "auto_augment": "rand-m5-mstd0.5"}
 FROM_LOGITS = [name for name in METHODS if METHODS[name].needs_teacher and not METHODS[name].looks_at_maps]
@@ -264,7 +264,7 @@ import sys
 from pathlib import Path
 from kdpipe.core.artifact import Checkpoint
 from kdpipe.core.config import CacheConfig
-from kdpipe.core.data import Dataset
+from kdpipe.data.dataset import Dataset
 from kdpipe.distill import cache
 ask = cache._Job.ask
 def told(self, image):

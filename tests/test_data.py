@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from conftest import Made
 
+from kdpipe.chain import Chain
 from kdpipe.core.config import DataConfig
-from kdpipe.core.data import Dataset, fingerprint_folder, stratified_count, stratified_fraction
 from kdpipe.core.errors import UserError
-from kdpipe.pipeline import Chain
+from kdpipe.data.dataset import Dataset
+from kdpipe.data.fingerprints import fingerprint_folder
+from kdpipe.data.splits import stratified_count, stratified_fraction
 from kdpipe.runtime.preprocess import decode, fit
 
 PARTS = ("train", "val", "test")

@@ -12,12 +12,12 @@ from conftest import ROOT, SMALL_TRAIN, Made
 from torch import nn
 
 from kdpipe.core.config import DistillConfig, InputConfig, Method, ModelConfig, TrainingConfig, read_recipe, validated
-from kdpipe.core.data import InputSpec
 from kdpipe.core.errors import UserError
+from kdpipe.core.inputs import InputSpec
 from kdpipe.distill import losses
 from kdpipe.distill.features import map_shapes, paired, stage_indices, stage_parameters
 from kdpipe.distill.loop import evaluate
-from kdpipe.distill.tasks import METHODS, DistillationTask
+from kdpipe.distill.methods import METHODS, DistillationTask
 from kdpipe.distill.teacher import Teacher
 from kdpipe.distill.train import train
 from kdpipe.networks import models

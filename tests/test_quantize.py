@@ -16,13 +16,13 @@ from conftest import VARIANTS_HERE, Made, assert_one_line, command, kdpipe
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kdpipe.chain import Chain
 from kdpipe.core.artifact import Model
 from kdpipe.core.config import CalibrateConfig, QuantizeConfig, suited, validated
-from kdpipe.core.data import Dataset
 from kdpipe.core.errors import UserError
 from kdpipe.core.proc import quiet
+from kdpipe.data.dataset import Dataset
 from kdpipe.networks.lint import tensorrt_lint
-from kdpipe.pipeline import Chain
 from kdpipe.quantize import VARIANTS
 from kdpipe.quantize.bias import Correction, correct
 from kdpipe.quantize.calibrate import CalibrationInputs, choose, entropy, farthest, spread

@@ -15,13 +15,13 @@ import pytest
 from conftest import SMALL_TRAIN, assert_one_line, kdpipe_process
 from safetensors.numpy import load_file
 
+from kdpipe.chain import Chain
 from kdpipe.core.artifact import Checkpoint
 from kdpipe.core.config import DataConfig, TrainingConfig, validated
-from kdpipe.core.data import Dataset
 from kdpipe.core.errors import UserError
+from kdpipe.data.dataset import Dataset
 from kdpipe.distill.train import train
 from kdpipe.distill.views import EpochBatches
-from kdpipe.pipeline import Chain
 
 RUNS: dict[str, dict[str, Any]] = {
     "kd": {"method": "kd"},

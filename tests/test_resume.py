@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from kdpipe.core.artifact import Checkpoint
 from kdpipe.core.config import TrainingConfig
-from kdpipe.core.data import Dataset
+from kdpipe.data.dataset import Dataset
 from kdpipe.distill.train import train
 import kdpipe.distill.loop as loop
 step = loop.Run._learn

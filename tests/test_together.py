@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from conftest import SMALL_TRAIN, Made
 
+from kdpipe.chain import Chain
 from kdpipe.core.config import DistillationPlan, InputConfig, ModelConfig, TrainingConfig, control_of, validated
 from kdpipe.core.errors import UserError
 from kdpipe.distill.teacher import Teacher
 from kdpipe.distill.train import companions, train, train_together
-from kdpipe.pipeline import Chain, student_runs
+from kdpipe.pipeline import student_runs
 
 INPUT = {"size": 32, "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2], "interpolation": "bicubic"}
 # Dropout, a shuffled teacher, maps for one of them only, phases, fewer and more epochs, another network.

@@ -27,12 +27,13 @@ from kdpipe.core.config import (
     TrainingConfig,
     validated,
 )
-from kdpipe.core.data import UNLABELED, InputSpec, Sample
 from kdpipe.core.errors import UserError
+from kdpipe.core.inputs import InputSpec
 from kdpipe.core.proc import children_signal_kept
+from kdpipe.data.dataset import UNLABELED, Sample
 from kdpipe.distill import loop
 from kdpipe.distill import train as trainer
-from kdpipe.distill.tasks import METHODS
+from kdpipe.distill.methods import METHODS
 from kdpipe.distill.views import EpochBatches, TrainingImages, TrainingViews, training_images
 from kdpipe.networks import models
 
@@ -186,7 +187,7 @@ def test_same_run_same_weights_in_another_process(made: Made, tmp_path: Path) ->
     first = trainer.train(config, made.dataset, made.teacher, tmp_path / "first")
     script = (
         "import sys; from pathlib import Path; from kdpipe.core.artifact import Checkpoint;"
-        "from kdpipe.core.config import TrainingConfig; from kdpipe.core.data import Dataset;"
+        "from kdpipe.core.config import TrainingConfig; from kdpipe.data.dataset import Dataset;"
         "from kdpipe.distill.train import train;"
         "train(TrainingConfig.model_validate_json(sys.argv[1]), Dataset.open(sys.argv[2]),"
         " Checkpoint.open(sys.argv[3]), Path(sys.argv[4]))"
@@ -230,7 +231,7 @@ OUT_OF_MEMORY = """
 import resource, sys
 from pathlib import Path
 from kdpipe.core.config import TrainingConfig
-from kdpipe.core.data import Dataset
+from kdpipe.data.dataset import Dataset
 from kdpipe.core.errors import UserError
 import kdpipe.distill.loop as loop
 from kdpipe.distill.train import train

@@ -10,13 +10,13 @@ import torch
 from conftest import SMALL_TRAIN
 from test_methods import batch, network, task_of
 
+from kdpipe.chain import Chain
 from kdpipe.core.artifact import Checkpoint
 from kdpipe.core.config import DataConfig, DistillConfig, TeacherConfig, TrainingConfig, validated
-from kdpipe.core.data import UNLABELED, Dataset
 from kdpipe.core.errors import UserError
-from kdpipe.distill.tasks import METHODS, label_loss
+from kdpipe.data.dataset import UNLABELED, Dataset
+from kdpipe.distill.methods import METHODS, label_loss
 from kdpipe.distill.train import train
-from kdpipe.pipeline import Chain
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core.config import DistillConfig
-from ..core.data import InputSpec
 from ..core.errors import UserError
+from ..core.inputs import InputSpec
 from . import losses
 from .cache import CachedTeacher
 from .features import (
