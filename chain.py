@@ -28,19 +28,18 @@ from .core.artifact import (
 )
 from .core.config import (
     AdoptConfig,
-    BenchConfig,
+    BenchPlan,
     CacheConfig,
     DataConfig,
+    DataPlan,
     ExportConfig,
-    FingerprintedData,
     GraphConfig,
     PackageConfig,
     QuantizeConfig,
     QuantizePlan,
-    QuantizeSettings,
     ReportConfig,
-    TeacherConfig,
-    TrainingConfig,
+    TeacherPlan,
+    TrainConfig,
     suited,
     training_inputs,
 )
@@ -119,7 +118,7 @@ class Chain:
     def path(self, name: str, stage: str, config: BaseModel, inputs: Mapping[str, Artifact]) -> Path:
         return self.folder / f"{name}-{artifact_key(stage, config, inputs)[:12]}"
 
-    def data(self, config: DataConfig, out: Path | None = None) -> Dataset:
+    def data(self, config: DataPlan, out: Path | None = None) -> Dataset:
         if Path(config.source).is_dir():
             fingerprint = fingerprint_folder(Path(config.source), self._memory(config.source))
         else:  # named sources are known by their names
@@ -127,11 +126,10 @@ class Chain:
         unlabeled = None
         if config.unlabeled is not None and config.unlabeled.is_dir():
             unlabeled = fingerprint_folder(config.unlabeled, self._memory(str(config.unlabeled)))
-        values = {name: getattr(config, name) for name in DataConfig.model_fields}
         if config.classes is not None and not config.classes.is_file():
             raise UserError(f"data.classes: no file at {config.classes}: wanted a text file with one class a line")
-        full = FingerprintedData(
-            **values,
+        full = DataConfig.of(
+            config,
             fingerprint=fingerprint,
             unlabeled_fingerprint=unlabeled,
             classes_fingerprint=sha256_file(config.classes) if config.classes is not None else None,
@@ -158,7 +156,7 @@ class Chain:
 
         return self.step("cache", Cache, "cache", config, {"data": dataset, "teacher": teacher}, make, out)
 
-    def _cache_of(self, config: TrainingConfig, dataset: Dataset, teacher: Checkpoint | None) -> Cache | None:
+    def _cache_of(self, config: TrainConfig, dataset: Dataset, teacher: Checkpoint | None) -> Cache | None:
         """What ``config`` learns from instead of a live teacher, if it does: a function of run, data and teacher."""
         from .distill.train import cache_config
 
@@ -168,7 +166,7 @@ class Chain:
     def train(
         self,
         name: str,
-        config: TrainingConfig,
+        config: TrainConfig,
         dataset: Dataset,
         teacher: Checkpoint | None,
         out: Path | None = None,
@@ -185,7 +183,7 @@ class Chain:
         return self.step(name, Checkpoint, "train", config, training_inputs(config, dataset, teacher, cache), make, out)
 
     def train_all(
-        self, configs: Mapping[str, TrainingConfig], dataset: Dataset, teacher: Checkpoint | None, together: bool
+        self, configs: Mapping[str, TrainConfig], dataset: Dataset, teacher: Checkpoint | None, together: bool
     ) -> dict[str, Checkpoint]:
         """Every run by name; with ``together`` those that see the same views are trained side by side."""
         made: dict[Path, str] = {}  # by whose step
@@ -211,15 +209,10 @@ class Chain:
             found[name] = self.step(name, Checkpoint, "train", config, inputs, make, companions=made)
         return found
 
-    def teacher(self, config: TeacherConfig, dataset: Dataset, out: Path | None = None) -> Checkpoint:
+    def teacher(self, config: TeacherPlan, dataset: Dataset, out: Path | None = None) -> Checkpoint:
         """The user's weights, timm's, or a network trained here on all training images."""
         if config.is_trained:
-            common = {
-                name: getattr(config, name)
-                for name in TrainingConfig.model_fields
-                if name in TeacherConfig.model_fields
-            }
-            return self.train("teacher", TrainingConfig(**common, method="labels"), dataset, None, out)
+            return self.train("teacher", TrainConfig.of(config, method="labels"), dataset, None, out)
         if config.checkpoint is not None and not config.checkpoint.is_file():
             raise UserError(f"teacher.checkpoint: no file at {config.checkpoint}: wanted .safetensors or .pth")
         sha256 = sha256_file(config.checkpoint) if config.checkpoint else None
@@ -227,8 +220,7 @@ class Chain:
             raise UserError(
                 f"teacher.checkpoint: {config.checkpoint} has sha256 {sha256}, wanted {config.checkpoint_sha256}"
             )
-        common = {name: getattr(config, name) for name in AdoptConfig.model_fields}
-        adopted = AdoptConfig(**{**common, "checkpoint_sha256": sha256})
+        adopted = AdoptConfig.of(config, checkpoint_sha256=sha256)
 
         def make(path: Path) -> Checkpoint:
             require("reading weights", TRAIN_NEEDS, "train")
@@ -240,7 +232,7 @@ class Chain:
 
     def graph(self, config: GraphConfig, student: Checkpoint, dataset: Dataset) -> Graph:
         """The student as ONNX, made once for every target that starts from it."""
-        of_graph = GraphConfig(**{name: getattr(config, name) for name in GraphConfig.model_fields})
+        of_graph = GraphConfig.of(config)
 
         def make(path: Path) -> Graph:
             from .export.graph import trace
@@ -286,11 +278,10 @@ class Chain:
         from .quantize import VARIANTS
 
         flags = flags_of(probe())
-        settings = {name: getattr(plan, name) for name in QuantizeSettings.model_fields}
         made = []
         for name, kind in VARIANTS[model.facts["target"]].items():
             if kind.suits(model.facts, flags) if plan.variants == "auto" else name in plan.variants:
-                made.append(self.quantize(QuantizeConfig(**settings, variant=name), model, dataset))
+                made.append(self.quantize(QuantizeConfig.of(plan, variant=name), model, dataset))
         return made
 
     def _nearest(self, artifact: Artifact, kind: type[A]) -> A | None:
@@ -316,11 +307,11 @@ class Chain:
         return self.step(name, Bundle, "package", config, {"model": model, "data": dataset}, make, out)
 
     def bench(
-        self, config: BenchConfig, bundles: Mapping[str, Bundle], dataset: Dataset, out: Path | None = None
+        self, config: BenchPlan, bundles: Mapping[str, Bundle], dataset: Dataset, out: Path | None = None
     ) -> Measurement:
-        from .devices.session import session_config
+        from .devices.session import bench_config
 
-        session = session_config(config)
+        session = bench_config(config)
 
         def make(path: Path) -> Measurement:
             from .devices.bench import bench

@@ -11,14 +11,14 @@ import typer
 
 from . import __version__
 from .core.config import (
-    BenchConfig,
+    BenchPlan,
     CachePlan,
-    DataConfig,
+    DataPlan,
     ExportConfig,
     PackageConfig,
     QuantizeConfig,
-    TeacherConfig,
-    TrainingConfig,
+    TeacherPlan,
+    TrainConfig,
 )
 from .core.errors import KdpipeError
 from .options import configured
@@ -118,14 +118,14 @@ def _run(recipe_path: Path, artifacts: Path, as_json: bool) -> None:
 
 
 @app.command()
-@configured(DataConfig, leave_out=("source",))
+@configured(DataPlan, leave_out=("source",))
 def data(
     source: Annotated[str, typer.Argument(help="a folder with train/<class>/* and val/<class>/*, 'digits', hfds/NAME")],
     artifacts: ArtifactsOption = ARTIFACTS,
     out: OutOption = None,
     as_json: JsonFlag = False,
     *,
-    config: Callable[..., DataConfig],
+    config: Callable[..., DataPlan],
 ) -> None:
     """Check the images of a source and split them.
 
@@ -136,13 +136,13 @@ def data(
 
 
 @app.command()
-@configured(TeacherConfig)
+@configured(TeacherPlan)
 def teacher(
     dataset: Annotated[Path, typer.Argument(help="folder of a dataset artifact")],
     out: OutOption = None,
     as_json: JsonFlag = False,
     *,
-    config: Callable[..., TeacherConfig],
+    config: Callable[..., TeacherPlan],
 ) -> None:
     """Read a teacher from a checkpoint, or train one.
 
@@ -205,7 +205,7 @@ def cache(
 
 
 @app.command()
-@configured(TrainingConfig)
+@configured(TrainConfig)
 def distill(
     teacher: Annotated[
         Path, typer.Argument(help="folder of the teacher's checkpoint (or of a dataset, for --method labels)")
@@ -217,7 +217,7 @@ def distill(
     ] = None,
     as_json: JsonFlag = False,
     *,
-    config: Callable[..., TrainingConfig],
+    config: Callable[..., TrainConfig],
 ) -> None:
     """Train one student.
 
@@ -280,7 +280,7 @@ def quantize(
     Example: kdpipe quantize MODEL --max-drop 0.5
     """
     from .core.artifact import Model
-    from .core.config import QuantizePlan, QuantizeSettings
+    from .core.config import QuantizePlan
     from .core.errors import UserError
 
     settings, opened, chain = config(), Model.open(model), _chain(model.parent)
@@ -290,7 +290,7 @@ def quantize(
         return
     if out is not None:
         raise UserError("--variant auto makes several artifacts: leave --out away, they go beside the model")
-    plan = QuantizePlan(**{name: getattr(settings, name) for name in QuantizeSettings.model_fields})
+    plan = QuantizePlan.of(settings)
     for made in chain.variants(plan, opened, dataset):
         _print_artifact(made, as_json)
 
@@ -316,14 +316,14 @@ def package(
 
 
 @app.command()
-@configured(BenchConfig)
+@configured(BenchPlan)
 def bench(
     bundles: Annotated[list[Path], typer.Argument(help="folders of bundles; latency ratios are against the first")],
     data: DataOption = None,
     out: OutOption = None,
     as_json: JsonFlag = False,
     *,
-    config: Callable[..., BenchConfig],
+    config: Callable[..., BenchPlan],
 ) -> None:
     """Measure accuracy and latency of bundles.
 
@@ -499,7 +499,7 @@ def _seconds(chain: Chain) -> dict[str, float]:
 
 
 def _cache_at(
-    location: str, chain: Chain, settings: TrainingConfig, dataset: Dataset, teacher: Checkpoint | None
+    location: str, chain: Chain, settings: TrainConfig, dataset: Dataset, teacher: Checkpoint | None
 ) -> Cache:
     """The cache in a folder or at a URL; built in a folder that is not there, if the settings say of how many views."""
     from .distill.cache import open_cache

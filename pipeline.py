@@ -12,14 +12,12 @@ from .core.artifact import (
     Report,
 )
 from .core.config import (
-    DistillationPlan,
-    DistillConfig,
+    DistillPlan,
     ExportConfig,
-    GraphConfig,
-    ModelConfig,
+    ModelSettings,
     Recipe,
     ReportConfig,
-    TrainingConfig,
+    TrainConfig,
     changed,
     control_of,
 )
@@ -30,12 +28,12 @@ from .core.progress import note
 
 def check_recipe(recipe: Recipe) -> None:
     """Refuse before any work what a later stage would refuse: packages, names, networks. Raises UserError."""
-    from .devices.session import session_config
+    from .devices.session import bench_config
     from .export import TARGETS
     from .export.onnx import NEEDS as GRAPH_NEEDS
     from .quantize import VARIANTS
 
-    session_config(recipe.bench)
+    bench_config(recipe.bench)
 
     require("training", TRAIN_NEEDS, "train")
     require("the report", ("jinja2", "matplotlib"), "report")
@@ -66,20 +64,18 @@ def check_recipe(recipe: Recipe) -> None:
         check_run(config, config.train)
 
 
-def student_runs(student: ModelConfig, plan: DistillationPlan) -> dict[str, TrainingConfig]:
+def student_runs(student: ModelSettings, plan: DistillPlan) -> dict[str, TrainConfig]:
     """Every run of the plan by name: per seed the method, each of ``plan.students``, and their controls.
 
     A control has its student's network and training, and the labels alone at full weight. Raises UserError.
     """
-    values = {name: getattr(student, name) for name in ModelConfig.model_fields}
-    values |= {name: getattr(plan, name) for name in DistillConfig.model_fields}
-    main = TrainingConfig(**values)
-    students: dict[str, TrainingConfig] = {plan.method: main}
+    main = TrainConfig.of(student, plan)
+    students: dict[str, TrainConfig] = {plan.method: main}
     for name, change in plan.students.items():
         if name in students or name == "labels":
             raise UserError(f"distill.students: the name '{name}' is taken, choose another")
         students[name] = changed(main, change, f"distill.students.{name}")
-    runs: dict[str, TrainingConfig] = {}
+    runs: dict[str, TrainConfig] = {}
     for seed in plan.seeds:
         for name, config in students.items():
             seeded = config.model_copy(update={"seed": seed})
@@ -118,8 +114,7 @@ def run(recipe: Recipe, chain: Chain) -> Outcome:
 
     bundles: dict[str, Bundle] = {}
     for target in recipe.export.targets:
-        parity = {name: getattr(recipe.export, name) for name in GraphConfig.model_fields}
-        models = [chain.export(ExportConfig(target=target, **parity), shipped, dataset)]
+        models = [chain.export(ExportConfig.of(recipe.export, target=target), shipped, dataset)]
         if recipe.quantize is not None:
             models += chain.variants(recipe.quantize, models[0], dataset)
         for model in models:

@@ -28,7 +28,7 @@ from torch import Tensor
 from distill import timms, torchdistills  # the benchmark beside this one
 from kdpipe.chain import Chain
 from kdpipe.core.artifact import Cache, Checkpoint
-from kdpipe.core.config import DataConfig, ModelConfig, TeacherConfig, TrainingConfig, validated
+from kdpipe.core.config import DataPlan, ModelSettings, TeacherPlan, TrainConfig, validated
 from kdpipe.core.stats import ratio_interval
 from kdpipe.data.dataset import Dataset
 from kdpipe.distill.cache import CachedTeacher
@@ -48,11 +48,11 @@ PEERS = {"timm": timms, "torchdistill": torchdistills}
 def random_teacher(chain: Chain, name: str, size: int, dataset: Dataset) -> Checkpoint:
     """A network of random weights as a checkpoint."""
     torch.manual_seed(0)
-    config = ModelConfig.model_validate({"model": name, "input": {"size": size}})
+    config = ModelSettings.model_validate({"model": name, "input": {"size": size}})
     network, _ = models.create(config, len(dataset.classes))
     weights = chain.folder / f"{name}.safetensors"
     save_file(network.state_dict(), weights)
-    return chain.teacher(TeacherConfig(model=name, input=config.input, checkpoint=weights), dataset)
+    return chain.teacher(TeacherPlan(model=name, input=config.input, checkpoint=weights), dataset)
 
 
 def main(
@@ -72,12 +72,12 @@ def main(
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         chain = Chain(Path(folder))
-        dataset = chain.data(DataConfig(source="digits", test_split=None, test_fraction=0.05))
+        dataset = chain.data(DataPlan(source="digits", test_split=None, test_fraction=0.05))
         values = {
             "model": student, "input": {"size": size}, "label_fraction": FRACTION, "cache_views": VIEWS,
             "train": {"precision": precision, "workers": 0, "batch_size": batch},
         }  # fmt: skip
-        config = validated(TrainingConfig, values, "the benchmark")
+        config = validated(TrainConfig, values, "the benchmark")
         network, spec = models.create(config, len(dataset.classes))
         source = training_images(dataset, FRACTION, 0, with_unlabeled=False)
         views = TrainingViews(source, config.train, spec, len(dataset.classes), 0)

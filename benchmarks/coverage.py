@@ -25,7 +25,7 @@ import numpy as np
 import typer
 
 from kdpipe.chain import Chain
-from kdpipe.core.config import AdoptConfig, DataConfig, ExportConfig
+from kdpipe.core.config import AdoptConfig, DataPlan, ExportConfig
 from kdpipe.core.errors import KdpipeError
 from kdpipe.export import TARGETS
 
@@ -101,7 +101,7 @@ def one(model: str, folder: Path) -> dict[str, Any]:
     photos(folder / "photos")
     prepared(model, weights, size, sorted((folder / "photos").rglob("*.png")))
     chain = Chain(folder / model)
-    dataset = chain.data(DataConfig(source=str(folder / "photos"), val_fraction=0))
+    dataset = chain.data(DataPlan(source=str(folder / "photos"), val_fraction=0))
     adopted = AdoptConfig(model=model, checkpoint=weights, input={"size": size})  # type: ignore[arg-type]
     network = chain.teacher(_teacher(adopted), dataset)
     rows: dict[str, Any] = {}
@@ -119,9 +119,9 @@ def one(model: str, folder: Path) -> dict[str, Any]:
 
 
 def _teacher(adopted: AdoptConfig) -> Any:
-    from kdpipe.core.config import TeacherConfig
+    from kdpipe.core.config import TeacherPlan
 
-    return TeacherConfig(**{name: getattr(adopted, name) for name in AdoptConfig.model_fields})
+    return TeacherPlan(**{name: getattr(adopted, name) for name in AdoptConfig.model_fields})
 
 
 def table(found: list[dict[str, Any]]) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kdpipe.chain import Chain
-from kdpipe.core.config import DataConfig, TrainingConfig, validated
+from kdpipe.core.config import DataPlan, TrainConfig, validated
 from kdpipe.core.inputs import InputSpec
 from kdpipe.core.stats import ratio_interval
 from kdpipe.distill.loop import Batch, Run
@@ -134,11 +134,11 @@ def ours(student: nn.Module, teacher: nn.Module, image: Tensor, label: Tensor, b
             "warmup_epochs": 0,
         },
     }
-    config = validated(TrainingConfig, values, "the benchmark")
+    config = validated(TrainConfig, values, "the benchmark")
     size = image.shape[-1]
     spec = InputSpec(size=size, mean=(0, 0, 0), std=(1, 1, 1), crop_fraction=1.0, interpolation="bilinear")
     with tempfile.TemporaryDirectory() as folder:
-        dataset = Chain(Path(folder)).data(DataConfig(source="digits", test_split=None, val_fraction=0.1))
+        dataset = Chain(Path(folder)).data(DataPlan(source="digits", test_split=None, val_fraction=0.1))
         task = METHODS["kd"](config, student, spec, Teacher(teacher, spec, spec))
         run = Run(config, task, dataset, spec, 10**6, Ranks(), None, Nothing())
     run.begin(Batch(image, label, label, Ranks()))

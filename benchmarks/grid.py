@@ -20,7 +20,7 @@ import typer
 from kdpipe.chain import Chain
 from kdpipe.core import progress
 from kdpipe.core.artifact import Checkpoint
-from kdpipe.core.config import DataConfig, DistillationPlan, ModelConfig, TeacherConfig, validated
+from kdpipe.core.config import DataPlan, DistillPlan, ModelSettings, TeacherPlan, validated
 from kdpipe.core.stats import mean_interval
 from kdpipe.pipeline import student_runs
 from kdpipe.terminal import listener, tell_step
@@ -76,20 +76,20 @@ def main(
     progress.listen(listener())
     if train:
         chain = Chain(out, tell=tell_step)
-        dataset = chain.data(DataConfig(source=str(source)), out / "data")
+        dataset = chain.data(DataPlan(source=str(source)), out / "data")
         if teacher is None:
-            config = validated(TeacherConfig, {"model": "resnet20", "train": TEACHER}, "the teacher")
+            config = validated(TeacherPlan, {"model": "resnet20", "train": TEACHER}, "the teacher")
             guide = chain.teacher(config, dataset, out / "teacher")
         else:
             guide = Checkpoint.open(teacher)
         for share in fraction:
             chain.train_all(
-                student_runs(ModelConfig(model=student), plan(share, seed, method)), dataset, guide, together=True
+                student_runs(ModelSettings(model=student), plan(share, seed, method)), dataset, guide, together=True
             )
     print_table(sorted(out.glob("student-*")))
 
 
-def plan(share: float, seeds: list[int], methods: list[str]) -> DistillationPlan:
+def plan(share: float, seeds: list[int], methods: list[str]) -> DistillPlan:
     """These methods on this share of the images."""
     epochs = EPOCHS[share]
     students = {name: dict((METHODS | CACHED)[name]) for name in methods}
@@ -97,7 +97,7 @@ def plan(share: float, seeds: list[int], methods: list[str]) -> DistillationPlan
         students["dkd-b2"]["dkd"] = {"beta": 2, "warmup_epochs": epochs // 12}
     train = {**TRAIN, "epochs": epochs, "warmup_epochs": max(1, epochs // 15)}
     values = {"method": "labels", "label_fraction": share, "seeds": seeds, "students": students, "train": train}
-    return validated(DistillationPlan, values, "the grid")
+    return validated(DistillPlan, values, "the grid")
 
 
 def print_table(folders: list[Path]) -> None:

@@ -21,7 +21,7 @@ import typer
 
 from kdpipe.chain import Chain
 from kdpipe.core.artifact import Bundle, Checkpoint, Model, drafting
-from kdpipe.core.config import BenchConfig, Config, ExportConfig, PackageConfig, QuantizePlan, ReportConfig
+from kdpipe.core.config import BenchPlan, Config, ExportConfig, PackageConfig, QuantizePlan, ReportConfig
 from kdpipe.core.proc import quiet
 from kdpipe.data.dataset import Dataset
 from kdpipe.quantize.calibrate import CalibrationInputs
@@ -62,7 +62,7 @@ def ort_dynamic(source: Path, _: CalibrationInputs, out: Path) -> None:
 
 def olive_static(source: Path, images: CalibrationInputs, out: Path) -> None:
     """Olive's pass with nothing set but what it asks for."""
-    from olive.data.config import DataComponentConfig, DataConfig
+    from olive.data.config import DataComponentConfig, DataPlan
     from olive.data.registry import Registry
     from olive.hardware import DEFAULT_CPU_ACCELERATOR
     from olive.model import ONNXModelHandler
@@ -77,7 +77,7 @@ def olive_static(source: Path, images: CalibrationInputs, out: Path) -> None:
             return {"image": images[at][0]}, 0
 
     Registry.register_dataset("kdpipe_images")(lambda **_: Images())
-    data = DataConfig(name="calibration", load_dataset_config=DataComponentConfig(type="kdpipe_images"))
+    data = DataPlan(name="calibration", load_dataset_config=DataComponentConfig(type="kdpipe_images"))
     folder = out.parent / "olive"
     run = create_pass_from_dict(
         OnnxStaticQuantization, {"data_config": data}, disable_search=True, accelerator_spec=DEFAULT_CPU_ACCELERATOR
@@ -192,7 +192,7 @@ def main(
             title: chain.package(PackageConfig(), model, dataset) for title, model in models.items()
         }
         begun = time.monotonic()
-        measured = chain.bench(BenchConfig(rounds=rounds, seconds=seconds, threads=threads), bundles, dataset)
+        measured = chain.bench(BenchPlan(rounds=rounds, seconds=seconds, threads=threads), bundles, dataset)
         page = chain.report(ReportConfig(title=f"peers, {name}"), measured, {"student": student})
         numbers = json.loads(page.file("report.json").read_text())
         made_in = {title: model.manifest.seconds for title, model in models.items()}

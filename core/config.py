@@ -1,6 +1,8 @@
 """What can be configured: one frozen model a stage; defaults stand here and nowhere else.
 
-The same field name serves YAML, the command line (``--train.epochs 60``) and Python.
+The same field name serves YAML, the command line (``--train.epochs 60``) and Python. ``...Settings`` are a section
+that a person sets, ``...Plan`` is what a recipe or a command asks for, ``...Config`` what one stage is told, complete:
+it is what the artifact's key is made of.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -29,8 +31,16 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @classmethod
+    def of(cls, *others: BaseModel, **more: Any) -> Self:
+        """One of this class from what ``others`` say of its fields, later ones first, and from ``more``."""
+        values: dict[str, Any] = {}
+        for other in others:
+            values |= {name: getattr(other, name) for name in cls.model_fields if name in type(other).model_fields}
+        return cls(**values | more)
 
-class DataConfig(Config):
+
+class DataPlan(Config):
     """Where the images come from and how they are split."""
 
     source: str = Field(
@@ -61,7 +71,7 @@ class DataConfig(Config):
     seed: int = Field(0, description="seed of the splits")
 
 
-class FingerprintedData(DataConfig):
+class DataConfig(DataPlan):
     """The source with the hash of what it holds now, so that changed images make a new key."""
 
     fingerprint: str
@@ -69,7 +79,7 @@ class FingerprintedData(DataConfig):
     classes_fingerprint: str | None = None
 
 
-class InputConfig(Config):
+class InputSettings(Config):
     """How an image becomes the network's input; what is left out comes from timm's data for the model."""
 
     size: int | None = Field(None, ge=8, description="side of the square input, pixels")
@@ -81,7 +91,7 @@ class InputConfig(Config):
     )
 
 
-class AugmentConfig(Config):
+class AugmentSettings(Config):
     """Random views for training."""
 
     crop: Literal["pad", "resized", "none"] = Field(
@@ -94,7 +104,7 @@ class AugmentConfig(Config):
     erase: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="probability of random erasing")
 
 
-class TrainConfig(Config):
+class TrainSettings(Config):
     """One training run."""
 
     epochs: int = Field(60, ge=1, description="passes over the (fraction of the) training images")
@@ -128,19 +138,19 @@ class TrainConfig(Config):
     validate_every: int = Field(1, ge=1, description="epochs between two looks at the validation part")
     checkpoint_seconds: float = Field(30.0, ge=0, exclude=True, description="time between two states to resume from")
     workers: int = Field(2, ge=0, exclude=True, description="data loading processes")
-    augment: AugmentConfig = AugmentConfig()
+    augment: AugmentSettings = AugmentSettings()
 
 
-class ModelConfig(Config):
+class ModelSettings(Config):
     """A network by its name in timm."""
 
     model: str = Field(description="any model name of timm")
     model_args: dict[str, Any] = Field({}, description="further arguments of timm.create_model")
     pretrained: bool = Field(False, description="start from timm's pretrained weights (needs a model hub)")
-    input: InputConfig = InputConfig()
+    input: InputSettings = InputSettings()
 
 
-class AdoptConfig(ModelConfig):
+class AdoptConfig(ModelSettings):
     """A network whose weights the user brings."""
 
     # The hash stands for the file in keys and lineage, so that neither holds a path of the user's machine.
@@ -148,10 +158,10 @@ class AdoptConfig(ModelConfig):
     checkpoint_sha256: str | None = Field(None, description="hash of the weights; worked out where it is left out")
 
 
-class TeacherConfig(AdoptConfig):
+class TeacherPlan(AdoptConfig):
     """The teacher: read from a checkpoint, or trained here on all training images."""
 
-    train: TrainConfig = TrainConfig()
+    train: TrainSettings = TrainSettings()
     seed: int = Field(0, description="seed of weights, order and views")
 
     @property
@@ -159,7 +169,7 @@ class TeacherConfig(AdoptConfig):
         return self.checkpoint is None and not self.pretrained
 
 
-class DkdConfig(Config):
+class DkdSettings(Config):
     """Of method dkd; ``temperature`` counts too."""
 
     alpha: float = Field(1.0, ge=0, description="weight of the target-class part")
@@ -167,21 +177,21 @@ class DkdConfig(Config):
     warmup_epochs: int = Field(20, ge=0, description="epochs over which the loss grows to its weight")
 
 
-class DistConfig(Config):
+class DistSettings(Config):
     """Of method dist; ``temperature`` counts too."""
 
     beta: float = Field(1.0, ge=0, description="weight of the correlation within a sample")
     gamma: float = Field(1.0, ge=0, description="weight of the correlation within a class, over the batch")
 
 
-class RkdConfig(Config):
+class RkdSettings(Config):
     """Of method rkd."""
 
     distance_weight: float = Field(25.0, ge=0, description="weight of the distances between samples")
     angle_weight: float = Field(50.0, ge=0, description="weight of the angles between samples")
 
 
-class StagewiseConfig(Config):
+class StagewiseSettings(Config):
     """Of method stagewise: one stage after another learns the teacher's features, then the head the labels."""
 
     epochs: int | None = Field(
@@ -196,7 +206,7 @@ class StagewiseConfig(Config):
     )
 
 
-class DistillConfig(Config):
+class DistillSettings(Config):
     """How the student learns."""
 
     method: Method = Field("kd", description="what is learned from the teacher; labels is the control")
@@ -208,10 +218,10 @@ class DistillConfig(Config):
     shuffled_teacher: bool = Field(
         False, description="control: the teacher's non-maximal logits change places, so that only its top-1 is left"
     )
-    dkd: DkdConfig = DkdConfig()
-    dist: DistConfig = DistConfig()
-    rkd: RkdConfig = RkdConfig()
-    stagewise: StagewiseConfig = StagewiseConfig()
+    dkd: DkdSettings = DkdSettings()
+    dist: DistSettings = DistSettings()
+    rkd: RkdSettings = RkdSettings()
+    stagewise: StagewiseSettings = StagewiseSettings()
     label_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
         1.0, description="share of the training images of each class to learn from; 0 leaves data.unlabeled alone"
     )
@@ -225,10 +235,10 @@ class DistillConfig(Config):
     tracker: Literal["none", "tensorboard", "wandb", "mlflow"] = Field(
         "none", exclude=True, description="where else the curves are shown while they grow"
     )
-    train: TrainConfig = TrainConfig()
+    train: TrainSettings = TrainSettings()
 
 
-class TrainingConfig(DistillConfig, ModelConfig):
+class TrainConfig(DistillSettings, ModelSettings):
     """One training run: a network and how it learns."""
 
     seed: int = Field(0, description="seed of weights, order, views and of the drawn fraction")
@@ -246,7 +256,7 @@ class TrainingConfig(DistillConfig, ModelConfig):
 
 
 def training_inputs(
-    config: TrainingConfig, dataset: Artifact, teacher: Artifact | None, cache: Cache | None = None
+    config: TrainConfig, dataset: Artifact, teacher: Artifact | None, cache: Cache | None = None
 ) -> dict[str, Artifact]:
     """What a run is made from.
 
@@ -263,19 +273,11 @@ def training_inputs(
     return inputs
 
 
-def control_of(config: TrainingConfig) -> TrainingConfig:
+def control_of(config: TrainConfig) -> TrainConfig:
     """The same network trained as ``config`` is, on the labels alone."""
-    kept = (
-        *ModelConfig.model_fields,
-        "label_loss",
-        "label_fraction",
-        "cache_views",
-        "view_seed",
-        "tracker",
-        "train",
-        "seed",
-    )
-    return TrainingConfig(**{name: getattr(config, name) for name in kept}, method="labels")
+    kept = ("label_loss", "label_fraction", "cache_views", "view_seed", "tracker", "train", "seed")
+    settings = {name: getattr(config, name) for name in kept}
+    return TrainConfig.of(ModelSettings.of(config), method="labels", **settings)
 
 
 class CacheSettings(Config):
@@ -289,13 +291,13 @@ class CacheSettings(Config):
         None, ge=1, description="how many of the largest logits are kept; left out, all up to 256 classes, else 100"
     )
     precision: Literal["float32", "bf16"] = Field("float32", description="in which the teacher is asked")
-    augment: AugmentConfig = AugmentConfig()
+    augment: AugmentSettings = AugmentSettings()
     mixup: float = Field(0.0, ge=0, description="alpha of Mixup; 0 is off")
     cutmix: float = Field(0.0, ge=0, description="alpha of CutMix; 0 is off")
     workers: int = Field(2, ge=0, exclude=True, description="data loading processes")
 
 
-class CachePlan(CacheSettings, ModelConfig):
+class CachePlan(CacheSettings, ModelSettings):
     """A cache for students that take the inputs of this network."""
 
 
@@ -305,12 +307,12 @@ class CacheConfig(CacheSettings):
     input: InputSpec
     versions: dict[str, str] = Field(description="of the libraries that can change a view")
 
-    def view_settings(self) -> TrainConfig:
+    def view_settings(self) -> TrainSettings:
         """What of a training run decides what a view shows."""
-        return TrainConfig(augment=self.augment, mixup=self.mixup, cutmix=self.cutmix)
+        return TrainSettings(augment=self.augment, mixup=self.mixup, cutmix=self.cutmix)
 
 
-class DistillationPlan(DistillConfig):
+class DistillPlan(DistillSettings):
     """The student runs of a recipe: the method and its control, each with every seed."""
 
     control: bool = Field(True, description="also train on the labels alone, so that the gain is measured")
@@ -325,14 +327,14 @@ class DistillationPlan(DistillConfig):
     )
 
 
-class ParityConfig(Config):
+class ParitySettings(Config):
     """When torch and an exported file are the same."""
 
     parity_images: int = Field(64, ge=2, description="real images that torch and the exported file must agree on")
     parity_tolerance: float = Field(1e-3, gt=0, description="largest logit difference allowed, over the logits' spread")
 
 
-class GraphConfig(ParityConfig):
+class GraphConfig(ParitySettings):
     """Checkpoint to ONNX, as torch writes it and simplified."""
 
     hop_images: int = Field(
@@ -352,7 +354,7 @@ class ExportPlan(GraphConfig):
     targets: tuple[str, ...] = Field(("onnxruntime", "openvino", "tensorrt", "tflite"), min_length=1)
 
 
-class CalibrateConfig(Config):
+class CalibrateSettings(Config):
     """The training images that set an INT8 model's ranges."""
 
     images: int = Field(128, ge=2, description="how many")
@@ -370,7 +372,7 @@ class CalibrateConfig(Config):
 class QuantizeSettings(Config):
     """How a float32 model becomes a smaller one."""
 
-    calibrate: CalibrateConfig = CalibrateConfig()
+    calibrate: CalibrateSettings = CalibrateSettings()
     correct_biases: bool = Field(
         True,
         description="move biases against the mean shift of rounding, where that measures better (NNCF has its own)",
@@ -432,7 +434,7 @@ class PackageConfig(Config):
     golden_images: int = Field(8, ge=1, description="test inputs shipped with their expected outputs")
 
 
-class BenchConfig(Config):
+class BenchPlan(Config):
     """One measuring session: every bundle in a fresh process each time, interleaved."""
 
     device: str = Field("local", description="name of the device")
@@ -454,14 +456,14 @@ class Recipe(Config):
     """A whole chain: ``kdpipe run FILE.yaml``."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="name of the run and its report")
-    data: DataConfig
-    teacher: TeacherConfig
-    student: ModelConfig
-    distill: DistillationPlan = DistillationPlan()
+    data: DataPlan
+    teacher: TeacherPlan
+    student: ModelSettings
+    distill: DistillPlan = DistillPlan()
     export: ExportPlan = ExportPlan()
     quantize: QuantizePlan | None = QuantizePlan()
     package: PackageConfig = PackageConfig()
-    bench: BenchConfig = BenchConfig()
+    bench: BenchPlan = BenchPlan()
 
 
 C = TypeVar("C", bound=BaseModel)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.artifact import drafting, sha256_file, write_json
-from ..core.config import FingerprintedData
+from ..core.config import DataConfig
 from ..core.errors import UserError
 from ..core.proc import first_line
 from ..core.progress import note, track
@@ -20,7 +20,7 @@ from .sources import Split, digits, folder, reader
 from .splits import stratified_fraction
 
 
-def prepare(config: FingerprintedData, out: Path) -> Dataset:
+def prepare(config: DataConfig, out: Path) -> Dataset:
     """Read the source once, check every image, split it.
 
     A folder's images stay where they are; those of every other source are copied into the artifact.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..core.artifact import Draft
-from ..core.config import DataConfig
+from ..core.config import DataPlan
 from ..core.errors import UserError
 from ..core.proc import first_line
 from ..core.progress import track
@@ -19,7 +19,7 @@ from .dataset import Dataset
 Split = list[tuple[str, int]]  # file below the root, label
 
 
-def digits(draft: Draft[Dataset], config: DataConfig) -> tuple[None, list[str], dict[str, Split]]:
+def digits(draft: Draft[Dataset], config: DataPlan) -> tuple[None, list[str], dict[str, Split]]:
     """The 1,797 handwritten digits (8x8, 17 grey levels) that scikit-learn ships."""
     from PIL import Image
     from sklearn.datasets import load_digits
@@ -39,11 +39,11 @@ def digits(draft: Draft[Dataset], config: DataConfig) -> tuple[None, list[str], 
     return None, [str(digit) for digit in range(10)], {config.train_split: split}
 
 
-def _wanted_splits(config: DataConfig) -> list[str]:
+def _wanted_splits(config: DataPlan) -> list[str]:
     return [config.train_split, *([config.test_split] if config.test_split else [])]
 
 
-def folder(config: DataConfig) -> tuple[Path, list[str], dict[str, Split]]:
+def folder(config: DataPlan) -> tuple[Path, list[str], dict[str, Split]]:
     """``source/<split>/<class>/*``; the classes are those listed, or the training folders in name order."""
     from timm.data.readers import create_reader
 
@@ -85,7 +85,7 @@ def _listed(path: Path) -> list[str]:
     return names
 
 
-def reader(draft: Draft[Dataset], config: DataConfig) -> tuple[None, list[str], dict[str, Split]]:
+def reader(draft: Draft[Dataset], config: DataPlan) -> tuple[None, list[str], dict[str, Split]]:
     """Anything else that timm's dataset factory reads, copied into the artifact image by image."""
     from timm.data import create_dataset
 

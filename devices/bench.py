@@ -18,13 +18,13 @@ from ..core.stats import percentile_interval, ratio_interval, wilson
 from ..data.dataset import Dataset
 from ..runtime.preprocess import load_images
 from . import DEVICES, Device
-from .session import BenchSession
+from .session import BenchConfig
 
 CONTROL_LIMIT = 1.25  # a session that can't tell a model from itself within this factor ranks nothing
 CONTROL = "control"  # the reference measured a second time in every round: the A/A control
 
 
-def bench(config: BenchSession, bundles: Mapping[str, Bundle], dataset: Dataset, out: Path) -> Measurement:
+def bench(config: BenchConfig, bundles: Mapping[str, Bundle], dataset: Dataset, out: Path) -> Measurement:
     """Measure accuracy on the test part and single-image latency of every bundle.
 
     Each round measures all bundles and, as A/A control, the first one again (see ``order``). A bundle whose
@@ -146,7 +146,7 @@ def _accuracy(device: Device, name: str, bundle: Bundle, images: str, dataset: D
 
 
 def _measure(
-    device: Device, config: BenchSession, name: str, timed: Sequence[str], images: Mapping[str, str]
+    device: Device, config: BenchConfig, name: str, timed: Sequence[str], images: Mapping[str, str]
 ) -> dict[str, Any]:
     bundle = timed[0] if name == CONTROL else name
     return device.run(

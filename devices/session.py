@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..core.config import BenchConfig
+from ..core.config import BenchPlan
 from ..core.errors import choice
 from ..runtime.probe import fingerprint
 from . import DEVICES
 
 
-class BenchSession(BenchConfig):
+class BenchConfig(BenchPlan):
     """The configuration with the device that it was run on: another machine makes another key."""
 
     device_fingerprint: dict[str, Any]
 
 
-def session_config(config: BenchConfig) -> BenchSession:
+def bench_config(config: BenchPlan) -> BenchConfig:
     """Name the device behind ``config``. Raises UserError for an unknown one."""
     if config.device not in DEVICES:
         raise choice("device", config.device, DEVICES)
-    return BenchSession(**config.model_dump(), device_fingerprint=fingerprint(DEVICES[config.device]().probe()))
+    return BenchConfig.of(config, device_fingerprint=fingerprint(DEVICES[config.device]().probe()))

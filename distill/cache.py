@@ -31,7 +31,7 @@ from ..core.artifact import (
     sha256_file,
     tool_versions,
 )
-from ..core.config import CacheConfig, CachePlan, CacheSettings, TrainingConfig
+from ..core.config import CacheConfig, CachePlan, TrainConfig
 from ..core.errors import GateFailed, UserError
 from ..core.inputs import InputSpec
 from ..core.proc import children_signal_kept, first_line
@@ -183,7 +183,7 @@ class CachedTeacher(nn.Module):
         return self._shards[view]
 
 
-def config_for(run: TrainingConfig, spec: InputSpec) -> CacheConfig:
+def config_for(run: TrainConfig, spec: InputSpec) -> CacheConfig:
     """The cache that ``run``, a network of ``spec``, learns from."""
     assert run.cache_views is not None
     train = run.train
@@ -197,10 +197,8 @@ def config_for(run: TrainingConfig, spec: InputSpec) -> CacheConfig:
 
 def config_of(plan: CachePlan) -> CacheConfig:
     """The cache that a plan means, its network's input spelled out. Raises UserError for an unknown network."""
-    settings = {name: getattr(plan, name) for name in CacheSettings.model_fields}
-    if plan.label_fraction == 1:
-        settings["seed"] = 0
-    return CacheConfig(**settings, input=input_spec(plan), versions=_versions())
+    drawn_by = plan.seed if plan.label_fraction < 1 else 0  # all images are the same ones for every seed
+    return CacheConfig.of(plan, seed=drawn_by, input=input_spec(plan), versions=_versions())
 
 
 def _versions() -> dict[str, str]:
@@ -208,7 +206,7 @@ def _versions() -> dict[str, str]:
 
 
 def check_fit(
-    cache: Cache, run: TrainingConfig, spec: InputSpec, images: np.ndarray, dataset: Dataset, teacher: Checkpoint
+    cache: Cache, run: TrainConfig, spec: InputSpec, images: np.ndarray, dataset: Dataset, teacher: Checkpoint
 ) -> None:
     """Refuse a cache of anything else than what ``run`` will see of ``images``. Raises UserError."""
     config, wanted = CacheConfig.model_validate(cache.manifest.config), config_for(run, spec)

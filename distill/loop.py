@@ -24,7 +24,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..core.config import TrainConfig, TrainingConfig
+from ..core.config import TrainConfig, TrainSettings
 from ..core.errors import KdpipeError, UserError
 from ..core.inputs import InputSpec
 from ..core.proc import children_signal_kept, first_line
@@ -67,7 +67,7 @@ class Run:
 
     def __init__(
         self,
-        config: TrainingConfig,
+        config: TrainConfig,
         task: DistillationTask,
         dataset: Dataset,
         spec: InputSpec,
@@ -357,7 +357,7 @@ class Lockstep:
     """Runs that see the same views, side by side: each view is made once, and one teacher's answer serves all."""
 
     def __init__(
-        self, views: TrainingViews, config: TrainingConfig, ranks: Ranks, remembered: CachedTeacher | None
+        self, views: TrainingViews, config: TrainConfig, ranks: Ranks, remembered: CachedTeacher | None
     ) -> None:
         settings, self._ranks, self._remembered = config.train, ranks, remembered
         self._batches = EpochBatches(
@@ -439,7 +439,7 @@ def _device_ids(ranks: Ranks) -> list[int] | None:
     return [torch.device(ranks.device).index] if ranks.device_kind == "cuda" else None
 
 
-def _schedule(settings: TrainConfig, optimizer: torch.optim.Optimizer, phase: Phase, updates_per_epoch: int) -> Any:
+def _schedule(settings: TrainSettings, optimizer: torch.optim.Optimizer, phase: Phase, updates_per_epoch: int) -> Any:
     """Timm's schedule over the updates of a phase; a function of the update's number alone."""
     schedule, _ = create_scheduler_v2(
         optimizer,

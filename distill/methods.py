@@ -16,7 +16,7 @@ from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..core.config import DistillConfig
+from ..core.config import DistillSettings
 from ..core.errors import UserError
 from ..core.inputs import InputSpec
 from . import losses
@@ -74,7 +74,7 @@ class Pupil(nn.Module):
         return Answer(logits, maps, outputs)
 
 
-def label_loss(config: DistillConfig) -> Callable[[Tensor, Tensor], Tensor]:
+def label_loss(config: DistillSettings) -> Callable[[Tensor, Tensor], Tensor]:
     """Cross-entropy or BCE (mean over B * K, as timm), smoothed if asked, in float32.
 
     The target is a class [B], or a distribution [B, K] after mixing. An image without label, whose class is
@@ -110,7 +110,7 @@ class DistillationTask(TrainingTask):  # type: ignore[misc]
 
     def __init__(
         self,
-        config: DistillConfig,
+        config: DistillSettings,
         student: nn.Module,
         spec: InputSpec,
         teacher: Teacher | CachedTeacher | None,
@@ -204,7 +204,7 @@ class DistTask(LogitTask):
     own_weight = 2.0
 
 
-def logit_loss(config: DistillConfig, student: Tensor, teacher: Tensor, target: Tensor, epoch: int) -> Tensor:
+def logit_loss(config: DistillSettings, student: Tensor, teacher: Tensor, target: Tensor, epoch: int) -> Tensor:
     """The loss of a logit method between logits [B, K]; ``epoch`` counts from 0."""
     if config.standardize_logits:
         student, teacher = losses.standardise(student), losses.standardise(teacher)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from ..core.config import TrainingConfig
+from ..core.config import TrainConfig
 from ..core.errors import UserError
 from ..core.proc import first_line, require
 
@@ -46,7 +46,7 @@ class TensorBoard:
 
     needs: ClassVar[tuple[str, ...]] = ("tensorboard",)
 
-    def __init__(self, name: str, config: TrainingConfig, folder: Path) -> None:
+    def __init__(self, name: str, config: TrainConfig, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         shutil.rmtree(folder / name, ignore_errors=True)  # all rows are told again
@@ -66,7 +66,7 @@ class WandB:
 
     needs: ClassVar[tuple[str, ...]] = ("wandb",)
 
-    def __init__(self, name: str, config: TrainingConfig, folder: Path) -> None:
+    def __init__(self, name: str, config: TrainConfig, folder: Path) -> None:
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ class MLflow:
 
     needs: ClassVar[tuple[str, ...]] = ("mlflow-skinny",)
 
-    def __init__(self, name: str, config: TrainingConfig, folder: Path) -> None:
+    def __init__(self, name: str, config: TrainConfig, folder: Path) -> None:
         from mlflow.tracking import MlflowClient
 
         self._client = MlflowClient()
@@ -118,7 +118,7 @@ class MLflow:
 TRACKERS: dict[str, Any] = {"none": Nothing, "tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
 
 
-def tracker(config: TrainingConfig, out: Path) -> Tracker:
+def tracker(config: TrainConfig, out: Path) -> Tracker:
     """The tracker that ``config`` names, for the run that becomes ``out``.
 
     Raises:

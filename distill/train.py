@@ -13,7 +13,7 @@ from timm.optim import list_optimizers
 from torch import nn
 
 from ..core.artifact import Cache, Checkpoint, Draft, drafting, write_json
-from ..core.config import AdoptConfig, CacheConfig, ModelConfig, TrainConfig, TrainingConfig, training_inputs
+from ..core.config import AdoptConfig, CacheConfig, ModelSettings, TrainConfig, TrainSettings, training_inputs
 from ..core.errors import UserError, choice
 from ..core.inputs import InputSpec
 from ..data.dataset import Dataset
@@ -28,23 +28,23 @@ from .views import TrainingViews, seeded, training_images, training_transform
 
 
 def train(
-    config: TrainingConfig, dataset: Dataset, teacher: Checkpoint | None, out: Path, cache: Cache | None = None
+    config: TrainConfig, dataset: Dataset, teacher: Checkpoint | None, out: Path, cache: Cache | None = None
 ) -> Checkpoint:
     """Train ``config.model`` on the training part by ``config.method``; see ``train_together``."""
     return train_together({out: config}, dataset, teacher, cache)[out]
 
 
-def cache_config(config: TrainingConfig) -> CacheConfig | None:
+def cache_config(config: TrainConfig) -> CacheConfig | None:
     """The cache that ``config`` learns from, or None where the teacher is asked in training."""
     if config.cache_views is None or not config.needs_teacher:
         return None
     return config_for(config, models.input_spec(config))
 
 
-def companions(configs: Mapping[Path, TrainingConfig], dataset: Dataset) -> list[dict[Path, TrainingConfig]]:
+def companions(configs: Mapping[Path, TrainConfig], dataset: Dataset) -> list[dict[Path, TrainConfig]]:
     """Runs parted by what they see: those of one part can share views, batches and the teacher's answers."""
     unlabeled = bool(dataset.samples("unlabeled"))
-    parts: dict[str, dict[Path, TrainingConfig]] = {}
+    parts: dict[str, dict[Path, TrainConfig]] = {}
     for out, config in configs.items():
         settings = config.train
         mixing = (
@@ -60,7 +60,7 @@ def companions(configs: Mapping[Path, TrainingConfig], dataset: Dataset) -> list
 
 
 def train_together(
-    configs: Mapping[Path, TrainingConfig], dataset: Dataset, teacher: Checkpoint | None, cache: Cache | None = None
+    configs: Mapping[Path, TrainConfig], dataset: Dataset, teacher: Checkpoint | None, cache: Cache | None = None
 ) -> dict[Path, Checkpoint]:
     """Train runs that see the same views side by side (``companions``); each ends as it would have ended alone.
 
@@ -97,14 +97,14 @@ def train_together(
 
 
 def _draft(
-    config: TrainingConfig, dataset: Dataset, teacher: Checkpoint | None, cache: Cache | None, out: Path
+    config: TrainConfig, dataset: Dataset, teacher: Checkpoint | None, cache: Cache | None, out: Path
 ) -> contextlib.AbstractContextManager[Draft[Checkpoint]]:
     inputs = training_inputs(config, dataset, teacher, cache)
     return drafting(Checkpoint, out, stage="train", config=config, inputs=inputs, resumable=True)
 
 
 def _runs(
-    configs: Mapping[Path, TrainingConfig],
+    configs: Mapping[Path, TrainConfig],
     drafts: Mapping[Path, Draft[Checkpoint] | None],
     dataset: Dataset,
     teacher: Checkpoint | None,
@@ -150,7 +150,7 @@ def _runs(
 
 
 def _check_cached(
-    cache: Cache, config: TrainingConfig, spec: InputSpec, images: np.ndarray, dataset: Dataset, teacher: Checkpoint
+    cache: Cache, config: TrainConfig, spec: InputSpec, images: np.ndarray, dataset: Dataset, teacher: Checkpoint
 ) -> None:
     if METHODS[config.method].looks_at_maps:
         raise UserError(
@@ -160,7 +160,7 @@ def _check_cached(
     check_fit(cache, config, spec, images, dataset, teacher)
 
 
-def _check_labels(config: TrainingConfig, labeled: int, unlabeled: int) -> None:
+def _check_labels(config: TrainConfig, labeled: int, unlabeled: int) -> None:
     """Refuse a method that can't do without the labels that are missing. Raises UserError."""
     method = METHODS[config.method]
     weight = method.own_weight if config.kd_weight is None else config.kd_weight
@@ -209,7 +209,7 @@ def adopt(config: AdoptConfig, dataset: Dataset, out: Path) -> Checkpoint:
     return draft.artifact
 
 
-def check_run(config: ModelConfig, settings: TrainConfig | None) -> None:
+def check_run(config: ModelSettings, settings: TrainSettings | None) -> None:
     """Refuse what training would refuse, without training. Raises UserError."""
     _, spec = models.create(config.model_copy(update={"pretrained": False}), classes=2)
     if settings is not None:
@@ -219,7 +219,7 @@ def check_run(config: ModelConfig, settings: TrainConfig | None) -> None:
 
 
 def _describe(
-    folder: Path, facts: dict[str, Any], config: ModelConfig, network: nn.Module, spec: InputSpec, dataset: Dataset
+    folder: Path, facts: dict[str, Any], config: ModelSettings, network: nn.Module, spec: InputSpec, dataset: Dataset
 ) -> None:
     """Weights, labels and the test logits, for the last time this network is seen as a torch module."""
     models.save_weights(network, folder)

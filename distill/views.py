@@ -20,7 +20,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 from torchvision import transforms
 
-from ..core.config import AugmentConfig, TrainConfig
+from ..core.config import AugmentSettings, TrainSettings
 from ..core.errors import UserError
 from ..core.inputs import InputSpec
 from ..core.proc import first_line
@@ -48,7 +48,7 @@ def seeded(*identity: int) -> Iterator[None]:
         torch.set_rng_state(saved)
 
 
-def training_transform(config: AugmentConfig, spec: InputSpec) -> Callable[[Image.Image], torch.Tensor]:
+def training_transform(config: AugmentSettings, spec: InputSpec) -> Callable[[Image.Image], torch.Tensor]:
     """RGB picture to float32 [3, size, size], augmented and normalised. Raises UserError."""
     try:
         return _imagenet_style(config, spec) if config.crop == "resized" else _small_image_style(config, spec)
@@ -59,7 +59,7 @@ def training_transform(config: AugmentConfig, spec: InputSpec) -> Callable[[Imag
         ) from None
 
 
-def _imagenet_style(config: AugmentConfig, spec: InputSpec) -> Callable[[Image.Image], torch.Tensor]:
+def _imagenet_style(config: AugmentSettings, spec: InputSpec) -> Callable[[Image.Image], torch.Tensor]:
     transform: Callable[[Image.Image], torch.Tensor] = create_transform(
         spec.size,
         is_training=True,
@@ -75,7 +75,7 @@ def _imagenet_style(config: AugmentConfig, spec: InputSpec) -> Callable[[Image.I
     return transform
 
 
-def _small_image_style(config: AugmentConfig, spec: InputSpec) -> Callable[[Image.Image], torch.Tensor]:
+def _small_image_style(config: AugmentSettings, spec: InputSpec) -> Callable[[Image.Image], torch.Tensor]:
     fitting = spec.model_dump()
     steps: list[Callable[..., object]] = [lambda image: Image.fromarray(fit(image, fitting))]
     if config.crop == "pad":
@@ -125,7 +125,7 @@ class TrainingViews(TorchDataset[TrainingView]):
     neighbour in a batch: so neither the batch nor the process has a say in what a view shows.
     """
 
-    def __init__(self, source: TrainingImages, config: TrainConfig, spec: InputSpec, classes: int, seed: int) -> None:
+    def __init__(self, source: TrainingImages, config: TrainSettings, spec: InputSpec, classes: int, seed: int) -> None:
         self.images = source.numbers
         self._samples, self._config, self._classes, self._seed = source.samples, config, classes, seed
         self._transform = training_transform(config.augment, spec)

@@ -15,13 +15,13 @@ from kdpipe.options import metavar, walk
 HERE = Path(__file__).parent
 STAGES: dict[str, type[BaseModel]] = {
     "A recipe": config.Recipe,
-    "kdpipe data": config.DataConfig,
-    "kdpipe teacher": config.TeacherConfig,
-    "kdpipe distill": config.TrainingConfig,
+    "kdpipe data": config.DataPlan,
+    "kdpipe teacher": config.TeacherPlan,
+    "kdpipe distill": config.TrainConfig,
     "kdpipe export": config.ExportConfig,
     "kdpipe quantize": config.QuantizeConfig,
     "kdpipe package": config.PackageConfig,
-    "kdpipe bench": config.BenchConfig,
+    "kdpipe bench": config.BenchPlan,
 }
 
 

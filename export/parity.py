@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.config import ParityConfig
+from ..core.config import ParitySettings
 from ..core.errors import GateFailed
 
 
@@ -51,7 +51,7 @@ def compare(expected: np.ndarray, actual: np.ndarray, images: Sequence[Path]) ->
     )
 
 
-def check(parity: Parity, config: ParityConfig, what: str) -> Parity:
+def check(parity: Parity, config: ParitySettings, what: str) -> Parity:
     """Refuse a file that differs. Raises GateFailed."""
     if parity.relative > config.parity_tolerance:
         raise GateFailed(

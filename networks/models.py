@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..core.artifact import Checkpoint
-from ..core.config import InputConfig, ModelConfig
+from ..core.config import InputSettings, ModelSettings
 from ..core.errors import UserError, did_you_mean
 from ..core.inputs import InputSpec
 from ..core.proc import first_line
@@ -20,8 +20,8 @@ from . import cifar  # noqa: F401 (registers its networks with timm)
 WEIGHTS = "model.safetensors"
 
 
-def resolve_input(config: InputConfig, pretrained: dict[str, Any]) -> InputSpec:
-    """The user's InputConfig completed from timm's configuration of the model."""
+def resolve_input(config: InputSettings, pretrained: dict[str, Any]) -> InputSpec:
+    """The user's InputSettings completed from timm's configuration of the model."""
     size = config.size or pretrained["input_size"][-1]
     # Cropping away a border is an ImageNet habit: where the user sets a small size, the whole image counts.
     crop = config.crop_fraction or (1.0 if config.size and config.size <= 64 else pretrained.get("crop_pct") or 0.875)
@@ -35,7 +35,7 @@ def resolve_input(config: InputConfig, pretrained: dict[str, Any]) -> InputSpec:
     )
 
 
-def input_spec(config: ModelConfig) -> InputSpec:
+def input_spec(config: ModelSettings) -> InputSpec:
     """What the network takes, without making it. Raises UserError for an unknown name."""
     if not timm.is_model(config.model):
         raise UserError(
@@ -45,7 +45,7 @@ def input_spec(config: ModelConfig) -> InputSpec:
     return resolve_input(config.input, base.to_dict() if base else _NO_PRETRAINED_CFG)
 
 
-def create(config: ModelConfig, classes: int) -> tuple[nn.Module, InputSpec]:
+def create(config: ModelSettings, classes: int) -> tuple[nn.Module, InputSpec]:
     """A network with ``classes`` outputs, random or pretrained weights, and its InputSpec.
 
     Raises:
@@ -142,10 +142,10 @@ def restore(checkpoint: Checkpoint) -> tuple[nn.Module, InputSpec]:
     """The network of a sealed checkpoint, in eval mode, with its InputSpec. Raises UserError."""
     facts = checkpoint.facts
     spec = InputSpec.model_validate(facts["input"])
-    config = ModelConfig(
+    config = ModelSettings(
         model=facts["model"],
         model_args=facts["model_args"],
-        input=InputConfig(size=spec.size, mean=spec.mean, std=spec.std),
+        input=InputSettings(size=spec.size, mean=spec.mean, std=spec.std),
     )
     network, _ = create(config, facts["classes"])
     load_weights(network, checkpoint.file(WEIGHTS))

@@ -7,7 +7,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from ..core.config import CalibrateConfig
+from ..core.config import CalibrateSettings
 from ..core.errors import UserError
 from ..core.progress import progress
 from ..data.dataset import Dataset, Sample
@@ -49,7 +49,7 @@ class CalibrationInputs(Sequence[np.ndarray]):
                 advance(1, "")
 
 
-def choose(config: CalibrateConfig, dataset: Dataset, model: Predict, teacher: Predict | None) -> list[Sample]:
+def choose(config: CalibrateSettings, dataset: Dataset, model: Predict, teacher: Predict | None) -> list[Sample]:
     """``config.images`` training images, or all there are, by ``config.select``.
 
     Args:

@@ -11,11 +11,11 @@ import pytest
 from conftest import Made, replace_file
 
 from kdpipe.core.artifact import Bundle
-from kdpipe.core.config import BenchConfig
+from kdpipe.core.config import BenchPlan
 from kdpipe.core.errors import KdpipeError, UserError
 from kdpipe.devices import DEVICES
 from kdpipe.devices.bench import CONTROL, bench, comparisons, order
-from kdpipe.devices.session import session_config
+from kdpipe.devices.session import bench_config
 from kdpipe.runtime.measure import warm_up
 from kdpipe.runtime.probe import UNAVAILABLE, probe, read
 
@@ -140,7 +140,7 @@ def test_unreadable_is_unavailable_never_zero() -> None:
 
 def test_unknown_device() -> None:
     with pytest.raises(UserError, match="unknown device 'loca', wanted local; did you mean 'local'"):
-        session_config(BenchConfig(device="loca"))
+        bench_config(BenchPlan(device="loca"))
 
 
 def test_a_failing_runner_is_named(made: Made, tmp_path: Path) -> None:
@@ -149,5 +149,5 @@ def test_a_failing_runner_is_named(made: Made, tmp_path: Path) -> None:
     shutil.copytree(made.bundles["onnxruntime-float32"].path, folder)
     replace_file(folder, "model.onnx", b"nothing")
     with pytest.raises(UserError, match="the runner failed on 'local'"):
-        bench(session_config(BenchConfig(rounds=2)), {"x": Bundle.open(folder)}, made.dataset, tmp_path / "out")
+        bench(bench_config(BenchPlan(rounds=2)), {"x": Bundle.open(folder)}, made.dataset, tmp_path / "out")
     assert not (tmp_path / "out").exists()

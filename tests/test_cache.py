@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 from kdpipe.chain import Chain
 from kdpipe.core.artifact import Cache, Checkpoint
-from kdpipe.core.config import CachePlan, DataConfig, TeacherConfig, TrainingConfig, validated
+from kdpipe.core.config import CachePlan, DataPlan, TeacherPlan, TrainConfig, validated
 from kdpipe.core.errors import GateFailed, UserError
 from kdpipe.data.dataset import Dataset
 from kdpipe.distill.cache import (
@@ -45,15 +45,15 @@ FROM_LOGITS = [name for name in METHODS if METHODS[name].needs_teacher and not M
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Chain, Dataset, Checkpoint]:
     chain = Chain(tmp_path_factory.mktemp("cache") / "artifacts")
-    dataset = chain.data(DataConfig(source="digits", test_split=None))
+    dataset = chain.data(DataPlan(source="digits", test_split=None))
     values = {"model": "test_resnet", "input": {"size": 32}, "train": {**SMALL_TRAIN, "epochs": 4}}
-    return chain, dataset, chain.teacher(validated(TeacherConfig, values, "test"), dataset)
+    return chain, dataset, chain.teacher(validated(TeacherPlan, values, "test"), dataset)
 
 
-def configuration(**change: Any) -> TrainingConfig:
+def configuration(**change: Any) -> TrainConfig:
     values = {"model": "test_resnet", "input": {"size": 32}, "label_fraction": 0.1, "cache_views": 2, **change}
     values["train"] = {**SMALL_TRAIN, "epochs": 3, "augment": AUGMENT, **change.get("train", {})}
-    return validated(TrainingConfig, values, "test")
+    return validated(TrainConfig, values, "test")
 
 
 def plan(**change: Any) -> CachePlan:
@@ -210,7 +210,7 @@ def test_what_does_not_fit_is_named(
 ) -> None:
     chain, dataset, teacher = taught
     values = {"model": "test_resnet", "input": {"size": 32}, "seed": 1, "train": {**SMALL_TRAIN, "epochs": 1}}
-    other = chain.teacher(validated(TeacherConfig, values, "test"), dataset)
+    other = chain.teacher(validated(TeacherPlan, values, "test"), dataset)
     for config, guide, message in [
         (configuration(), other, "made for another teacher: build"),
         (configuration(view_seed=3), teacher, r"another view_seed \(0, not 3\)"),
@@ -248,11 +248,11 @@ def test_a_damaged_cache_is_refused(cache: Cache, tmp_path: Path, damage: str) -
 def test_changed_images_are_another_data_set(photos: Path, tmp_path: Path) -> None:
     chain = Chain(tmp_path / "artifacts")
     values = {"model": "test_resnet", "input": {"size": 32}, "train": {**SMALL_TRAIN, "epochs": 1}}
-    before = chain.data(DataConfig(source=str(photos)))
-    teacher = chain.teacher(validated(TeacherConfig, values, "test"), before)
+    before = chain.data(DataPlan(source=str(photos)))
+    teacher = chain.teacher(validated(TeacherPlan, values, "test"), before)
     made = chain.cache(config_of(plan(label_fraction=1.0)), before, teacher)
     (photos / "train" / "dark" / "00.jpg").write_bytes((photos / "train" / "light" / "00.jpg").read_bytes())
-    after = chain.data(DataConfig(source=str(photos)))
+    after = chain.data(DataPlan(source=str(photos)))
     with pytest.raises(UserError, match="made for another data"):
         train(configuration(label_fraction=1.0), after, teacher, tmp_path / "student", made)
 

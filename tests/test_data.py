@@ -13,7 +13,7 @@ import pytest
 from conftest import Made
 
 from kdpipe.chain import Chain
-from kdpipe.core.config import DataConfig
+from kdpipe.core.config import DataPlan
 from kdpipe.core.errors import UserError
 from kdpipe.data.dataset import Dataset
 from kdpipe.data.fingerprints import fingerprint_folder
@@ -24,7 +24,7 @@ PARTS = ("train", "val", "test")
 
 
 def prepared(tmp_path: Path, **config: object) -> Dataset:
-    return Chain(tmp_path / "artifacts").data(DataConfig.model_validate(config))
+    return Chain(tmp_path / "artifacts").data(DataPlan.model_validate(config))
 
 
 def test_digits_parts_are_disjoint_and_stratified(made: Made) -> None:
@@ -194,14 +194,14 @@ def test_listed_classes_give_the_order_and_may_be_empty(photos: Path, tmp_path: 
     listed = tmp_path / "classes.txt"
     listed.write_text("light\nneither\ndark\n")
     chain = Chain(tmp_path / "artifacts")
-    dataset = chain.data(DataConfig(source=str(photos), classes=listed))
+    dataset = chain.data(DataPlan(source=str(photos), classes=listed))
     assert dataset.classes == ["light", "neither", "dark"]
     assert {sample.path.parent.name: sample.label for sample in dataset.samples("test")} == {"light": 0, "dark": 2}
     listed.write_text("dark\nlight\n")
-    assert chain.data(DataConfig(source=str(photos), classes=listed)).key != dataset.key, "another order, another key"
+    assert chain.data(DataPlan(source=str(photos), classes=listed)).key != dataset.key, "another order, another key"
     for text, wanted in (("dark\ndark\n", "lists 'dark' twice"), ("dark\nother\n", "has classes that .* lacks: light")):
         listed.write_text(text)
         with pytest.raises(UserError, match=wanted):
-            chain.data(DataConfig(source=str(photos), classes=listed))
+            chain.data(DataPlan(source=str(photos), classes=listed))
     with pytest.raises(UserError, match="no file at"):
-        chain.data(DataConfig(source=str(photos), classes=tmp_path / "nowhere.txt"))
+        chain.data(DataPlan(source=str(photos), classes=tmp_path / "nowhere.txt"))

@@ -11,7 +11,15 @@ import torch
 from conftest import ROOT, SMALL_TRAIN, Made
 from torch import nn
 
-from kdpipe.core.config import DistillConfig, InputConfig, Method, ModelConfig, TrainingConfig, read_recipe, validated
+from kdpipe.core.config import (
+    DistillSettings,
+    InputSettings,
+    Method,
+    ModelSettings,
+    TrainConfig,
+    read_recipe,
+    validated,
+)
 from kdpipe.core.errors import UserError
 from kdpipe.core.inputs import InputSpec
 from kdpipe.distill import losses
@@ -30,14 +38,14 @@ NETWORKS = ["test_resnet", "test_vit", "resnet8", "test_efficientnet", "test_con
 def network(name: str, classes: int = 10, seed: int = 0) -> nn.Module:
     """A network whose residual branches all count (timm starts some at zero)."""
     torch.manual_seed(seed)
-    made = models.create(validated(TrainingConfig, {"model": name, "input": {"size": 32}}, "test"), classes)[0]
+    made = models.create(validated(TrainConfig, {"model": name, "input": {"size": 32}}, "test"), classes)[0]
     for parameter in made.parameters():
         if parameter.ndim == 1:
             nn.init.normal_(parameter, 0.5, 0.1)
     return made
 
 
-def task_of(config: DistillConfig, student: nn.Module, teacher: nn.Module | None = None) -> DistillationTask:
+def task_of(config: DistillSettings, student: nn.Module, teacher: nn.Module | None = None) -> DistillationTask:
     guide = Teacher(teacher, SPEC, SPEC) if teacher is not None else None
     return METHODS[config.method](config, student, SPEC, guide, "the student")
 
@@ -58,7 +66,7 @@ def test_any_student_learns_from_any_teacher(method: str, student: str) -> None:
     for teacher_name in ("test_resnet", "test_vit"):
         mine, its = network(student), network(teacher_name, seed=1)
         before = {name: tensor.clone() for name, tensor in its.state_dict().items()}
-        task = task_of(DistillConfig(method=method), mine, its)
+        task = task_of(DistillSettings(method=method), mine, its)
         for phase in range(len(task.phases())):
             task.enter(phase)
             task.train()
@@ -78,7 +86,7 @@ def test_any_student_learns_from_any_teacher(method: str, student: str) -> None:
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "labels"])
 def test_methods_need_a_teacher(method: str) -> None:
     with pytest.raises(UserError, match=f"method '{method}' needs a teacher"):
-        task_of(DistillConfig(method=method), network("test_resnet"))
+        task_of(DistillSettings(method=method), network("test_resnet"))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +102,7 @@ def test_methods_need_a_teacher(method: str) -> None:
 )
 def test_total_is_the_labels_loss_and_the_methods(method: str, loss) -> None:
     mine, its = network("test_resnet"), network("test_resnet", seed=1)
-    task = task_of(DistillConfig(method=method, label_weight=0.3), mine, its)
+    task = task_of(DistillSettings(method=method, label_weight=0.3), mine, its)
     task.eval()
     image, label = batch()
     with torch.no_grad():
@@ -105,7 +113,9 @@ def test_total_is_the_labels_loss_and_the_methods(method: str, loss) -> None:
 
 
 def test_dkd_grows_to_its_weight() -> None:
-    task = task_of(DistillConfig(method="dkd", label_weight=0), network("test_resnet"), network("test_resnet", seed=1))
+    task = task_of(
+        DistillSettings(method="dkd", label_weight=0), network("test_resnet"), network("test_resnet", seed=1)
+    )
     task.eval()
 
     def value(epoch: int) -> float:
@@ -132,8 +142,8 @@ def test_teacher_sees_its_own_colours_and_size() -> None:
 
 def test_shuffled_teacher_keeps_its_top_1_only() -> None:
     its, mine, image = network("test_resnet"), network("resnet8"), batch()[0]
-    plain = task_of(DistillConfig(), mine, its).lesson(image).logits
-    shuffled = task_of(DistillConfig(shuffled_teacher=True), mine, its).lesson(image).logits
+    plain = task_of(DistillSettings(), mine, its).lesson(image).logits
+    shuffled = task_of(DistillSettings(shuffled_teacher=True), mine, its).lesson(image).logits
     assert torch.equal(plain.argmax(1), shuffled.argmax(1))
     assert torch.equal(plain.sort(1).values, shuffled.sort(1).values)
     assert not torch.equal(plain, shuffled)
@@ -146,7 +156,7 @@ def test_label_smoothing_and_bce() -> None:
         logits = mine(image)
 
     def value(**config: object) -> float:
-        task = task_of(validated(DistillConfig, {"method": "labels", **config}, "test"), mine)
+        task = task_of(validated(DistillSettings, {"method": "labels", **config}, "test"), mine)
         return task.eval()(image, label)["loss"].item()
 
     smooth = 0.9 * nn.functional.one_hot(label, 10) + 0.01
@@ -184,7 +194,7 @@ def test_networks_without_features_say_so() -> None:
 
 def test_stagewise_trains_one_stage_at_a_time() -> None:
     mine, its = network("test_resnet"), network("test_resnet", seed=1)
-    task = task_of(DistillConfig(method="stagewise"), mine, its)
+    task = task_of(DistillSettings(method="stagewise"), mine, its)
     groups = stage_parameters(mine, 32, stage_indices(mine, ""))
     for phase in range(len(task.phases())):
         before = {name: tensor.clone() for name, tensor in mine.state_dict().items()}
@@ -204,7 +214,7 @@ def test_stagewise_trains_one_stage_at_a_time() -> None:
 
 
 def test_stagewise_may_let_statistics_move() -> None:
-    config = validated(DistillConfig, {"method": "stagewise", "stagewise": {"frozen_batchnorm": "train"}}, "test")
+    config = validated(DistillSettings, {"method": "stagewise", "stagewise": {"frozen_batchnorm": "train"}}, "test")
     mine = network("test_resnet")
     task = task_of(config, mine, network("test_resnet", seed=1))
     task.enter(2)
@@ -216,7 +226,7 @@ def test_stagewise_may_let_statistics_move() -> None:
 
 def test_stagewise_loss_vanishes_for_the_teacher_itself() -> None:
     its = network("test_resnet")
-    task = task_of(DistillConfig(method="stagewise"), network("test_resnet"), its)
+    task = task_of(DistillSettings(method="stagewise"), network("test_resnet"), its)
     task.eval()
     for phase in range(len(task.phases()) - 1):
         task._phase = phase
@@ -224,7 +234,7 @@ def test_stagewise_loss_vanishes_for_the_teacher_itself() -> None:
 
 
 def test_stagewise_costs_what_the_others_cost() -> None:
-    config = validated(DistillConfig, {"method": "stagewise", "train": {"epochs": 43}}, "test")
+    config = validated(DistillSettings, {"method": "stagewise", "train": {"epochs": 43}}, "test")
     task = task_of(config, network("test_resnet"), network("test_resnet"))
     assert sum(phase.epochs for phase in task.phases()) == 43
 
@@ -246,7 +256,7 @@ def test_every_method_trains_end_to_end(made: Made, tmp_path: Path, change: dict
     """From configuration to a sealed checkpoint whose weights are the student's alone."""
     values = {"model": "test_resnet", "input": {"size": 32}, "label_fraction": 0.1, **change}
     values["train"] = {**SMALL_TRAIN, "epochs": 4, **change.get("train", {})}
-    config = validated(TrainingConfig, values, "test")
+    config = validated(TrainConfig, values, "test")
     checkpoint = train(config, made.dataset, made.teacher, tmp_path / "student")
     restored, spec = models.restore(checkpoint)
     logits, labels = evaluate(restored, spec, made.dataset, "test", workers=0)
@@ -272,7 +282,7 @@ def test_best_epoch_is_kept_if_asked(made: Made, tmp_path: Path) -> None:
         "method": "labels",
         "train": train_settings,
     }
-    checkpoint = train(validated(TrainingConfig, values, "test"), made.dataset, None, tmp_path / "student")
+    checkpoint = train(validated(TrainConfig, values, "test"), made.dataset, None, tmp_path / "student")
     rows = [json.loads(line) for line in checkpoint.file("history.jsonl").read_text().splitlines()]
     best = max(rows, key=lambda row: row["validation_accuracy"])
     assert checkpoint.facts["best_validation"] == {
@@ -291,7 +301,7 @@ def test_every_recipe_trains(made: Made, tmp_path: Path, path: Path) -> None:
     settings = recipe.distill.train.model_copy(
         update={"epochs": 2, "batch_size": 32, "workers": 0, "precision": "float32", "validate_every": 1}
     )
-    student = ModelConfig(model="test_resnet", input=InputConfig(size=32))
+    student = ModelSettings(model="test_resnet", input=InputSettings(size=32))
     config = student_runs(student, recipe.distill)[f"student-{recipe.distill.method}-seed{recipe.distill.seeds[0]}"]
     plan = config.model_copy(update={"train": settings, "label_fraction": 0.1})
     checkpoint = train(plan, made.dataset, made.teacher, tmp_path / "student")

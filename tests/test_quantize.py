@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from kdpipe.chain import Chain
 from kdpipe.core.artifact import Model
-from kdpipe.core.config import CalibrateConfig, QuantizeConfig, suited, validated
+from kdpipe.core.config import CalibrateSettings, QuantizeConfig, suited, validated
 from kdpipe.core.errors import UserError
 from kdpipe.core.proc import quiet
 from kdpipe.data.dataset import Dataset
@@ -118,7 +118,7 @@ def test_one_image_is_not_enough(made: Made) -> None:
             return super().samples(part)[:1]
 
     with pytest.raises(UserError, match="at least 2 to calibrate on"):
-        choose(CalibrateConfig(), One(made.dataset.path, made.dataset.manifest), lambda _: np.zeros((1, 2)), None)
+        choose(CalibrateSettings(), One(made.dataset.path, made.dataset.manifest), lambda _: np.zeros((1, 2)), None)
 
 
 # ---- ranges ------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from kdpipe.chain import Chain
 from kdpipe.core.artifact import Checkpoint
-from kdpipe.core.config import DataConfig, TrainingConfig, validated
+from kdpipe.core.config import DataPlan, TrainConfig, validated
 from kdpipe.core.errors import UserError
 from kdpipe.data.dataset import Dataset
 from kdpipe.distill.train import train
@@ -44,8 +44,8 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Checkpoint]:
     """The digits and a teacher without BatchNorm."""
     values = {"model": "test_vit", "input": {"size": 32}, "method": "labels", "train": {**SMALL_TRAIN, "epochs": 2}}
     chain = Chain(tmp_path_factory.mktemp("vit") / "artifacts")
-    dataset = chain.data(DataConfig(source="digits", test_split=None))
-    return dataset, chain.train("teacher", validated(TrainingConfig, values, "test"), dataset, None)
+    dataset = chain.data(DataPlan(source="digits", test_split=None))
+    return dataset, chain.train("teacher", validated(TrainConfig, values, "test"), dataset, None)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -54,7 +54,7 @@ def test_two_processes_as_one(vit: tuple[Dataset, Checkpoint], tmp_path: Path, n
     sgd = {"epochs": 3, "batch_size": 32, "optimizer": "sgd", "learning_rate": 0.02, "weight_decay": 1e-4}
     values = {"model": "test_vit", "input": {"size": 32}, "label_fraction": 0.1, **change}
     values["train"] = {**SMALL_TRAIN, **sgd, **change.get("train", {})}
-    config = validated(TrainingConfig, values, "test")
+    config = validated(TrainConfig, values, "test")
     alone = train(config, dataset, teacher, tmp_path / "alone")
     assert alone.facts["training_images"] % 32 % 2 == 1, "wanted a last batch that does not halve"
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from conftest import SMALL_TRAIN, Made
 
-from kdpipe.core.config import TrainingConfig, validated
+from kdpipe.core.config import TrainConfig, validated
 from kdpipe.distill.train import train
 
 SCRIPT = """
 import sys
 from pathlib import Path
 from kdpipe.core.artifact import Checkpoint
-from kdpipe.core.config import TrainingConfig
+from kdpipe.core.config import TrainConfig
 from kdpipe.data.dataset import Dataset
 from kdpipe.distill.train import train
 import kdpipe.distill.loop as loop
@@ -28,7 +28,7 @@ def told(self, *arguments):
     print("step", flush=True)
     return step(self, *arguments)
 loop.Run._learn = told  # says where it is; changes nothing
-config = TrainingConfig.model_validate_json(sys.argv[1])
+config = TrainConfig.model_validate_json(sys.argv[1])
 config = config.model_copy(update={"train": config.train.model_copy(update={"checkpoint_seconds": 0.0, "workers": 0})})
 train(config, Dataset.open(sys.argv[2]), Checkpoint.open(sys.argv[3]), Path(sys.argv[4]))
 """
@@ -51,7 +51,7 @@ def test_killed_runs_end_the_same(made: Made, tmp_path: Path, name: str, attempt
     change = RUNS[name]
     values = {"model": "test_resnet", "input": {"size": 32}, "label_fraction": 0.25, **change}
     values["train"] = {**SMALL_TRAIN, "epochs": 3, "batch_size": 32, **change.get("train", {})}
-    config = validated(TrainingConfig, values, "test")
+    config = validated(TrainConfig, values, "test")
     whole = train(config, made.dataset, made.teacher, tmp_path / "whole")
 
     out = tmp_path / "killed"
@@ -90,5 +90,5 @@ def test_another_configuration_does_not_resume(made: Made, tmp_path: Path) -> No
     part.mkdir(parents=True)
     (part / "key").write_text("another")
     (part / "state.pt").write_bytes(b"not even a state")
-    made_now = train(validated(TrainingConfig, values, "test"), made.dataset, None, tmp_path / "out")
+    made_now = train(validated(TrainConfig, values, "test"), made.dataset, None, tmp_path / "out")
     assert made_now.facts["epochs"] == 1

@@ -8,7 +8,7 @@ import pytest
 from conftest import SMALL_TRAIN, Made
 
 from kdpipe.chain import Chain
-from kdpipe.core.config import DistillationPlan, InputConfig, ModelConfig, TrainingConfig, control_of, validated
+from kdpipe.core.config import DistillPlan, InputSettings, ModelSettings, TrainConfig, control_of, validated
 from kdpipe.core.errors import UserError
 from kdpipe.distill.teacher import Teacher
 from kdpipe.distill.train import companions, train, train_together
@@ -26,10 +26,10 @@ STUDENTS: list[dict[str, object]] = [
 ]
 
 
-def configuration(change: dict[str, object], seed: int = 0, **train: object) -> TrainingConfig:
+def configuration(change: dict[str, object], seed: int = 0, **train: object) -> TrainConfig:
     values = {"model": "test_resnet", "input": INPUT, "label_fraction": 0.1, "seed": seed, **change}
     values["train"] = {**SMALL_TRAIN, "epochs": 4, **change.get("train", {}), **train}  # type: ignore[dict-item]
-    return validated(TrainingConfig, values, "test")
+    return validated(TrainConfig, values, "test")
 
 
 def test_together_as_alone(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,16 +75,16 @@ def test_a_plan_names_its_students_and_their_controls() -> None:
         "smaller": {"model": "resnet8"},
         "longer": {"method": "dkd", "dkd": {"beta": 2}, "train": {"epochs": 9}},
     }
-    plan = validated(DistillationPlan, {"seeds": [3, 5], "students": students, "train": {"batch_size": 32}}, "test")
-    runs = student_runs(ModelConfig(model="test_resnet"), plan)
+    plan = validated(DistillPlan, {"seeds": [3, 5], "students": students, "train": {"batch_size": 32}}, "test")
+    runs = student_runs(ModelSettings(model="test_resnet"), plan)
     of_one_seed = ["labels", "kd", "hotter", "labels-smaller", "smaller", "labels-longer", "longer"]
     assert list(runs) == [f"student-{name}-seed{seed}" for seed in (3, 5) for name in of_one_seed]
     longer = runs["student-longer-seed5"]
     assert (longer.train.epochs, longer.train.batch_size, longer.dkd.beta, longer.seed) == (9, 32, 2, 5)
     assert runs["student-labels-longer-seed5"] == control_of(longer)
     # A control learns at full weight whatever the balance of the method is, and carries none of its settings.
-    unbalanced = validated(TrainingConfig, {"model": "x", "label_weight": 0.1, "temperature": 9}, "test")
-    assert control_of(unbalanced) == TrainingConfig(model="x", method="labels")
+    unbalanced = validated(TrainConfig, {"model": "x", "label_weight": 0.1, "temperature": 9}, "test")
+    assert control_of(unbalanced) == TrainConfig(model="x", method="labels")
 
 
 @pytest.mark.parametrize(
@@ -101,14 +101,14 @@ def test_a_plan_names_its_students_and_their_controls() -> None:
 )
 def test_mistaken_students_are_named(students: dict[str, dict[str, object]], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        student_runs(ModelConfig(model="test_resnet"), DistillationPlan(students=students))
+        student_runs(ModelSettings(model="test_resnet"), DistillPlan(students=students))
 
 
 def test_a_chain_trains_them_side_by_side(made: Made, tmp_path: Path) -> None:
     train_settings = {**SMALL_TRAIN, "epochs": 1}
     values = {"label_fraction": 0.05, "students": {"dkd": {"method": "dkd"}}, "train": train_settings}
-    student = ModelConfig(model="test_resnet", input=InputConfig(size=32))
-    runs = student_runs(student, validated(DistillationPlan, values, "test"))
+    student = ModelSettings(model="test_resnet", input=InputSettings(size=32))
+    runs = student_runs(student, validated(DistillPlan, values, "test"))
     chain = Chain(tmp_path)
     first = chain.train_all(runs, made.dataset, made.teacher, together=True)
     assert [(step.name, bool(step.along_with)) for step in chain.steps] == [

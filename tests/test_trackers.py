@@ -9,15 +9,15 @@ import pytest
 from conftest import SMALL_TRAIN, Made
 
 from kdpipe.core.artifact import Checkpoint
-from kdpipe.core.config import TrainingConfig, validated
+from kdpipe.core.config import TrainConfig, validated
 from kdpipe.core.errors import UserError
 from kdpipe.distill.train import train, train_together
 
 
-def configuration(tracker: str, seed: int = 0, **train: object) -> TrainingConfig:
+def configuration(tracker: str, seed: int = 0, **train: object) -> TrainConfig:
     values = {"model": "test_resnet", "input": {"size": 32}, "label_fraction": 0.05, "seed": seed, "tracker": tracker}
     return validated(
-        TrainingConfig, {**values, "train": {**SMALL_TRAIN, "epochs": 3, "validate_every": 1, **train}}, "test"
+        TrainConfig, {**values, "train": {**SMALL_TRAIN, "epochs": 3, "validate_every": 1, **train}}, "test"
     )
 
 

@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader
 from kdpipe.core.artifact import Checkpoint
 from kdpipe.core.config import (
     AdoptConfig,
-    AugmentConfig,
-    InputConfig,
-    ModelConfig,
+    AugmentSettings,
+    InputSettings,
+    ModelSettings,
     TrainConfig,
-    TrainingConfig,
+    TrainSettings,
     validated,
 )
 from kdpipe.core.errors import UserError
@@ -38,8 +38,8 @@ from kdpipe.distill.views import EpochBatches, TrainingImages, TrainingViews, tr
 from kdpipe.networks import models
 
 SPEC = InputSpec(size=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), crop_fraction=1.0, interpolation="bicubic")
-EVERYTHING = AugmentConfig(crop="resized", flip=0.5, auto_augment="rand-m9-mstd0.5", erase=0.5)
-PADDED = AugmentConfig(crop="pad", flip=0.5, auto_augment="rand-m9-mstd0.5", erase=0.5)
+EVERYTHING = AugmentSettings(crop="resized", flip=0.5, auto_augment="rand-m9-mstd0.5", erase=0.5)
+PADDED = AugmentSettings(crop="pad", flip=0.5, auto_augment="rand-m9-mstd0.5", erase=0.5)
 
 
 def some(made: Made, count: int) -> TrainingImages:
@@ -50,15 +50,15 @@ def some(made: Made, count: int) -> TrainingImages:
 @pytest.mark.parametrize(
     "config",
     [
-        TrainConfig(augment=EVERYTHING),
-        TrainConfig(augment=PADDED),
-        TrainConfig(augment=EVERYTHING, mixup=0.2),
-        TrainConfig(augment=PADDED, cutmix=1.0),
-        TrainConfig(augment=PADDED, mixup=0.2, cutmix=1.0, label_smoothing=0.1),
+        TrainSettings(augment=EVERYTHING),
+        TrainSettings(augment=PADDED),
+        TrainSettings(augment=EVERYTHING, mixup=0.2),
+        TrainSettings(augment=PADDED, cutmix=1.0),
+        TrainSettings(augment=PADDED, mixup=0.2, cutmix=1.0, label_smoothing=0.1),
     ],
     ids=["resized", "pad", "mixup", "cutmix", "both"],
 )
-def test_views_depend_on_seed_epoch_and_index_only(made: Made, config: TrainConfig) -> None:
+def test_views_depend_on_seed_epoch_and_index_only(made: Made, config: TrainSettings) -> None:
     views = TrainingViews(some(made, 40), config, SPEC, 10, seed=5)
     addresses = [(epoch, index) for epoch in range(2) for index in range(40)]
     expected = {address: views[address] for address in addresses}
@@ -78,7 +78,7 @@ def test_views_depend_on_seed_epoch_and_index_only(made: Made, config: TrainConf
 
 
 def test_views_leave_torchs_generator_alone(made: Made) -> None:
-    views = TrainingViews(some(made, 4), TrainConfig(augment=EVERYTHING), SPEC, 10, seed=5)
+    views = TrainingViews(some(made, 4), TrainSettings(augment=EVERYTHING), SPEC, 10, seed=5)
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
@@ -89,12 +89,12 @@ def test_views_leave_torchs_generator_alone(made: Made) -> None:
 def test_mixed_views_are_what_their_targets_say(made: Made) -> None:
     """Undone by hand: the share of the target is the share of the partner's pixels."""
     samples = [*made.dataset.samples("train")[:20], Sample(made.dataset.samples("train")[20].path, UNLABELED)]
-    none = AugmentConfig(crop="none", flip=0)
+    none = AugmentSettings(crop="none", flip=0)
     source = TrainingImages(samples, np.arange(21), 20, 1)
-    plain = TrainingViews(source, TrainConfig(augment=none), SPEC, 10, seed=5)
+    plain = TrainingViews(source, TrainSettings(augment=none), SPEC, 10, seed=5)
     images = torch.stack([plain[(0, at)].image for at in range(21)])
     for settings in ({"mixup": 0.5}, {"cutmix": 1.0}):
-        views = TrainingViews(source, TrainConfig(augment=none, **settings), SPEC, 10, seed=5)
+        views = TrainingViews(source, TrainSettings(augment=none, **settings), SPEC, 10, seed=5)
         mixed_some = 0
         for at in range(21):
             view = views[(0, at)]
@@ -133,7 +133,7 @@ def test_partners_come_from_the_drawn_images_alone(made: Made) -> None:
             return super().__getitem__(at)
 
     views = TrainingViews(
-        source._replace(samples=Watched(source.samples)), TrainConfig(mixup=0.5, cutmix=0.5), SPEC, 10, seed=0
+        source._replace(samples=Watched(source.samples)), TrainSettings(mixup=0.5, cutmix=0.5), SPEC, 10, seed=0
     )
     for view in range(3):
         for at in source.numbers:
@@ -152,7 +152,7 @@ def test_batches_cover_every_image_once() -> None:
     assert len(EpochBatches(range(9), 4, seed=0)) == len(list(EpochBatches(range(9), 4, seed=0))) == 2
 
 
-def small(model: str = "test_resnet", **more: object) -> TrainingConfig:
+def small(model: str = "test_resnet", **more: object) -> TrainConfig:
     values = {
         "model": model,
         "input": {"size": 32},
@@ -160,7 +160,7 @@ def small(model: str = "test_resnet", **more: object) -> TrainingConfig:
         "train": {**SMALL_TRAIN, "epochs": 1},
         **more,
     }
-    return validated(TrainingConfig, values, "test")
+    return validated(TrainConfig, values, "test")
 
 
 def test_teacher_is_left_bit_identical(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,9 +187,9 @@ def test_same_run_same_weights_in_another_process(made: Made, tmp_path: Path) ->
     first = trainer.train(config, made.dataset, made.teacher, tmp_path / "first")
     script = (
         "import sys; from pathlib import Path; from kdpipe.core.artifact import Checkpoint;"
-        "from kdpipe.core.config import TrainingConfig; from kdpipe.data.dataset import Dataset;"
+        "from kdpipe.core.config import TrainConfig; from kdpipe.data.dataset import Dataset;"
         "from kdpipe.distill.train import train;"
-        "train(TrainingConfig.model_validate_json(sys.argv[1]), Dataset.open(sys.argv[2]),"
+        "train(TrainConfig.model_validate_json(sys.argv[1]), Dataset.open(sys.argv[2]),"
         " Checkpoint.open(sys.argv[3]), Path(sys.argv[4]))"
     )
     arguments = [config.model_dump_json(), made.dataset.path, made.teacher.path, tmp_path / "second"]
@@ -230,7 +230,7 @@ def test_half_precision_trains(made: Made, tmp_path: Path) -> None:
 OUT_OF_MEMORY = """
 import resource, sys
 from pathlib import Path
-from kdpipe.core.config import TrainingConfig
+from kdpipe.core.config import TrainConfig
 from kdpipe.data.dataset import Dataset
 from kdpipe.core.errors import UserError
 import kdpipe.distill.loop as loop
@@ -242,7 +242,7 @@ def limited(self, *arguments):
     return learn(self, *arguments)
 loop.Run._learn = limited
 try:
-    train(TrainingConfig.model_validate_json(sys.argv[1]), Dataset.open(sys.argv[2]), None, Path(sys.argv[3]))
+    train(TrainConfig.model_validate_json(sys.argv[1]), Dataset.open(sys.argv[2]), None, Path(sys.argv[3]))
 except UserError as error:
     print(error)
 """
@@ -264,10 +264,10 @@ def test_a_teacher_of_two_classes_has_no_dkd(photos: Path, tmp_path: Path) -> No
     dataset = prepared(tmp_path, source=str(photos))
     values = {"model": "test_resnet", "input": {"size": 32}, "train": {**SMALL_TRAIN, "epochs": 1}}
     alone = trainer.train(
-        validated(TrainingConfig, {**values, "method": "labels"}, "test"), dataset, None, tmp_path / "teacher"
+        validated(TrainConfig, {**values, "method": "labels"}, "test"), dataset, None, tmp_path / "teacher"
     )
     for method in METHODS:
-        config = validated(TrainingConfig, {**values, "method": method}, "test")
+        config = validated(TrainConfig, {**values, "method": method}, "test")
         if method == "dkd":
             with pytest.raises(UserError, match="method 'dkd' needs three classes at least, found 2"):
                 trainer.train(config, dataset, alone, tmp_path / method)
@@ -294,19 +294,19 @@ def test_fewer_images_than_a_batch(made: Made, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (ModelConfig(model="resnet19"), "unknown model 'resnet19'.*did you mean 'resnet"),
-        (ModelConfig(model="resnet18", model_args={"nonsense": 1}), "cannot make 'resnet18'"),
-        (ModelConfig(model="vit_tiny_patch16_224", input=InputConfig(size=8)), "cannot (make|take)"),
+        (ModelSettings(model="resnet19"), "unknown model 'resnet19'.*did you mean 'resnet"),
+        (ModelSettings(model="resnet18", model_args={"nonsense": 1}), "cannot make 'resnet18'"),
+        (ModelSettings(model="vit_tiny_patch16_224", input=InputSettings(size=8)), "cannot (make|take)"),
     ],
 )
-def test_models_that_cannot_be_made(config: ModelConfig, message: str) -> None:
+def test_models_that_cannot_be_made(config: ModelSettings, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         models.create(config, 10)
     assert "\n" not in str(caught.value)
 
 
 def test_vision_transformers_take_small_inputs() -> None:
-    network, spec = models.create(ModelConfig(model="test_vit", input=InputConfig(size=32)), 10)
+    network, spec = models.create(ModelSettings(model="test_vit", input=InputSettings(size=32)), 10)
     assert network(torch.zeros(1, 3, *[spec.size] * 2)).shape == (1, 10)
 
 
@@ -335,7 +335,7 @@ class Evil:
 def test_checkpoints_that_do_not_fit(made: Made, workdir: Path, make, message: str) -> None:
     path = workdir / "teacher.pth"
     make(path)
-    config = AdoptConfig(model="test_resnet", checkpoint=path, input=InputConfig(size=32))
+    config = AdoptConfig(model="test_resnet", checkpoint=path, input=InputSettings(size=32))
     with pytest.raises(UserError, match=message) as caught:
         trainer.adopt(config, made.dataset, workdir / "out")
     assert "\n" not in str(caught.value)
@@ -348,7 +348,7 @@ def test_adopted_checkpoint_keeps_its_accuracy(made: Made, tmp_path: Path, wrapp
     network, _ = models.restore(made.teacher)
     state = network.state_dict()
     torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}} if wrapped else state, tmp_path / "t.pth")
-    config = AdoptConfig(model="test_resnet", checkpoint=tmp_path / "t.pth", input=InputConfig(size=32))
+    config = AdoptConfig(model="test_resnet", checkpoint=tmp_path / "t.pth", input=InputSettings(size=32))
     adopted = trainer.adopt(config, made.dataset, tmp_path / "out")
     assert adopted.facts["test_accuracy"] == made.teacher.facts["test_accuracy"]
     assert str(tmp_path) not in (adopted.path / "manifest.json").read_text()

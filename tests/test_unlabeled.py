@@ -12,7 +12,7 @@ from test_methods import batch, network, task_of
 
 from kdpipe.chain import Chain
 from kdpipe.core.artifact import Checkpoint
-from kdpipe.core.config import DataConfig, DistillConfig, TeacherConfig, TrainingConfig, validated
+from kdpipe.core.config import DataPlan, DistillSettings, TeacherPlan, TrainConfig, validated
 from kdpipe.core.errors import UserError
 from kdpipe.data.dataset import UNLABELED, Dataset
 from kdpipe.distill.methods import METHODS, label_loss
@@ -24,20 +24,20 @@ def semi(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Checkpoint]
     """The digits, with their own pictures once more without labels, and a teacher."""
     folder = tmp_path_factory.mktemp("semi")
     chain = Chain(folder / "artifacts")
-    plain = chain.data(DataConfig(source="digits", test_split=None))
+    plain = chain.data(DataPlan(source="digits", test_split=None))
     some = [sample.path for sample in plain.samples("train")[:300]]
     (folder / "more").mkdir()
     for at, path in enumerate(some):
         (folder / "more" / f"{at}.png").write_bytes(path.read_bytes())
-    dataset = chain.data(DataConfig(source="digits", test_split=None, unlabeled=folder / "more"))
+    dataset = chain.data(DataPlan(source="digits", test_split=None, unlabeled=folder / "more"))
     values = {"model": "test_resnet", "input": {"size": 32}, "train": SMALL_TRAIN}
-    return dataset, chain.teacher(validated(TeacherConfig, values, "test"), dataset)
+    return dataset, chain.teacher(validated(TeacherPlan, values, "test"), dataset)
 
 
-def configuration(**change: Any) -> TrainingConfig:
+def configuration(**change: Any) -> TrainConfig:
     values = {"model": "test_resnet", "input": {"size": 32}, "label_fraction": 0.05, **change}
     values["train"] = {**SMALL_TRAIN, "epochs": 2, **change.get("train", {})}
-    return validated(TrainingConfig, values, "test")
+    return validated(TrainConfig, values, "test")
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if not METHODS[name].needs_labels])
@@ -83,7 +83,7 @@ def test_missing_labels_are_told(semi: tuple[Dataset, Checkpoint], tmp_path: Pat
 @pytest.mark.parametrize("loss", ["ce", "bce"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_label_loss_is_the_sum_over_the_labeled_by_all(loss: str, smoothing: float) -> None:
-    config = validated(DistillConfig, {"label_loss": loss, "train": {"label_smoothing": smoothing}}, "test")
+    config = validated(DistillSettings, {"label_loss": loss, "train": {"label_smoothing": smoothing}}, "test")
     criterion, logits = label_loss(config), torch.randn(8, 10, requires_grad=True)
     target = torch.arange(8)
     target[[1, 4, 5]] = UNLABELED
@@ -95,7 +95,7 @@ def test_label_loss_is_the_sum_over_the_labeled_by_all(loss: str, smoothing: flo
 
 
 def test_unlabeled_images_move_the_student_by_the_methods_loss() -> None:
-    task = task_of(DistillConfig(), network("test_resnet"), network("test_resnet", seed=1))
+    task = task_of(DistillSettings(), network("test_resnet"), network("test_resnet", seed=1))
     image, label = batch()
     task.eval()
     with torch.no_grad():
