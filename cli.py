@@ -25,7 +25,8 @@ from .options import configured
 
 if TYPE_CHECKING:
     from .chain import Chain
-    from .core.artifact import Artifact, Cache, Checkpoint
+    from .core.artifact import AnyArtifact
+    from .core.kinds import Cache, Checkpoint
     from .data.dataset import Dataset
 
 JSON_VERSION = 1
@@ -102,8 +103,8 @@ def _run(recipe_path: Path, artifacts: Path, as_json: bool) -> None:
     recipe = read_recipe(recipe_path)
     chain = _chain(artifacts)
     outcome = pipeline.run(recipe, chain)
-    numbers = json.loads(outcome.report.file("report.json").read_text())
-    page = outcome.report.path / "report.html"
+    numbers = json.loads(outcome.report.file(outcome.report.NUMBERS).read_text())
+    page = outcome.report.path / outcome.report.PAGE
     if as_json:
         bundles = {name: str(bundle.path) for name, bundle in outcome.bundles.items()}
         _print_json(report=str(page), bundles=bundles, seconds=_seconds(chain), numbers=numbers)
@@ -172,7 +173,8 @@ def cache(
 
     Example: kdpipe cache artifacts/teacher-1a2b --model mobilenetv4_conv_small --views 16
     """
-    from .core.artifact import Checkpoint
+    from .chain import cache_order
+    from .core.kinds import Checkpoint
     from .distill.cache import config_of, forecast
     from .distill.cache import verify as verify_cache
     from .terminal import tell_forecast
@@ -181,7 +183,7 @@ def cache(
     plan, chain = config_of(config()), _chain(teacher.parent, joint=not dry_run)
     opened = Checkpoint.open(teacher)
     dataset = _dataset_of(opened, data)
-    path = out or chain.path("cache", "cache", plan, {"data": dataset, "teacher": opened})
+    path = out or chain.path("cache", cache_order(plan, dataset, opened))
     if dry_run or not path.exists():
         expected = forecast(plan, dataset, opened, path)
         if dry_run and as_json:
@@ -193,7 +195,7 @@ def cache(
     made = chain.cache(plan, dataset, opened, out)
     checked = None if share is None else verify_cache(made, dataset, opened, share)
     if checked is not None and as_json:
-        _print_json(artifact=str(made.path), kind=made.kind, key=made.key, facts=made.facts, verified=checked)
+        _print_json(artifact=str(made.path), kind=made.kind, key=made.key, facts=made.manifest.facts, verified=checked)
         return
     if checked is not None:
         typer.echo(
@@ -223,7 +225,8 @@ def distill(
 
     Example: kdpipe distill artifacts/teacher-1a2b --model mobilenetv4_conv_small
     """
-    from .core.artifact import Checkpoint, read_manifest
+    from .core.artifact import read_manifest
+    from .core.kinds import Checkpoint
     from .data.dataset import Dataset
 
     settings, chain = config(), _chain(teacher.parent, joint=True)
@@ -257,7 +260,7 @@ def export(
 
     Example: kdpipe export CHECKPOINT --target tensorrt
     """
-    from .core.artifact import Checkpoint
+    from .core.kinds import Checkpoint
 
     opened = Checkpoint.open(student)
     _print_artifact(_chain(student.parent).export(config(), opened, _dataset_of(opened, data), out), as_json)
@@ -279,9 +282,9 @@ def quantize(
 
     Example: kdpipe quantize MODEL --max-drop 0.5
     """
-    from .core.artifact import Model
     from .core.config import QuantizePlan
     from .core.errors import UserError
+    from .core.kinds import Model
 
     settings, opened, chain = config(), Model.open(model), _chain(model.parent)
     dataset = _dataset_of(opened, data)
@@ -309,7 +312,7 @@ def package(
 
     Example: kdpipe package MODEL
     """
-    from .core.artifact import Model
+    from .core.kinds import Model
 
     opened = Model.open(model)
     _print_artifact(_chain(model.parent).package(config(), opened, _dataset_of(opened, data), out), as_json)
@@ -332,17 +335,17 @@ def bench(
 
     Example: kdpipe bench BUNDLE BUNDLE
     """
-    from .core.artifact import Bundle
     from .core.errors import Untrusted
+    from .core.kinds import Bundle
 
     opened = [Bundle.open(path) for path in bundles]
-    named = {f"{bundle.facts['target']}-{bundle.facts['variant']}": bundle for bundle in opened}
+    named = {f"{bundle.facts.target}-{bundle.facts.variant}": bundle for bundle in opened}
     if len(named) < len(opened):  # several of one kind: tell them apart by their keys
-        named = {f"{bundle.facts['target']}-{bundle.facts['variant']}-{bundle.key[:8]}": bundle for bundle in opened}
+        named = {f"{bundle.facts.target}-{bundle.facts.variant}-{bundle.key[:8]}": bundle for bundle in opened}
     dataset = _dataset_of(opened[0], data)
     measurement = _chain(bundles[0].parent).bench(config(), named, dataset, out)
     _print_artifact(measurement, as_json)
-    if measurement.facts["trusted"] is False:
+    if measurement.facts.trusted is False:
         raise Untrusted("the A/A control differs from itself: too noisy a machine, measure again when it is quiet")
 
 
@@ -389,14 +392,14 @@ def report(
     import json
 
     from .chain import checkpoints_beside, open_checkpoints
-    from .core.artifact import Measurement
     from .core.config import ReportConfig
+    from .core.kinds import Measurement
 
     opened = Measurement.open(measurement)
     found = open_checkpoints(checkpoints) if checkpoints else checkpoints_beside(opened)
     made = _chain(measurement.parent).report(ReportConfig(title=title), opened, found, out)
     if not as_json:
-        _print_summary(json.loads(made.file("report.json").read_text()))
+        _print_summary(json.loads(made.file(made.NUMBERS).read_text()))
     _print_artifact(made, as_json)
 
 
@@ -433,13 +436,13 @@ def _print_json(**values: Any) -> None:
     typer.echo(json.dumps({"schema_version": JSON_VERSION, **values}, indent=1))
 
 
-def _print_artifact(artifact: Artifact, as_json: bool) -> None:
+def _print_artifact(artifact: AnyArtifact, as_json: bool) -> None:
     from .terminal import process_number
 
     if process_number():
         return
     if as_json:
-        _print_json(artifact=str(artifact.path), kind=artifact.kind, key=artifact.key, facts=artifact.facts)
+        _print_json(artifact=str(artifact.path), kind=artifact.kind, key=artifact.key, facts=artifact.manifest.facts)
     else:
         typer.echo(artifact.path)
 
@@ -530,7 +533,7 @@ def _open_dataset(path: Path) -> Dataset:
     return Dataset.open(path)
 
 
-def _dataset_of(artifact: Artifact, given: Path | None) -> Dataset:
+def _dataset_of(artifact: AnyArtifact, given: Path | None) -> Dataset:
     from .chain import dataset_of
 
     return _open_dataset(given) if given else dataset_of(artifact)

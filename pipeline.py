@@ -5,12 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .chain import TRAIN_NEEDS, Chain
-from .core.artifact import (
-    Bundle,
-    Graph,
-    Measurement,
-    Report,
-)
 from .core.config import (
     DistillPlan,
     ExportConfig,
@@ -22,6 +16,7 @@ from .core.config import (
     control_of,
 )
 from .core.errors import UserError, choice
+from .core.kinds import Bundle, Graph, Measurement, Report
 from .core.proc import require
 from .core.progress import note
 
@@ -118,9 +113,9 @@ def run(recipe: Recipe, chain: Chain) -> Outcome:
         if recipe.quantize is not None:
             models += chain.variants(recipe.quantize, models[0], dataset)
         for model in models:
-            bundles[f"{target}-{model.facts['variant']}"] = chain.package(recipe.package, model, dataset)
+            bundles[f"{target}-{model.facts.variant}"] = chain.package(recipe.package, model, dataset)
     measurement = chain.bench(recipe.bench, bundles, dataset)
-    if measurement.facts["trusted"] is False:
+    if measurement.facts.trusted is False:
         note("the A/A control could not tell a model from itself: too noisy a machine to rank by these latencies")
     page = ReportConfig(title=recipe.name)
     if recipe.quantize is not None and recipe.quantize.max_drop is not None:

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from distill import timms, torchdistills  # the benchmark beside this one
 from kdpipe.chain import Chain
-from kdpipe.core.artifact import Cache, Checkpoint
 from kdpipe.core.config import DataPlan, ModelSettings, TeacherPlan, TrainConfig, validated
+from kdpipe.core.kinds import Cache, Checkpoint
 from kdpipe.core.stats import ratio_interval
 from kdpipe.data.dataset import Dataset
 from kdpipe.distill.cache import CachedTeacher

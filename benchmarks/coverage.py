@@ -111,11 +111,11 @@ def one(model: str, folder: Path) -> dict[str, Any]:
             made = chain.export(ExportConfig(target=target, parity_images=8, hop_images=4), network, dataset)
             rows[target] = {
                 "seconds": time.monotonic() - begun,
-                "relative_difference": made.facts["parity"]["relative_difference"],
+                "relative_difference": made.facts.parity["relative_difference"],
             }
         except KdpipeError as error:
             rows[target] = {"failed": str(error)}
-    return {"model": model, "parameters": network.facts["parameters"], "size": size, "targets": rows}
+    return {"model": model, "parameters": network.facts.parameters, "size": size, "targets": rows}
 
 
 def _teacher(adopted: AdoptConfig) -> Any:

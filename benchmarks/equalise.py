@@ -18,7 +18,7 @@ import onnx
 import typer
 from onnx import numpy_helper
 
-from kdpipe.core.artifact import Model
+from kdpipe.core.kinds import Model
 from kdpipe.core.proc import quiet
 from kdpipe.data.dataset import Dataset
 from kdpipe.quantize.calibrate import CalibrationInputs
@@ -83,13 +83,13 @@ def main(
     """Print the signal to noise of INT8 as it is and equalised, on training images that set no range."""
     whole, dataset = Model.open(model), Dataset.open(data)
     samples = dataset.balanced("train", 2 * IMAGES, 0)
-    images = CalibrationInputs(samples[:IMAGES], whole.facts["input"], "calibrating")
+    images = CalibrationInputs(samples[:IMAGES], whole.facts.input, "calibrating")
     paths = [sample.path for sample in samples[IMAGES:]]
     source = whole.file("model.onnx")
 
     def logits(folder: Path) -> np.ndarray:
         with quiet():
-            return predict_files(open_session(folder, whole.facts), paths, whole.facts["input"])
+            return predict_files(open_session(folder, whole.facts), paths, whole.facts.input)
 
     expected = logits(whole.path)
 
@@ -109,7 +109,7 @@ def main(
         for name, values in activations(image).items():
             if values.ndim == 4:
                 largest[name] = np.maximum(largest.get(name, 0), np.abs(values[0]).max((1, 2)))
-    print(whole.facts["model"])
+    print(whole.facts.model)
     tell("INT8", source)
     for name, by in (("by weights", None), ("by activations", largest)):
         graph, scaled = equalised(source, by)

@@ -19,8 +19,8 @@ import typer
 
 from kdpipe.chain import Chain
 from kdpipe.core import progress
-from kdpipe.core.artifact import Checkpoint
 from kdpipe.core.config import DataPlan, DistillPlan, ModelSettings, TeacherPlan, validated
+from kdpipe.core.kinds import Checkpoint
 from kdpipe.core.stats import mean_interval
 from kdpipe.pipeline import student_runs
 from kdpipe.terminal import listener, tell_step
@@ -110,7 +110,7 @@ def print_table(folders: list[Path]) -> None:
             found[method, run.manifest.config["label_fraction"]][run.manifest.config["seed"]] = run
             teacher = run.manifest.inputs.get("teacher")
             if teacher:
-                about = f"{teacher.facts['model']} ({100 * teacher.facts['test_accuracy']:.2f} %)"
+                about = f"{teacher.facts.model} ({100 * teacher.facts.test_accuracy:.2f} %)"
     shares = sorted({share for _, share in found})
     print(f"taught by {about}\n\n| method | " + " | ".join(f"{100 * share:g} %" for share in shares) + " |")
     print("|---" * (len(shares) + 1) + "|")
@@ -124,9 +124,9 @@ def cell(runs: dict[int, Checkpoint], controls: dict[int, Checkpoint], alone: bo
     seeds = sorted(runs.keys() & controls.keys())
     if not seeds:
         return "–"
-    accuracies = [100 * runs[seed].facts["test_accuracy"] for seed in seeds]
+    accuracies = [100 * runs[seed].facts.test_accuracy for seed in seeds]
     gain = mean_interval(
-        [top - 100 * controls[seed].facts["test_accuracy"] for top, seed in zip(accuracies, seeds, strict=True)]
+        [top - 100 * controls[seed].facts.test_accuracy for top, seed in zip(accuracies, seeds, strict=True)]
     )
     spread = "" if gain.low is None else f" [{gain.low:+.2f}, {gain.high:+.2f}]"
     return f"{mean_interval(accuracies).value:.2f}" + ("" if alone else f" ({gain.value:+.2f}{spread})")

@@ -20,8 +20,9 @@ import numpy as np
 import typer
 
 from kdpipe.chain import Chain
-from kdpipe.core.artifact import Bundle, Checkpoint, Model, drafting
+from kdpipe.core.artifact import drafting
 from kdpipe.core.config import BenchPlan, Config, ExportConfig, PackageConfig, QuantizePlan, ReportConfig
+from kdpipe.core.kinds import Bundle, Checkpoint, Model
 from kdpipe.core.proc import quiet
 from kdpipe.data.dataset import Dataset
 from kdpipe.quantize.calibrate import CalibrationInputs
@@ -128,15 +129,15 @@ def peer(chain: Chain, name: str, write: Write, model: Model, dataset: Dataset) 
 
     def make(out: Path) -> Model:
         samples = dataset.balanced("train", IMAGES, 0)
-        images = CalibrationInputs(samples, model.facts["input"], name)
+        images = CalibrationInputs(samples, model.facts.input, name)
         with drafting(Model, out, stage="peer", config=config, inputs=inputs) as draft, quiet():
-            write(model.file(model.facts["entry"]), images, draft.path / model.facts["entry"])
+            write(model.file(model.facts.entry), images, draft.path / model.facts.entry)
             (draft.path / "labels.json").write_bytes(model.file("labels.json").read_bytes())
             facts = {key: value for key, value in model.facts.items() if key != "parity"}
             draft.facts.update({**facts, "variant": name, "precision": "int8"})
         return draft.artifact
 
-    return chain.step(f"{model.facts['target']}-{name}", Model, "peer", config, inputs, make)
+    return chain.step(f"{model.facts.target}-{name}", Model, "peer", config, inputs, make)
 
 
 def rows(numbers: dict[str, Any], seconds: dict[str, float], ours: set[str]) -> list[dict[str, Any]]:
@@ -184,7 +185,7 @@ def main(
         whole = chain.export(ExportConfig(target=name), student, dataset)
         models = {f"{name}-float32": whole}
         for made in chain.variants(QuantizePlan(calibrate={"images": IMAGES}), whole, dataset):  # type: ignore[arg-type]
-            models[f"{name}-{made.facts['variant']}"] = made
+            models[f"{name}-{made.facts.variant}"] = made
         ours = set(models)
         for title, write in PEERS[name].items() if peers else ():
             models[f"{name}-{title}"] = peer(chain, title, write, whole, dataset)

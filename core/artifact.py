@@ -20,15 +20,16 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import KdpipeError, UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 RESUME = "resume"
 EVIDENCE = "evidence"  # subfolder of what a stage looked at: kept, not shipped
@@ -81,17 +82,6 @@ def canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def artifact_key(stage: str, config: BaseModel, inputs: Mapping[str, Artifact]) -> str:
-    """sha256 (hex) of stage, config and the keys of the inputs."""
-    identity = {
-        "schema_version": SCHEMA_VERSION,
-        "stage": stage,
-        "config": config.model_dump(mode="json"),
-        "inputs": {role: artifact.key for role, artifact in inputs.items()},
-    }
-    return hashlib.sha256(canonical(identity)).hexdigest()
-
-
 def sha256_file(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -122,11 +112,18 @@ def host_record() -> dict[str, Any]:
     }
 
 
+F = TypeVar("F", bound=Record)
+
+
 @dataclass(frozen=True)
-class Artifact:
-    """A sealed folder. Subclasses say what kind, so that a wrong chain is a type error."""
+class Artifact(Generic[F]):
+    """A sealed folder. Subclasses say what kind, so that a wrong chain is a type error.
+
+    A subclass also names its files, and the record of what its stage found: no other room spells either.
+    """
 
     kind: ClassVar[str]
+    Facts: ClassVar[type[Record]]
     path: Path
     manifest: Manifest
 
@@ -142,16 +139,35 @@ class Artifact:
         if manifest.kind != cls.kind:
             raise UserError(f"{path} is a {manifest.kind}, wanted a {cls.kind}: give the folder of a {cls.kind}")
         check_files(path, manifest)
-        return cls(path, manifest)
+        artifact = cls(path, manifest)
+        try:
+            _ = artifact.facts
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = ".".join(str(part) for part in fault["loc"])
+            raise UserError(
+                f"{path / MANIFEST}: what it says of '{where}' is not what this version of kdpipe writes "
+                f"({fault['msg'].lower()}): make the artifact again"
+            ) from None
+        return artifact
 
     @property
     def key(self) -> str:
         return self.manifest.key
 
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What the stage found out, as the manifest holds it."""
-        return self.manifest.facts
+    @cached_property
+    def facts(self) -> F:
+        """What the stage found out."""
+        return self.facts_of(self.manifest)
+
+    @classmethod
+    def facts_of(cls, provenance: Provenance) -> F:
+        """What the stage of an ancestor of this kind found out.
+
+        Raises:
+            ValidationError: the manifest says something else than ``Facts`` wants.
+        """
+        return cast("F", cls.Facts.model_validate(provenance.facts))
 
     def file(self, name: str) -> Path:
         """The path of a file that the manifest names (and ``open`` has checked)."""
@@ -160,64 +176,17 @@ class Artifact:
         return self.path / name
 
 
-class Checkpoint(Artifact):
-    """Weights of a teacher or a student, with its InputSpec and labels."""
-
-    kind = "checkpoint"
-
-
-class Graph(Artifact):
-    """One student as ONNX, simplified: what most targets are made from."""
-
-    kind = "graph"
-
-
-class Model(Artifact):
-    """One student for one target in one variant: float32, or what was made of that."""
-
-    kind = "model"
-
-    @property
-    def size_bytes(self) -> int:
-        """Size of the model itself: its entry and, for OpenVINO, the weights beside it."""
-        stem = Path(self.facts["entry"]).stem
-        return sum(record.size_bytes for name, record in self.manifest.files.items() if Path(name).stem == stem)
-
-
-class Cache(Artifact):
-    """What a teacher said of so many views of every image."""
-
-    kind = "cache"
-
-    def shard(self, view: int) -> Path:
-        """The file of one view number."""
-        return self.file(self.shard_name(view))
-
-    @staticmethod
-    def shard_name(view: int) -> str:
-        return f"view-{view:05d}.bin"
-
-
-class Bundle(Artifact):
-    """A model with labels, golden inputs and the runner: what goes onto a device."""
-
-    kind = "bundle"
-
-
-class Measurement(Artifact):
-    """Raw latency samples and logits of several bundles, measured in one session on one device."""
-
-    kind = "measurement"
-
-
-class Report(Artifact):
-    """The page and the numbers a person reads."""
-
-    kind = "report"
+class OtherVersion(UserError):
+    """An artifact that another version of kdpipe wrote."""
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Parse ``path/manifest.json`` and check it against its own digest. Raises UserError."""
+    """Parse ``path/manifest.json`` and check it against its own digest.
+
+    Raises:
+        UserError: none there, or a broken or edited one.
+        OtherVersion: one of another version.
+    """
     if not path.is_dir():
         raise UserError(f"no artifact at {path}: the folder does not exist")
     try:
@@ -228,7 +197,7 @@ def read_manifest(path: Path) -> Manifest:
         value = json.loads(text)
         version = value.get("schema_version")
         if version != SCHEMA_VERSION:
-            raise UserError(f"{path} has schema version {version}, wanted {SCHEMA_VERSION}: make it again")
+            raise OtherVersion(f"{path} has schema version {version}, wanted {SCHEMA_VERSION}: make it again")
         manifest = Manifest.model_validate(value)
     except (ValueError, AttributeError, ValidationError):
         raise UserError(f"{path / MANIFEST} is not a manifest (broken or edited): make the artifact again") from None
@@ -271,15 +240,39 @@ def check_files(path: Path, manifest: Manifest) -> None:
         raise UserError(f"{path} holds '{name}', which its manifest does not name: remove it or make it again")
 
 
-A = TypeVar("A", bound=Artifact)
+AnyArtifact = Artifact[Any]
+C = TypeVar("C", bound=BaseModel, covariant=True)
+
+
+@dataclass(frozen=True)
+class Order(Generic[C]):
+    """What a stage is told to do, written once: it names the artifact and is handed to the stage."""
+
+    stage: str
+    config: C
+    inputs: Mapping[str, AnyArtifact]
+
+    @cached_property
+    def key(self) -> str:
+        """sha256 (hex) of stage, configuration and the keys of the inputs."""
+        identity = {
+            "schema_version": SCHEMA_VERSION,
+            "stage": self.stage,
+            "config": self.config.model_dump(mode="json"),
+            "inputs": {role: artifact.key for role, artifact in self.inputs.items()},
+        }
+        return hashlib.sha256(canonical(identity)).hexdigest()
+
+
+A = TypeVar("A", bound=AnyArtifact)
 
 
 @dataclass
 class Draft(Generic[A]):
-    """An artifact being written: put files below ``path`` and findings into ``facts``."""
+    """An artifact being written: put files below ``path`` and what was found into ``facts``."""
 
     path: Path
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Record | None = None  # of the kind's own type; wanted when the draft is sealed
     resume: Path | None = None  # of a resumable draft: outlives a failure
     failed: bool = False  # given up: leaving the block seals nothing
     sealed: A | None = None
@@ -292,16 +285,8 @@ class Draft(Generic[A]):
 
 
 @contextlib.contextmanager
-def drafting(
-    kind: type[A],
-    out: Path,
-    *,
-    stage: str,
-    config: BaseModel,
-    inputs: Mapping[str, Artifact],
-    resumable: bool = False,
-) -> Iterator[Draft[A]]:
-    """Write an artifact: the body fills the draft, leaving the block seals it as ``out``.
+def drafting(kind: type[A], order: Order[Any], out: Path, *, resumable: bool = False) -> Iterator[Draft[A]]:
+    """Write the artifact of ``order``: the body fills the draft, leaving the block seals it as ``out``.
 
     An exception or Ctrl-C in the body removes what was written. After ``kill -9`` the ``.part`` folder
     stays behind without a manifest, and the next writer clears it. A resumable draft has a folder
@@ -313,14 +298,13 @@ def drafting(
     if out.exists():
         raise UserError(f"{out} exists already: sealed artifacts are never changed, choose another --out")
     part = out.with_name(out.name + ".part")
-    key = artifact_key(stage, config, inputs)
     begun = time.monotonic()
     with _readable_disk_errors(out):
         part.mkdir(parents=True, exist_ok=True)
     with _exclusive(part):
         try:
             with _readable_disk_errors(out):
-                draft: Draft[A] = Draft(part, resume=_begin(part, key) if resumable else None)
+                draft: Draft[A] = Draft(part, resume=_begin(part, order.key) if resumable else None)
                 if not resumable:
                     _clear(part)
                 yield draft
@@ -329,7 +313,7 @@ def drafting(
                     return
                 if draft.resume is not None:
                     shutil.rmtree(draft.resume)
-                manifest = _seal(kind, draft, stage, config, inputs, time.monotonic() - begun)
+                manifest = _seal(kind, draft, order, time.monotonic() - begun)
                 part.rename(out)
                 _sync_folder(out.parent)
         except BaseException as error:
@@ -364,9 +348,9 @@ def _abandon(part: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _seal(
-    kind: type[A], draft: Draft[A], stage: str, config: BaseModel, inputs: Mapping[str, Artifact], seconds: float
-) -> Manifest:
+def _seal(kind: type[A], draft: Draft[A], order: Order[Any], seconds: float) -> Manifest:
+    if not isinstance(draft.facts, kind.Facts):
+        raise TypeError(f"a {kind.kind} is sealed with {kind.Facts.__name__}, found {type(draft.facts).__name__}")
     files = {}
     for name, status in sorted(list_files(draft.path).items()):
         with (draft.path / name).open("rb") as stream:
@@ -375,11 +359,11 @@ def _seal(
     value: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "kind": kind.kind,
-        "stage": stage,
-        "key": artifact_key(stage, config, inputs),
-        "config": config.model_dump(mode="json"),
-        "facts": draft.facts,
-        "inputs": {role: source.manifest.provenance().model_dump(mode="json") for role, source in inputs.items()},
+        "stage": order.stage,
+        "key": order.key,
+        "config": order.config.model_dump(mode="json"),
+        "facts": draft.facts.model_dump(mode="json"),
+        "inputs": {role: source.manifest.provenance().model_dump(mode="json") for role, source in order.inputs.items()},
         "files": {name: record.model_dump() for name, record in files.items()},
         "tools": tool_versions(),
         "host": host_record(),
@@ -446,13 +430,13 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def find_ancestors(provenance: Provenance, kind: str) -> Sequence[Provenance]:
+def find_ancestors(provenance: Provenance, kind: type[AnyArtifact]) -> Sequence[Provenance]:
     """Every artifact of ``kind`` in the lineage of ``provenance``, nearest first, each key once."""
     found: dict[str, Provenance] = {}
     queue = [provenance]
     while queue:
         current = queue.pop(0)
-        if current.kind == kind:
+        if current.kind == kind.kind:
             found.setdefault(current.key, current)
         queue.extend(current.inputs.values())
     return list(found.values())

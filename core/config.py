@@ -10,15 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import UserError, did_you_mean
 from .inputs import InputSpec
-
-if TYPE_CHECKING:
-    from .artifact import Artifact, Cache
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Method = Literal[
@@ -43,6 +40,7 @@ class Config(BaseModel):
 class DataPlan(Config):
     """Where the images come from and how they are split."""
 
+    task: Literal["classification"] = Field("classification", description="what a network is to say of an image")
     source: str = Field(
         description="'digits', an image folder, or a name of timm's dataset factory (hfds/..., wds/..., tfds/...)"
     )
@@ -253,24 +251,6 @@ class TrainConfig(DistillSettings, ModelSettings):
         if self.view_seed is not None:
             return self.view_seed
         return self.seed if self.cache_views is None else 0
-
-
-def training_inputs(
-    config: TrainConfig, dataset: Artifact, teacher: Artifact | None, cache: Cache | None = None
-) -> dict[str, Artifact]:
-    """What a run is made from.
-
-    A cache as a run has it by itself is a function of the others and does not count; one whose teacher was asked
-    or stored in another way does.
-    """
-    if teacher is None or not config.needs_teacher:
-        return {"data": dataset}
-    inputs: dict[str, Artifact] = {"data": dataset, "teacher": teacher}
-    if cache is not None:
-        usual = CacheSettings()
-        if any(cache.manifest.config[name] != getattr(usual, name) for name in ("precision", "top")):
-            inputs["cache"] = cache
-    return inputs
 
 
 def control_of(config: TrainConfig) -> TrainConfig:

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..core.artifact import Artifact
+from ..core.artifact import Artifact, Record
 from ..core.errors import UserError
+from ..core.kinds import Labelled
 from .splits import stratified_count
 
 UNLABELED = -1  # label of an image that has none
@@ -23,7 +24,16 @@ class Sample:
     label: int
 
 
-class Dataset(Artifact):
+class DatasetFacts(Record):
+    """Where the images came from, what is asked of them, and how many there are by part."""
+
+    task: str
+    source: str
+    classes: int
+    images: dict[str, int]
+
+
+class Dataset(Artifact[DatasetFacts]):
     """Images by reference (a user's folder) or by value (everything else), split once and for all.
 
     ``index.json``: classes, per part a list of [file, label], and the folder below which its files lie (null:
@@ -31,18 +41,20 @@ class Dataset(Artifact):
     """
 
     kind = "dataset"
+    Facts = DatasetFacts
+    INDEX = "index.json"
 
     def _index(self) -> dict[str, Any]:
-        index: dict[str, Any] = json.loads(self.file("index.json").read_text())
+        index: dict[str, Any] = json.loads(self.file(self.INDEX).read_text())
         return index
 
     @property
     def classes(self) -> list[str]:
         return list(self._index()["classes"])
 
-    def check_classes_of(self, artifact: Artifact, what: str) -> None:
+    def check_classes_of(self, artifact: Labelled[Any], what: str) -> None:
         """Refuse a checkpoint, model or bundle whose outputs mean something else. Raises UserError."""
-        labels = json.loads(artifact.file("labels.json").read_text())
+        labels = artifact.labels
         if labels != self.classes:
             how = (
                 "the same classes in another order"

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.artifact import drafting, sha256_file, write_json
+from ..core.artifact import Order, drafting, sha256_file, write_json
 from ..core.config import DataConfig
 from ..core.errors import UserError
 from ..core.proc import first_line
 from ..core.progress import note, track
 from ..runtime.preprocess import decode
-from .dataset import UNLABELED, Dataset
+from .dataset import UNLABELED, Dataset, DatasetFacts
 from .fingerprints import list_images
 from .sources import Split, digits, folder, reader
 from .splits import stratified_fraction
 
 
-def prepare(config: DataConfig, out: Path) -> Dataset:
+def prepare(order: Order[DataConfig], out: Path) -> Dataset:
     """Read the source once, check every image, split it.
 
     A folder's images stay where they are; those of every other source are copied into the artifact.
@@ -30,7 +30,8 @@ def prepare(config: DataConfig, out: Path) -> Dataset:
     Raises:
         UserError: a missing folder or split, an empty class, an image that can't be decoded.
     """
-    with drafting(Dataset, out, stage="data", config=config, inputs={}) as draft:
+    config = order.config
+    with drafting(Dataset, order, out) as draft:
         if config.source == "digits":
             root, classes, splits = digits(draft, config)
         elif Path(config.source).is_dir():
@@ -52,14 +53,15 @@ def prepare(config: DataConfig, out: Path) -> Dataset:
             parts["unlabeled"] = _unlabeled(config.unlabeled, held_out)
         _check_images([(roots[part] or draft.path) / name for part, samples in parts.items() for name, _ in samples])
         write_json(
-            draft.path / "index.json",
+            draft.path / Dataset.INDEX,
             {
                 "classes": classes,
                 "roots": {part: folder and str(folder) for part, folder in roots.items()},
                 "parts": parts,
             },
         )
-        draft.facts.update(
+        draft.facts = DatasetFacts(
+            task=config.task,
             source=config.source,
             classes=len(classes),
             images={part: len(samples) for part, samples in parts.items()},

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from .. import runtime
-from ..core.artifact import EVIDENCE, Bundle, Model, drafting
+from ..core.artifact import EVIDENCE, Order, drafting
 from ..core.config import PackageConfig
 from ..core.errors import GateFailed, UserError
+from ..core.kinds import Bundle, BundleFacts, Model
 from ..core.proc import first_line, is_installed, quiet
 from ..data.dataset import Dataset
-from ..runtime.bundle import BundleError, replay_golden
+from ..runtime.bundle import GOLDEN, BundleError, replay_golden
 from ..runtime.preprocess import load_images
 
 # Largest difference of a golden output, over the spread of the logits. INT8 kernels differ between
@@ -22,7 +23,7 @@ from ..runtime.preprocess import load_images
 TOLERANCES = {"float32": 1e-3, "float16": 0.01, "bf16": 0.05, "int8": 0.05}
 
 
-def package(config: PackageConfig, model: Model, dataset: Dataset, out: Path) -> Bundle:
+def package(order: Order[PackageConfig], model: Model, dataset: Dataset, out: Path) -> Bundle:
     """Pack model, labels, golden inputs with expected outputs, and the runner.
 
     Raises:
@@ -30,21 +31,22 @@ def package(config: PackageConfig, model: Model, dataset: Dataset, out: Path) ->
     """
     dataset.check_classes_of(model, "the model")
     facts = model.facts
-    with drafting(Bundle, out, stage="package", config=config, inputs={"model": model, "data": dataset}) as draft:
+    with drafting(Bundle, order, out) as draft:
         for name in model.manifest.files:
             if not name.startswith(f"{EVIDENCE}/"):
                 shutil.copy(model.file(name), draft.path / name)
-        copy_runner(draft.path / "runtime")
-        samples = dataset.balanced("test", config.golden_images, seed=0)
-        images = load_images((sample.path for sample in samples), facts["input"])
+        copy_runner(draft.path / Bundle.RUNNER)
+        samples = dataset.balanced("test", order.config.golden_images, seed=0)
+        images = load_images((sample.path for sample in samples), facts.input.model_dump())
         with quiet():
-            logits = runtime.predict(runtime.open_session(draft.path, facts, stand_in="stand_in" in facts), images)
-        np.savez(draft.path / "golden.npz", images=images, logits=logits)
-        draft.facts.update(
-            facts,
+            session = runtime.open_session(draft.path, facts.for_runtime(), stand_in=facts.stand_in is not None)
+            logits = runtime.predict(session, images)
+        np.savez(draft.path / GOLDEN, images=images, logits=logits)
+        draft.facts = BundleFacts(
+            **facts.model_dump(),
             size_bytes=model.size_bytes,
             golden_images=len(images),
-            golden_tolerance=float(TOLERANCES[facts["precision"]] * logits.std()),
+            golden_tolerance=float(TOLERANCES[facts.precision] * logits.std()),
         )
     return draft.artifact
 
@@ -67,15 +69,14 @@ def verify(path: Path) -> tuple[Bundle, dict[str, Any]]:
         GateFailed: the golden outputs are off.
     """
     bundle = Bundle.open(path)
-    stand_in = "stand_in" in bundle.facts and not runnable(bundle.facts["target"])
+    stand_in = bundle.facts.stand_in is not None and not runnable(bundle.facts.target)
     try:
         with quiet():
-            return bundle, replay_golden(bundle.path, bundle.facts, stand_in=stand_in)
+            return bundle, replay_golden(bundle.path, bundle.facts.for_runtime(), stand_in=stand_in)
     except BundleError as error:
         raise GateFailed(f"{path}: {error}") from None
     except ImportError as error:
-        target = bundle.facts["target"]
-        raise UserError(f"bundle {path} needs {error.name}: pip install 'kdpipe[{target}]'") from None
+        raise UserError(f"bundle {path} needs {error.name}: pip install 'kdpipe[{bundle.facts.target}]'") from None
     except Exception as error:  # runtimes raise their own
         raise GateFailed(f"{path}: the model cannot be opened and run: {first_line(error)}") from error
 

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 
 from .. import runtime
-from ..core.artifact import Bundle, Measurement, drafting, write_json
+from ..core.artifact import Order, drafting, write_json
 from ..core.errors import UserError
+from ..core.kinds import Bundle, Measurement, MeasurementFacts, Result, RuntimeSession
 from ..core.proc import is_installed
 from ..core.progress import note, progress
-from ..core.stats import percentile_interval, ratio_interval, wilson
+from ..core.stats import Interval, percentile_interval, ratio_interval
 from ..data.dataset import Dataset
 from ..runtime.preprocess import load_images
+from ..runtime.task import TASKS
 from . import DEVICES, Device
 from .session import BenchConfig
 
@@ -24,17 +26,16 @@ CONTROL_LIMIT = 1.25  # a session that can't tell a model from itself within thi
 CONTROL = "control"  # the reference measured a second time in every round: the A/A control
 
 
-def bench(config: BenchConfig, bundles: Mapping[str, Bundle], dataset: Dataset, out: Path) -> Measurement:
+def bench(order: Order[BenchConfig], bundles: Mapping[str, Bundle], dataset: Dataset, out: Path) -> Measurement:
     """Measure accuracy on the test part and single-image latency of every bundle.
 
-    Each round measures all bundles and, as A/A control, the first one again (see ``order``). A bundle whose
+    Each round measures all bundles and, as A/A control, the first one again (see ``turns``). A bundle whose
     runtime is not installed gets its accuracy from a stand-in where one reads the same file, and no latency.
-
-    Files: ``latency_ns/NAME.json`` (all raw samples, by round), ``logits/NAME.npy``, ``labels.npy``.
 
     Raises:
         UserError: no bundles, bundles of other data, or a runner that fails.
     """
+    config = order.config
     if not bundles:
         raise UserError("nothing to measure: give at least one bundle")
     for bundle in bundles.values():
@@ -42,22 +43,22 @@ def bench(config: BenchConfig, bundles: Mapping[str, Bundle], dataset: Dataset, 
     device = DEVICES[config.device]()
     timed = [name for name, bundle in bundles.items() if _runnable(bundle)]
     for name in bundles.keys() - set(timed):
-        note(f"{name}: {bundles[name].facts['target']} is not installed here: no latency")
-    inputs = {**bundles, "data": dataset}
+        note(f"{name}: {bundles[name].facts.target} is not installed here: no latency")
     with (
-        drafting(Measurement, out, stage="bench", config=config, inputs=inputs) as draft,
+        drafting(Measurement, order, out) as draft,
         tempfile.TemporaryDirectory() as scratch,
     ):
-        (draft.path / "latency_ns").mkdir()
-        (draft.path / "logits").mkdir()
+        for name in bundles:
+            for file in (Measurement.outputs_name(name), Measurement.samples_name(name)):
+                (draft.path / file).parent.mkdir(exist_ok=True)
         before = device.probe()
         device.open(Path(scratch))
         try:
             device.push(Path(runtime.__file__).parent, "runtime")
             images = _push_inputs(device, bundles, dataset, Path(scratch), draft.path)
-            rounds = order(timed, config.rounds)
+            rounds = turns(timed, config.rounds)
             with progress("measuring", len(bundles) + sum(map(len, rounds))) as advance:
-                results: dict[str, dict[str, Any]] = {}
+                results: dict[str, Result] = {}
                 for name, bundle in bundles.items():
                     advance(0, f"accuracy of {name}")
                     results[name] = _accuracy(device, name, bundle, images[name], dataset, draft.path)
@@ -71,10 +72,11 @@ def bench(config: BenchConfig, bundles: Mapping[str, Bundle], dataset: Dataset, 
         finally:
             device.close()
         for name, repeats in runs.items():
-            write_json(draft.path / "latency_ns" / f"{name}.json", repeats)
+            write_json(draft.path / Measurement.samples_name(name), repeats)
             if name != CONTROL:
-                results[name].update(summary(repeats))
-        draft.facts.update(
+                results[name] = results[name].model_copy(update=summary(repeats))
+        draft.facts = MeasurementFacts(
+            task=dataset.facts.task,
             device=config.device,
             emulated=device.emulated,
             probe_before=before,
@@ -87,10 +89,10 @@ def bench(config: BenchConfig, bundles: Mapping[str, Bundle], dataset: Dataset, 
 
 
 def _runnable(bundle: Bundle) -> bool:
-    return all(is_installed(name) for name in runtime.RUNTIMES[bundle.facts["target"]].needs)
+    return all(is_installed(name) for name in runtime.RUNTIMES[bundle.facts.target].needs)
 
 
-def order(names: Sequence[str], rounds: int) -> list[list[str]]:
+def turns(names: Sequence[str], rounds: int) -> list[list[str]]:
     """Who is measured when: a shuffled round, the same backwards, another shuffled one, ...
 
     Backwards, so that a drift hits all alike; shuffled anew (seeded), because a process is slowed by what ran
@@ -111,12 +113,12 @@ def _push_inputs(
 ) -> dict[str, str]:
     """Put bundles and test images onto the device; images are decoded once per kind of input."""
     samples = dataset.samples("test")
-    np.save(draft / "labels.npy", np.array([sample.label for sample in samples]))
+    np.save(draft / Measurement.LABELS, np.array([sample.label for sample in samples]))
     pushed: dict[str, str] = {}
     images = {}
     for name, bundle in bundles.items():
         device.push(bundle.path, name)
-        spec = {key: value for key, value in bundle.facts["input"].items() if key != "layout"}
+        spec = bundle.facts.input.model_dump(exclude={"layout"})
         kind = repr(sorted(spec.items()))
         if kind not in pushed:
             pushed[kind] = f"images-{len(pushed)}.npy"
@@ -126,23 +128,23 @@ def _push_inputs(
     return images
 
 
-def _accuracy(device: Device, name: str, bundle: Bundle, images: str, dataset: Dataset, draft: Path) -> dict[str, Any]:
+def _accuracy(device: Device, name: str, bundle: Bundle, images: str, dataset: Dataset, draft: Path) -> Result:
     stand_in = not _runnable(bundle)
-    if stand_in and "stand_in" not in bundle.facts:
-        return {"status": f"{bundle.facts['target']} is not installed on this device"}
+    if stand_in and bundle.facts.stand_in is None:
+        return Result(status=f"{bundle.facts.target} is not installed on this device")
     arguments = ["predict", name, "--images", images, "--logits", "logits.npy"]
     answer = device.run([*arguments, *(["--stand-in"] if stand_in else [])], timeout_seconds=3600)
-    target = draft / "logits" / f"{name}.npy"
+    target = draft / Measurement.outputs_name(name)
     device.pull("logits.npy", target)
-    logits = np.load(target, allow_pickle=False)
+    outputs = np.load(target, allow_pickle=False)
     labels = np.array([sample.label for sample in dataset.samples("test")])
-    right = int((logits.argmax(1) == labels).sum())
-    return {
-        "status": "not built here" if stand_in else "measured",
-        "accuracy_by": answer["session"]["runtime"],
-        "accuracy": wilson(right, len(labels)).as_dict(),
-        "session": answer["session"],
-    }
+    task = TASKS[bundle.facts.task]
+    return Result(
+        status="not built here" if stand_in else "measured",
+        accuracy_by=answer["session"]["runtime"],
+        accuracy=Interval(*task.summary(task.scores(outputs, labels))),
+        session=RuntimeSession(**answer["session"]),
+    )
 
 
 def _measure(
@@ -160,7 +162,7 @@ def _measure(
 
 
 def summary(repeats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Numbers of one bundle over its processes, nothing trimmed.
+    """Numbers of one bundle over its processes, nothing trimmed: the fields of its ``Result``.
 
     Inferences of one process resemble each other more than those of two, so the process is the unit: a
     percentile is taken in each, and its median over processes is given with the order-statistic interval.
@@ -169,7 +171,7 @@ def summary(repeats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     numbers: dict[str, Any] = {}
     for percent in (50, 90):
         by_process = [percentile_interval(samples, percent).value for samples in milliseconds]
-        numbers[f"latency_p{percent}_ms"] = percentile_interval(by_process, 50).as_dict()
+        numbers[f"latency_p{percent}_ms"] = percentile_interval(by_process, 50)
         numbers[f"latency_p{percent}_by_process_ms"] = by_process
     return {
         **numbers,
@@ -181,7 +183,7 @@ def summary(repeats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "peak_memory_bytes": max(repeat["peak_memory_bytes"] for repeat in repeats),
         "memory_before_open_bytes": max(repeat["memory_before_open_bytes"] for repeat in repeats),
         "warm_up_settled": all(repeat["warm_up"]["settled"] for repeat in repeats),
-        "session": repeats[0]["session"],
+        "session": RuntimeSession(**repeats[0]["session"]),
     }
 
 
@@ -194,8 +196,8 @@ def comparisons(runs: Mapping[str, Sequence[Mapping[str, Any]]], timed: Sequence
     if not timed:
         return {"ratios": {}, "control": None, "control_limit": CONTROL_LIMIT, "trusted": None}
     medians = {name: [float(np.median(run["latency_ns"])) for run in repeats] for name, repeats in runs.items()}
-    ratios = {name: ratio_interval(medians[name], medians[timed[0]]).as_dict() for name in medians}
+    ratios = {name: ratio_interval(medians[name], medians[timed[0]]) for name in medians}
     control = ratios.pop(CONTROL)
-    low, high = control["low"], control["high"]
+    low, high = control.low, control.high
     trusted = low is not None and high is not None and 1 / CONTROL_LIMIT <= low <= 1 <= high <= CONTROL_LIMIT
     return {"ratios": ratios, "control": control, "control_limit": CONTROL_LIMIT, "trusted": trusted}

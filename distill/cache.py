@@ -21,23 +21,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..core.artifact import (
-    MANIFEST,
-    Cache,
-    Checkpoint,
-    Draft,
-    drafting,
-    read_manifest,
-    sha256_file,
-    tool_versions,
-)
+from ..core.artifact import MANIFEST, Draft, Order, drafting, read_manifest, sha256_file, tool_versions
 from ..core.config import CacheConfig, CachePlan, TrainConfig
 from ..core.errors import GateFailed, UserError
 from ..core.inputs import InputSpec
+from ..core.kinds import Cache, CacheFacts, Checkpoint
 from ..core.proc import children_signal_kept, first_line
 from ..core.progress import note, progress
 from ..data.dataset import Dataset
 from ..networks.models import input_spec
+from ..runtime.task import TASKS
 from .precision import Precision
 from .ranks import Ranks, join
 from .teacher import Lesson, Teacher, open_teacher
@@ -149,10 +142,10 @@ class CachedTeacher(nn.Module):
     def __init__(self, cache: Cache) -> None:
         super().__init__()
         facts = cache.facts
-        self.views: int = facts["views"]
-        self._classes, self._kind = facts["classes"], record_type(facts["classes"], facts["top"])
+        self.views = facts.views
+        self._classes, self._kind = facts.classes, record_type(facts.classes, facts.top)
         self._cache = cache
-        self._images = np.load(cache.file("images.npy"), mmap_mode="r", allow_pickle=False)  # ascending
+        self._images = np.load(cache.file(cache.IMAGES), mmap_mode="r", allow_pickle=False)  # ascending
         self._shards: dict[int, np.memmap[Any, Any]] = {}
         self._lesson: Lesson | None = None
 
@@ -219,7 +212,7 @@ def check_fit(
     ]
     here, there = wanted.versions, config.versions
     others += [f"{name} ({there.get(name)}, not {here[name]})" for name in here if here[name] != there.get(name)]
-    stored = np.load(cache.file("images.npy"), allow_pickle=False)
+    stored = np.load(cache.file(cache.IMAGES), allow_pickle=False)
     if np.setdiff1d(images, stored).size:
         others.append("share of the images")
     elif (config.mixup or config.cutmix) and not np.array_equal(images, stored):
@@ -247,7 +240,7 @@ class Forecast:
         return dict(vars(self))
 
 
-def build(config: CacheConfig, dataset: Dataset, teacher: Checkpoint, out: Path) -> Cache:
+def build(order: Order[CacheConfig], dataset: Dataset, teacher: Checkpoint, out: Path) -> Cache:
     """Ask the teacher about every view and seal the answers. Killed, it goes on with the view it was at.
 
     Under torchrun every process calls this and asks about views of its own; the folder must be shared.
@@ -255,14 +248,12 @@ def build(config: CacheConfig, dataset: Dataset, teacher: Checkpoint, out: Path)
     Raises:
         UserError: no room on the disk, a teacher of other classes, a builder that is at it already.
     """
-    ranks = join()
-    inputs = {"data": dataset, "teacher": teacher}
+    config, ranks = order.config, join()
     job = _Job(config, dataset, teacher, ranks)
     with contextlib.ExitStack() as stack:
         draft = None
         if ranks.leads:
-            sealing = drafting(Cache, out, stage="cache", config=config, inputs=inputs, resumable=True)
-            draft = stack.enter_context(sealing)
+            draft = stack.enter_context(drafting(Cache, order, out, resumable=True))
             _check_room(job, draft)
         job.write_shards(Path(ranks.from_leader(str(draft.resume) if draft else "")))
         ranks.from_leader(None)  # all of them are written
@@ -270,8 +261,8 @@ def build(config: CacheConfig, dataset: Dataset, teacher: Checkpoint, out: Path)
             assert draft.resume is not None
             for shard in sorted(draft.resume.glob("view-*.bin")):
                 shard.rename(draft.path / shard.name)
-            np.save(draft.path / "images.npy", job.images)
-            draft.facts.update(
+            np.save(draft.path / Cache.IMAGES, job.images)
+            draft.facts = CacheFacts(
                 views=config.views, images=len(job.images), classes=job.classes, top=job.top, bytes=job.bytes,
                 record_bytes=job.kind.itemsize,
             )  # fmt: skip
@@ -305,13 +296,13 @@ def verify(cache: Cache, dataset: Dataset, teacher: Checkpoint, share: float, se
     chosen = np.sort(np.random.default_rng(seed).choice(total, count, replace=False))
     addresses = [(int(at) // len(job.images), int(job.images[at % len(job.images)])) for at in chosen]
     remembered = CachedTeacher(cache)
-    worst, agree = 0.0, 0
+    task, worst, agree = TASKS[teacher.facts.task], 0.0, 0
     for batch, lesson in job.answers(addresses, "asking again"):
         remembered.recall(*batch)
         stored = remembered(lesson.logits).logits
         again = decode(encode(lesson.logits, job.kind), job.classes)
         worst = max(worst, float(((stored - again).abs() / again.abs().clamp(min=1)).max()))
-        agree += int((stored.argmax(1) == again.argmax(1)).sum())
+        agree += round(task.agreement(stored.numpy(), again.numpy()) * len(again))
     found = {"checked": count, "of": total, "largest_relative_difference": worst, "top1_agreement": agree / count}
     if worst > AGREES:
         raise GateFailed(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..core.artifact import Checkpoint
 from ..core.inputs import InputSpec
+from ..core.kinds import Checkpoint
 from ..data.dataset import Dataset
 from ..networks import models
 from .features import maps_and_logits

@@ -12,12 +12,14 @@ import numpy as np
 from timm.optim import list_optimizers
 from torch import nn
 
-from ..core.artifact import Cache, Checkpoint, Draft, drafting, write_json
-from ..core.config import AdoptConfig, CacheConfig, ModelSettings, TrainConfig, TrainSettings, training_inputs
+from ..core.artifact import Draft, Order, drafting, write_json
+from ..core.config import AdoptConfig, CacheConfig, ModelSettings, TrainConfig, TrainSettings
 from ..core.errors import UserError, choice
 from ..core.inputs import InputSpec
+from ..core.kinds import Cache, Checkpoint, CheckpointFacts
 from ..data.dataset import Dataset
 from ..networks import models
+from ..runtime.task import TASKS
 from .cache import CachedTeacher, check_fit, config_for
 from .loop import Lockstep, Run, evaluate
 from .methods import METHODS
@@ -28,10 +30,10 @@ from .views import TrainingViews, seeded, training_images, training_transform
 
 
 def train(
-    config: TrainConfig, dataset: Dataset, teacher: Checkpoint | None, out: Path, cache: Cache | None = None
+    order: Order[TrainConfig], dataset: Dataset, teacher: Checkpoint | None, out: Path, cache: Cache | None = None
 ) -> Checkpoint:
-    """Train ``config.model`` on the training part by ``config.method``; see ``train_together``."""
-    return train_together({out: config}, dataset, teacher, cache)[out]
+    """Train the order's network on the training part by its method; see ``train_together``."""
+    return train_together({out: order}, dataset, teacher, cache)[out]
 
 
 def cache_config(config: TrainConfig) -> CacheConfig | None:
@@ -41,11 +43,12 @@ def cache_config(config: TrainConfig) -> CacheConfig | None:
     return config_for(config, models.input_spec(config))
 
 
-def companions(configs: Mapping[Path, TrainConfig], dataset: Dataset) -> list[dict[Path, TrainConfig]]:
+def companions(orders: Mapping[Path, Order[TrainConfig]], dataset: Dataset) -> list[dict[Path, Order[TrainConfig]]]:
     """Runs parted by what they see: those of one part can share views, batches and the teacher's answers."""
     unlabeled = bool(dataset.samples("unlabeled"))
-    parts: dict[str, dict[Path, TrainConfig]] = {}
-    for out, config in configs.items():
+    parts: dict[str, dict[Path, Order[TrainConfig]]] = {}
+    for out, order in orders.items():
+        config = order.config
         settings = config.train
         mixing = (
             [settings.mixup, settings.cutmix, settings.label_smoothing] if settings.mixup or settings.cutmix else []
@@ -55,12 +58,12 @@ def companions(configs: Mapping[Path, TrainConfig], dataset: Dataset) -> list[di
             *(unlabeled and METHODS[config.method].needs_labels, settings.repeats, settings.workers, mixing),
             *(settings.augment.model_dump(), models.input_spec(config).model_dump()),
         ]
-        parts.setdefault(json.dumps(sees), {})[out] = config
+        parts.setdefault(json.dumps(sees), {})[out] = order
     return list(parts.values())
 
 
 def train_together(
-    configs: Mapping[Path, TrainConfig], dataset: Dataset, teacher: Checkpoint | None, cache: Cache | None = None
+    orders: Mapping[Path, Order[TrainConfig]], dataset: Dataset, teacher: Checkpoint | None, cache: Cache | None = None
 ) -> dict[Path, Checkpoint]:
     """Train runs that see the same views side by side (``companions``); each ends as it would have ended alone.
 
@@ -76,9 +79,10 @@ def train_together(
     ranks = join()
     with contextlib.ExitStack() as stack:
         drafts = {
-            out: stack.enter_context(_draft(config, dataset, teacher, cache, out)) if ranks.leads else None
-            for out, config in configs.items()
+            out: stack.enter_context(drafting(Checkpoint, order, out, resumable=True)) if ranks.leads else None
+            for out, order in orders.items()
         }
+        configs = {out: order.config for out, order in orders.items()}
         runs = _runs(configs, drafts, dataset, teacher, cache, ranks)
         for out, run in runs.items():
             draft = drafts[out]
@@ -87,20 +91,12 @@ def train_together(
             if run.failure is not None:
                 draft.failed = True
                 continue
-            _write(draft, run, dataset)
-            draft.facts["cache"] = cache.key if cache and run.config.needs_teacher else None
+            _write(draft, run, dataset, cache)
     ranks.from_leader(None)  # until the leader has sealed them
     for run in runs.values():
         if run.failure is not None:
             raise run.failure
     return {out: draft.artifact if draft else Checkpoint.open(out) for out, draft in drafts.items()}
-
-
-def _draft(
-    config: TrainConfig, dataset: Dataset, teacher: Checkpoint | None, cache: Cache | None, out: Path
-) -> contextlib.AbstractContextManager[Draft[Checkpoint]]:
-    inputs = training_inputs(config, dataset, teacher, cache)
-    return drafting(Checkpoint, out, stage="train", config=config, inputs=inputs, resumable=True)
 
 
 def _runs(
@@ -143,7 +139,8 @@ def _runs(
         runs[out] = Run(config, task, dataset, spec, lockstep.steps_per_epoch, ranks, resume, shown)
         if draft is not None:
             write_json(
-                draft.path / "images.json", {"part": "train", "positions": source.numbers[: source.labeled].tolist()}
+                draft.path / Checkpoint.IMAGES,
+                {"part": "train", "positions": source.numbers[: source.labeled].tolist()},
             )
     lockstep.train(list(runs.values()))
     return runs
@@ -178,34 +175,42 @@ def _check_labels(config: TrainConfig, labeled: int, unlabeled: int) -> None:
         raise UserError("label_fraction is 0 and there is no data.unlabeled: nothing is left to learn from")
 
 
-def _write(draft: Draft[Checkpoint], run: Run, dataset: Dataset) -> None:
-    with (draft.path / "history.jsonl").open("w") as stream:
+def _write(draft: Draft[Checkpoint], run: Run, dataset: Dataset, cache: Cache | None) -> None:
+    with (draft.path / Checkpoint.HISTORY).open("w") as stream:
         stream.writelines(json.dumps(row) + "\n" for row in run.history)
-    _describe(draft.path, draft.facts, run.config, run.network, run.spec, dataset)
-    draft.facts.update(
+    draft.facts = _described(
+        draft.path,
+        run.config,
+        run.network,
+        run.spec,
+        dataset,
         method=run.config.method,
-        training_images=len(json.loads((draft.path / "images.json").read_text())["positions"]),
+        training_images=len(json.loads((draft.path / Checkpoint.IMAGES).read_text())["positions"]),
         unlabeled_images=0 if METHODS[run.config.method].needs_labels else len(dataset.samples("unlabeled")),
         epochs=len(run.history),
         selected=run.settings.select,
         best_validation=run.best,
         last_validation=run.last_validation,
         precision=run.precision.as_dict(),
+        cache=cache.key if cache and run.config.needs_teacher else None,
     )
 
 
-def adopt(config: AdoptConfig, dataset: Dataset, out: Path) -> Checkpoint:
+def adopt(order: Order[AdoptConfig], dataset: Dataset, out: Path) -> Checkpoint:
     """Seal the user's own weights (or timm's pretrained ones) as a checkpoint, with their test accuracy.
 
     Raises:
         UserError: unreadable weights, another architecture or class count.
     """
-    with drafting(Checkpoint, out, stage="adopt", config=config, inputs={"data": dataset}) as draft:
+    config = order.config
+    with drafting(Checkpoint, order, out) as draft:
         network, spec = models.create(config, len(dataset.classes))
         if config.checkpoint is not None:
             models.load_weights(network, config.checkpoint)
-        _describe(draft.path, draft.facts, config, network, spec, dataset)
-        draft.facts.update(method="as given", training_images=0, epochs=0, selected="as given", best_validation=None)
+        draft.facts = _described(
+            draft.path, config, network, spec, dataset,
+            method="as given", training_images=0, epochs=0, selected="as given",
+        )  # fmt: skip
     return draft.artifact
 
 
@@ -218,20 +223,26 @@ def check_run(config: ModelSettings, settings: TrainSettings | None) -> None:
         training_transform(settings.augment, spec)
 
 
-def _describe(
-    folder: Path, facts: dict[str, Any], config: ModelSettings, network: nn.Module, spec: InputSpec, dataset: Dataset
-) -> None:
-    """Weights, labels and the test logits, for the last time this network is seen as a torch module."""
-    models.save_weights(network, folder)
-    write_json(folder / "labels.json", dataset.classes)
+def _described(
+    folder: Path, config: ModelSettings, network: nn.Module, spec: InputSpec, dataset: Dataset, **training: Any
+) -> CheckpointFacts:
+    """Write weights, labels and the test outputs, for the last time this network is seen as a torch module.
+
+    ``training``: the fields of the record that say how it came to its weights.
+    """
+    models.save_weights(network, folder / Checkpoint.WEIGHTS)
+    write_json(folder / Checkpoint.LABELS, dataset.classes)
     logits, labels = evaluate(network, spec, dataset, "test", workers=0)
-    np.savez(folder / "test_logits.npz", logits=logits, labels=labels)
-    facts.update(
+    task = TASKS[dataset.facts.task]
+    np.savez(folder / Checkpoint.TEST_OUTPUTS, logits=logits, labels=labels)
+    return CheckpointFacts(
+        task=task.name,
         model=config.model,
         model_args=config.model_args,
         classes=len(dataset.classes),
-        input=spec.model_dump(mode="json"),
+        input=spec,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
-        test_accuracy=float((logits.argmax(1) == labels).mean()),
+        test_accuracy=task.summary(task.scores(logits, labels)).value,
         test_images=len(labels),
+        **training,
     )

@@ -15,7 +15,7 @@ from .written import Written
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..core.artifact import Artifact
+    from ..core.artifact import AnyArtifact
     from ..core.inputs import InputSpec
 
 
@@ -23,10 +23,12 @@ class Target(Protocol):
     """How a network becomes a file that one runtime opens."""
 
     needs: tuple[str, ...]  # distributions that make the file
-    source: type[Artifact]  # what it is made from: the Graph (ONNX), or the Checkpoint itself
+    source: type[AnyArtifact]  # what it is made from: the Graph (ONNX), or the Checkpoint itself
     layout: Literal["NCHW", "NHWC"]
     entry: str  # the file that the runtime opens
-    facts: Mapping[str, Any]  # settings that the runtime must take, by RUNTIMES of the same name
+    runtime: Mapping[str, Any]  # settings that the runtime of the same name must take
+    stand_in: str | None  # the runtime that reads the same file where the target's own cannot run
+    not_built_here: bool  # whether the device itself makes what it runs
 
     def write(self, source: Any, spec: InputSpec, images: np.ndarray, folder: Path) -> Written:
         """Write ``entry`` (and what belongs to it) into ``folder``.
@@ -35,6 +37,14 @@ class Target(Protocol):
             source: an artifact of the type ``self.source``.
             spec: in the target's own layout.
             images: uint8 [N, H, W, 3], the parity images.
+        """
+
+    @staticmethod
+    def check(entry: Path) -> None:
+        """Refuse a file, float32 or a smaller variant, that cannot be run where it is going.
+
+        Raises:
+            UserError: names what would be refused.
         """
 
 

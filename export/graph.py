@@ -10,24 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from ..core.artifact import EVIDENCE, Checkpoint, Draft, Graph, drafting
+from ..core.artifact import EVIDENCE, Order, drafting
 from ..core.config import GraphConfig
 from ..core.errors import UserError
+from ..core.inputs import InputSpec
+from ..core.kinds import Checkpoint, Graph, GraphFacts, HopParity
 from ..core.proc import first_line, quiet, require
 from ..core.progress import progress
 from ..data.dataset import Dataset
 from ..runtime import open_session, predict, predict_files
 from ..runtime.preprocess import load_images
+from ..runtime.task import TASKS
 from .onnx import NEEDS, simplify, write_onnx
 from .parity import check, compare, keep_worst
 from .written import Written
 
-GRAPH = "model.onnx"
-HOPS = "hops.npz"  # accuracy by hop: which test images, and what each graph says of them
-TORCH_LOGITS = "torch_logits.npy"  # of the parity images
 
-
-def trace(config: GraphConfig, student: Checkpoint, dataset: Dataset, out: Path) -> Graph:
+def trace(order: Order[GraphConfig], student: Checkpoint, dataset: Dataset, out: Path) -> Graph:
     """Write the student as ONNX with its normalisation folded in, compare, simplify, compare again.
 
     Raises:
@@ -36,7 +35,8 @@ def trace(config: GraphConfig, student: Checkpoint, dataset: Dataset, out: Path)
     """
     require("ONNX", NEEDS, "onnxruntime")
     dataset.check_classes_of(student, "the checkpoint")
-    with drafting(Graph, out, stage="graph", config=config, inputs={"student": student, "data": dataset}) as draft:
+    config = order.config
+    with drafting(Graph, order, out) as draft:
         with progress("exporting to ONNX", 4) as advance:
             import torch
 
@@ -58,54 +58,54 @@ def trace(config: GraphConfig, student: Checkpoint, dataset: Dataset, out: Path)
                     write_onnx(whole, spec, raw)
                 except Exception as error:  # the exporter raises its own
                     reason = first_line(error)
-                    raise UserError(f"{student.facts['model']} cannot be exported to ONNX: {reason}") from error
+                    raise UserError(f"{student.facts.model} cannot be exported to ONNX: {reason}") from error
             seconds["export"] = time.monotonic() - begun
             advance(1, "simplifying")
             begun = time.monotonic()
             with quiet():
-                simplify(raw, draft.path / GRAPH)
+                simplify(raw, draft.path / Graph.ONNX)
             seconds["simplify"] = time.monotonic() - begun
             advance(1, "comparing")
             hops = dataset.positions("test", config.hop_images, seed=0)
             test = dataset.samples("test")
             tested = [test[at].path for at in hops]
             parity, logits = {}, {}
-            for hop, file in (("exported", raw), ("simplified", draft.path / GRAPH)):
+            for hop, file in (("exported", raw), ("simplified", draft.path / Graph.ONNX)):
                 with quiet():
-                    session = open_session(file.parent, _facts(file.name, spec.model_dump(mode="json")), threads=0)
+                    session = open_session(file.parent, _as_model(file.name, spec), threads=0)
                     actual = predict(session, images)
                     logits[hop] = predict_files(session, tested, spec.model_dump())
-                found = compare(expected, actual, paths)
-                parity[hop] = check(found, config, f"{hop} ONNX graph").as_dict()
+                found = compare(TASKS[student.facts.task], expected, actual, paths)
+                parity[hop] = check(found, config, f"{hop} ONNX graph").facts()
                 keep_worst(found, draft.path / EVIDENCE / hop)
                 advance(1, "")
         raw.unlink()
-        np.save(draft.path / TORCH_LOGITS, expected)
-        np.savez(draft.path / HOPS, positions=hops, exported=logits["exported"], simplified=logits["simplified"])
-        _finish(draft, student, spec.model_dump(mode="json"), parity, seconds)
+        np.save(draft.path / Graph.PARITY_OUTPUTS, expected)
+        np.savez(draft.path / Graph.HOPS, positions=hops, exported=logits["exported"], simplified=logits["simplified"])
+        shutil.copyfile(student.file(student.LABELS), draft.path / Graph.LABELS)
+        draft.facts = GraphFacts(
+            task=student.facts.task,
+            model=student.facts.model,
+            input=spec,
+            nodes_by_kind=_nodes_by_kind(draft.path / Graph.ONNX),
+            parity=HopParity(**parity),
+            export_seconds=round(seconds["export"], 2),
+            simplify_seconds=round(seconds["simplify"], 2),
+        )
     return draft.artifact
 
 
 def of_graph(graph: Graph) -> Written:
     """What is known of every model that is made from ``graph``."""
-    return Written(np.load(graph.file(TORCH_LOGITS), allow_pickle=False), graph.facts["nodes_by_kind"])
+    return Written(np.load(graph.file(graph.PARITY_OUTPUTS), allow_pickle=False), graph.facts.nodes_by_kind)
 
 
-def _facts(entry: str, spec: dict[str, Any]) -> dict[str, Any]:
-    return {"target": "onnxruntime", "entry": entry, "input": spec}
+def _as_model(entry: str, spec: InputSpec) -> dict[str, Any]:
+    """What ONNX Runtime must know of a graph to open it."""
+    return {"target": "onnxruntime", "entry": entry, "input": spec.model_dump(mode="json")}
 
 
-def _finish(
-    draft: Draft[Graph], student: Checkpoint, spec: dict[str, Any], parity: dict[str, Any], seconds: dict[str, float]
-) -> None:
+def _nodes_by_kind(path: Path) -> dict[str, int]:
     import onnx
 
-    kinds = Counter(node.op_type for node in onnx.load(draft.path / GRAPH).graph.node)
-    draft.facts.update(
-        model=student.facts["model"],
-        input=spec,
-        nodes_by_kind=dict(kinds.most_common()),
-        parity=parity,
-        seconds={name: round(value, 2) for name, value in seconds.items()},
-    )
-    shutil.copyfile(student.file("labels.json"), draft.path / "labels.json")
+    return dict(Counter(node.op_type for node in onnx.load(path).graph.node).most_common())

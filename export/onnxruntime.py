@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ..core.artifact import Artifact, Graph
-from .graph import GRAPH, of_graph
+from ..core.artifact import AnyArtifact
+from ..core.kinds import Graph
+from .graph import of_graph
 from .written import Written
 
 if TYPE_CHECKING:
@@ -20,11 +21,17 @@ if TYPE_CHECKING:
 
 class OnnxRuntimeTarget:
     needs: tuple[str, ...] = ("onnxruntime",)
-    source: type[Artifact] = Graph
+    source: type[AnyArtifact] = Graph
     layout: Literal["NCHW", "NHWC"] = "NCHW"
     entry: str = "model.onnx"
-    facts: Mapping[str, Any] = MappingProxyType({"runtime": {}})
+    runtime: Mapping[str, Any] = MappingProxyType({})
+    stand_in: str | None = None
+    not_built_here: bool = False
 
     def write(self, source: Graph, spec: InputSpec, images: np.ndarray, folder: Path) -> Written:
-        shutil.copyfile(source.file(GRAPH), folder / self.entry)
+        shutil.copyfile(source.file(source.ONNX), folder / self.entry)
         return of_graph(source)
+
+    @staticmethod
+    def check(entry: Path) -> None:
+        """Nothing: its runtime opens every file that is written here, or says at once what it lacks."""

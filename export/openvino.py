@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ..core.artifact import Artifact, Graph
-from .graph import GRAPH, of_graph
+from ..core.artifact import AnyArtifact
+from ..core.kinds import Graph
+from .graph import of_graph
 from .written import Written
 
 if TYPE_CHECKING:
@@ -19,14 +20,22 @@ if TYPE_CHECKING:
 
 class OpenVinoTarget:
     needs: tuple[str, ...] = ("openvino",)
-    source: type[Artifact] = Graph
+    source: type[AnyArtifact] = Graph
     layout: Literal["NCHW", "NHWC"] = "NCHW"
     entry: str = "model.xml"
     # The CPU plugin takes bf16 by itself where it can; the bundle says what it is to take.
-    facts: Mapping[str, Any] = MappingProxyType({"runtime": {"inference_precision": "f32"}})
+    runtime: Mapping[str, Any] = MappingProxyType({"inference_precision": "f32"})
+    stand_in: str | None = None
+    not_built_here: bool = False
 
     def write(self, source: Graph, spec: InputSpec, images: np.ndarray, folder: Path) -> Written:
         import openvino
 
-        openvino.save_model(openvino.convert_model(source.file(GRAPH)), folder / self.entry, compress_to_fp16=False)
+        openvino.save_model(
+            openvino.convert_model(source.file(source.ONNX)), folder / self.entry, compress_to_fp16=False
+        )
         return of_graph(source)
+
+    @staticmethod
+    def check(entry: Path) -> None:
+        """Nothing: its runtime opens every file that is written here, or says at once what it lacks."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import numpy as np
 
 from ..core.config import ParitySettings
 from ..core.errors import GateFailed
+from ..core.kinds import ParityFacts, RuntimeSession
+from ..runtime.task import Task
 
 
 @dataclass(frozen=True)
@@ -19,19 +21,28 @@ class Parity:
     images: int
     max_difference: float  # largest absolute logit difference
     logit_spread: float  # largest standard deviation of a torch logit over the images: the scale of the difference
-    top1_agreement: float
+    agreement: float  # of what they say, as the task counts it
     worst_image: Path
 
     @property
     def relative(self) -> float:
         return self.max_difference / self.logit_spread
 
-    def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "worst_image": self.worst_image.name, "relative_difference": self.relative}
+    def facts(self, session: Mapping[str, Any] | None = None) -> ParityFacts:
+        """The record of it; ``session`` is what the runtime said of itself."""
+        return ParityFacts(
+            images=self.images,
+            max_difference=self.max_difference,
+            logit_spread=self.logit_spread,
+            relative_difference=self.relative,
+            agreement=self.agreement,
+            worst_image=self.worst_image.name,
+            session=None if session is None else RuntimeSession(**session),
+        )
 
 
-def compare(expected: np.ndarray, actual: np.ndarray, images: Sequence[Path]) -> Parity:
-    """Compare two float arrays of logits [N, K] of N images; a value that is not finite differs infinitely.
+def compare(task: Task, expected: np.ndarray, actual: np.ndarray, images: Sequence[Path]) -> Parity:
+    """Compare two float arrays of outputs [N, ...] of N images; a value that is not finite differs infinitely.
 
     Raises:
         GateFailed: different shapes, or constant expected logits (parity would say nothing).
@@ -41,12 +52,13 @@ def compare(expected: np.ndarray, actual: np.ndarray, images: Sequence[Path]) ->
     spread = float(expected.std(axis=0).max())
     if not spread > 0:
         raise GateFailed("the network's outputs do not depend on the image: parity would say nothing, train it first")
-    difference = np.where(np.isfinite(actual), np.abs(expected - actual), np.finfo(np.float32).max).max(1)
+    difference = np.where(np.isfinite(actual), np.abs(expected - actual), np.finfo(np.float32).max)
+    difference = difference.reshape(len(difference), -1).max(1)
     return Parity(
         images=len(expected),
         max_difference=float(difference.max()),
         logit_spread=spread,
-        top1_agreement=float((expected.argmax(1) == actual.argmax(1)).mean()),
+        agreement=task.agreement(expected, actual),
         worst_image=images[int(difference.argmax())],
     )
 
@@ -56,7 +68,7 @@ def check(parity: Parity, config: ParitySettings, what: str) -> Parity:
     if parity.relative > config.parity_tolerance:
         raise GateFailed(
             f"the {what} differs from torch by {parity.relative:.1e} of the logits' spread "
-            f"(allowed {config.parity_tolerance:.0e}), top-1 agrees on {parity.top1_agreement:.1%} of {parity.images} "
+            f"(allowed {config.parity_tolerance:.0e}), they agree by {parity.agreement:.1%} on {parity.images} "
             f"images; worst image {parity.worst_image}"
         )
     return parity

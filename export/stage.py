@@ -5,20 +5,21 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ..core.artifact import EVIDENCE, Checkpoint, Graph, Model, drafting
+from ..core.artifact import EVIDENCE, Order, drafting
 from ..core.config import ExportConfig
 from ..core.errors import KdpipeError, UserError, choice
-from ..core.inputs import InputSpec
+from ..core.kinds import Checkpoint, Graph, Model, ModelFacts
 from ..core.proc import first_line, quiet, require
 from ..core.progress import progress
 from ..data.dataset import Dataset
 from ..runtime import open_session, predict
 from ..runtime.preprocess import load_images
+from ..runtime.task import TASKS
 from . import TARGETS
 from .parity import check, compare, keep_worst
 
 
-def export(config: ExportConfig, source: Checkpoint | Graph, dataset: Dataset, out: Path) -> Model:
+def export(order: Order[ExportConfig], source: Checkpoint | Graph, dataset: Dataset, out: Path) -> Model:
     """Write the student for ``config.target`` in float32, normalisation folded in, and check parity with torch.
 
     Args:
@@ -28,14 +29,14 @@ def export(config: ExportConfig, source: Checkpoint | Graph, dataset: Dataset, o
         UserError: an unknown target, a package that is missing, an operator that the target lacks.
         GateFailed: the file computes something else than torch on real images.
     """
+    config = order.config
     if config.target not in TARGETS:
         raise choice("target", config.target, TARGETS)
     target = TARGETS[config.target]()
     require(f"target '{config.target}'", target.needs, config.target)
     dataset.check_classes_of(source, "the checkpoint")
-    inputs = {target.source.kind: source, "data": dataset}
-    with drafting(Model, out, stage="export", config=config, inputs=inputs) as draft:
-        spec = InputSpec.model_validate(source.facts["input"]).model_copy(update={"layout": target.layout})
+    with drafting(Model, order, out) as draft:
+        spec = source.facts.input.model_copy(update={"layout": target.layout})
         samples = dataset.balanced("train", config.parity_images, seed=0)
         paths = [sample.path for sample in samples]
         with progress(f"exporting to {config.target}", 2) as advance:
@@ -43,29 +44,34 @@ def export(config: ExportConfig, source: Checkpoint | Graph, dataset: Dataset, o
             with quiet():
                 try:
                     written = target.write(source, spec, images, draft.path)
+                    target.check(draft.path / target.entry)
                 except KdpipeError:
                     raise
                 except Exception as error:  # every converter raises its own
                     raise UserError(
-                        f"{source.facts['model']} cannot be exported to {config.target}: {first_line(error)}"
+                        f"{source.facts.model} cannot be exported to {config.target}: {first_line(error)}"
                     ) from error
             advance(1, "parity")
-            draft.facts.update(
+            facts = ModelFacts(
+                task=source.facts.task,
                 target=config.target,
                 variant="float32",
                 precision="float32",
                 entry=target.entry,
-                input=spec.model_dump(mode="json"),
-                model=source.facts["model"],
+                input=spec,
+                model=source.facts.model,
                 nodes_by_kind=written.nodes_by_kind,
-                **target.facts,
+                runtime=dict(target.runtime),
+                stand_in=target.stand_in,
+                not_built_here=target.not_built_here,
             )
             with quiet():
-                session = open_session(draft.path, draft.facts, stand_in="stand_in" in draft.facts)
+                session = open_session(draft.path, facts.for_runtime(), stand_in=facts.stand_in is not None)
                 actual = predict(session, images)
             advance(1, "")
-        parity = check(compare(written.torch_logits, actual, paths), config, f"{config.target} file")
+        parity = compare(TASKS[facts.task], written.torch_outputs, actual, paths)
+        check(parity, config, f"{config.target} file")
         keep_worst(parity, draft.path / EVIDENCE)
-        draft.facts["parity"] = {**parity.as_dict(), "session": session.describe()}
-        shutil.copyfile(source.file("labels.json"), draft.path / "labels.json")
+        draft.facts = facts.model_copy(update={"parity": parity.facts(session.describe())})
+        shutil.copyfile(source.file(source.LABELS), draft.path / Model.LABELS)
     return draft.artifact

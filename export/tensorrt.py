@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ..core.artifact import Artifact, Graph
-from ..networks.lint import check_for_tensorrt
-from .graph import GRAPH, of_graph
+from ..core.artifact import AnyArtifact
+from ..core.kinds import Graph, Model
+from .graph import of_graph
+from .lint import check_for_tensorrt
 from .written import Written
 
 if TYPE_CHECKING:
@@ -46,20 +47,24 @@ exec "$trtexec" --onnx=model.onnx --saveEngine=model.engine $typed \\
   --memPoolSize=workspace:"${{WORKSPACE_MIB:-1024}}" --timingCacheFile="${{TIMING_CACHE:-timing.cache}}" \\
   --builderOptimizationLevel="${{OPTIMIZATION:-3}}" --skipInference
 """
-SCRIPT = "build_engine.sh"
 
 
 class TensorRtTarget:
     needs: tuple[str, ...] = ("onnx", "onnxruntime")
-    source: type[Artifact] = Graph
+    source: type[AnyArtifact] = Graph
     layout: Literal["NCHW", "NHWC"] = "NCHW"
     entry: str = "model.onnx"
-    facts: Mapping[str, Any] = MappingProxyType({"runtime": {}, "stand_in": "onnxruntime", "not_built_here": True})
+    runtime: Mapping[str, Any] = MappingProxyType({})
+    stand_in: str | None = "onnxruntime"
+    not_built_here: bool = True
 
     def write(self, source: Graph, spec: InputSpec, images: np.ndarray, folder: Path) -> Written:
-        shutil.copyfile(source.file(GRAPH), folder / self.entry)
-        check_for_tensorrt(folder / self.entry)
-        script = folder / SCRIPT
+        shutil.copyfile(source.file(source.ONNX), folder / self.entry)
+        script = folder / Model.BUILD_SCRIPT
         script.write_text(BUILD_SCRIPT.format(name="image", size=spec.size))
         script.chmod(0o755)
         return of_graph(source)
+
+    @staticmethod
+    def check(entry: Path) -> None:
+        check_for_tensorrt(entry)

@@ -10,5 +10,5 @@ import numpy as np
 class Written(NamedTuple):
     """What is known of a model once it is written."""
 
-    torch_logits: np.ndarray  # of the parity images, float32 [N, K]
+    torch_outputs: np.ndarray  # of the parity images, float32 [N, ...]
     nodes_by_kind: dict[str, int]  # operations of the file, by the target's own names

@@ -10,14 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..core.artifact import Checkpoint
 from ..core.config import InputSettings, ModelSettings
 from ..core.errors import UserError, did_you_mean
 from ..core.inputs import InputSpec
+from ..core.kinds import Checkpoint
 from ..core.proc import first_line
 from . import cifar  # noqa: F401 (registers its networks with timm)
-
-WEIGHTS = "model.safetensors"
 
 
 def resolve_input(config: InputSettings, pretrained: dict[str, Any]) -> InputSpec:
@@ -131,24 +129,22 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
-def save_weights(network: nn.Module, folder: Path) -> None:
+def save_weights(network: nn.Module, path: Path) -> None:
     """Write the state dict as safetensors; tied tensors are stored apart."""
-    save_file(
-        {name: tensor.detach().clone().contiguous() for name, tensor in network.state_dict().items()}, folder / WEIGHTS
-    )
+    save_file({name: tensor.detach().clone().contiguous() for name, tensor in network.state_dict().items()}, path)
 
 
 def restore(checkpoint: Checkpoint) -> tuple[nn.Module, InputSpec]:
     """The network of a sealed checkpoint, in eval mode, with its InputSpec. Raises UserError."""
     facts = checkpoint.facts
-    spec = InputSpec.model_validate(facts["input"])
+    spec = facts.input
     config = ModelSettings(
-        model=facts["model"],
-        model_args=facts["model_args"],
+        model=facts.model,
+        model_args=facts.model_args,
         input=InputSettings(size=spec.size, mean=spec.mean, std=spec.std),
     )
-    network, _ = create(config, facts["classes"])
-    load_weights(network, checkpoint.file(WEIGHTS))
+    network, _ = create(config, facts.classes)
+    load_weights(network, checkpoint.file(checkpoint.WEIGHTS))
     return network.eval(), spec
 
 

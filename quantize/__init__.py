@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from .onnxruntime import DynamicMatMul, Qdq
+from .onnxruntime import DynamicMatMul
 from .openvino import BFloat16, CompressedFloat16, Nncf, PortableQdq
+from .qdq import Qdq
 from .tensorrt import ExplicitQdq, TypedFloat16
 from .tflite import DynamicInt8, Float16Weights, StaticInt8
 from .variant import Variant

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
+
+from ..core.kinds import LayerNoise
 
 PADDING = 1e30  # max pooling is padded with the least float or minus infinity: no value, and no range may hold it
 
@@ -32,37 +34,24 @@ class Activations(Protocol):
         """Float values of the tensors of ``layers`` (and the input) by name, for one input of the graph."""
 
 
-@dataclass(frozen=True)
-class Sensitivity:
-    """A layer's noise. Decibels are None where the tensor is exact or does not exist in the smaller model."""
-
-    name: str
-    kind: str
-    in_db: float | None
-    out_db: float | None
-
-    @property
-    def own_noise(self) -> float:
-        """Relative noise power that the layer adds to what it was given."""
-        return max(0.0, _relative(self.out_db) - _relative(self.in_db))
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "kind": self.kind, "in_db": self.in_db, "out_db": self.out_db}
+def own_noise(layer: LayerNoise) -> float:
+    """Relative noise power that the layer adds to what it was given."""
+    return max(0.0, _relative(layer.out_db) - _relative(layer.in_db))
 
 
 def _relative(decibel: float | None) -> float:
     return 0.0 if decibel is None else 10 ** (-decibel / 10)
 
 
-def sensitivities(whole: Activations, small: Activations, images: Iterable[np.ndarray]) -> list[Sensitivity]:
-    """Compare two graphs tensor by tensor over ``images``, in the order of ``whole``'s layers.
+def noise_by_layer(float32: Activations, quantized: Activations, images: Iterable[np.ndarray]) -> list[LayerNoise]:
+    """Compare two graphs tensor by tensor over ``images``, in the order of ``float32``'s layers.
 
     The ratio is 10 log10 of the signal's energy over the energy of the difference, over all images.
     """
     signal: dict[str, float] = {}
     noise: dict[str, float] = {}
     for image in images:
-        expected, actual = whole(image), small(image)
+        expected, actual = float32(image), quantized(image)
         for name, values in expected.items():
             other = actual.get(name)
             if other is not None and other.shape == values.shape:
@@ -77,11 +66,13 @@ def sensitivities(whole: Activations, small: Activations, images: Iterable[np.nd
         return round(10 * float(np.log10(signal[name] / noise[name])), 2)
 
     found = []
-    for layer in whole.layers:
+    for layer in float32.layers:
         # An activation that was merged into its layer took the layer's output with it: it shows the noise of both.
-        merged = (follower.output for follower in whole.layers if layer.output in follower.inputs)
+        merged = (follower.output for follower in float32.layers if layer.output in follower.inputs)
         output = next((name for name in (layer.output, *merged) if name in signal), None)
         if output is not None:
             inputs = [ratio for ratio in map(decibel, layer.inputs) if ratio is not None]
-            found.append(Sensitivity(layer.name, layer.kind, min(inputs, default=None), decibel(output)))
+            found.append(
+                LayerNoise(name=layer.name, kind=layer.kind, in_db=min(inputs, default=None), out_db=decibel(output))
+            )
     return found

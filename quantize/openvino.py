@@ -6,17 +6,16 @@ import shutil
 import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..core.errors import UserError
+from ..core.kinds import ModelFacts
 from .layers import Activations, Layer
-from .onnxruntime import Qdq
-from .variant import Variant
-
-if TYPE_CHECKING:
-    from .work import Work
+from .qdq import Qdq
+from .variant import Taken, Variant
+from .work import Work
 
 
 class OpenVinoActivations:
@@ -64,7 +63,7 @@ class Nncf(Variant):
     precision = "int8"
     calibrated = True
 
-    def write(self, keep_float: Collection[str], folder: Path) -> dict[str, Any]:
+    def quantize(self, keep_float: Collection[str], folder: Path) -> Taken:
         import nncf
         import openvino
         from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
@@ -89,20 +88,22 @@ class Nncf(Variant):
                 overflow_fix=OverflowFix.FIRST_LAYER if self._work.config.reduce_range else OverflowFix.DISABLE,
             ),
         )
-        openvino.save_model(quantized, folder / self._work.model.facts["entry"], compress_to_fp16=False)
-        return {
-            "format": "NNCF",
-            "preset": "mixed" + (", transformer" if transformer else ""),
-            "ranges": "minmax",
-            "bias_correction": "accurate",
-        }
+        openvino.save_model(quantized, folder / self._work.model.facts.entry, compress_to_fp16=False)
+        return Taken(
+            {
+                "format": "NNCF",
+                "preset": "mixed" + (", transformer" if transformer else ""),
+                "ranges": "minmax",
+                "bias_correction": "accurate",
+            }
+        )
 
     def activations(self, entry: Path) -> Activations:
         return OpenVinoActivations(entry)
 
 
 def _is_transformer(work: Work) -> bool:
-    kinds = work.model.facts["nodes_by_kind"]
+    kinds = work.model.facts.nodes_by_kind
     return bool(kinds.get("Softmax", 0) and kinds.get("LayerNormalization", 0))
 
 
@@ -117,15 +118,15 @@ class PortableQdq(Qdq):
             raise UserError(f"{self._work.model.path} has no ONNX graph beside it: export it again, here")
         return super().source
 
-    def write(self, keep_float: Collection[str], folder: Path) -> dict[str, Any]:
+    def quantize(self, keep_float: Collection[str], folder: Path) -> Taken:
         import openvino
 
         with tempfile.TemporaryDirectory() as scratch:
             portable = Path(scratch) / "model.onnx"
-            settings = self.write_as(portable, keep_float)
-            out = folder / self._work.model.facts["entry"]
+            taken = self.quantize_as(portable, keep_float)
+            out = folder / self._work.model.facts.entry
             openvino.save_model(openvino.convert_model(portable), out, compress_to_fp16=False)
-        return settings
+        return taken
 
     def activations(self, entry: Path) -> Activations:
         return OpenVinoActivations(entry)
@@ -138,13 +139,13 @@ class BFloat16(Variant):
     precision = "bf16"
 
     @staticmethod
-    def suits(facts: Mapping[str, Any], flags: Mapping[str, bool]) -> bool:
+    def suits(facts: ModelFacts, flags: Mapping[str, bool]) -> bool:
         return bool(flags.get("amx_bf16") or flags.get("avx512_bf16"))
 
-    def write(self, keep_float: Collection[str], folder: Path) -> dict[str, Any]:
+    def quantize(self, keep_float: Collection[str], folder: Path) -> Taken:
         for name in (self._work.entry.name, self._work.entry.with_suffix(".bin").name):
             shutil.copyfile(self._work.model.file(name), folder / name)
-        return {"format": "float32 file", "runtime": {"inference_precision": "bf16"}}
+        return Taken({"format": "float32 file"}, {"inference_precision": "bf16"})
 
 
 class CompressedFloat16(Variant):
@@ -154,12 +155,12 @@ class CompressedFloat16(Variant):
     precision = "float16"
 
     @staticmethod
-    def suits(facts: Mapping[str, Any], flags: Mapping[str, bool]) -> bool:
+    def suits(facts: ModelFacts, flags: Mapping[str, bool]) -> bool:
         return False  # on a CPU it can only be smaller
 
-    def write(self, keep_float: Collection[str], folder: Path) -> dict[str, Any]:
+    def quantize(self, keep_float: Collection[str], folder: Path) -> Taken:
         import openvino
 
         model = openvino.Core().read_model(self._work.entry)
-        openvino.save_model(model, folder / self._work.model.facts["entry"], compress_to_fp16=True)
-        return {"format": "float16 weights", "weights": "float16"}
+        openvino.save_model(model, folder / self._work.model.facts.entry, compress_to_fp16=True)
+        return Taken({"format": "float16 weights", "weights": "float16"})

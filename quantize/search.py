@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from ..core.artifact import write_json
 from ..core.errors import UserError
+from ..core.kinds import Mix
 from ..core.progress import progress
-
-
-@dataclass(frozen=True)
-class Step:
-    """One mix: how many layers stay float, and what that costs and gives."""
-
-    kept: int
-    drop_points: float  # of accuracy against float32, on the held-out images; negative is a gain
-    drop_low: float | None
-    drop_high: float | None
-    images: int
-    over_float32: float | None  # latency as a share of float32's; None where it cannot be timed here
-    size_bytes: int
-
-    def holds(self, max_drop: float) -> bool:
-        return self.drop_points <= max_drop
 
 
 def search(
     ranked: Callable[[], Sequence[str]],
-    make: Callable[[Sequence[str], Path], Step],
+    make: Callable[[Sequence[str], Path], Mix],
     max_drop: float,
     limit: int,
     resume: Path,
-) -> tuple[list[Step], Path, list[str]]:
+) -> tuple[list[Mix], Path, list[str]]:
     """The mix with the fewest float layers whose drop holds.
 
     Doubles the number of float layers until the drop holds, then halves the gap; each mix is kept in ``resume``,
@@ -53,18 +35,18 @@ def search(
     Raises:
         UserError: no mix of so many holds; the message tells the best.
     """
-    steps: dict[int, Step] = {}
+    steps: dict[int, Mix] = {}
     names: Sequence[str] = ()
 
-    def attempt(kept: int) -> Step:
+    def attempt(kept: int) -> Mix:
         folder = resume / mix_name(kept)
         told = folder.with_suffix(".json")
         if told.is_file():
-            step = Step(**json.loads(told.read_text()))
+            step = Mix.model_validate_json(told.read_text())
         else:
             step = make(names[:kept], folder)
             draft = told.with_suffix(".tmp")
-            write_json(draft, asdict(step))
+            write_json(draft, step.model_dump())
             draft.rename(told)
         steps[kept] = step
         advance(1, f"{kept} layers in float: {step.drop_points:+.2f} points lost")
@@ -103,8 +85,3 @@ def search(
 def mix_name(kept: int) -> str:
     """Folder of the mix with so many float layers."""
     return f"mix-{kept:04d}"
-
-
-def as_curve(steps: Sequence[Step]) -> list[dict[str, Any]]:
-    """The steps by number of float layers, for the manifest."""
-    return [asdict(step) for step in sorted(steps, key=lambda step: step.kept)]

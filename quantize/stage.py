@@ -3,41 +3,45 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ..core.artifact import EVIDENCE, Checkpoint, Draft, Graph, Model, drafting, write_json
+from ..core.artifact import EVIDENCE, Order, drafting, write_json
 from ..core.config import QuantizeConfig
 from ..core.errors import GateFailed, UserError, choice
+from ..core.kinds import Checkpoint, Damage, Graph, Model, ModelFacts
 from ..core.proc import quiet, require
 from ..data.dataset import Dataset, Sample
 from ..runtime import predict, predict_files
 from ..runtime.preprocess import load_images
+from ..runtime.task import TASKS, Task
 from . import VARIANTS
 from .calibrate import CalibrationInputs, choose
 from .guard import guarded
-from .layers import sensitivities
+from .layers import noise_by_layer
 from .variant import Variant
-from .work import TRACED_IMAGES, Work, open_checked, write_variant
+from .work import TRACED_IMAGES, Work, open_checked
 
 
 def quantize(
-    config: QuantizeConfig,
+    order: Order[QuantizeConfig],
     model: Model,
     dataset: Dataset,
     out: Path,
+    check: Callable[[Path], None],
     graph: Graph | None = None,
     teacher: Checkpoint | None = None,
 ) -> Model:
-    """Make ``config.variant`` of a float32 model; ranges come from training images, never from random data.
+    """Make the variant of a float32 model; ranges come from training images, never from random data.
 
     With ``config.max_drop`` layers are kept in float, the most damaging first, until the variant loses no more
     than that on held-out images.
 
     Args:
-        config: as ``suited`` to a machine.
+        order: its configuration as ``suited`` to a machine.
+        check: refuses a file that cannot be run where it is going.
         graph: the ONNX that ``model`` was made from, if it was made from one.
         teacher: for ``calibrate.select: teacher``.
 
@@ -46,50 +50,43 @@ def quantize(
             package, an operator the quantiser lacks, a drop that no mix keeps.
         GateFailed: the variant's outputs are not finite or do not depend on the image.
     """
-    target = model.facts["target"]
-    if model.facts["precision"] != "float32":
-        raise UserError(f"{model.path} is {model.facts['variant']} already: give the float32 model")
+    config, target = order.config, model.facts.target
+    if model.facts.precision != "float32":
+        raise UserError(f"{model.path} is {model.facts.variant} already: give the float32 model")
     if config.variant not in VARIANTS[target]:
         raise choice(f"variant of {target}", config.variant, VARIANTS[target])
     kind = VARIANTS[target][config.variant]
     require(f"{config.variant} for '{target}'", kind.needs, target)
     dataset.check_classes_of(model, "the model")
-    spec = model.facts["input"]
+    spec = model.facts.input.model_dump()
     held_out = _held_out(config, dataset)
-    with drafting(
-        Model,
-        out,
-        stage="quantize",
-        config=config,
-        inputs={"model": model, "data": dataset},
-        resumable=config.max_drop is not None,
-    ) as draft:
+    with drafting(Model, order, out, resumable=config.max_drop is not None) as draft:
         calibration = _calibration(config, model, dataset, teacher) if kind.calibrated else []
         inputs = CalibrationInputs(calibration, spec, f"calibrating {target}")
-        variant = kind(Work(model, graph, inputs, config))
-        evidence = draft.path / EVIDENCE
-        evidence.mkdir()
+        variant = kind(Work(model, graph, inputs, config, check))
+        (draft.path / EVIDENCE).mkdir()
+        guard = None
         if config.max_drop is None:
-            settings = write_variant(variant, model, (), draft.path)
+            taken = variant.write((), draft.path)
         else:
-            settings = guarded(config.max_drop, config.guard_steps, variant, model, held_out, draft)
-        facts = {name: model.facts[name] for name in model.facts.keys() - {"parity"}}
-        facts["runtime"] = {**facts["runtime"], **settings.pop("runtime", {})}
-        draft.facts.update(
-            {
-                **facts,
+            taken, guard = guarded(config.max_drop, config.guard_steps, variant, model, held_out, draft)
+        facts = model.facts.model_copy(
+            update={
                 "variant": config.variant,
                 "precision": kind.precision,
-                "settings": settings,
+                "runtime": {**model.facts.runtime, **taken.runtime},
+                "settings": taken.settings,
+                "parity": None,
                 "calibration_images": len(calibration),
-                **draft.facts,
+                "guard": guard,
             }
         )
         if calibration:
             files = [sample.path.name for sample in calibration]
-            write_json(evidence / "calibration.json", {"part": "train", "files": files})
-        shutil.copyfile(model.file("labels.json"), draft.path / "labels.json")
-        _compare(config, variant, model, dataset, draft, {sample.path for sample in calibration})
+            write_json(draft.path / Model.CALIBRATION, {"part": "train", "files": files})
+        shutil.copyfile(model.file(model.LABELS), draft.path / Model.LABELS)
+        damage = _compare(config, variant, model, dataset, draft.path, facts, {sample.path for sample in calibration})
+        draft.facts = facts.model_copy(update={"against_float32": damage})
     return draft.artifact
 
 
@@ -109,7 +106,7 @@ def _held_out(config: QuantizeConfig, dataset: Dataset) -> list[Sample]:
 def _calibration(
     config: QuantizeConfig, model: Model, dataset: Dataset, teacher: Checkpoint | None
 ) -> Sequence[Sample]:
-    spec = model.facts["input"]
+    spec = model.facts.input.model_dump()
 
     def by_model(samples: Sequence[Sample]) -> np.ndarray:
         with quiet():
@@ -135,30 +132,37 @@ def _calibration(
 
 
 def _compare(
-    config: QuantizeConfig, variant: Variant, model: Model, dataset: Dataset, draft: Draft[Model], seen: set[Path]
-) -> None:
-    """What changed, on training images that set no range: of the outputs, and layer by layer."""
+    config: QuantizeConfig,
+    variant: Variant,
+    model: Model,
+    dataset: Dataset,
+    folder: Path,
+    facts: ModelFacts,
+    seen: set[Path],
+) -> Damage | None:
+    """What changed, on training images that set no range: of the outputs, and layer by layer (written down)."""
+    spec = model.facts.input.model_dump()
     samples = dataset.balanced("train", config.check_images + len(seen), config.calibrate.seed)
     checked = [sample for sample in samples if sample.path not in seen][: config.check_images]
     if not checked:
-        return
-    images = load_images((sample.path for sample in checked), model.facts["input"])
+        return None
+    images = load_images((sample.path for sample in checked), spec)
     with quiet():
         before = predict(open_checked(model.path, model.facts), images)
-        after = predict(open_checked(draft.path, draft.facts), images)
-    draft.facts["against_float32"] = damage(before, after)
+        after = predict(open_checked(folder, facts), images)
+    found = damage(TASKS[facts.task], before, after)
     with quiet():
-        whole = variant.activations(model.file(model.facts["entry"]))
-        small = variant.activations(draft.path / draft.facts["entry"])
-        if whole is None or small is None:
-            return
-        traced = CalibrationInputs(checked[:TRACED_IMAGES], model.facts["input"], "comparing layers")
-        found = sensitivities(whole, small, traced)
-    write_json(draft.path / EVIDENCE / "layers.json", {"layers": [layer.as_dict() for layer in found]})
+        float32 = variant.activations(model.entry)
+        quantized = variant.activations(folder / facts.entry)
+        if float32 is not None and quantized is not None:
+            traced = CalibrationInputs(checked[:TRACED_IMAGES], spec, "comparing layers")
+            layers = noise_by_layer(float32, quantized, traced)
+            write_json(folder / Model.NOISE_BY_LAYER, [layer.model_dump() for layer in layers])
+    return found
 
 
-def damage(before: np.ndarray, after: np.ndarray) -> dict[str, float | int]:
-    """What a variant changed in logits [N, K]: signal-to-noise ratio in dB and top-1 agreement.
+def damage(task: Task, before: np.ndarray, after: np.ndarray) -> Damage:
+    """What a variant changed in outputs [N, ...]: signal-to-noise ratio in dB, and how far both say the same.
 
     Raises:
         GateFailed: outputs that are not finite or the same for every image.
@@ -167,8 +171,8 @@ def damage(before: np.ndarray, after: np.ndarray) -> dict[str, float | int]:
         raise GateFailed("the variant's outputs are not finite or do not depend on the image: it is not sealed")
     noise = float(((after - before) ** 2).mean())
     signal = float((before**2).mean())
-    return {
-        "images": len(before),
-        "signal_to_noise_db": round(10 * float(np.log10(signal / max(noise, 1e-30))), 2),
-        "top1_agreement": float((before.argmax(1) == after.argmax(1)).mean()),
-    }
+    return Damage(
+        images=len(before),
+        signal_to_noise_db=round(10 * float(np.log10(signal / max(noise, 1e-30))), 2),
+        agreement=task.agreement(before, after),
+    )

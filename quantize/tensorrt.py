@@ -9,16 +9,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from ..networks.lint import check_for_tensorrt
-from .onnxruntime import Qdq
-from .variant import Variant
-
-if TYPE_CHECKING:
-    from .work import Work
-
-SCRIPT = "build_engine.sh"
+from ..core.kinds import Model
+from .qdq import Qdq
+from .variant import Taken, Variant
+from .work import Work
 
 
 class ExplicitQdq(Qdq):
@@ -27,11 +22,10 @@ class ExplicitQdq(Qdq):
         self._activations, self._reduce_range = "int8", False
         self._extra = {"WeightSymmetric": True, "QuantizeBias": False}
 
-    def write(self, keep_float: Collection[str], folder: Path) -> dict[str, Any]:
-        settings = super().write(keep_float, folder)
-        check_for_tensorrt(folder / self._work.model.facts["entry"])
-        shutil.copy(self._work.model.file(SCRIPT), folder)
-        return {**settings, "format": "explicit QDQ", "activations": "int8 symmetric"}
+    def quantize(self, keep_float: Collection[str], folder: Path) -> Taken:
+        taken = super().quantize(keep_float, folder)
+        shutil.copy(self._work.model.file(Model.BUILD_SCRIPT), folder)
+        return Taken({**taken.settings, "format": "explicit QDQ", "activations": "int8 symmetric"})
 
 
 class TypedFloat16(Variant):
@@ -40,7 +34,7 @@ class TypedFloat16(Variant):
     needs: tuple[str, ...] = ("onnx", "onnxruntime")
     precision = "float16"
 
-    def write(self, keep_float: Collection[str], folder: Path) -> dict[str, Any]:
+    def quantize(self, keep_float: Collection[str], folder: Path) -> Taken:
         import onnx
         from onnxruntime.quantization.onnx_model import ONNXModel
         from onnxruntime.transformers.float16 import convert_float_to_float16
@@ -50,7 +44,6 @@ class TypedFloat16(Variant):
         half = convert_float_to_float16(model, keep_io_types=True, op_block_list=[])
         ordered = ONNXModel(half)
         ordered.topological_sort()  # the conversion leaves its casts at the end, where no parser takes them
-        onnx.save(ordered.model, folder / self._work.model.facts["entry"])
-        check_for_tensorrt(folder / self._work.model.facts["entry"])
-        shutil.copy(self._work.model.file(SCRIPT), folder)
-        return {"format": "typed float16 graph", "weights": "float16"}
+        onnx.save(ordered.model, folder / self._work.model.facts.entry)
+        shutil.copy(self._work.model.file(Model.BUILD_SCRIPT), folder)
+        return Taken({"format": "typed float16 graph", "weights": "float16"})

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from ..core.kinds import ModelFacts
 from .bias import Correction, Shifts, correct
 from .layers import Activations, Layer
 from .ranges import Range, estimate, normalisation, observe
-from .variant import Variant
+from .variant import Taken, Variant
 
 BIASED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
 INPUT_RANGE = (0.0, 255.0)  # known: observing it would let 255 clip on a brighter image
@@ -136,15 +137,17 @@ class StaticInt8(Variant):
 
         return correct(TfliteActivations(self._work.entry), make, self._work.inputs)
 
-    def write(self, keep_float: Collection[str], folder: Path) -> dict[str, Any]:
-        self._write(folder / self._work.model.facts["entry"], keep_float, self.correction.shifts)
-        return {
-            "format": "static",
-            "weights": "int8 per channel",
-            "activations": "int8",
-            "ranges": self._work.config.calibrate.ranges,
-            "bias_correction": self.correction.as_dict(),
-        }
+    def quantize(self, keep_float: Collection[str], folder: Path) -> Taken:
+        self._write(folder / self._work.model.facts.entry, keep_float, self.correction.shifts)
+        return Taken(
+            {
+                "format": "static",
+                "weights": "int8 per channel",
+                "activations": "int8",
+                "ranges": self._work.config.calibrate.ranges,
+                "bias_correction": self.correction.as_dict(),
+            }
+        )
 
     def _write(self, out: Path, keep_float: Collection[str], shifts: Shifts) -> None:
         from ai_edge_litert.interpreter import Interpreter
@@ -191,17 +194,17 @@ class DynamicInt8(Variant):
     precision = "int8"
 
     @staticmethod
-    def suits(facts: Mapping[str, Any], flags: Mapping[str, bool]) -> bool:
+    def suits(facts: ModelFacts, flags: Mapping[str, bool]) -> bool:
         """Transformers: static INT8 loses their accuracy and their speed; CNNs lose their speed by this one."""
-        return int(facts["nodes_by_kind"].get("SOFTMAX", 0)) > 0
+        return facts.nodes_by_kind.get("SOFTMAX", 0) > 0
 
-    def write(self, keep_float: Collection[str], folder: Path) -> dict[str, Any]:
+    def quantize(self, keep_float: Collection[str], folder: Path) -> Taken:
         from ai_edge_quantizer import quantizer, recipe
 
         work = quantizer.Quantizer(str(self._work.entry))
         work.load_quantization_recipe(recipe.dynamic_wi8_afp32())
-        work.quantize(None).export_model(str(folder / self._work.model.facts["entry"]), overwrite=True)
-        return {"format": "dynamic", "weights": "int8 per channel", "activations": "as they come"}
+        work.quantize(None).export_model(str(folder / self._work.model.facts.entry), overwrite=True)
+        return Taken({"format": "dynamic", "weights": "int8 per channel", "activations": "as they come"})
 
 
 class Float16Weights(Variant):
@@ -211,10 +214,10 @@ class Float16Weights(Variant):
     precision = "float16"
 
     @staticmethod
-    def suits(facts: Mapping[str, Any], flags: Mapping[str, bool]) -> bool:
+    def suits(facts: ModelFacts, flags: Mapping[str, bool]) -> bool:
         return False  # on a CPU it can only be smaller
 
-    def write(self, keep_float: Collection[str], folder: Path) -> dict[str, Any]:
+    def quantize(self, keep_float: Collection[str], folder: Path) -> Taken:
         from ai_edge_quantizer import quantizer
         from ai_edge_quantizer.algorithm_manager import AlgorithmName
         from ai_edge_quantizer.qtyping import (
@@ -236,5 +239,5 @@ class Float16Weights(Variant):
             ),
             AlgorithmName.FLOAT_CASTING,
         )
-        work.quantize(None).export_model(str(folder / self._work.model.facts["entry"]), overwrite=True)
-        return {"format": "float16 weights", "weights": "float16"}
+        work.quantize(None).export_model(str(folder / self._work.model.facts.entry), overwrite=True)
+        return Taken({"format": "float16 weights", "weights": "float16"})

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from ..core.artifact import Graph, Model
 from ..core.config import QuantizeConfig
-from ..core.errors import KdpipeError, UserError
-from ..core.proc import first_line, quiet
+from ..core.errors import UserError
+from ..core.kinds import Graph, Model, ModelFacts
 from ..runtime import Session, open_session
 from .calibrate import CalibrationInputs
-
-if TYPE_CHECKING:
-    from .variant import Variant
 
 TRACED_IMAGES = 16  # on which the noise of every layer is measured
 
@@ -27,31 +22,19 @@ class Work:
     graph: Graph | None  # the ONNX it was made from, where it was made from one
     inputs: CalibrationInputs  # calibration images as the float model takes them
     config: QuantizeConfig
+    check: Callable[[Path], None]  # refuses a file that cannot be run where it is going
 
     @property
     def entry(self) -> Path:
-        """The file of the float model, checked."""
-        entry: str = self.model.facts["entry"]
-        return self.model.file(entry)
+        """The file of the float32 model."""
+        return self.model.entry
 
 
-def write_variant(variant: Variant, model: Model, keep_float: Collection[str], folder: Path) -> dict[str, Any]:
-    """Let the quantiser write; what it raises becomes one line. Raises UserError."""
-    with quiet():
-        try:
-            return variant.write(keep_float, folder)
-        except (KdpipeError, OSError):
-            raise
-        except Exception as error:  # every quantiser raises its own
-            raise UserError(
-                f"{model.facts['model']} cannot be made smaller for {model.facts['target']}: {first_line(error)}"
-            ) from error
-
-
-def open_checked(folder: Path, facts: dict[str, Any]) -> Session:
-    """Open it, and see that it runs in the precision that was asked for. Raises UserError."""
-    session = open_session(folder, facts, threads=len(os.sched_getaffinity(0)), stand_in="stand_in" in facts)
-    asked, taken = facts["runtime"].get("inference_precision"), session.describe().get("inference_precision")
+def open_checked(folder: Path, facts: ModelFacts) -> Session:
+    """Open the model in ``folder``, and see that it runs in the precision that was asked for. Raises UserError."""
+    threads = len(os.sched_getaffinity(0))
+    session = open_session(folder, facts.for_runtime(), threads, stand_in=facts.stand_in is not None)
+    asked, taken = facts.runtime.get("inference_precision"), session.describe().get("inference_precision")
     if asked != taken:
-        raise UserError(f"{facts['target']} was asked for {asked} and silently runs {taken} here: not sealed")
+        raise UserError(f"{facts.target} was asked for {asked} and silently runs {taken} here: not sealed")
     return session

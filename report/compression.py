@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +11,28 @@ from typing import Any
 
 import numpy as np
 
-from ..core.artifact import Artifact, Graph, Measurement, Model, Provenance
+from ..core.artifact import AnyArtifact, Provenance, find_ancestors
+from ..core.kinds import BundleFacts, Checkpoint, Graph, Measurement, Model
 from ..data.dataset import Dataset
 from ..runtime.preprocess import decode
+from ..runtime.task import TASKS
 
 Numbers = dict[str, Any]
 FLIPS = 16
 THUMBNAIL = 96  # pixels
-LAYERS = "evidence/layers.json"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A bundle of the measurement, of which the manifest alone is at hand: what it says, and what it was made from."""
+
+    facts: BundleFacts
+    source: Provenance
+
+    @property
+    def student_key(self) -> str | None:
+        nearest = next(iter(find_ancestors(self.source, Checkpoint)), None)
+        return nearest.key if nearest else None
 
 
 @dataclass(frozen=True)
@@ -30,8 +43,8 @@ class Sources:
     models: Mapping[str, Model] = field(default_factory=dict)
     dataset: Dataset | None = None
 
-    def as_inputs(self) -> dict[str, Artifact]:
-        found: dict[str, Artifact] = {f"graph-{key[:12]}": graph for key, graph in self.graphs.items()}
+    def as_inputs(self) -> dict[str, AnyArtifact]:
+        found: dict[str, AnyArtifact] = {f"graph-{key[:12]}": graph for key, graph in self.graphs.items()}
         found |= {f"model-{key[:12]}": model for key, model in self.models.items()}
         return found | ({} if self.dataset is None else {"data": self.dataset})
 
@@ -45,10 +58,10 @@ def advice(rows: Sequence[Numbers], hops: Sequence[Numbers], max_drop: float) ->
     found = []
     for target in dict.fromkeys(row["target"] for row in rows):
         mine = {row["name"]: row for row in rows if row["target"] == target and row["latency_p50_ms"]}
-        whole = next((row for row in mine.values() if row["variant"] == "float32"), None)
-        if whole is None:
+        float32 = next((row for row in mine.values() if row["variant"] == "float32"), None)
+        if float32 is None:
             continue
-        best, latency = whole, 1.0
+        best, latency = float32, 1.0
         for name, row in mine.items():
             ratio, drop = row["latency_over_float32"], drops.get(name)
             if ratio is None or drop is None or ratio["high"] is None:
@@ -69,19 +82,21 @@ def advice(rows: Sequence[Numbers], hops: Sequence[Numbers], max_drop: float) ->
     return found
 
 
-def noise_by_layer(bundles: Mapping[str, Provenance], sources: Sources) -> list[Numbers]:
+def noise_by_layer(bundles: Mapping[str, Packed], sources: Sources) -> list[Numbers]:
     """Per variant with single layers: name, kind and ratio in and out of each, in the order they run."""
     found = []
     for name, bundle in bundles.items():
-        model = sources.models.get(bundle.inputs["model"].key)
-        if model is not None and LAYERS in model.manifest.files:
-            found.append({"bundle": name, **json.loads(model.file(LAYERS).read_text())})
+        model = sources.models.get(bundle.source.inputs["model"].key)
+        layers = [] if model is None else model.noise_by_layer
+        if layers:
+            found.append({"bundle": name, "layers": [layer.model_dump() for layer in layers]})
     return found
 
 
-def guards(bundles: Mapping[str, Provenance]) -> list[Numbers]:
+def guards(bundles: Mapping[str, Packed]) -> list[Numbers]:
     """Per guarded variant: the drop allowed, every mix that was tried, the layers that stayed float."""
-    return [{"bundle": name, **bundle.facts["guard"]} for name, bundle in bundles.items() if "guard" in bundle.facts]
+    guarded = {name: bundle.facts.guard for name, bundle in bundles.items()}
+    return [{"bundle": name, **guard.model_dump(mode="json")} for name, guard in guarded.items() if guard is not None]
 
 
 def flips(
@@ -94,12 +109,11 @@ def flips(
     """
     if sources.dataset is None:
         return []
-    classes, samples = sources.dataset.classes, sources.dataset.samples("test")
+    task, classes, samples = TASKS[measurement.facts.task], sources.dataset.classes, sources.dataset.samples("test")
     queues = []
     for before, after in pairs:
-        first, second = (
-            np.load(measurement.file(f"logits/{name}.npy"), allow_pickle=False).argmax(1) for name in (before, after)
-        )
+        outputs = [measurement.outputs(name) for name in (before, after)]
+        first, second = (task.decide(each) for each in outputs)
         queues.append(
             [
                 {
@@ -110,7 +124,7 @@ def flips(
                     "float32": classes[first[at]],
                     "variant": classes[second[at]],
                 }
-                for at in np.flatnonzero(first != second)
+                for at in task.differing(*outputs)
             ]
         )
     turns = [queue[turn] for turn in range(max(map(len, queues), default=0)) for queue in queues if turn < len(queue)]

@@ -7,14 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core.artifact import Artifact, Checkpoint, Measurement, Report, drafting, write_json
+from ..core.artifact import Order, drafting, write_json
 from ..core.config import ReportConfig
+from ..core.kinds import Checkpoint, GainFacts, Measurement, Report, ReportFacts
 from . import tables, words
 from .compression import Sources, thumbnail
 
 
 def report(
-    config: ReportConfig, measurement: Measurement, checkpoints: Mapping[str, Checkpoint], sources: Sources, out: Path
+    order: Order[ReportConfig],
+    measurement: Measurement,
+    checkpoints: Mapping[str, Checkpoint],
+    sources: Sources,
+    out: Path,
 ) -> Report:
     """Write ``report.html`` (self-contained) and ``report.json`` (the same numbers).
 
@@ -25,16 +30,15 @@ def report(
     Raises:
         UserError: a shipped student that was tested on other images than the bundles.
     """
-    inputs: dict[str, Artifact] = {"measurement": measurement, **checkpoints, **sources.as_inputs()}
-    with drafting(Report, out, stage="report", config=config, inputs=inputs) as draft:
-        numbers = tables.collect(config, measurement, checkpoints, sources)
-        write_json(draft.path / "report.json", numbers)
-        (draft.path / "report.html").write_text(render(numbers, _pictures(numbers, sources)), encoding="utf-8")
-        draft.facts.update(
+    with drafting(Report, order, out) as draft:
+        numbers = tables.collect(order.config, measurement, checkpoints, sources)
+        write_json(draft.path / Report.NUMBERS, numbers)
+        (draft.path / Report.PAGE).write_text(render(numbers, _pictures(numbers, sources)), encoding="utf-8")
+        draft.facts = ReportFacts(
             trusted=numbers["trust"]["trusted"],
             bundles=len(numbers["bundles"]),
             pareto=[row["name"] for row in numbers["bundles"] if row["pareto"]],
-            gains=[{name: gain[name] for name in ("method", "gain_points")} for gain in numbers["gains"]],
+            gains=[GainFacts(method=gain["method"], gain_points=gain["gain_points"]) for gain in numbers["gains"]],
         )
     return draft.artifact
 

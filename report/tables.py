@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.artifact import Checkpoint, Graph, Measurement, Provenance, find_ancestors
+from ..core.artifact import AnyArtifact, Provenance, find_ancestors
 from ..core.config import ReportConfig
 from ..core.errors import UserError
-from ..core.stats import mcnemar, mean_interval, ratio_interval, wilson
+from ..core.kinds import Bundle, Checkpoint, Damage, Graph, Measurement, Model, ParityFacts, Result
+from ..core.stats import Interval, mean_interval, ratio_interval
+from ..data.dataset import Dataset
+from ..runtime.task import TASKS, Task
 from . import words
-from .compression import Sources, advice, flips, guards, noise_by_layer
+from .compression import Packed, Sources, advice, flips, guards, noise_by_layer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,9 +41,9 @@ def collect(config: ReportConfig, measurement: Measurement, checkpoints: Checkpo
     Raises:
         UserError: a checkpoint that was tested on other images than the bundles.
     """
-    bundles, rows = bundles_of(measurement), bundle_rows(measurement)
+    task, bundles, rows = TASKS[measurement.facts.task], bundles_of(measurement), bundle_rows(measurement)
     hops = accuracy_hops(measurement, checkpoints, sources.graphs)
-    labels = np.load(measurement.file("labels.npy"), allow_pickle=False)
+    labels = measurement.labels
     pairs = [
         (base, step["bundle"])
         for hop in hops
@@ -50,11 +53,12 @@ def collect(config: ReportConfig, measurement: Measurement, checkpoints: Checkpo
     return {
         "schema_version": SCHEMA_VERSION,
         "title": config.title,
+        "task": {"name": task.name, "metric": task.metric, "unit": task.unit},
         "measured_utc": measurement.manifest.created_utc,
         "chain": chain(measurement, checkpoints),
         "trust": trust(measurement),
         "bundles": rows,
-        "advice": advice(rows, hops, config.max_drop) if measurement.facts["trusted"] else [],
+        "advice": advice(rows, hops, config.max_drop) if measurement.facts.trusted else [],
         "hops": hops,
         "flips": flips(measurement, pairs, labels, sources),
         "noise_by_layer": noise_by_layer(bundles, sources),
@@ -66,13 +70,13 @@ def collect(config: ReportConfig, measurement: Measurement, checkpoints: Checkpo
     }
 
 
-def bundles_of(measurement: Measurement) -> dict[str, Provenance]:
-    return {name: source for name, source in measurement.manifest.inputs.items() if source.kind == "bundle"}
-
-
-def student_key(bundle: Provenance) -> str | None:
-    nearest = next(iter(find_ancestors(bundle, "checkpoint")), None)
-    return nearest.key if nearest else None
+def bundles_of(measurement: Measurement) -> dict[str, Packed]:
+    """The bundles that were measured, by name."""
+    return {
+        name: Packed(Bundle.facts_of(source), source)
+        for name, source in measurement.manifest.inputs.items()
+        if source.kind == Bundle.kind
+    }
 
 
 def teacher_names(checkpoints: Checkpoints) -> set[str]:
@@ -86,15 +90,15 @@ def teacher_names(checkpoints: Checkpoints) -> set[str]:
 def chain(measurement: Measurement, checkpoints: Checkpoints) -> Numbers:
     """Who taught whom on what, and where the result went."""
     bundles = bundles_of(measurement)
-    shipped = {student_key(bundle) for bundle in bundles.values()}
-    data = next((source for source in measurement.manifest.inputs.values() if source.kind == "dataset"), None)
+    shipped = {bundle.student_key for bundle in bundles.values()}
+    data = next((source for source in measurement.manifest.inputs.values() if source.kind == Dataset.kind), None)
     teachers = teacher_names(checkpoints)
     return {
         "teachers": [network(name, checkpoints[name]) for name in checkpoints if name in teachers],
         "students": [network(name, found) for name, found in checkpoints.items() if found.key in shipped],
         "data": data.facts if data else None,
-        "targets": list(dict.fromkeys(bundle.facts["target"] for bundle in bundles.values())),
-        "variants": list(dict.fromkeys(bundle.facts["variant"] for bundle in bundles.values())),
+        "targets": list(dict.fromkeys(bundle.facts.target for bundle in bundles.values())),
+        "variants": list(dict.fromkeys(bundle.facts.variant for bundle in bundles.values())),
     }
 
 
@@ -102,80 +106,98 @@ def network(name: str, checkpoint: Checkpoint) -> Numbers:
     facts, config = checkpoint.facts, checkpoint.manifest.config
     return {
         "name": name,
-        **{field: facts[field] for field in ("model", "parameters", "method", "training_images")},
+        "model": facts.model,
+        "parameters": facts.parameters,
+        "method": facts.method,
+        "training_images": facts.training_images,
         "label_fraction": config.get("label_fraction"),
         "seed": config.get("seed"),
-        "accuracy": wilson(round(facts["test_accuracy"] * facts["test_images"]), facts["test_images"]).as_dict(),
+        "accuracy": _torch_accuracy(checkpoint),
     }
+
+
+def _torch_accuracy(checkpoint: Checkpoint) -> Numbers:
+    task = TASKS[checkpoint.facts.task]
+    with np.load(checkpoint.file(checkpoint.TEST_OUTPUTS), allow_pickle=False) as saved:
+        return task.summary(task.scores(saved["logits"], saved["labels"]))._asdict()
 
 
 def trust(measurement: Measurement) -> Numbers:
     """The A/A control: the reference bundle measured against itself in every round."""
     facts, config = measurement.facts, measurement.manifest.config
-    control = facts["control"]
-    bounded = control is not None and control["low"] is not None
-    return {
-        "device": facts["device"],
-        "emulated": facts["emulated"],
-        "trusted": facts["trusted"],
-        "reference": facts["reference"],
-        "control": control,
-        "control_limit": facts["control_limit"],
+    control, resolution = facts.control, None
+    if control is not None and control.low is not None and control.high is not None:
         # Whatever differs by less could be the machine: a wide interval holds 1 easily.
-        "resolution_factor": max(control["high"], 1 / control["low"]) if bounded else None,
+        resolution = max(control.high, 1 / control.low)
+    return {
+        "device": facts.device,
+        "emulated": facts.emulated,
+        "trusted": facts.trusted,
+        "reference": facts.reference,
+        "control": _plain(control),
+        "control_limit": facts.control_limit,
+        "resolution_factor": resolution,
         "rounds": config["rounds"],
         "threads": config["threads"],
     }
 
 
 def bundle_rows(measurement: Measurement) -> list[Numbers]:
-    bundles, results = bundles_of(measurement), measurement.facts["results"]
+    bundles, results = bundles_of(measurement), measurement.facts.results
     rows = []
     for name, bundle in bundles.items():
         result = results[name]
         rows.append(
             {
                 "name": name,
-                "target": bundle.facts["target"],
-                "variant": bundle.facts["variant"],
-                "status": result["status"],
-                **{field: result.get(field) for field in ("accuracy", "latency_p50_ms", "latency_p90_ms")},
+                "target": bundle.facts.target,
+                "variant": bundle.facts.variant,
+                "status": result.status,
+                "accuracy": _plain(result.accuracy),
+                "latency_p50_ms": _plain(result.latency_p50_ms),
+                "latency_p90_ms": _plain(result.latency_p90_ms),
                 "latency_over_float32": _over_float32(name, bundles, results),
-                "size_bytes": bundle.facts["size_bytes"],
-                **{field: _median(result.get(field)) for field in ("load_ms", "first_inference_ms")},
+                "size_bytes": bundle.facts.size_bytes,
+                "load_ms": _median(result.load_ms),
+                "first_inference_ms": _median(result.first_inference_ms),
                 "peak_memory_bytes": _peak_memory(result),
-                "warm_up_settled": result.get("warm_up_settled"),
+                "warm_up_settled": result.warm_up_settled,
             }
         )
-    front = pareto_front(rows) if measurement.facts["trusted"] else set()
+    front = pareto_front(rows) if measurement.facts.trusted else set()
     return [{**row, "pareto": row["name"] in front} for row in rows]
 
 
-def float32_of(name: str, bundles: Mapping[str, Provenance]) -> str | None:
+def float32_of(name: str, bundles: Mapping[str, Packed]) -> str | None:
     """The float32 bundle of the same target and student."""
     mine = bundles[name]
     for other, bundle in bundles.items():
-        same = bundle.facts["target"] == mine.facts["target"] and student_key(bundle) == student_key(mine)
-        if same and bundle.facts["precision"] == "float32":
+        same = bundle.facts.target == mine.facts.target and bundle.student_key == mine.student_key
+        if same and bundle.facts.precision == "float32":
             return other
     return None
 
 
-def _over_float32(name: str, bundles: Mapping[str, Provenance], results: Mapping[str, Any]) -> Numbers | None:
+def _over_float32(name: str, bundles: Mapping[str, Packed], results: Mapping[str, Result]) -> Numbers | None:
     base = float32_of(name, bundles)
-    mine = results[name].get("latency_p50_by_process_ms")
-    other = results[base].get("latency_p50_by_process_ms") if base not in (None, name) else None
-    return ratio_interval(mine, other).as_dict() if mine and other else None
+    if base is None or base == name:
+        return None
+    variant, float32 = results[name].latency_p50_by_process_ms, results[base].latency_p50_by_process_ms
+    return _plain(ratio_interval(variant, float32)) if variant and float32 else None
+
+
+def _plain(interval: Interval | None) -> Numbers | None:
+    return None if interval is None else interval.as_dict()
 
 
 def _median(values: Sequence[float] | None) -> float | None:
     return float(np.median(values)) if values else None
 
 
-def _peak_memory(result: Mapping[str, Any]) -> int | None:
+def _peak_memory(result: Result) -> int | None:
     """The peak, unless it was reached before the model was opened: then it says nothing of the model."""
-    peak, before = result.get("peak_memory_bytes"), result.get("memory_before_open_bytes")
-    return peak if isinstance(peak, int) and isinstance(before, int) and peak > before else None
+    peak, before = result.peak_memory_bytes, result.memory_before_open_bytes
+    return peak if peak is not None and before is not None and peak > before else None
 
 
 def pareto_front(rows: Sequence[Numbers]) -> set[str]:
@@ -198,84 +220,84 @@ def accuracy_hops(measurement: Measurement, checkpoints: Checkpoints, graphs: Ma
     Each against the one before, variants against the float32 file, image by image. The ONNX hops may have been
     tested on fewer images.
     """
-    bundles = bundles_of(measurement)
-    labels = np.load(measurement.file("labels.npy"), allow_pickle=False)
-    right = {
-        name: np.load(measurement.file(f"logits/{name}.npy"), allow_pickle=False).argmax(1) == labels
-        for name in bundles
-        if f"logits/{name}.npy" in measurement.manifest.files
-    }
+    task, bundles, labels = TASKS[measurement.facts.task], bundles_of(measurement), measurement.labels
+    scores = {name: task.scores(outputs, labels) for name, outputs in measurement.all_outputs(bundles)}
     chains: dict[tuple[str, str | None], list[str]] = {}
-    for name in sorted(right, key=lambda name: bundles[name].facts["precision"] != "float32"):
-        chains.setdefault((bundles[name].facts["target"], student_key(bundles[name])), []).append(name)
+    for name in sorted(scores, key=lambda name: bundles[name].facts.precision != "float32"):
+        chains.setdefault((bundles[name].facts.target, bundles[name].student_key), []).append(name)
     hops = []
     for (target, key), names in chains.items():
         student = next((found for found in checkpoints.values() if found.key == key), None)
-        torch_right = None if student is None else _torch_right(student, labels)
-        steps = [] if torch_right is None else [_step("torch", {}, None, torch_right)]
-        graph = next(
-            (graphs[found.key] for found in find_ancestors(bundles[names[0]], "graph") if found.key in graphs), None
-        )
-        if graph is not None and torch_right is not None:
-            steps += _graph_steps(graph, torch_right, labels)
+        torch_scores = None if student is None else _torch_scores(task, student, labels)
+        steps = [] if torch_scores is None else [_step(task, "torch", None, torch_scores)]
+        ancestors = find_ancestors(bundles[names[0]].source, Graph)
+        graph = next((graphs[found.key] for found in ancestors if found.key in graphs), None)
+        if graph is not None and torch_scores is not None:
+            steps += _graph_steps(task, graph, torch_scores, labels)
         for name in names:
-            base = float32_of(name, bundles)
-            before = right[base] if base in right and base != name else torch_right
-            step = _step(bundles[name].facts["variant"], bundles[name].facts, before, right[name])
-            steps.append({**step, "bundle": name, "variant": base in right and base != name})
+            base, facts = float32_of(name, bundles), bundles[name].facts
+            before = scores[base] if base in scores and base != name else torch_scores
+            step = _step(task, facts.variant, before, scores[name], facts.parity, facts.against_float32)
+            steps.append({**step, "bundle": name, "variant": base in scores and base != name})
         ran = _where_run(measurement, names[0], bundles[names[0]])
         hops.append({"target": target, "student": key, "ran": ran, "steps": steps})
     return hops
 
 
-def _graph_steps(graph: Graph, torch_right: np.ndarray, labels: np.ndarray) -> list[Numbers]:
-    steps = []
-    with np.load(graph.file("hops.npz"), allow_pickle=False) as hops:
-        before = torch_right[hops["positions"]]
-        for name in ("exported", "simplified"):
-            after = hops[name].argmax(1) == labels[hops["positions"]]
-            steps.append(_step(name, {"parity": graph.facts["parity"][name]}, before, after))
+def _graph_steps(task: Task, graph: Graph, torch_scores: np.ndarray, labels: np.ndarray) -> list[Numbers]:
+    steps, parity = [], graph.facts.parity
+    with np.load(graph.file(graph.HOPS), allow_pickle=False) as hops:
+        before = torch_scores[hops["positions"]]
+        for name, found in (("exported", parity.exported), ("simplified", parity.simplified)):
+            after = task.scores(hops[name], labels[hops["positions"]])
+            steps.append(_step(task, name, before, after, found))
             before = after
     return steps
 
 
-def _torch_right(student: Checkpoint, labels: np.ndarray) -> np.ndarray:
-    with np.load(student.file("test_logits.npz"), allow_pickle=False) as saved:
+def _torch_scores(task: Task, student: Checkpoint, labels: np.ndarray) -> np.ndarray:
+    with np.load(student.file(student.TEST_OUTPUTS), allow_pickle=False) as saved:
         if not np.array_equal(saved["labels"], labels):
             raise UserError(
                 f"{student.path} was tested on other images than the bundles: give the measurement's own student"
             )
-        return np.asarray(saved["logits"].argmax(1) == labels)
+        return task.scores(saved["logits"], labels)
 
 
-def _where_run(measurement: Measurement, name: str, bundle: Provenance) -> str:
+def _where_run(measurement: Measurement, name: str, bundle: Packed) -> str:
     """Empty on this host with the target's own runtime."""
-    ran_by = measurement.facts["results"][name].get("accuracy_by")
-    if ran_by == bundle.facts.get("stand_in"):
+    ran_by = measurement.facts.results[name].accuracy_by
+    if ran_by == bundle.facts.stand_in:
         return f"by {ran_by}"
-    device = measurement.facts["device"]
+    device = measurement.facts.device
     return "" if device == "local" else f"on {device}"
 
 
-def _step(at: str, facts: Mapping[str, Any], before: np.ndarray | None, after: np.ndarray) -> Numbers:
+def _step(
+    task: Task,
+    at: str,
+    before: np.ndarray | None,
+    after: np.ndarray,
+    parity: ParityFacts | None = None,
+    damage: Damage | None = None,
+) -> Numbers:
     """One hop: accuracy and flips on the test images, and what export and quantize found on training images."""
-    parity, int8 = facts.get("parity", {}), facts.get("against_float32", {})
     return {
         "at": at,
         "bundle": None,
         "variant": False,
-        "accuracy": wilson(int(after.sum()), len(after)).as_dict(),
-        **_change(before, after),
-        "parity_max_difference": parity.get("max_difference"),
-        "parity_relative_difference": parity.get("relative_difference"),
-        "signal_to_noise_db": int8.get("signal_to_noise_db"),
+        "accuracy": task.summary(after)._asdict(),
+        **_change(task, before, after),
+        "parity_max_difference": parity and parity.max_difference,
+        "parity_relative_difference": parity and parity.relative_difference,
+        "signal_to_noise_db": damage and damage.signal_to_noise_db,
     }
 
 
-def _change(before: np.ndarray | None, after: np.ndarray) -> Numbers:
+def _change(task: Task, before: np.ndarray | None, after: np.ndarray) -> Numbers:
     if before is None:
         return {"lost": None, "won": None, "difference": None, "mcnemar_p": None}
-    found = mcnemar(before, after)
+    found = task.change(before, after)
     difference = {"value": found.difference, "low": found.low, "high": found.high, "n": found.n}
     return {"lost": found.lost, "won": found.won, "difference": difference, "mcnemar_p": found.p_value}
 
@@ -287,11 +309,11 @@ def distillation_gains(checkpoints: Checkpoints) -> list[Numbers]:
     """
     teachers = teacher_names(checkpoints)
     runs = [found for name, found in checkpoints.items() if found.manifest.stage == "train" and name not in teachers]
-    controls = {_setting(run): run for run in runs if run.facts["method"] == "labels"}
+    controls = {_setting(run): run for run in runs if run.facts.method == "labels"}
     names = {found.key: name for name, found in checkpoints.items()}
     groups: dict[str, list[Checkpoint]] = {}
     for run in runs:
-        if run.facts["method"] != "labels":
+        if run.facts.method != "labels":
             settings = {name: value for name, value in run.manifest.config.items() if name != "seed"}
             groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
     return [_gain(_student_name(names[group[0].key], group[0]), group, controls) for group in groups.values()]
@@ -300,7 +322,7 @@ def distillation_gains(checkpoints: Checkpoints) -> list[Numbers]:
 def _student_name(name: str, run: Checkpoint) -> str:
     """What the recipe calls it, or its method."""
     found = re.fullmatch(r"student-(.+)-seed\d+", name)
-    return found[1] if found else str(run.facts["method"])
+    return found[1] if found else str(run.facts.method)
 
 
 def _setting(run: Checkpoint) -> str:
@@ -311,21 +333,21 @@ def _gain(name: str, runs: Sequence[Checkpoint], controls: Mapping[str, Checkpoi
     seeds = []
     for run in runs:
         control = controls.get(_setting(run))
-        accuracy, alone = run.facts["test_accuracy"], control.facts["test_accuracy"] if control else None
+        accuracy, alone = run.facts.test_accuracy, control.facts.test_accuracy if control else None
         points = None if alone is None else 100 * (accuracy - alone)
         seed = run.manifest.config["seed"]
         seeds.append({"seed": seed, "accuracy": accuracy, "labels_accuracy": alone, "gain_points": points})
-    points = [seed["gain_points"] for seed in seeds if seed["gain_points"] is not None]
-    guide = runs[0].manifest.inputs.get("teacher")
+    gains = [seed["gain_points"] for seed in seeds if seed["gain_points"] is not None]
+    teacher = runs[0].manifest.inputs.get("teacher")
     return {
         "method": name,
-        "model": runs[0].facts["model"],
-        "training_images": runs[0].facts["training_images"],
+        "model": runs[0].facts.model,
+        "training_images": runs[0].facts.training_images,
         "label_fraction": runs[0].manifest.config["label_fraction"],
-        "test_images": runs[0].facts["test_images"],
-        "teacher_accuracy": guide.facts["test_accuracy"] if guide else None,
+        "test_images": runs[0].facts.test_images,
+        "teacher_accuracy": Checkpoint.facts_of(teacher).test_accuracy if teacher else None,
         "seeds": sorted(seeds, key=lambda seed: seed["seed"]),
-        "gain_points": mean_interval(points).as_dict() if points else None,
+        "gain_points": mean_interval(gains).as_dict() if gains else None,
     }
 
 
@@ -334,14 +356,14 @@ def curves(checkpoints: Checkpoints) -> list[Numbers]:
     teachers = teacher_names(checkpoints)
     found = []
     for name, checkpoint in checkpoints.items():
-        if "history.jsonl" not in checkpoint.manifest.files:
+        if checkpoint.HISTORY not in checkpoint.manifest.files:
             continue
-        rows = [json.loads(line) for line in checkpoint.file("history.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in checkpoint.file(checkpoint.HISTORY).read_text().splitlines()]
         looked = [row for row in rows if "validation_accuracy" in row]
         found.append(
             {
                 "name": name,
-                "group": "teacher" if name in teachers else checkpoint.facts["method"],
+                "group": "teacher" if name in teachers else checkpoint.facts.method,
                 "epochs": [row["epoch"] for row in rows],
                 "loss": [row["loss"] for row in rows],
                 "validation_epochs": [row["epoch"] for row in looked],
@@ -367,14 +389,17 @@ def _inputs_first(role: str, source: Provenance) -> Iterator[tuple[str, Provenan
     for name, before in source.inputs.items():
         yield from _inputs_first(name, before)
     # A bundle's and an INT8 model's input are both called "model".
-    named = f"{source.facts['target']}-{source.facts['variant']}" if source.kind == "model" else role
-    yield (f"{named} ({source.kind})" if source.kind in ("model", "bundle") else named), source
+    if source.kind == Model.kind:
+        facts = Model.facts_of(source)
+        role = f"{facts.target}-{facts.variant}"
+    yield (f"{role} ({source.kind})" if source.kind in (Model.kind, Bundle.kind) else role), source
 
 
 def environment(measurement: Measurement, checkpoints: Checkpoints) -> Numbers:
     """Tool versions (all that took part, where artifacts differ), host, device before and after, runtimes."""
     tools: dict[str, list[str]] = {}
-    for artifact in (*checkpoints.values(), measurement):
+    artifacts: list[AnyArtifact] = [*checkpoints.values(), measurement]
+    for artifact in artifacts:
         for tool, version in artifact.manifest.tools.items():
             if version not in tools.setdefault(tool, []):
                 tools[tool].append(version)
@@ -382,9 +407,11 @@ def environment(measurement: Measurement, checkpoints: Checkpoints) -> Numbers:
     return {
         "tools": tools,
         "host": measurement.manifest.host,
-        "device_before": facts["probe_before"],
-        "device_after": facts["probe_after"],
-        "runtimes": {name: result["session"] for name, result in facts["results"].items() if "session" in result},
+        "device_before": facts.probe_before,
+        "device_after": facts.probe_after,
+        "runtimes": {
+            name: result.session.model_dump() for name, result in facts.results.items() if result.session is not None
+        },
     }
 
 
@@ -395,7 +422,8 @@ def summary_table(numbers: Numbers) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1), pad_edge=False, collapse_padding=True)
     table.add_column("bundle", no_wrap=True, min_width=max(len(row["name"]) for row in numbers["bundles"]) + 2)
-    for head in ("top-1 %", "p50 ms", "p90 ms", "x float32", "MiB"):
+    task = numbers["task"]
+    for head in (f"{task['metric']} {task['unit']}", "p50 ms", "p90 ms", "x float32", "MiB"):
         table.add_column(head, justify="right", no_wrap=True)
     for row in numbers["bundles"]:
         p90 = row["latency_p90_ms"]

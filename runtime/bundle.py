@@ -11,6 +11,8 @@ import numpy as np
 
 from . import open_session, predict
 
+GOLDEN = "golden.npz"  # ``images`` uint8 [N, H, W, 3] and the ``logits`` that they gave where the bundle was packed
+
 
 class BundleError(Exception):
     """The bundle is not what its manifest says, or does not compute what it promised."""
@@ -43,7 +45,7 @@ def replay_golden(folder: Path, facts: dict[str, Any], threads: int = 1, stand_i
     Raises:
         BundleError: an output further off than the tolerance, or not finite.
     """
-    with np.load(folder / "golden.npz", allow_pickle=False) as golden:
+    with np.load(folder / GOLDEN, allow_pickle=False) as golden:
         images, expected = golden["images"], golden["logits"]
     session = open_session(folder, facts, threads, stand_in)
     actual = predict(session, images)

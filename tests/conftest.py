@@ -10,20 +10,26 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from kdpipe import pipeline
-from kdpipe.chain import Chain
+import kdpipe.distill.cache
+import kdpipe.distill.train
+from kdpipe import distill, pipeline
+from kdpipe.chain import Chain, cache_order, train_order
 from kdpipe.cli import main
-from kdpipe.core.artifact import MANIFEST, Bundle, Checkpoint, Graph, Measurement, Model, Report, manifest_digest
-from kdpipe.core.config import Recipe, validated
+from kdpipe.core.artifact import MANIFEST, Order, manifest_digest
+from kdpipe.core.config import CacheConfig, ExportConfig, QuantizeConfig, Recipe, TrainConfig, validated
+from kdpipe.core.kinds import Bundle, Cache, Checkpoint, Graph, Measurement, Model, Report
 from kdpipe.data.dataset import Dataset
+from kdpipe.export import TARGETS
+from kdpipe.export import stage as export_stage
 from kdpipe.quantize import VARIANTS
+from kdpipe.quantize import stage as quantize_stage
 from kdpipe.runtime.probe import flags_of, probe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,6 +87,46 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         outcome.measurement,
         outcome.report,
     )
+
+
+# ---- stages, called as the chain calls them -----------------------------------------------------------------
+
+
+def train(
+    config: TrainConfig, dataset: Dataset, teacher: Checkpoint | None, out: Path, cache: Cache | None = None
+) -> Checkpoint:
+    return distill.train.train(train_order(config, dataset, teacher, cache), dataset, teacher, out, cache)
+
+
+def train_together(
+    configs: Mapping[Path, TrainConfig], dataset: Dataset, teacher: Checkpoint | None, cache: Cache | None = None
+) -> dict[Path, Checkpoint]:
+    orders = {out: train_order(config, dataset, teacher, cache) for out, config in configs.items()}
+    return distill.train.train_together(orders, dataset, teacher, cache)
+
+
+def build_cache(config: CacheConfig, dataset: Dataset, teacher: Checkpoint, out: Path) -> Cache:
+    return distill.cache.build(cache_order(config, dataset, teacher), dataset, teacher, out)
+
+
+def export(config: ExportConfig, source: Checkpoint | Graph, dataset: Dataset, out: Path) -> Model:
+    return export_stage.export(Order("export", config, {source.kind: source, "data": dataset}), source, dataset, out)
+
+
+def quantize(
+    config: QuantizeConfig,
+    model: Model,
+    dataset: Dataset,
+    out: Path,
+    graph: Graph | None = None,
+    teacher: Checkpoint | None = None,
+) -> Model:
+    order = Order("quantize", config, {"model": model, "data": dataset})
+    check = TARGETS[model.facts.target].check
+    return quantize_stage.quantize(order, model, dataset, out, check, graph, teacher)
+
+
+# ---- the command line ---------------------------------------------------------------------------------------
 
 
 def command(*arguments: object) -> list[str]:

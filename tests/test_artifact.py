@@ -12,27 +12,29 @@ from pathlib import Path
 import pytest
 from conftest import flip_a_byte, rewrite_manifest
 
-from kdpipe.core.artifact import MANIFEST, Artifact, Checkpoint, Model, artifact_key, drafting
+from kdpipe.core.artifact import MANIFEST, Order, drafting
 from kdpipe.core.config import PackageConfig
 from kdpipe.core.errors import UserError
+from kdpipe.core.kinds import Model, Report, ReportFacts
 
 CONFIG = PackageConfig()
+FACTS = ReportFacts(trusted=True, bundles=3, pareto=["a"], gains=[])
 
 
-def seal(out: Path, text: str = "weights") -> Checkpoint:
-    with drafting(Checkpoint, out, stage="test", config=CONFIG, inputs={}) as draft:
+def seal(out: Path, text: str = "weights") -> Report:
+    with drafting(Report, Order("test", CONFIG, {}), out) as draft:
         (draft.path / "sub").mkdir()
         (draft.path / "sub" / "weights.bin").write_text(text)
-        draft.facts["accuracy"] = 0.5
+        draft.facts = FACTS
     return draft.artifact
 
 
 def test_sealed_artifact_reads_back(tmp_path: Path) -> None:
     sealed = seal(tmp_path / "a")
-    opened = Checkpoint.open(tmp_path / "a")
+    opened = Report.open(tmp_path / "a")
     assert opened == sealed
     assert opened.file("sub/weights.bin").read_text() == "weights"
-    assert opened.facts == {"accuracy": 0.5}
+    assert opened.facts == FACTS
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -40,17 +42,17 @@ def test_key_depends_on_stage_config_and_inputs(tmp_path: Path) -> None:
     first, second = seal(tmp_path / "a"), seal(tmp_path / "b", "others")
     assert first.key == second.key  # contents are hashed in the manifest; the key names what was asked for
     keys = {
-        artifact_key("x", CONFIG, {}),
-        artifact_key("y", CONFIG, {}),
-        artifact_key("x", PackageConfig(golden_images=9), {}),
-        artifact_key("x", CONFIG, {"model": first}),
+        Order("x", CONFIG, {}).key,
+        Order("y", CONFIG, {}).key,
+        Order("x", PackageConfig(golden_images=9), {}).key,
+        Order("x", CONFIG, {"model": first}).key,
     }
     assert len(keys) == 4
 
 
 def test_wrong_kind(tmp_path: Path) -> None:
     seal(tmp_path / "a")
-    with pytest.raises(UserError, match="is a checkpoint, wanted a model"):
+    with pytest.raises(UserError, match="is a report, wanted a model"):
         Model.open(tmp_path / "a")
 
 
@@ -79,7 +81,7 @@ def test_damage_is_named(tmp_path: Path, damage, message: str) -> None:
     seal(tmp_path / "a")
     damage(tmp_path / "a")
     with pytest.raises(UserError, match=message):
-        Checkpoint.open(tmp_path / "a")
+        Report.open(tmp_path / "a")
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "sub/../../outside"])
@@ -88,22 +90,22 @@ def test_paths_that_escape_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "outside").write_text("secret")
     rewrite_manifest(tmp_path / "a", lambda value: value["files"].update({name: {"sha256": "0" * 64, "size_bytes": 6}}))
     with pytest.raises(UserError, match="outside itself"):
-        Checkpoint.open(tmp_path / "a")
+        Report.open(tmp_path / "a")
 
 
 def test_edited_facts_are_seen(tmp_path: Path) -> None:
     seal(tmp_path / "a")
     path = tmp_path / "a" / MANIFEST
-    path.write_text(path.read_text().replace('"accuracy": 0.5', '"accuracy": 0.9'))
+    path.write_text(path.read_text().replace('"bundles": 3', '"bundles": 4'))
     with pytest.raises(UserError, match="edited after sealing"):
-        Checkpoint.open(tmp_path / "a")
+        Report.open(tmp_path / "a")
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
 def test_failure_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
     with (
         pytest.raises(type(error)),
-        drafting(Checkpoint, tmp_path / "a", stage="test", config=CONFIG, inputs={}) as draft,
+        drafting(Report, Order("test", CONFIG, {}), tmp_path / "a") as draft,
     ):
         (draft.path / "half").write_text("half")
         raise error
@@ -113,9 +115,10 @@ def test_failure_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
 WRITER = """
 import sys, time
 from pathlib import Path
-from kdpipe.core.artifact import Checkpoint, drafting
+from kdpipe.core.artifact import Order, drafting
+from kdpipe.core.kinds import Report
 from kdpipe.core.config import PackageConfig
-with drafting(Checkpoint, Path(sys.argv[1]), stage="test", config=PackageConfig(), inputs={}) as draft:
+with drafting(Report, Order("test", PackageConfig(), {}), Path(sys.argv[1])) as draft:
     for at in range(100_000):
         (draft.path / "weights").write_bytes(b"x" * at)
         print("writing", flush=True)
@@ -137,7 +140,7 @@ def test_kill_leaves_no_artifact_and_the_next_writer_goes_on(tmp_path: Path) -> 
     assert not (tmp_path / "a").exists()
     assert (tmp_path / "a.part").is_dir()
     with pytest.raises(UserError):
-        Artifact.open(tmp_path / "a.part")
+        Report.open(tmp_path / "a.part")
     assert seal(tmp_path / "a").file("sub/weights.bin").read_text() == "weights"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
@@ -159,12 +162,13 @@ def test_full_disk(tmp_path: Path) -> None:
         textwrap.dedent("""
             import sys
             from pathlib import Path
-            from kdpipe.core.artifact import Checkpoint, drafting
+            from kdpipe.core.artifact import Order, drafting
+            from kdpipe.core.kinds import Report
             from kdpipe.core.config import PackageConfig
             from kdpipe.core.errors import UserError
             out = Path(sys.argv[1]) / "a"
             try:
-                with drafting(Checkpoint, out, stage="test", config=PackageConfig(), inputs={}) as draft:
+                with drafting(Report, Order("test", PackageConfig(), {}), out) as draft:
                     if sys.argv[2] == "os":
                         (draft.path / "weights").write_bytes(b"x" * 1_000_000)
                     else:

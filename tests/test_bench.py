@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from conftest import Made, replace_file
 
-from kdpipe.core.artifact import Bundle
+from kdpipe.core.artifact import Order
 from kdpipe.core.config import BenchPlan
 from kdpipe.core.errors import KdpipeError, UserError
+from kdpipe.core.kinds import Bundle
 from kdpipe.devices import DEVICES
-from kdpipe.devices.bench import CONTROL, bench, comparisons, order
+from kdpipe.devices.bench import CONTROL, bench, comparisons, turns
 from kdpipe.devices.session import bench_config
 from kdpipe.runtime.measure import warm_up
 from kdpipe.runtime.probe import UNAVAILABLE, probe, read
@@ -25,18 +26,18 @@ TIMED = [
 
 
 def test_order_is_shuffled_and_then_backwards() -> None:
-    rounds = order(["a", "b", "c"], 5)
+    rounds = turns(["a", "b", "c"], 5)
     assert len(rounds) == 5
     assert all(sorted(each) == sorted(["a", "b", "c", CONTROL]) for each in rounds)
     assert rounds[1] == rounds[0][::-1] and rounds[3] == rounds[2][::-1]
     assert len({tuple(each) for each in rounds}) > 2
-    assert rounds == order(["a", "b", "c"], 5)
-    assert order([], 3) == []
+    assert rounds == turns(["a", "b", "c"], 5)
+    assert turns([], 3) == []
 
 
 @pytest.mark.parametrize("name", TIMED)
 def test_numbers_come_from_raw_samples(made: Made, name: str) -> None:
-    found = made.measurement.facts["results"][name]
+    found = made.measurement.facts.results[name]
     runs = json.loads(made.measurement.file(f"latency_ns/{name}.json").read_text())
     assert len(runs) == 2
     assert found["inferences"] == sum(len(run["latency_ns"]) for run in runs)
@@ -55,18 +56,18 @@ def test_accuracy_is_of_the_stored_logits(made: Made, name: str) -> None:
     logits = np.load(made.measurement.file(f"logits/{name}.npy"))
     labels = np.load(made.measurement.file("labels.npy"))
     assert labels.tolist() == [sample.label for sample in made.dataset.samples("test")]
-    found = made.measurement.facts["results"][name]
+    found = made.measurement.facts.results[name]
     assert found["accuracy"]["value"] == (logits.argmax(1) == labels).mean()
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt", "tflite"])
 def test_float32_has_torchs_accuracy(made: Made, target: str) -> None:
-    accuracy = made.measurement.facts["results"][f"{target}-float32"]["accuracy"]["value"]
-    assert accuracy == made.student.facts["test_accuracy"]
+    accuracy = made.measurement.facts.results[f"{target}-float32"].accuracy.value
+    assert accuracy == made.student.facts.test_accuracy
 
 
 def test_what_cannot_run_has_no_latency(made: Made) -> None:
-    found = made.measurement.facts["results"]["tensorrt-int8"]
+    found = made.measurement.facts.results["tensorrt-int8"]
     assert found["status"] == "not built here"
     assert found["accuracy_by"] == "onnxruntime"
     assert "latency_p50_ms" not in found
@@ -149,5 +150,7 @@ def test_a_failing_runner_is_named(made: Made, tmp_path: Path) -> None:
     shutil.copytree(made.bundles["onnxruntime-float32"].path, folder)
     replace_file(folder, "model.onnx", b"nothing")
     with pytest.raises(UserError, match="the runner failed on 'local'"):
-        bench(bench_config(BenchPlan(rounds=2)), {"x": Bundle.open(folder)}, made.dataset, tmp_path / "out")
+        bundles = {"x": Bundle.open(folder)}
+        order = Order("bench", bench_config(BenchPlan(rounds=2)), {**bundles, "data": made.dataset})
+        bench(order, bundles, made.dataset, tmp_path / "out")
     assert not (tmp_path / "out").exists()

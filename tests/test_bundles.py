@@ -69,7 +69,7 @@ def test_the_shipped_runner_stands_alone(made: Made, tmp_path: Path, name: str) 
 def test_bundle_holds_what_a_device_needs(made: Made) -> None:
     bundle = made.bundles["tflite-int8"]
     assert json.loads(bundle.file("labels.json").read_text()) == [str(digit) for digit in range(10)]
-    assert bundle.facts["input"]["size"] == 32
+    assert bundle.facts.input.size == 32
     with np.load(bundle.file("golden.npz")) as golden:
         assert golden["images"].shape == (8, 32, 32, 3)
         assert golden["logits"].shape == (8, 10)

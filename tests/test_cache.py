@@ -15,17 +15,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_TRAIN, assert_one_line, flip_a_byte, kdpipe, kdpipe_process
+from conftest import (
+    SMALL_TRAIN,
+    assert_one_line,
+    build_cache,
+    flip_a_byte,
+    kdpipe,
+    kdpipe_process,
+    train,
+    train_together,
+)
 from safetensors.numpy import load_file
 
 from kdpipe.chain import Chain
-from kdpipe.core.artifact import Cache, Checkpoint
 from kdpipe.core.config import CachePlan, DataPlan, TeacherPlan, TrainConfig, validated
 from kdpipe.core.errors import GateFailed, UserError
+from kdpipe.core.kinds import Cache, Checkpoint
 from kdpipe.data.dataset import Dataset
 from kdpipe.distill.cache import (
     CachedTeacher,
-    build,
     config_of,
     decode,
     encode,
@@ -36,7 +44,7 @@ from kdpipe.distill.cache import (
 )
 from kdpipe.distill.methods import METHODS
 from kdpipe.distill.teacher import Teacher
-from kdpipe.distill.train import cache_config, train, train_together
+from kdpipe.distill.train import cache_config
 
 AUGMENT = {"crop": "pad", "flip": 0, "auto_augment": "rand-m5-mstd0.5"}
 FROM_LOGITS = [name for name in METHODS if METHODS[name].needs_teacher and not METHODS[name].looks_at_maps]
@@ -72,7 +80,7 @@ def test_a_run_builds_its_cache_and_finds_it_again(taught: tuple[Chain, Dataset,
     wanted = cache_config(configuration())
     assert wanted is not None and chain.cache(wanted, dataset, teacher).key == cache.key
     done = chain.train("student", configuration(), dataset, teacher)
-    assert done.facts["cache"] == cache.key
+    assert done.facts.cache == cache.key
     assert [step.name for step in chain.steps if not step.sealed_before][-1:] == ["student"]
 
 
@@ -126,7 +134,7 @@ def test_repeated_views_come_from_several_shards(
 
 def test_mixed_views_are_cached_too(taught: tuple[Chain, Dataset, Checkpoint], tmp_path: Path) -> None:
     _, dataset, teacher = taught
-    mixed = build(config_of(plan(mixup=0.2, cutmix=1.0)), dataset, teacher, tmp_path / "mixed")
+    mixed = build_cache(config_of(plan(mixup=0.2, cutmix=1.0)), dataset, teacher, tmp_path / "mixed")
     found = verify(mixed, dataset, teacher, 1.0)
     assert found["checked"] == found["of"] and found["top1_agreement"] == 1
     train(configuration(train={"mixup": 0.2, "cutmix": 1.0}), dataset, teacher, tmp_path / "student", mixed)
@@ -262,7 +270,8 @@ def test_changed_images_are_another_data_set(photos: Path, tmp_path: Path) -> No
 BUILD = """
 import sys
 from pathlib import Path
-from kdpipe.core.artifact import Checkpoint
+from kdpipe.chain import cache_order
+from kdpipe.core.kinds import Checkpoint
 from kdpipe.core.config import CacheConfig
 from kdpipe.data.dataset import Dataset
 from kdpipe.distill import cache
@@ -272,7 +281,8 @@ def told(self, image):
     return ask(self, image)
 cache._Job.ask = told
 config = CacheConfig.model_validate_json(sys.argv[1]).model_copy(update={"workers": 0})
-cache.build(config, Dataset.open(sys.argv[2]), Checkpoint.open(sys.argv[3]), Path(sys.argv[4]))
+dataset, teacher = Dataset.open(sys.argv[2]), Checkpoint.open(sys.argv[3])
+cache.build(cache_order(config, dataset, teacher), dataset, teacher, Path(sys.argv[4]))
 """
 
 
@@ -290,8 +300,8 @@ def builder(taught: tuple[Chain, Dataset, Checkpoint], out: Path, views: int) ->
 def test_a_killed_build_goes_on(taught: tuple[Chain, Dataset, Checkpoint], tmp_path: Path) -> None:
     """What is whole is kept, what is not is asked again; the files are those of an undisturbed build."""
     _, dataset, teacher = taught
-    whole = build(config_of(plan(views=6)), dataset, teacher, tmp_path / "whole")
-    out, batches = tmp_path / "killed", -(-whole.facts["images"] // 64)
+    whole = build_cache(config_of(plan(views=6)), dataset, teacher, tmp_path / "whole")
+    out, batches = tmp_path / "killed", -(-whole.facts.images // 64)
     killed = builder(taught, out, 6)
     assert killed.stdout is not None
     for _ in range(3 * batches):
@@ -314,7 +324,7 @@ def test_two_builders_at_once(taught: tuple[Chain, Dataset, Checkpoint], tmp_pat
     assert first.stdout is not None
     first.stdout.readline()
     with pytest.raises(UserError, match="another process is writing"):
-        build(config_of(plan(views=200)), dataset, teacher, tmp_path / "cache")
+        build_cache(config_of(plan(views=200)), dataset, teacher, tmp_path / "cache")
     first.kill()
     first.wait()
 
@@ -322,7 +332,7 @@ def test_two_builders_at_once(taught: tuple[Chain, Dataset, Checkpoint], tmp_pat
 def test_across_processes(taught: tuple[Chain, Dataset, Checkpoint], tmp_path: Path) -> None:
     """Two processes of torchrun make the cache that one makes."""
     _, dataset, teacher = taught
-    alone = build(config_of(plan(views=5)), dataset, teacher, tmp_path / "alone")
+    alone = build_cache(config_of(plan(views=5)), dataset, teacher, tmp_path / "alone")
     options = ["--model", "test_resnet", "--input.size", 32, "--label-fraction", 0.1, "--views", 5, "--workers", 0]
     options += ["--augment.crop", "pad", "--augment.flip", 0, "--augment.auto-augment", AUGMENT["auto_augment"]]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "kdpipe"]
@@ -409,7 +419,7 @@ def test_command(taught: tuple[Chain, Dataset, Checkpoint], tmp_path: Path) -> N
         "distill", teacher.path, *common, *train_options, "--cache", tmp_path / "cache", "--out", tmp_path / "student"
     )
     assert student.returncode == 0, student.stderr
-    assert Checkpoint.open(tmp_path / "student").facts["cache"] == Cache.open(tmp_path / "cache").key
+    assert Checkpoint.open(tmp_path / "student").facts.cache == Cache.open(tmp_path / "cache").key
     assert_one_line(kdpipe("cache", teacher.path, *options, "--verify", "a bit"), 2, "wanted a share such as 0.1%")
     elsewhere = kdpipe("distill", teacher.path, *common, *train_options, "--cache", tmp_path / "nowhere")
     assert_one_line(elsewhere, 2, "no artifact at")
@@ -417,7 +427,7 @@ def test_command(taught: tuple[Chain, Dataset, Checkpoint], tmp_path: Path) -> N
     assert_one_line(three, 2, "another views (2, not 3)")
     there = ["--cache", tmp_path / "nowhere", "--cache-views", 2, "--out", tmp_path / "other"]
     assert kdpipe("distill", teacher.path, *common, *train_options, *there).returncode == 0
-    assert Cache.open(tmp_path / "nowhere").facts["views"] == 2
+    assert Cache.open(tmp_path / "nowhere").facts.views == 2
 
 
 def test_forecast_says_when_it_pays(taught: tuple[Chain, Dataset, Checkpoint], tmp_path: Path) -> None:

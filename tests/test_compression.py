@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import numpy as np
 import pytest
 from conftest import Made
 
-from kdpipe.core.artifact import Bundle
 from kdpipe.report.compression import FLIPS, Sources, advice, flips, guards, noise_by_layer
+from kdpipe.report.tables import bundles_of
 
 Numbers = dict[str, Any]
 
@@ -68,14 +67,10 @@ def test_nothing_is_advised_without_a_clock() -> None:
 
 
 def test_flips_are_images_that_changed(made: Made) -> None:
-    labels = np.load(made.measurement.file("labels.npy"), allow_pickle=False)
+    labels = made.measurement.labels
     pairs = [(f"{target}-float32", f"{target}-int8") for target in ("onnxruntime", "tflite")]
     found = flips(made.measurement, pairs, labels, Sources(dataset=made.dataset))
-    logits = {
-        name: np.load(made.measurement.file(f"logits/{name}.npy"), allow_pickle=False).argmax(1)
-        for pair in pairs
-        for name in pair
-    }
+    logits = {name: made.measurement.outputs(name).argmax(1) for pair in pairs for name in pair}
     changed = sum(int((logits[before] != logits[after]).sum()) for before, after in pairs)
     assert 0 < len(found) == min(changed, FLIPS)
     for each in found:
@@ -103,11 +98,11 @@ def test_the_report_has_every_hop_and_layer(made: Made) -> None:
 
 
 def test_layers_come_from_the_models_that_were_found(made: Made) -> None:
-    bundles = {name: bundle.manifest.provenance() for name, bundle in made.bundles.items()}
-    assert all(isinstance(bundle, Bundle) for bundle in made.bundles.values())
+    bundles = bundles_of(made.measurement)
+    assert bundles.keys() == made.bundles.keys()
     assert noise_by_layer(bundles, Sources()) == []
     int8 = made.models["onnxruntime-int8"]
     [found] = noise_by_layer(bundles, Sources(models={int8.key: int8}))
     assert found["bundle"] == "onnxruntime-int8"
-    assert found["layers"] == json.loads(int8.file("evidence/layers.json").read_text())["layers"]
+    assert found["layers"] == [layer.model_dump() for layer in int8.noise_by_layer]
     assert guards(bundles) == [], "no variant of the small recipe was guarded"

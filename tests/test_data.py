@@ -47,7 +47,7 @@ def test_digits_split_is_seeded(tmp_path: Path) -> None:
 def test_folder_stays_where_it_is(photos: Path, tmp_path: Path) -> None:
     dataset = prepared(tmp_path, source=str(photos), val_fraction=0.25)
     assert dataset.classes == ["dark", "light"]
-    assert dataset.facts["images"] == {"train": 18, "val": 6, "test": 12}
+    assert dataset.facts.images == {"train": 18, "val": 6, "test": 12}
     for part in PARTS:
         for sample in dataset.samples(part):
             assert sample.path.is_relative_to(photos / ("val" if part == "test" else "train"))
@@ -57,7 +57,7 @@ def test_folder_stays_where_it_is(photos: Path, tmp_path: Path) -> None:
 def test_test_part_cut_from_training_part(photos: Path, tmp_path: Path) -> None:
     shutil.rmtree(photos / "val")
     dataset = prepared(tmp_path, source=str(photos), test_split=None, test_fraction=0.25, val_fraction=0)
-    assert dataset.facts["images"] == {"train": 18, "val": 0, "test": 6}
+    assert dataset.facts.images == {"train": 18, "val": 0, "test": 6}
 
 
 def test_changed_images_make_another_data_set(photos: Path, tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_webdataset_through_timm(photos: Path, tmp_path: Path) -> None:
     }
     (shards / "_info.json").write_text(json.dumps(info))
     dataset = prepared(tmp_path, source="wds/photos", root=str(shards), val_fraction=0)
-    assert dataset.facts["images"] == {"train": 24, "val": 0, "test": 12}
+    assert dataset.facts.images == {"train": 24, "val": 0, "test": 12}
     for sample in dataset.samples("test"):
         assert sample.path.is_relative_to(dataset.path)
         assert (np.asarray(decode(sample.path)).mean() > 125) == bool(sample.label)
@@ -179,10 +179,10 @@ def test_unlabeled_images_without_copies_of_the_held_out(photos: Path, tmp_path:
     found = dataset.samples("unlabeled")
     assert [sample.path.name for sample in found] == ["known.jpg", "noise.png"]
     assert {sample.label for sample in found} == {-1}
-    assert dataset.facts["images"]["unlabeled"] == 2
+    assert dataset.facts.images["unlabeled"] == 2
     (more / "third.png").write_bytes((photos / "train" / "light" / "03.png").read_bytes())
     again = prepared(tmp_path, source=str(photos), val_fraction=0, unlabeled=tmp_path / "more")
-    assert again.key != dataset.key and again.facts["images"]["unlabeled"] == 3
+    assert again.key != dataset.key and again.facts.images["unlabeled"] == 3
     (more / "broken.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="broken"):
         prepared(tmp_path, source=str(photos), val_fraction=0, unlabeled=tmp_path / "more")

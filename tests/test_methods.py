@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 import timm
 import torch
-from conftest import ROOT, SMALL_TRAIN, Made
+from conftest import ROOT, SMALL_TRAIN, Made, train
 from torch import nn
 
 from kdpipe.core.config import (
@@ -27,7 +27,6 @@ from kdpipe.distill.features import map_shapes, paired, stage_indices, stage_par
 from kdpipe.distill.loop import evaluate
 from kdpipe.distill.methods import METHODS, DistillationTask
 from kdpipe.distill.teacher import Teacher
-from kdpipe.distill.train import train
 from kdpipe.networks import models
 from kdpipe.pipeline import student_runs
 
@@ -260,11 +259,11 @@ def test_every_method_trains_end_to_end(made: Made, tmp_path: Path, change: dict
     checkpoint = train(config, made.dataset, made.teacher, tmp_path / "student")
     restored, spec = models.restore(checkpoint)
     logits, labels = evaluate(restored, spec, made.dataset, "test", workers=0)
-    assert checkpoint.facts["test_accuracy"] == pytest.approx((logits.argmax(1) == labels).mean(), abs=1e-6)
+    assert checkpoint.facts.test_accuracy == pytest.approx((logits.argmax(1) == labels).mean(), abs=1e-6)
     assert sorted(path.name for path in checkpoint.path.iterdir()) == [
         "history.jsonl", "images.json", "labels.json", "manifest.json", "model.safetensors", "test_logits.npz"
     ]  # fmt: skip
-    assert checkpoint.facts["last_validation"] is not None
+    assert checkpoint.facts.last_validation is not None
 
 
 def test_networks_of_the_cifar_protocol_are_known() -> None:
@@ -285,7 +284,7 @@ def test_best_epoch_is_kept_if_asked(made: Made, tmp_path: Path) -> None:
     checkpoint = train(validated(TrainConfig, values, "test"), made.dataset, None, tmp_path / "student")
     rows = [json.loads(line) for line in checkpoint.file("history.jsonl").read_text().splitlines()]
     best = max(rows, key=lambda row: row["validation_accuracy"])
-    assert checkpoint.facts["best_validation"] == {
+    assert checkpoint.facts.best_validation == {
         "epoch": best["epoch"],
         "validation_accuracy": best["validation_accuracy"],
     }
@@ -305,5 +304,5 @@ def test_every_recipe_trains(made: Made, tmp_path: Path, path: Path) -> None:
     config = student_runs(student, recipe.distill)[f"student-{recipe.distill.method}-seed{recipe.distill.seeds[0]}"]
     plan = config.model_copy(update={"train": settings, "label_fraction": 0.1})
     checkpoint = train(plan, made.dataset, made.teacher, tmp_path / "student")
-    assert checkpoint.facts["epochs"] >= 2
-    assert checkpoint.facts["method"] == recipe.distill.method
+    assert checkpoint.facts.epochs >= 2
+    assert checkpoint.facts.method == recipe.distill.method

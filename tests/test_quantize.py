@@ -12,25 +12,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import VARIANTS_HERE, Made, assert_one_line, command, kdpipe
+from conftest import VARIANTS_HERE, Made, assert_one_line, command, kdpipe, quantize
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kdpipe.chain import Chain
-from kdpipe.core.artifact import Model
 from kdpipe.core.config import CalibrateSettings, QuantizeConfig, suited, validated
 from kdpipe.core.errors import UserError
+from kdpipe.core.kinds import Mix, Model
 from kdpipe.core.proc import quiet
 from kdpipe.data.dataset import Dataset
-from kdpipe.networks.lint import tensorrt_lint
+from kdpipe.export import TARGETS
+from kdpipe.export.lint import tensorrt_lint
 from kdpipe.quantize import VARIANTS
 from kdpipe.quantize.bias import Correction, correct
 from kdpipe.quantize.calibrate import CalibrationInputs, choose, entropy, farthest, spread
-from kdpipe.quantize.layers import Layer, sensitivities
+from kdpipe.quantize.layers import Layer, noise_by_layer, own_noise
 from kdpipe.quantize.qdq import OnnxActivations
 from kdpipe.quantize.ranges import Histogram, estimate, observe
-from kdpipe.quantize.search import Step, search
-from kdpipe.quantize.stage import quantize
+from kdpipe.quantize.search import search
 from kdpipe.quantize.tflite import TfliteActivations
 from kdpipe.quantize.work import Work, open_checked
 from kdpipe.runtime import predict
@@ -228,9 +228,9 @@ def test_biases_are_moved_where_that_helps() -> None:
 )
 def test_a_moved_bias_moves_the_output(made: Made, tmp_path: Path, target: str, variant: str) -> None:
     model = made.models[f"{target}-float32"]
-    spec = model.facts["input"]
+    spec = model.facts.input.model_dump()
     inputs = CalibrationInputs(made.dataset.balanced("train", 16, 0), spec, "test")
-    kind = VARIANTS[target][variant](Work(model, made.graph, inputs, config()))
+    kind = VARIANTS[target][variant](Work(model, made.graph, inputs, config(), TARGETS[target].check))
     whole = TfliteActivations(model.file("model.tflite")) if target == "tflite" else OnnxActivations(kind.source)
     biased = [layer for layer in whole.layers if layer.bias is not None]
     logits = []
@@ -261,12 +261,12 @@ def test_ratios_are_of_energies() -> None:
             return {name: np.full(4, 10.0) + self.noise[name] for name in ("x", "y", "z") if name in self.noise}
 
     whole = Graph({"x": 0.0, "y": 0.0, "z": 0.0})
-    [first, merged, last] = sensitivities(whole, Graph({"x": 1.0, "y": 0.0, "z": 0.1}), [np.zeros(1)])
+    [first, merged, last] = noise_by_layer(whole, Graph({"x": 1.0, "y": 0.0, "z": 0.1}), [np.zeros(1)])
     assert (first.in_db, first.out_db) == (None, 20.0)
     assert (merged.in_db, merged.out_db) == (20.0, None)
-    assert last.out_db == 40.0 and first.own_noise > last.own_noise > merged.own_noise == 0
+    assert last.out_db == 40.0 and own_noise(first) > own_noise(last) > own_noise(merged) == 0
     # What was merged into its activation shows the activation's noise.
-    [first, merged, _] = sensitivities(whole, Graph({"y": 1.0, "z": 0.1}), [np.zeros(1)])
+    [first, merged, _] = noise_by_layer(whole, Graph({"y": 1.0, "z": 0.1}), [np.zeros(1)])
     assert first.out_db == merged.out_db == 20.0
 
 
@@ -275,19 +275,19 @@ def test_ratios_are_of_energies() -> None:
     [(target, name) for target, names in VARIANTS_HERE.items() for name in names if VARIANTS[target][name].calibrated],
 )
 def test_every_calibrated_variant_tells_its_layers(made: Made, target: str, variant: str) -> None:
-    layers = json.loads(made.models[f"{target}-{variant}"].file("evidence/layers.json").read_text())["layers"]
-    names = [layer["name"] for layer in layers]
+    layers = made.models[f"{target}-{variant}"].noise_by_layer
+    names = [layer.name for layer in layers]
     assert len(names) == len(set(names)) > 20
     assert any("layer2.0.conv2" in name for name in names), "layers are named as torch names them"
-    ratios = [layer["out_db"] for layer in layers if layer["out_db"] is not None]
+    ratios = [layer.out_db for layer in layers if layer.out_db is not None]
     assert len(ratios) > 15 and min(ratios) > 5
 
 
 # ---- the guard ---------------------------------------------------------------------------------------------
 
 
-def step(kept: int, drop: float) -> Step:
-    return Step(kept, drop, None, None, 100, None, 1)
+def step(kept: int, drop: float) -> Mix:
+    return Mix(kept=kept, drop_points=drop, drop_low=None, drop_high=None, images=100, over_float32=None, size_bytes=1)
 
 
 @given(st.integers(0, 40), st.integers(40, 60))
@@ -345,7 +345,7 @@ def test_the_guilty_layer_stays_float(
     Ruined.tear(monkeypatch, target, layer_torn)
     float32 = made.models[f"{target}-float32"]
     model = quantize(config(max_drop=6, guard_part="test"), float32, made.dataset, tmp_path / "q")
-    guard = model.facts["guard"]
+    guard = model.facts.guard
     first = guard["curve"][0]
     assert first["kept"] == 0 and first["drop_points"] > 6, "the torn range does no damage: the test shows nothing"
     assert 1 <= len(guard["kept_float"]) <= 4
@@ -396,7 +396,7 @@ def test_a_killed_guard_goes_on(made: Made, tmp_path: Path) -> None:
     # It ends in a mix or in the news that there is none; either way the mixes that were there are not made again.
     assert done.returncode in (0, 2), done.stderr
     if done.returncode == 0:
-        assert Model.open(out).facts["guard"]["curve"][0]["kept"] == 0
+        assert Model.open(out).facts.guard.curve[0].kept == 0
     else:
         assert_one_line(done, 2, "no mix loses at most 0 points")
         assert first.stat().st_mtime_ns == before
@@ -426,7 +426,7 @@ def test_an_unknown_variant(made: Made) -> None:
 def test_auto_makes_what_suits(made: Made) -> None:
     model = made.models["openvino-float32"].path
     done = kdpipe("quantize", model, "--variant", "auto", "--calibrate.images", 64, "--check-images", 32)
-    made_now = {Model.open(path).facts["variant"] for path in done.stdout.split()}
+    made_now = {Model.open(path).facts.variant for path in done.stdout.split()}
     assert made_now == set(VARIANTS_HERE["openvino"]) - {"float16"}  # which no CPU runs faster
     assert_one_line(kdpipe("quantize", model, "--variant", "auto", "--out", "x"), 2, "leave --out away")
 

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL_TRAIN, assert_one_line, kdpipe_process
+from conftest import SMALL_TRAIN, assert_one_line, kdpipe_process, train
 from safetensors.numpy import load_file
 
 from kdpipe.chain import Chain
-from kdpipe.core.artifact import Checkpoint
 from kdpipe.core.config import DataPlan, TrainConfig, validated
 from kdpipe.core.errors import UserError
+from kdpipe.core.kinds import Checkpoint
 from kdpipe.data.dataset import Dataset
-from kdpipe.distill.train import train
 from kdpipe.distill.views import EpochBatches
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -56,7 +55,7 @@ def test_two_processes_as_one(vit: tuple[Dataset, Checkpoint], tmp_path: Path, n
     values["train"] = {**SMALL_TRAIN, **sgd, **change.get("train", {})}
     config = validated(TrainConfig, values, "test")
     alone = train(config, dataset, teacher, tmp_path / "alone")
-    assert alone.facts["training_images"] % 32 % 2 == 1, "wanted a last batch that does not halve"
+    assert alone.facts.training_images % 32 % 2 == 1, "wanted a last batch that does not halve"
 
     options = {
         "method": change["method"],

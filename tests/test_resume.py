@@ -10,15 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SMALL_TRAIN, Made
+from conftest import SMALL_TRAIN, Made, train
 
 from kdpipe.core.config import TrainConfig, validated
-from kdpipe.distill.train import train
 
 SCRIPT = """
 import sys
 from pathlib import Path
-from kdpipe.core.artifact import Checkpoint
+from kdpipe.chain import train_order
+from kdpipe.core.kinds import Checkpoint
 from kdpipe.core.config import TrainConfig
 from kdpipe.data.dataset import Dataset
 from kdpipe.distill.train import train
@@ -30,7 +30,8 @@ def told(self, *arguments):
 loop.Run._learn = told  # says where it is; changes nothing
 config = TrainConfig.model_validate_json(sys.argv[1])
 config = config.model_copy(update={"train": config.train.model_copy(update={"checkpoint_seconds": 0.0, "workers": 0})})
-train(config, Dataset.open(sys.argv[2]), Checkpoint.open(sys.argv[3]), Path(sys.argv[4]))
+dataset, teacher = Dataset.open(sys.argv[2]), Checkpoint.open(sys.argv[3])
+train(train_order(config, dataset, teacher), dataset, teacher, Path(sys.argv[4]))
 """
 
 # Dropout, averaging, mixing, phases: everything that has a state.
@@ -91,4 +92,4 @@ def test_another_configuration_does_not_resume(made: Made, tmp_path: Path) -> No
     (part / "key").write_text("another")
     (part / "state.pt").write_bytes(b"not even a state")
     made_now = train(validated(TrainConfig, values, "test"), made.dataset, None, tmp_path / "out")
-    assert made_now.facts["epochs"] == 1
+    assert made_now.facts.epochs == 1

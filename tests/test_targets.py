@@ -9,29 +9,31 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 import torch
-from conftest import EVERY_MODEL, Made
+from conftest import EVERY_MODEL, Made, export, quantize
 
-from kdpipe.core.artifact import Checkpoint, Model
 from kdpipe.core.config import ExportConfig, QuantizeConfig
 from kdpipe.core.errors import GateFailed, UserError
+from kdpipe.core.kinds import Checkpoint, Model
 from kdpipe.export import TARGETS
 from kdpipe.export.parity import compare
-from kdpipe.export.stage import export
 from kdpipe.export.written import Written
 from kdpipe.networks import models
 from kdpipe.quantize import VARIANTS
-from kdpipe.quantize.stage import damage, quantize
+from kdpipe.quantize.stage import damage
 from kdpipe.runtime import RUNTIMES, open_session, predict
 from kdpipe.runtime.preprocess import load_images
+from kdpipe.runtime.task import TASKS
+
+TASK = TASKS["classification"]
 
 
 def session_of(model: Model, threads: int = 1):
-    return open_session(model.path, model.facts, threads, stand_in="stand_in" in model.facts)
+    return open_session(model.path, model.facts.for_runtime(), threads, stand_in=model.facts.stand_in is not None)
 
 
 def images_of(made: Made, part: str = "test", count: int = 64) -> np.ndarray:
     samples = made.dataset.balanced(part, count, seed=1)  # type: ignore[arg-type]
-    return load_images((sample.path for sample in samples), made.student.facts["input"])
+    return load_images((sample.path for sample in samples), made.student.facts.input.model_dump())
 
 
 def torch_logits(made: Made, images: np.ndarray) -> np.ndarray:
@@ -52,14 +54,14 @@ def test_float32_computes_what_torch_computes(made: Made, target: str) -> None:
     actual = predict(session_of(model), images)
     assert np.abs(actual - expected).max() <= 1e-4 * expected.std()
     assert (actual.argmax(1) == expected.argmax(1)).all()
-    assert model.facts["parity"]["top1_agreement"] == 1
+    assert model.facts.parity.agreement == 1
 
 
 @pytest.mark.parametrize(("target", "variant"), EVERY_MODEL)
 def test_raw_images_go_in(made: Made, target: str, variant: str) -> None:
     """Normalisation is inside: the runner's input is 0..255, and a black image differs from a white one."""
     model = made.models[f"{target}-{variant}"]
-    assert model.facts["input"]["layout"] == TARGETS[target].layout
+    assert model.facts.input.layout == TARGETS[target].layout
     session = session_of(model)
     black, white = (np.full((1, 32, 32, 3), value, np.uint8) for value in (0, 255))
     assert session.prepare(white).max() in (255, 127)  # float as it is, or the top of int8
@@ -151,7 +153,7 @@ def test_tensorrt_int8_is_explicit_and_symmetric(made: Made) -> None:
 
 def test_tensorrt_says_that_it_is_not_built(made: Made) -> None:
     model = made.models["tensorrt-float32"]
-    assert model.facts["not_built_here"] is True
+    assert model.facts.not_built_here is True
     script = model.file("build_engine.sh")
     subprocess.run(["sh", "-n", script], check=True)
     assert "engine" not in [path.suffix for path in model.path.iterdir()]
@@ -216,12 +218,18 @@ def test_a_new_target_is_one_class_a_room(made: Made, tmp_path: Path, monkeypatc
         source = Checkpoint
         layout = "NHWC"
         entry = "model.npz"
-        facts = MappingProxyType({"runtime": {}})
+        runtime = MappingProxyType({})
+        stand_in = None
+        not_built_here = False
 
         def write(self, source, spec, images, folder):
             logits = torch_logits(made, images)
             np.savez(folder / self.entry, images=images, logits=logits)
             return Written(logits, {"lookup": 1})
+
+        @staticmethod
+        def check(entry):
+            assert entry.is_file()
 
     class LookupSession:
         needs = modules = ("numpy",)
@@ -243,7 +251,7 @@ def test_a_new_target_is_one_class_a_room(made: Made, tmp_path: Path, monkeypatc
     monkeypatch.setitem(TARGETS, "lookup", LookupTarget)
     monkeypatch.setitem(RUNTIMES, "lookup", LookupSession)
     model = export(ExportConfig(target="lookup"), made.student, made.dataset, tmp_path / "model")
-    assert model.facts["parity"]["max_difference"] < 1e-5
+    assert model.facts.parity.max_difference < 1e-5
 
 
 def test_unknown_target(made: Made, tmp_path: Path) -> None:
@@ -274,19 +282,19 @@ def test_calibration_comes_from_the_training_part(made: Made) -> None:
 
 def test_dead_outputs_are_refused() -> None:
     alive = np.random.default_rng(0).normal(size=(8, 10)).astype(np.float32)
-    assert damage(alive, alive)["top1_agreement"] == 1
+    assert damage(TASK, alive, alive).agreement == 1
     for dead in (np.ones_like(alive), np.full_like(alive, np.nan)):
         with pytest.raises(GateFailed):
-            damage(alive, dead)
+            damage(TASK, alive, dead)
 
 
 def test_parity_refuses_to_say_nothing() -> None:
     constant, paths = np.ones((4, 3), np.float32), [Path(str(at)) for at in range(4)]
     with pytest.raises(GateFailed, match="do not depend"):
-        compare(constant, constant, paths)
+        compare(TASK, constant, constant, paths)
     with pytest.raises(GateFailed, match="shape"):
-        compare(np.zeros((4, 3)), np.zeros((4, 2)), paths)
-    broken = compare(np.eye(3), np.full((3, 3), np.nan), paths)
+        compare(TASK, np.zeros((4, 3)), np.zeros((4, 2)), paths)
+    broken = compare(TASK, np.eye(3), np.full((3, 3), np.nan), paths)
     assert broken.relative > 1e3
 
 
@@ -294,7 +302,7 @@ def test_a_rewritten_module_computes_the_same() -> None:
     """MobileViTv2's attention as litert-torch can take it."""
     import timm
 
-    from kdpipe.networks.rewrites import for_tflite
+    from kdpipe.export.rewrites import for_tflite
 
     network = timm.create_model("mobilevitv2_050", num_classes=10).eval()
     image = torch.randn(2, 3, 64, 64)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import SMALL_TRAIN, Made
+from conftest import SMALL_TRAIN, Made, train, train_together
 
 from kdpipe.chain import Chain
 from kdpipe.core.config import DistillPlan, InputSettings, ModelSettings, TrainConfig, control_of, validated
 from kdpipe.core.errors import UserError
 from kdpipe.distill.teacher import Teacher
-from kdpipe.distill.train import companions, train, train_together
+from kdpipe.distill.train import companions
 from kdpipe.pipeline import student_runs
 
 INPUT = {"size": 32, "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2], "interpolation": "bicubic"}

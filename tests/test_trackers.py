@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import SMALL_TRAIN, Made
+from conftest import SMALL_TRAIN, Made, train, train_together
 
-from kdpipe.core.artifact import Checkpoint
 from kdpipe.core.config import TrainConfig, validated
 from kdpipe.core.errors import UserError
-from kdpipe.distill.train import train, train_together
+from kdpipe.core.kinds import Checkpoint
 
 
 def configuration(tracker: str, seed: int = 0, **train: object) -> TrainConfig:

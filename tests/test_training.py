@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import SMALL_TRAIN, Made, replace_file
+from conftest import SMALL_TRAIN, Made, replace_file, train
 from torch import nn
 from torch.utils.data import DataLoader
 
-from kdpipe.core.artifact import Checkpoint
+from kdpipe.core.artifact import Order
 from kdpipe.core.config import (
     AdoptConfig,
     AugmentSettings,
@@ -29,6 +29,7 @@ from kdpipe.core.config import (
 )
 from kdpipe.core.errors import UserError
 from kdpipe.core.inputs import InputSpec
+from kdpipe.core.kinds import Checkpoint
 from kdpipe.core.proc import children_signal_kept
 from kdpipe.data.dataset import UNLABELED, Sample
 from kdpipe.distill import loop
@@ -173,7 +174,7 @@ def test_teacher_is_left_bit_identical(made: Made, tmp_path: Path, monkeypatch: 
         return network, spec
 
     monkeypatch.setattr(models, "restore", watched)
-    trainer.train(small(), made.dataset, made.teacher, tmp_path / "student")
+    train(small(), made.dataset, made.teacher, tmp_path / "student")
     [teacher] = seen
     before, _ = restore(made.teacher)
     assert not teacher.training
@@ -184,13 +185,15 @@ def test_teacher_is_left_bit_identical(made: Made, tmp_path: Path, monkeypatch: 
 
 def test_same_run_same_weights_in_another_process(made: Made, tmp_path: Path) -> None:
     config = small()
-    first = trainer.train(config, made.dataset, made.teacher, tmp_path / "first")
+    first = train(config, made.dataset, made.teacher, tmp_path / "first")
     script = (
-        "import sys; from pathlib import Path; from kdpipe.core.artifact import Checkpoint;"
+        "import sys; from pathlib import Path; from kdpipe.core.kinds import Checkpoint;"
+        "from kdpipe.chain import train_order;"
         "from kdpipe.core.config import TrainConfig; from kdpipe.data.dataset import Dataset;"
         "from kdpipe.distill.train import train;"
-        "train(TrainConfig.model_validate_json(sys.argv[1]), Dataset.open(sys.argv[2]),"
-        " Checkpoint.open(sys.argv[3]), Path(sys.argv[4]))"
+        "config = TrainConfig.model_validate_json(sys.argv[1]);"
+        "dataset, teacher = Dataset.open(sys.argv[2]), Checkpoint.open(sys.argv[3]);"
+        "train(train_order(config, dataset, teacher), dataset, teacher, Path(sys.argv[4]))"
     )
     arguments = [config.model_dump_json(), made.dataset.path, made.teacher.path, tmp_path / "second"]
     subprocess.run([sys.executable, "-c", script, *map(str, arguments)], check=True)
@@ -203,8 +206,8 @@ def test_facts_are_what_the_weights_do(made: Made) -> None:
     logits, labels = loop.evaluate(network, spec, made.dataset, "test", workers=0)
     with np.load(made.student.file("test_logits.npz")) as stored:
         np.testing.assert_allclose(stored["logits"], logits, atol=1e-5)
-    assert made.student.facts["test_accuracy"] == pytest.approx((logits.argmax(1) == labels).mean())
-    assert made.student.facts["training_images"] == len(
+    assert made.student.facts.test_accuracy == pytest.approx((logits.argmax(1) == labels).mean())
+    assert made.student.facts.training_images == len(
         json.loads(made.student.file("images.json").read_text())["positions"]
     )
 
@@ -213,7 +216,7 @@ def test_facts_are_what_the_weights_do(made: Made) -> None:
 def test_divergence_is_refused(made: Made, tmp_path: Path, precision: str, cure: str) -> None:
     train = {**SMALL_TRAIN, "optimizer": "sgd", "learning_rate": 1e12, "precision": precision}
     with pytest.raises(UserError, match=f"loss became .* in epoch [0-9]+, batch [0-9]+: .*{cure}"):
-        trainer.train(small(method="labels", train=train), made.dataset, None, tmp_path / "student")
+        train(small(method="labels", train=train), made.dataset, None, tmp_path / "student")
     assert not list(tmp_path.iterdir())
 
 
@@ -222,8 +225,8 @@ def test_half_precision_trains(made: Made, tmp_path: Path) -> None:
     accuracies = []
     for precision in ("float32", "fp16"):
         config = small(label_fraction=0.15, train={**SMALL_TRAIN, "precision": precision})
-        done = trainer.train(config, made.dataset, made.teacher, tmp_path / precision)
-        accuracies.append(done.facts["test_accuracy"])
+        done = train(config, made.dataset, made.teacher, tmp_path / precision)
+        accuracies.append(done.facts.test_accuracy)
     assert accuracies[1] > accuracies[0] - 0.05
 
 
@@ -234,6 +237,7 @@ from kdpipe.core.config import TrainConfig
 from kdpipe.data.dataset import Dataset
 from kdpipe.core.errors import UserError
 import kdpipe.distill.loop as loop
+from kdpipe.chain import train_order
 from kdpipe.distill.train import train
 learn = loop.Run._learn
 def limited(self, *arguments):
@@ -242,7 +246,8 @@ def limited(self, *arguments):
     return learn(self, *arguments)
 loop.Run._learn = limited
 try:
-    train(TrainConfig.model_validate_json(sys.argv[1]), Dataset.open(sys.argv[2]), None, Path(sys.argv[3]))
+    dataset = Dataset.open(sys.argv[2])
+    train(train_order(TrainConfig.model_validate_json(sys.argv[1]), dataset, None), dataset, None, Path(sys.argv[3]))
 except UserError as error:
     print(error)
 """
@@ -263,16 +268,14 @@ def test_a_teacher_of_two_classes_has_no_dkd(photos: Path, tmp_path: Path) -> No
 
     dataset = prepared(tmp_path, source=str(photos))
     values = {"model": "test_resnet", "input": {"size": 32}, "train": {**SMALL_TRAIN, "epochs": 1}}
-    alone = trainer.train(
-        validated(TrainConfig, {**values, "method": "labels"}, "test"), dataset, None, tmp_path / "teacher"
-    )
+    alone = train(validated(TrainConfig, {**values, "method": "labels"}, "test"), dataset, None, tmp_path / "teacher")
     for method in METHODS:
         config = validated(TrainConfig, {**values, "method": method}, "test")
         if method == "dkd":
             with pytest.raises(UserError, match="method 'dkd' needs three classes at least, found 2"):
-                trainer.train(config, dataset, alone, tmp_path / method)
+                train(config, dataset, alone, tmp_path / method)
         else:
-            trainer.train(config, dataset, alone, tmp_path / method)
+            train(config, dataset, alone, tmp_path / method)
 
 
 def test_classes_in_another_order(made: Made, tmp_path: Path) -> None:
@@ -281,14 +284,14 @@ def test_classes_in_another_order(made: Made, tmp_path: Path) -> None:
     labels = json.dumps(made.dataset.classes[::-1]).encode()
     replace_file(other, "labels.json", labels)
     with pytest.raises(UserError, match="knows the same classes in another order"):
-        trainer.train(small(), made.dataset, Checkpoint.open(other), tmp_path / "student")
+        train(small(), made.dataset, Checkpoint.open(other), tmp_path / "student")
 
 
 def test_fewer_images_than_a_batch(made: Made, tmp_path: Path) -> None:
     """They make one batch of what there is."""
     config = small(label_fraction=0.01, train={**SMALL_TRAIN, "epochs": 2, "batch_size": 64})
-    done = trainer.train(config, made.dataset, made.teacher, tmp_path / "student")
-    assert 10 <= done.facts["training_images"] < 64
+    done = train(config, made.dataset, made.teacher, tmp_path / "student")
+    assert 10 <= done.facts.training_images < 64
 
 
 @pytest.mark.parametrize(
@@ -337,7 +340,7 @@ def test_checkpoints_that_do_not_fit(made: Made, workdir: Path, make, message: s
     make(path)
     config = AdoptConfig(model="test_resnet", checkpoint=path, input=InputSettings(size=32))
     with pytest.raises(UserError, match=message) as caught:
-        trainer.adopt(config, made.dataset, workdir / "out")
+        trainer.adopt(Order("adopt", config, {"data": made.dataset}), made.dataset, workdir / "out")
     assert "\n" not in str(caught.value)
     assert not (workdir / "owned").exists()
     assert not (workdir / "out").exists()
@@ -349,8 +352,8 @@ def test_adopted_checkpoint_keeps_its_accuracy(made: Made, tmp_path: Path, wrapp
     state = network.state_dict()
     torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}} if wrapped else state, tmp_path / "t.pth")
     config = AdoptConfig(model="test_resnet", checkpoint=tmp_path / "t.pth", input=InputSettings(size=32))
-    adopted = trainer.adopt(config, made.dataset, tmp_path / "out")
-    assert adopted.facts["test_accuracy"] == made.teacher.facts["test_accuracy"]
+    adopted = trainer.adopt(Order("adopt", config, {"data": made.dataset}), made.dataset, tmp_path / "out")
+    assert adopted.facts.test_accuracy == made.teacher.facts.test_accuracy
     assert str(tmp_path) not in (adopted.path / "manifest.json").read_text()
 
 
@@ -359,11 +362,11 @@ def test_teacher_of_other_classes(made: Made, photos: Path, tmp_path: Path) -> N
 
     other = prepared(tmp_path, source=str(photos))
     with pytest.raises(UserError, match="knows 10 other classes than the data"):
-        trainer.train(small(), other, made.teacher, tmp_path / "student")
+        train(small(), other, made.teacher, tmp_path / "student")
 
 
 def test_worker_processes_leave_no_signal_handler(made: Made, tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGCHLD)
-    trainer.train(small(train={**SMALL_TRAIN, "epochs": 1, "workers": 2}), made.dataset, made.teacher, tmp_path / "a")
+    train(small(train={**SMALL_TRAIN, "epochs": 1, "workers": 2}), made.dataset, made.teacher, tmp_path / "a")
     assert signal.getsignal(signal.SIGCHLD) == before
     subprocess.run(["true"], check=True)

@@ -7,16 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL_TRAIN
+from conftest import SMALL_TRAIN, train
 from test_methods import batch, network, task_of
 
 from kdpipe.chain import Chain
-from kdpipe.core.artifact import Checkpoint
 from kdpipe.core.config import DataPlan, DistillSettings, TeacherPlan, TrainConfig, validated
 from kdpipe.core.errors import UserError
+from kdpipe.core.kinds import Checkpoint
 from kdpipe.data.dataset import UNLABELED, Dataset
 from kdpipe.distill.methods import METHODS, label_loss
-from kdpipe.distill.train import train
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +43,14 @@ def configuration(**change: Any) -> TrainConfig:
 def test_methods_without_labels_take_them(semi: tuple[Dataset, Checkpoint], tmp_path: Path, method: str) -> None:
     dataset, teacher = semi
     done = train(configuration(method=method, train={"epochs": 4}), dataset, teacher, tmp_path / "student")
-    assert done.facts["unlabeled_images"] == 300
-    assert 40 < done.facts["training_images"] < 70
+    assert done.facts.unlabeled_images == 300
+    assert 40 < done.facts.training_images < 70
 
 
 def test_labels_alone_leave_them_out(semi: tuple[Dataset, Checkpoint], tmp_path: Path) -> None:
     dataset, teacher = semi
     done = train(configuration(method="labels"), dataset, teacher, tmp_path / "student")
-    assert done.facts["unlabeled_images"] == 0
+    assert done.facts.unlabeled_images == 0
 
 
 @pytest.mark.parametrize("train_change", [{}, {"mixup": 0.2, "cutmix": 1.0}], ids=["plain", "mixed"])
@@ -60,8 +59,8 @@ def test_no_labels_at_all(semi: tuple[Dataset, Checkpoint], tmp_path: Path, trai
     dataset, teacher = semi
     config = configuration(label_fraction=0, train={"epochs": 12, **train_change})
     done = train(config, dataset, teacher, tmp_path / "student")
-    assert done.facts["training_images"] == 0
-    assert done.facts["test_accuracy"] > 0.5
+    assert done.facts.training_images == 0
+    assert done.facts.test_accuracy > 0.5
 
 
 @pytest.mark.parametrize(

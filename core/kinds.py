@@ -1,0 +1,389 @@
+"""The kinds of artifacts: what each stage found out, and what the files of its artifact are called.
+
+The record of an artifact's findings is the ``facts`` of its manifest, validated whenever it is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from pydantic import ConfigDict, Field
+
+from .artifact import EVIDENCE, Artifact, Record
+from .inputs import InputSpec
+from .stats import Interval
+
+F = TypeVar("F", bound=Record)
+
+Precision = Literal["float32", "float16", "bf16", "int8"]
+
+
+class RuntimeSession(Record):
+    """What a runtime says of itself: its settings as they were really taken."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")  # each runtime has settings of its own
+
+    runtime: str
+    version: str
+    threads: int
+    inference_precision: str | None = None
+
+
+class Labelled(Artifact[F]):
+    """What knows the names of its outputs."""
+
+    LABELS = "labels.json"
+
+    @property
+    def labels(self) -> list[str]:
+        """The classes, in the order of the outputs."""
+        return [str(name) for name in json.loads(self.file(self.LABELS).read_text())]
+
+
+# ---- checkpoint ------------------------------------------------------------------------------------------
+
+
+class TrainingPrecision(Record):
+    """In which format a network was trained, and what a step took in each candidate where they were timed."""
+
+    name: str
+    channels_last: bool
+    seconds_a_step: dict[str, float]
+
+
+class BestEpoch(Record):
+    """The epoch that did best on the validation part."""
+
+    epoch: int
+    validation_accuracy: float
+
+
+class CheckpointFacts(Record):
+    """What is known of a network: what it is, how it came to its weights, how it does on the test images."""
+
+    task: str
+    model: str
+    model_args: dict[str, Any]
+    classes: int
+    input: InputSpec
+    parameters: int
+    test_accuracy: float
+    test_images: int
+    method: str
+    training_images: int
+    unlabeled_images: int = 0
+    epochs: int
+    selected: str
+    best_validation: BestEpoch | None = None
+    last_validation: float | None = None
+    precision: TrainingPrecision | None = None  # None where it was not trained here
+    cache: str | None = None  # key of the cache it learned from
+
+
+class Checkpoint(Labelled[CheckpointFacts]):
+    """Weights of a teacher or a student, with its InputSpec and labels."""
+
+    kind = "checkpoint"
+    Facts = CheckpointFacts
+    WEIGHTS = "model.safetensors"
+    HISTORY = "history.jsonl"  # one row an epoch
+    IMAGES = "images.json"  # which training images it learned from
+    TEST_OUTPUTS = "test_logits.npz"  # ``logits`` [N, K] and ``labels`` [N] of the test part
+
+
+# ---- cache -----------------------------------------------------------------------------------------------
+
+
+class CacheFacts(Record):
+    """How much a teacher was asked, and how its outputs are stored (``top`` None: all of them)."""
+
+    views: int
+    images: int
+    classes: int
+    top: int | None
+    bytes: int
+    record_bytes: int
+
+
+class Cache(Artifact[CacheFacts]):
+    """What a teacher said of so many views of every image."""
+
+    kind = "cache"
+    Facts = CacheFacts
+    IMAGES = "images.npy"  # numbers of the images, ascending: a record each in every shard
+
+    def shard(self, view: int) -> Path:
+        """The file of one view number."""
+        return self.file(self.shard_name(view))
+
+    @staticmethod
+    def shard_name(view: int) -> str:
+        return f"view-{view:05d}.bin"
+
+
+# ---- graph -----------------------------------------------------------------------------------------------
+
+
+class ParityFacts(Record):
+    """How far a file's outputs are from torch's on real images."""
+
+    images: int
+    max_difference: float
+    logit_spread: float
+    relative_difference: float
+    agreement: float  # of what both say of an image, 0 to 1
+    worst_image: str
+    session: RuntimeSession | None = None
+
+
+class HopParity(Record):
+    """Parity of the graph as torch wrote it, and simplified."""
+
+    exported: ParityFacts
+    simplified: ParityFacts
+
+
+class GraphFacts(Record):
+    """What a graph is of and made of, how far it is from torch, what it took to write."""
+
+    task: str
+    model: str
+    input: InputSpec
+    nodes_by_kind: dict[str, int]
+    parity: HopParity
+    export_seconds: float
+    simplify_seconds: float
+
+
+class Graph(Labelled[GraphFacts]):
+    """One student as ONNX, simplified: what most targets are made from."""
+
+    kind = "graph"
+    Facts = GraphFacts
+    ONNX = "model.onnx"
+    # Accuracy by hop: ``positions`` of test images, and what the graph says of them, ``exported`` and ``simplified``.
+    HOPS = "hops.npz"
+    PARITY_OUTPUTS = "torch_logits.npy"  # torch's of the parity images
+
+
+# ---- model -----------------------------------------------------------------------------------------------
+
+
+class Damage(Record):
+    """What a variant changed in its outputs."""
+
+    images: int
+    signal_to_noise_db: float
+    agreement: float  # of what both say of an image, 0 to 1
+
+
+class Mix(Record):
+    """One mix of float and small layers: how many stay float, and what that costs and gives.
+
+    ``over_float32`` is the latency as a share of float32's; None where it cannot be timed here.
+    """
+
+    kept: int
+    drop_points: float  # of accuracy against float32, on the held-out images; negative is a gain
+    drop_low: float | None
+    drop_high: float | None
+    images: int
+    over_float32: float | None
+    size_bytes: int
+
+    def holds(self, max_drop: float) -> bool:
+        return self.drop_points <= max_drop
+
+
+class GuardFacts(Record):
+    """The drop that was allowed, every mix that was tried, and the layers that stayed float."""
+
+    max_drop_points: float
+    curve: tuple[Mix, ...]
+    kept_float: tuple[str, ...]
+
+
+class LayerNoise(Record):
+    """A layer's signal-to-noise ratio, in decibels; None where the tensor is exact or does not exist when small."""
+
+    name: str
+    kind: str
+    in_db: float | None
+    out_db: float | None
+
+
+class ModelFacts(Record):
+    """What a model is and how a runtime must open it; what making it found."""
+
+    task: str
+    target: str
+    variant: str
+    precision: Precision
+    entry: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")  # the file that the runtime opens
+    input: InputSpec
+    model: str
+    nodes_by_kind: dict[str, int]
+    runtime: dict[str, Any]  # settings that the runtime must take
+    stand_in: str | None = None  # the runtime that reads the same file where the target's own cannot run
+    not_built_here: bool = False
+    parity: ParityFacts | None = None  # of the float32 file
+    settings: dict[str, Any] = Field({})  # the quantiser's own
+    calibration_images: int = 0
+    against_float32: Damage | None = None
+    guard: GuardFacts | None = None
+
+    def for_runtime(self) -> dict[str, Any]:
+        """The same as plain values, as ``runtime`` takes it on every machine."""
+        return self.model_dump(mode="json")
+
+
+class Model(Labelled[ModelFacts]):
+    """One student for one target in one variant: float32, or what was made of that."""
+
+    kind = "model"
+    Facts = ModelFacts
+    BUILD_SCRIPT = "build_engine.sh"  # of a target whose engine is built on the device
+    NOISE_BY_LAYER = f"{EVIDENCE}/layers.json"
+    CALIBRATION = f"{EVIDENCE}/calibration.json"
+
+    @property
+    def entry(self) -> Path:
+        """The file that the runtime opens."""
+        return self.file(self.facts.entry)
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the model itself: its entry and, for OpenVINO, the weights beside it."""
+        stem = Path(self.facts.entry).stem
+        return sum(record.size_bytes for name, record in self.manifest.files.items() if Path(name).stem == stem)
+
+    @property
+    def noise_by_layer(self) -> list[LayerNoise]:
+        """Noise of every layer in the order they run; none where the target has no single layers."""
+        if self.NOISE_BY_LAYER not in self.manifest.files:
+            return []
+        return [LayerNoise.model_validate(row) for row in json.loads(self.file(self.NOISE_BY_LAYER).read_text())]
+
+
+# ---- bundle ----------------------------------------------------------------------------------------------
+
+
+class BundleFacts(ModelFacts):
+    """The model's, and what the bundle promises of its golden inputs."""
+
+    size_bytes: int
+    golden_images: int
+    golden_tolerance: float
+
+
+class Bundle(Labelled[BundleFacts]):
+    """A model with labels, golden inputs and the runner: what goes onto a device."""
+
+    kind = "bundle"
+    Facts = BundleFacts
+    RUNNER = "runtime"  # folder of the runner's sources
+
+
+# ---- measurement -----------------------------------------------------------------------------------------
+
+
+class Result(Record):
+    """What was measured of one bundle; None where it was not."""
+
+    status: str
+    accuracy: Interval | None = None
+    accuracy_by: str | None = None  # the runtime that ran the test images
+    session: RuntimeSession | None = None
+    latency_p50_ms: Interval | None = None
+    latency_p90_ms: Interval | None = None
+    latency_p50_by_process_ms: list[float] | None = None
+    latency_p90_by_process_ms: list[float] | None = None
+    inferences: int | None = None
+    import_ms: list[float] | None = None
+    load_ms: list[float] | None = None
+    first_inference_ms: list[float] | None = None
+    prepare_ms: float | None = None
+    peak_memory_bytes: int | None = None
+    memory_before_open_bytes: int | None = None
+    warm_up_settled: bool | None = None
+
+
+class MeasurementFacts(Record):
+    """One session on one device: results by bundle, latency ratios against ``reference``, and the A/A control."""
+
+    task: str
+    device: str
+    emulated: bool
+    probe_before: dict[str, Any]
+    probe_after: dict[str, Any]
+    reference: str | None
+    results: dict[str, Result]
+    ratios: dict[str, Interval]
+    control: Interval | None
+    control_limit: float
+    trusted: bool | None  # None: nothing was timed
+
+
+class Measurement(Artifact[MeasurementFacts]):
+    """Raw latency samples and outputs of several bundles, measured in one session on one device."""
+
+    kind = "measurement"
+    Facts = MeasurementFacts
+    LABELS = "labels.npy"  # of the test part
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Of the test part, in its order."""
+        return np.asarray(np.load(self.file(self.LABELS), allow_pickle=False))
+
+    def outputs(self, bundle: str) -> np.ndarray:
+        """What a bundle said of the test part, float32 [N, ...]."""
+        return np.asarray(np.load(self.file(self.outputs_name(bundle)), allow_pickle=False))
+
+    def all_outputs(self, bundles: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+        """Those of ``bundles`` that were run at all, one at a time."""
+        for name in bundles:
+            if self.outputs_name(name) in self.manifest.files:
+                yield name, self.outputs(name)
+
+    @staticmethod
+    def outputs_name(bundle: str) -> str:
+        """The file of a bundle's outputs [N, ...] for the test part."""
+        return f"logits/{bundle}.npy"
+
+    @staticmethod
+    def samples_name(bundle: str) -> str:
+        """The file of a bundle's raw latencies, in nanoseconds, by process."""
+        return f"latency_ns/{bundle}.json"
+
+
+# ---- report ----------------------------------------------------------------------------------------------
+
+
+class GainFacts(Record):
+    """What a method added over the labels alone, in points; None without a control."""
+
+    method: str
+    gain_points: Interval | None
+
+
+class ReportFacts(Record):
+    """The report in a few words."""
+
+    trusted: bool | None
+    bundles: int
+    pareto: list[str]
+    gains: list[GainFacts]
+
+
+class Report(Artifact[ReportFacts]):
+    """The page and the numbers a person reads."""
+
+    kind = "report"
+    Facts = ReportFacts
+    PAGE = "report.html"
+    NUMBERS = "report.json"
