@@ -23,7 +23,6 @@ from typing import Annotated
 import torch
 import typer
 from safetensors.torch import save_file
-from torch import Tensor
 
 from distill import timms, torchdistills  # the benchmark beside this one
 from kdpipe.chain import Chain
@@ -38,7 +37,7 @@ from kdpipe.distill.ranks import Ranks
 from kdpipe.distill.teacher import open_teacher
 from kdpipe.distill.trackers import Nothing
 from kdpipe.distill.train import cache_config
-from kdpipe.distill.views import TrainingViews, training_images
+from kdpipe.distill.views import TrainingView, TrainingViews, training_images
 from kdpipe.networks import models
 
 FRACTION, VIEWS = 0.1, 2
@@ -83,26 +82,19 @@ def main(
         views = TrainingViews(source, config.train, spec, len(dataset.classes), 0)
         seen = [views[(0, int(number))] for number in source.numbers[:batch]]
         image, label = torch.stack([view.image for view in seen]), torch.tensor([view.label for view in seen])
+        numbers = torch.from_numpy(source.numbers[:batch])
+        address = [torch.zeros(batch, dtype=torch.long), numbers]
+        view = TrainingView(image, label, label, address)
 
-        def stepper(method: str, guide: Checkpoint | None, cache: Cache | None) -> Callable[[], object]:
+        def stepper(method: str, teacher: Checkpoint | None, cache: Cache | None) -> Callable[[], object]:
             run_config = config.model_copy(update={"method": method})
-            remembered = CachedTeacher(cache) if cache else None
-            live = open_teacher(guide, dataset, spec) if guide and not cache else None
-            task = METHODS[method](run_config, copy.deepcopy(network), spec, remembered or live)
-            run = Run(run_config, task, dataset, spec, 10**6, Ranks(), None, Nothing())
-            numbers = torch.from_numpy(source.numbers[:batch])
-
-            def step() -> object:
-                fresh: Tensor = image.view_as(image)  # a new tensor: a live teacher answers anew
-                if remembered is not None:
-                    remembered.recall(torch.zeros(batch, dtype=torch.long), numbers)
-                return run.learn(Batch(fresh, label, label, Ranks()))
-
-            if remembered is not None:
-                remembered.recall(torch.zeros(batch, dtype=torch.long), numbers)
-            run.begin(Batch(image, label, label, Ranks()))
+            live = open_teacher(teacher, dataset, spec) if teacher and not cache else None
+            asked = CachedTeacher(cache) if cache else live
+            made = METHODS[method](run_config, copy.deepcopy(network), spec, asked)
+            run = Run(run_config, made, dataset, spec, 10**6, Ranks(), None, Nothing())
+            run.begin(Batch(view, Ranks(), asked))
             run.begin_epoch()
-            return step
+            return lambda: run.learn(Batch(view, Ranks(), asked))
 
         steps = {"labels alone": stepper("labels", None, None)}
         look_up: CachedTeacher | None = None
@@ -130,10 +122,9 @@ def main(
             found = ratio_interval(seconds[name][1:], seconds["cached teacher"][1:])
             print(f"{name:<36} takes {found.value:.2f} of a step from the cache [{found.low:.2f}, {found.high:.2f}]")
         assert look_up is not None
-        numbers = torch.from_numpy(source.numbers[:batch])
         begun = time.perf_counter()
         for _ in range(100):
-            look_up.recall(torch.zeros(batch, dtype=torch.long), numbers)
+            look_up(image, (address[0], numbers))
         share = (time.perf_counter() - begun) / 100 / min(seconds["cached teacher"][1:])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
         print(f"looking up takes {share:.2%} of a step; peak memory {peak} MiB")

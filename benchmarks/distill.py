@@ -33,6 +33,7 @@ from kdpipe.distill.methods import METHODS
 from kdpipe.distill.ranks import Ranks
 from kdpipe.distill.teacher import Teacher
 from kdpipe.distill.trackers import Nothing
+from kdpipe.distill.views import TrainingView
 
 TEMPERATURE, LEARNING_RATE, WEIGHT_DECAY = 4.0, 1e-3, 0.05
 Step = Callable[[], float]  # one training step; its loss
@@ -139,15 +140,17 @@ def ours(student: nn.Module, teacher: nn.Module, image: Tensor, label: Tensor, b
     spec = InputSpec(size=size, mean=(0, 0, 0), std=(1, 1, 1), crop_fraction=1.0, interpolation="bilinear")
     with tempfile.TemporaryDirectory() as folder:
         dataset = Chain(Path(folder)).data(DataPlan(source="digits", test_split=None, val_fraction=0.1))
-        task = METHODS["kd"](config, student, spec, Teacher(teacher, spec, spec))
-        run = Run(config, task, dataset, spec, 10**6, Ranks(), None, Nothing())
-    run.begin(Batch(image, label, label, Ranks()))
+        asked = Teacher(teacher, spec, spec)
+        method = METHODS["kd"](config, student, spec, asked)
+        run = Run(config, method, dataset, spec, 10**6, Ranks(), None, Nothing())
+    view = TrainingView(image, label, label, [torch.zeros_like(label), torch.arange(len(label))])
+    run.begin(Batch(view, Ranks(), asked))
     run.begin_epoch()
     before = 0.0
 
     def step() -> float:
         nonlocal before
-        run.learn(Batch(image.view_as(image), label, label, Ranks()))  # a new tensor: the teacher answers anew
+        run.learn(Batch(view, Ranks(), asked))
         total, before = run._sums["loss"] - before, run._sums["loss"]
         return total / len(label)
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from ..networks.models import input_spec
 from ..runtime.task import TASKS
 from .precision import Precision
 from .ranks import Ranks, join
-from .teacher import Lesson, Teacher, open_teacher
+from .teacher import Address, Teacher, TeacherOutput, open_teacher
 from .views import TrainingViews, training_images
 
 BATCH = 64
@@ -137,7 +137,7 @@ def _fetch(url: str, path: Path) -> None:
 
 
 class CachedTeacher(nn.Module):
-    """A teacher that remembers: told which views a batch holds, it gives the lesson that was stored for them."""
+    """A teacher that remembers: asked about views by their numbers, it gives the output that was stored for them."""
 
     def __init__(self, cache: Cache) -> None:
         super().__init__()
@@ -147,25 +147,16 @@ class CachedTeacher(nn.Module):
         self._cache = cache
         self._images = np.load(cache.file(cache.IMAGES), mmap_mode="r", allow_pickle=False)  # ascending
         self._shards: dict[int, np.memmap[Any, Any]] = {}
-        self._lesson: Lesson | None = None
 
-    def recall(self, views: Tensor, images: Tensor) -> None:
-        """Look up what was said of these views [B] of these images [B]."""
+    def forward(self, view: Tensor, address: Address) -> TeacherOutput:
+        """The output for the views [B, 3, H, W] of these numbers, on their device; the pixels are not looked at."""
+        views, images = address
         records = np.empty(len(images), self._kind)
         rows = np.searchsorted(self._images, images.numpy())
         for view in np.unique(views.numpy()).tolist():
             here = views.numpy() == view
             records[here] = self._shard(int(view))[rows[here]]
-        self._lesson = Lesson(decode(records, self._classes))
-
-    def forward(self, view: Tensor) -> Lesson:
-        assert self._lesson is not None
-        if self._lesson.logits.device != view.device:
-            self._lesson = Lesson(self._lesson.logits.to(view.device))
-        return self._lesson
-
-    def train(self, mode: bool = True) -> Self:
-        return super().train(False)
+        return TeacherOutput(decode(records, self._classes).to(view.device))
 
     def _shard(self, view: int) -> np.memmap[Any, Any]:
         if view not in self._shards:
@@ -295,12 +286,11 @@ def verify(cache: Cache, dataset: Dataset, teacher: Checkpoint, share: float, se
     count = max(1, round(share * total))
     chosen = np.sort(np.random.default_rng(seed).choice(total, count, replace=False))
     addresses = [(int(at) // len(job.images), int(job.images[at % len(job.images)])) for at in chosen]
-    remembered = CachedTeacher(cache)
+    cached = CachedTeacher(cache)
     task, worst, agree = TASKS[teacher.facts.task], 0.0, 0
-    for batch, lesson in job.answers(addresses, "asking again"):
-        remembered.recall(*batch)
-        stored = remembered(lesson.logits).logits
-        again = decode(encode(lesson.logits, job.kind), job.classes)
+    for address, output in job.answers(addresses, "asking again"):
+        stored = cached(output.logits, address).logits
+        again = decode(encode(output.logits, job.kind), job.classes)
         worst = max(worst, float(((stored - again).abs() / again.abs().clamp(min=1)).max()))
         agree += round(task.agreement(stored.numpy(), again.numpy()) * len(again))
     found = {"checked": count, "of": total, "largest_relative_difference": worst, "top1_agreement": agree / count}
@@ -339,28 +329,26 @@ class _Job:
             addresses = [(view, int(image)) for image in self.images]
             draft = folder / f"{Cache.shard_name(view)}.new"
             with draft.open("wb") as stream:
-                for _, lesson in self.answers(addresses, f"asking the teacher, view {done + 1} of {len(missing)}"):
-                    stream.write(encode(lesson.logits, self.kind).tobytes())
+                for _, output in self.answers(addresses, f"asking the teacher, view {done + 1} of {len(missing)}"):
+                    stream.write(encode(output.logits, self.kind).tobytes())
                 stream.flush()
                 os.fsync(stream.fileno())
             draft.replace(folder / Cache.shard_name(view))
 
-    def answers(
-        self, addresses: Sequence[tuple[int, int]], what: str
-    ) -> Iterator[tuple[tuple[Tensor, Tensor], Lesson]]:
-        """The teacher's lessons on these views, batch by batch, with (view numbers, images)."""
+    def answers(self, addresses: Sequence[tuple[int, int]], what: str) -> Iterator[tuple[Address, TeacherOutput]]:
+        """The teacher's outputs for these views, batch by batch, with their numbers."""
         batches = [list(addresses[at : at + BATCH]) for at in range(0, len(addresses), BATCH)]
         loader = DataLoader(self.views, batch_sampler=batches, num_workers=self.config.workers)
         with children_signal_kept(), progress(what, len(addresses)) as advance:
             for image, _, _, (views, images) in loader:
-                lesson = self.ask(image)
-                yield (views, images), lesson
+                yield (views, images), self.ask(image)
                 advance(len(images), "")
 
-    def ask(self, image: Tensor) -> Lesson:
+    def ask(self, image: Tensor) -> TeacherOutput:
+        """The teacher's float32 logits [B, K] for views [B, 3, H, W], on the CPU."""
         with self.precision.context(self.ranks.device_kind):
-            lesson = self.teacher(image.to(self.ranks.device))
-        return Lesson(lesson.logits.float().cpu())
+            output = self.teacher(image.to(self.ranks.device))
+        return TeacherOutput(output.logits.float().cpu())
 
     def timed(self) -> tuple[float, float]:
         """Seconds to make a view, and to ask about it."""

@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,28 +31,56 @@ from ..core.proc import children_signal_kept, first_line
 from ..core.progress import note, progress
 from ..data.dataset import Dataset, Part
 from ..networks.models import Normalise
+from ..runtime.task import TASKS
 from .cache import CachedTeacher
-from .methods import DistillationTask, Phase
+from .methods import Method, Phase
 from .precision import Precision, fastest
 from .ranks import Ranks
+from .teacher import Address, Teacher, TeacherOutput
 from .trackers import Tracker
-from .views import EpochBatches, EvaluationViews, TrainingViews, seeded
+from .views import EpochBatches, EvaluationViews, TrainingView, TrainingViews, seeded
 
 STATE = "state.pt"
 
 
 class Batch:
-    """One batch as every run of a lockstep sees it, laid out once for each memory format."""
+    """One batch as every run of a lockstep sees it: laid out once for each memory format, and the teacher asked once
+    for each precision.
+    """
 
-    def __init__(self, image: Tensor, label: Tensor, target: Tensor, ranks: Ranks) -> None:
-        self.label, self.target = label, target.to(ranks.device)
-        self._images = {False: image.to(ranks.device)}
+    def __init__(self, view: TrainingView, ranks: Ranks, teacher: Teacher | CachedTeacher | None) -> None:
+        """``view``: of a batch; what it holds has the batch as its first dimension."""
+        self.label = cast("Tensor", view.label)
+        self.target = cast("Tensor", view.target).to(ranks.device)
+        self._address = cast("Address", tuple(view.address))
+        self._device, self._teacher = ranks.device_kind, teacher
+        self._images = {False: view.image.to(ranks.device)}
+        self._outputs: dict[tuple[str, bool], TeacherOutput] = {}
+
+    @property
+    def numbers(self) -> Tensor:
+        """Numbers of the images [B]."""
+        return self._address[1]
 
     def image(self, precision: Precision) -> Tensor:
-        """The views [B, 3, H, W]; the same tensor for the same layout, by which a teacher knows it again."""
+        """The views [B, 3, H, W] in the layout of ``precision``."""
         if precision.channels_last not in self._images:
             self._images[precision.channels_last] = precision.place(self._images[False])
         return self._images[precision.channels_last]
+
+    def ask_teacher(self, precision: Precision) -> TeacherOutput:
+        """What the teacher says of the views in this precision."""
+        assert self._teacher is not None  # a method that wants it has refused to do without
+        with precision.context(self._device):
+            output: TeacherOutput = self._teacher(self.image(precision), self._address)
+        return output
+
+    def teacher_output(self, precision: Precision) -> TeacherOutput:
+        """The same, asked at the first call and remembered for the other runs."""
+        known = (precision.name, precision.channels_last)
+        if known not in self._outputs:
+            self._outputs[known] = self.ask_teacher(precision)
+        return self._outputs[known]
 
 
 class Run:
@@ -68,7 +96,7 @@ class Run:
     def __init__(
         self,
         config: TrainConfig,
-        task: DistillationTask,
+        method: Method,
         dataset: Dataset,
         spec: InputSpec,
         steps_per_epoch: int,
@@ -76,17 +104,18 @@ class Run:
         resume: Path | None,
         tracker: Tracker,
     ) -> None:
-        self.config, self.settings, self.task, self.spec, self._dataset = config, config.train, task, spec, dataset
-        self.network = task.pupil.student
+        self.config, self.settings, self.method, self.spec, self._dataset = config, config.train, method, spec, dataset
+        self.network = method.student.student
+        self._task = TASKS[dataset.facts.task]
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
         self.last_validation: float | None = None
         self.precision = Precision("float32")
         self.failure: KdpipeError | None = None
         self.steps_per_epoch, self._ranks, self._resume, self._tracker = steps_per_epoch, ranks, resume, tracker
-        self._phases = task.phases()
+        self._phases = method.phases()
         self.epochs = sum(phase.epochs for phase in self._phases)
-        task.to(ranks.device)
+        method.to(ranks.device)
         self._has_validation = bool(dataset.samples("val"))
         if self.settings.select == "best" and not self._has_validation:
             raise UserError("train.select is 'best' but there is no validation part: set data.val_fraction above 0")
@@ -100,7 +129,7 @@ class Run:
         self._schedule: Any
         self._scaler: torch.amp.GradScaler | None = None
         if self.settings.average:
-            task.setup_ema(decay=self.settings.average, use_warmup=True)
+            method.setup_ema(decay=self.settings.average, use_warmup=True)
 
     @property
     def position(self) -> int:
@@ -119,7 +148,7 @@ class Run:
             self.precision = self._ranks.from_leader(chosen)
         for row in self.history:
             self._tell(row)
-        self.precision.prepare(self.task)
+        self.precision.prepare(self.method)
         if self.precision.name == "fp16":
             self._scaler = torch.amp.GradScaler(self._ranks.device_kind)
         if self.epoch < self.epochs:
@@ -131,8 +160,8 @@ class Run:
 
     def begin_epoch(self) -> None:
         _, before = self._phase()
-        self.task.epoch = self.epoch - before
-        self.task.train()
+        self.method.epoch = self.epoch - before
+        self.method.train()
         self._began, self._began_images = time.monotonic(), self._sums["images"]
 
     def learn(self, batch: Batch) -> str:
@@ -167,13 +196,17 @@ class Run:
     def _learn(self, batch: Batch) -> None:
         phase, before = self._phase()
         self._schedule.step_update((self.epoch - before) * self.steps_per_epoch + self.step)
+        # The teacher first: the student's activations are then still in the cache when its backward wants them.
+        teacher = batch.teacher_output(self.precision) if self.method.asks_teacher else None
         with self.precision.context(self._ranks.device_kind):
-            result = self.task(batch.image(self.precision), batch.target)
+            result = self.method(batch.image(self.precision), batch.target, teacher, batch.numbers)
         count = len(batch.label)
         sums = {"images": float(count), "loss": float(result["loss"].item()) * count, "judged": 0.0, "right": 0.0}
         if phase.has_accuracy:
-            judged, found = batch.label >= 0, result["output"].argmax(1).cpu()
-            sums |= {"judged": float(judged.sum()), "right": float((found == batch.label)[judged].sum())}
+            known = (batch.label >= 0).numpy()
+            outputs = result["output"].detach().float().cpu().numpy()
+            scores = self._task.scores(outputs[known], batch.label.numpy()[known])
+            sums |= {"judged": float(len(scores)), "right": float(scores.sum())}
         sums = self._ranks.total(sums)  # of all processes, so that all of them stop together
         value = sums["loss"] / sums["images"]
         if not math.isfinite(value):
@@ -191,13 +224,13 @@ class Run:
             self._scaler.scale(loss).backward()
             self._scaler.unscale_(self._optimizer)
         if self.settings.clip_gradient:
-            nn.utils.clip_grad_norm_(self.task.trainable(), self.settings.clip_gradient)
+            nn.utils.clip_grad_norm_(self.method.trainable(), self.settings.clip_gradient)
         if self._scaler is None:
             self._optimizer.step()
         else:
             self._scaler.step(self._optimizer)
             self._scaler.update()
-        self.task.update_ema()
+        self.method.update_ema()
         self._sums = {name: total + sums[name] for name, total in self._sums.items()}
 
     def end_epoch(self) -> None:
@@ -235,10 +268,10 @@ class Run:
     def _validate(self, row: dict[str, Any]) -> None:
         if not self._ranks.leads:
             return
-        averaged = self.task.get_trainable_module(ema=True)
+        averaged = self.method.get_trainable_module(ema=True)
         network = self.network if averaged is None else averaged.module.student
-        logits, labels = evaluate(network, self.spec, self._dataset, "val", self.settings.workers)
-        accuracy = float((logits.argmax(1) == labels).mean())
+        outputs, labels = evaluate(network, self.spec, self._dataset, "val", self.settings.workers)
+        accuracy = self._task.summary(self._task.scores(outputs, labels)).value
         self.last_validation = row["validation_accuracy"] = accuracy
         if self.best is None or accuracy > self.best["validation_accuracy"]:
             self.best = {"epoch": row["epoch"], "validation_accuracy": accuracy}
@@ -248,7 +281,7 @@ class Run:
     def finish(self) -> None:
         """Make ``network`` what is kept: the average, the best or the last; on the CPU."""
         self._tracker.close()
-        averaged = self.task.get_trainable_module(ema=True)
+        averaged = self.method.get_trainable_module(ema=True)
         if averaged is not None:
             self.network.load_state_dict(averaged.module.student.state_dict())
         if self.settings.select == "best" and self._best_weights is not None:
@@ -268,9 +301,9 @@ class Run:
 
     def _enter_phase(self) -> None:
         phase, _ = self._phase()
-        self.task.enter(self._phases.index(phase))
+        self.method.enter(self._phases.index(phase))
         if self._ranks.count > 1:  # anew: DDP looks at what learns only when it wraps
-            self.task.prepare_distributed(device_ids=_device_ids(self._ranks))
+            self.method.prepare_distributed(device_ids=_device_ids(self._ranks))
         self._optimizer = self._new_optimizer(phase)
         self._schedule = _schedule(self.settings, self._optimizer, phase, self.steps_per_epoch)
 
@@ -284,9 +317,9 @@ class Run:
             momentum=self.settings.momentum,
             layer_decay=self.settings.layer_decay,
         )
-        additions = [each for each in self.task.pupil.additions.parameters() if each.requires_grad]
-        if additions:
-            optimizer.add_param_group({"params": additions, "weight_decay": self.settings.weight_decay})
+        auxiliaries = [each for each in self.method.student.auxiliaries.parameters() if each.requires_grad]
+        if auxiliaries:
+            optimizer.add_param_group({"params": auxiliaries, "weight_decay": self.settings.weight_decay})
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", phase.learning_rate)
         return optimizer
@@ -295,17 +328,18 @@ class Run:
         if self.settings.precision != "auto":
             return Precision(self.settings.precision)
 
-        def step(task: nn.Module, precision: Precision) -> None:
+        def step(method: nn.Module, precision: Precision) -> None:
+            # Of a step's time is what the teacher takes in this precision, so it is asked anew.
+            teacher = batch.ask_teacher(precision) if self.method.asks_teacher else None
             with precision.context(self._ranks.device_kind):
-                # A copy, so that the teacher is asked anew.
-                loss = task(batch.image(precision).clone(), batch.target)["loss"]
+                loss = method(batch.image(precision), batch.target, teacher, batch.numbers)["loss"]
             loss.backward()
-            task.zero_grad()
+            method.zero_grad()
 
-        self.task.enter(0)
-        self.task.train()
+        self.method.enter(0)
+        self.method.train()
         with seeded(self.config.seed, 3), self._memory_watched(len(batch.label)):
-            return fastest(self.task, step)
+            return fastest(self.method, step)
 
     # ---- state -----------------------------------------------------------------------------------------
 
@@ -314,9 +348,9 @@ class Run:
         self._saved = time.monotonic()
         if self._resume is None:
             return
-        averaged = self.task.get_trainable_module(ema=True)
+        averaged = self.method.get_trainable_module(ema=True)
         state = {
-            "weights": self.task.pupil.state_dict(),
+            "weights": self.method.student.state_dict(),
             "averaged": None if averaged is None else averaged.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "scaler": None if self._scaler is None else self._scaler.state_dict(),
@@ -342,8 +376,8 @@ class Run:
         if content is None:
             return None
         state: dict[str, Any] = torch.load(io.BytesIO(content), map_location=self._ranks.device, weights_only=True)
-        self.task.pupil.load_state_dict(state["weights"])
-        averaged = self.task.get_trainable_module(ema=True)
+        self.method.student.load_state_dict(state["weights"])
+        averaged = self.method.get_trainable_module(ema=True)
         if averaged is not None:
             averaged.load_state_dict(state["averaged"])
         self.epoch, self.step = state["position"]
@@ -357,9 +391,9 @@ class Lockstep:
     """Runs that see the same views, side by side: each view is made once, and one teacher's answer serves all."""
 
     def __init__(
-        self, views: TrainingViews, config: TrainConfig, ranks: Ranks, remembered: CachedTeacher | None
+        self, views: TrainingViews, config: TrainConfig, ranks: Ranks, teacher: Teacher | CachedTeacher | None
     ) -> None:
-        settings, self._ranks, self._remembered = config.train, ranks, remembered
+        settings, self._ranks, self._teacher = config.train, ranks, teacher
         self._batches = EpochBatches(
             views.images,
             settings.batch_size,
@@ -405,6 +439,8 @@ class Lockstep:
         _, first = next(self._epoch(0, 0))
         for run in runs:
             run.begin(first)
+            if self._teacher is not None:
+                run.precision.prepare(self._teacher)
 
     def _learn(self, run: Run, batch: Batch, alone: bool) -> str:
         try:
@@ -419,10 +455,8 @@ class Lockstep:
 
     def _epoch(self, epoch: int, skip: int) -> Iterator[tuple[int, Batch]]:
         self._batches.epoch, self._batches.skip = epoch, skip
-        for step, (image, label, target, address) in enumerate(self._loader, skip):
-            if self._remembered is not None:
-                self._remembered.recall(*address)
-            yield step, Batch(image, label, target, self._ranks)
+        for step, view in enumerate(self._loader, skip):
+            yield step, Batch(view, self._ranks, self._teacher)
 
 
 def _title(runs: Sequence[Run]) -> str:
@@ -464,10 +498,10 @@ def evaluate(
     """Float32 logits [N, K] and labels [N] of one part, through the preprocessing the device shares."""
     device = next(network.parameters()).device
     was_training = network.training
-    whole = Normalise(network, spec).to(device).eval()
+    normalised = Normalise(network, spec).to(device).eval()
     logits, labels = [], []
     for image, label in DataLoader(EvaluationViews(dataset.samples(part), spec), batch_size, num_workers=workers):
-        logits.append(whole(image.permute(0, 3, 1, 2).float().to(device)).cpu().numpy())
+        logits.append(normalised(image.permute(0, 3, 1, 2).float().to(device)).cpu().numpy())
         labels.append(label.numpy())
     network.train(was_training)
     return np.concatenate(logits), np.concatenate(labels)

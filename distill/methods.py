@@ -1,10 +1,12 @@
 """The methods: each is one of timm's training tasks, a forward that returns a dict with 'loss'.
 
-``loss = label_weight * label loss + kd_weight * the method's loss``; both are computed in float32.
+``loss = label_weight * label loss + kd_weight * the method's loss``; both are computed in float32. The teacher is
+asked by the training loop, and its output handed to the method.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, cast
@@ -16,6 +18,7 @@ from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..core import config as configuration
 from ..core.config import DistillSettings
 from ..core.errors import UserError
 from ..core.inputs import InputSpec
@@ -32,7 +35,7 @@ from .features import (
     stage_indices,
     stage_parameters,
 )
-from .teacher import Lesson, Teacher
+from .teacher import Teacher, TeacherOutput
 
 
 @dataclass(frozen=True)
@@ -46,32 +49,36 @@ class Phase:
     handover: str = "last"
 
 
-class Answer(NamedTuple):
-    """What the pupil says of a batch: logits [B, K] (if it went so far), its maps, what its additions make of them."""
+class StudentOutput(NamedTuple):
+    """What the student says of a batch.
+
+    Logits [B, K] (None where the deepest stages were left out), feature maps [B, C, H, W] of the stages that the
+    method looks at, and what the auxiliary modules make of those maps.
+    """
 
     logits: Any  # a Tensor wherever it is looked at
     maps: list[Tensor]
-    outputs: list[Tensor]
+    auxiliary: list[Tensor]
 
 
-class Pupil(nn.Module):
-    """The student with what a method adds to it: trained together, the additions dropped afterwards."""
+class StudentWithAuxiliaries(nn.Module):
+    """The student with the modules that a method trains beside it (adapters, heads) and drops afterwards."""
 
-    def __init__(self, student: nn.Module, indices: Sequence[int] = (), additions: Iterable[nn.Module] = ()) -> None:
+    def __init__(self, student: nn.Module, indices: Sequence[int] = (), auxiliaries: Iterable[nn.Module] = ()) -> None:
         super().__init__()
-        self.student, self.additions = student, nn.ModuleList(additions)
+        self.student, self.auxiliaries = student, nn.ModuleList(auxiliaries)
         self.indices: list[int] = list(indices)
 
-    def forward(self, image: Tensor, deepest: int | None = None) -> Answer:
-        """All of it; or the maps up to number ``deepest`` alone, without logits."""
+    def forward(self, image: Tensor, deepest: int | None = None) -> StudentOutput:
+        """Everything for images [B, 3, H, W]; or the maps up to number ``deepest`` alone, without logits."""
         if not self.indices:
-            return Answer(self.student(image), [], [])
+            return StudentOutput(self.student(image), [], [])
         if deepest is None:
             maps, logits = maps_and_logits(self.student, image, self.indices)
         else:
             maps, logits = maps_alone(self.student, image, self.indices[: deepest + 1]), None
-        outputs = [addition(features) for addition, features in zip(self.additions, maps, strict=False)]
-        return Answer(logits, maps, outputs)
+        auxiliary = [module(features) for module, features in zip(self.auxiliaries, maps, strict=False)]
+        return StudentOutput(logits, maps, auxiliary)
 
 
 def label_loss(config: DistillSettings) -> Callable[[Tensor, Tensor], Tensor]:
@@ -99,14 +106,14 @@ def label_loss(config: DistillSettings) -> Callable[[Tensor, Tensor], Tensor]:
     return loss
 
 
-class DistillationTask(TrainingTask):  # type: ignore[misc]
-    """Labels alone: the control of every method, and the frame of all others."""
+class Method(TrainingTask):  # type: ignore[misc]
+    """A way to train the student; this one by the labels alone: the control of all others, and their frame."""
 
     needs_teacher: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = True  # and so learns nothing from images that have none
     teaches_outputs: ClassVar[bool] = False  # rather than features alone
     looks_at_maps: ClassVar[bool] = False  # of the teacher, so that its logits are not enough
-    own_weight: ClassVar[float] = 0.0  # of the method's loss, where the configuration names none
+    default_weight: ClassVar[float] = 0.0  # of the method's loss, where the configuration names none
 
     def __init__(
         self,
@@ -116,32 +123,38 @@ class DistillationTask(TrainingTask):  # type: ignore[misc]
         teacher: Teacher | CachedTeacher | None,
         name: str = "student",
     ) -> None:
+        """Prepare ``student``, a network of ``spec``; ``teacher`` is looked at here and not kept.
+
+        Raises:
+            UserError: no teacher where the method needs one, or a network that the method cannot take.
+        """
         super().__init__(verbose=False)
         if self.needs_teacher and teacher is None:
             raise UserError(f"method '{config.method}' needs a teacher: give the folder of a trained one")
         self.config, self.spec, self.name = config, spec, name
-        self.teacher = teacher if self.needs_teacher else None
-        self.kd_weight = self.own_weight if config.kd_weight is None else config.kd_weight
+        self.kd_weight = self.default_weight if config.kd_weight is None else config.kd_weight
         self.epoch = 0  # the trainer's, for losses that grow
+        self.teacher_indices: list[int] = []  # of the teacher's maps that the method looks at
         self._label_loss = label_loss(config)
-        self.trainable_module: nn.Module = self.equip(student)
+        self.trainable_module: nn.Module = self.with_auxiliaries(student, teacher)
 
-    def equip(self, student: nn.Module) -> Pupil:
-        """The student with this method's additions."""
-        return Pupil(student)
+    def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
+        """The student with this method's auxiliary modules."""
+        return StudentWithAuxiliaries(student)
 
     @property
-    def pupil(self) -> Pupil:
+    def student(self) -> StudentWithAuxiliaries:
         """What learns, without what distributes it."""
-        pupil: Pupil = unwrap_model(self.trainable_module)
-        return pupil
+        student: StudentWithAuxiliaries = unwrap_model(self.trainable_module)
+        return student
 
-    def prepare_distributed(self, device_ids: list[int] | None = None, **named: Any) -> DistillationTask:
+    def prepare_distributed(self, device_ids: list[int] | None = None, **named: Any) -> Method:
         """Wrap what learns now in DDP; called again, wrap it anew."""
-        self.trainable_module = DistributedDataParallel(self.pupil, device_ids=device_ids, **named)
+        self.trainable_module = DistributedDataParallel(self.student, device_ids=device_ids, **named)
         return self
 
     def phases(self) -> list[Phase]:
+        """The parts of the training, in order."""
         train = self.config.train
         return [Phase("all", train.epochs, train.learning_rate)]
 
@@ -149,184 +162,246 @@ class DistillationTask(TrainingTask):  # type: ignore[misc]
         """Prepare for phase number ``phase``: what learns, what is frozen."""
 
     def trainable(self) -> Iterator[nn.Parameter]:
+        """The parameters that learn in this phase."""
         return (parameter for parameter in self.trainable_module.parameters() if parameter.requires_grad)
 
-    def lesson(self, input: Tensor) -> Lesson:
-        """What the teacher says of a batch, its non-maximal logits shuffled if that control is asked for."""
-        assert self.teacher is not None
-        lesson: Lesson = self.teacher(input)
-        if self.config.shuffled_teacher:
-            lesson = Lesson(losses.shuffle_non_maximal(lesson.logits, torch.default_generator), lesson.maps)
-        return lesson
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the steps of this phase want the teacher's output."""
+        return self.needs_teacher and self.kd_weight != 0
 
-    def compare(self, answer: Answer, lesson: Lesson, target: Tensor) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        teacher: TeacherOutput | None = None,
+        numbers: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """One batch: its losses, and under 'output' the student's logits [B, K].
+
+        Args:
+            input: the student's views, float [B, 3, H, W], normalised.
+            target: classes [B], or distributions [B, K] after mixing.
+            teacher: what the teacher says of the same views, where ``asks_teacher``.
+            numbers: of the images [B], for methods that remember something of each.
+        """
+        output: StudentOutput = self.trainable_module(input)
+        loss = self._label_loss(output.logits, target)
+        return {"loss": self.config.label_weight * loss, "output": output.logits, "task_loss": loss}
+
+
+class DistillationMethod(Method, ABC):
+    """The frame of the methods that compare the student with a teacher."""
+
+    needs_teacher = True
+    needs_labels = False
+
+    @abstractmethod
+    def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
         """The method's own loss, a scalar."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no loss of its own")
 
-    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        # The teacher first: the student's activations are then still in the cache when its backward wants them.
-        lesson = self.lesson(input) if self.teacher is not None and self.kd_weight else None
-        answer = self.trainable_module(input)
-        result = {"output": answer.logits, "task_loss": self._label_loss(answer.logits, target)}
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        teacher: TeacherOutput | None = None,
+        numbers: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """One batch, as ``Method.forward``, with the method's loss added."""
+        # Shuffled before the student's forward: both draw from the same generator.
+        shown = None if teacher is None else self._shown(teacher)
+        output: StudentOutput = self.trainable_module(input)
+        result = {"output": output.logits, "task_loss": self._label_loss(output.logits, target)}
         loss = self.config.label_weight * result["task_loss"]
-        if lesson is not None:
-            result["kd_loss"] = self.compare(answer, lesson, target)
+        if self.kd_weight:
+            if shown is None:
+                raise ValueError(f"method '{self.config.method}' wants the teacher's output of every batch")
+            result["kd_loss"] = self.distillation_loss(output, shown, target)
             loss = loss + self.kd_weight * result["kd_loss"]
         return {"loss": loss, **result}
 
+    def _shown(self, teacher: TeacherOutput) -> TeacherOutput:
+        """The teacher's output as the student gets to see it: shuffled, if that control is asked for."""
+        if not self.config.shuffled_teacher:
+            return teacher
+        return TeacherOutput(losses.shuffle_non_maximal(teacher.logits, torch.default_generator), teacher.maps)
 
-class LogitTask(DistillationTask):
-    """Everything that compares logits with logits."""
 
-    needs_teacher = True
-    needs_labels = False
+class LogitMethod(DistillationMethod):
+    """The frame of the methods that compare logits with logits."""
+
     teaches_outputs = True
-    own_weight = 1.0
+    default_weight = 1.0
 
-    def compare(self, answer: Answer, lesson: Lesson, target: Tensor) -> Tensor:
-        return logit_loss(self.config, answer.logits, lesson.logits, target, self.epoch)
+    def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
+        logits = student.logits, teacher.logits
+        if self.config.standardize_logits:
+            logits = losses.standardise(logits[0]), losses.standardise(logits[1])
+        return self.logit_loss(*logits, target)
+
+    @abstractmethod
+    def logit_loss(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        """The loss between logits [B, K]."""
+        raise NotImplementedError(f"{type(self).__name__} has no loss of its own")
 
 
-class DkdTask(LogitTask):
-    """DKD parts the target class from the others, so it has to know it, and needs two others at least."""
+class Hard(LogitMethod):
+    """The teacher's decisions as labels."""
+
+    def logit_loss(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        return losses.hard(student, teacher)
+
+
+class Kd(LogitMethod):
+    """Vanilla distillation (Hinton et al. 2015): softened outputs."""
+
+    def logit_loss(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        return losses.kd(student, teacher, self.config.temperature)
+
+
+class Bkd(LogitMethod):
+    """K binary problems (Hao et al. 2023): the student's sigmoids against the teacher's probabilities."""
+
+    def logit_loss(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        return losses.bkd(student, teacher)
+
+
+class LogitMse(LogitMethod):
+    """Squared difference of the logits themselves."""
+
+    def logit_loss(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        return losses.logit_mse(student, teacher)
+
+
+class Dkd(LogitMethod):
+    """DKD (Zhao et al. 2022) parts the target class from the others: it has to know it, and needs two others."""
 
     needs_labels = True
 
-    def equip(self, student: nn.Module) -> Pupil:
+    def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
         if student.num_classes < 3:  # type: ignore[operator]
             raise UserError("method 'dkd' needs three classes at least, found 2 (its second part is nothing): take kd")
-        return super().equip(student)
+        return super().with_auxiliaries(student, teacher)
+
+    def logit_loss(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        settings = self.config.dkd
+        grown = min((self.epoch + 1) / settings.warmup_epochs, 1.0) if settings.warmup_epochs else 1.0
+        return grown * losses.dkd(student, teacher, target, settings.alpha, settings.beta, self.config.temperature)
 
 
-class DistTask(LogitTask):
-    """DIST weighs its correlations by two (its authors' setting)."""
+class Dist(LogitMethod):
+    """DIST (Huang et al. 2022): correlations within a sample and within a class, weighed by two as its authors do."""
 
-    own_weight = 2.0
+    default_weight = 2.0
 
-
-def logit_loss(config: DistillSettings, student: Tensor, teacher: Tensor, target: Tensor, epoch: int) -> Tensor:
-    """The loss of a logit method between logits [B, K]; ``epoch`` counts from 0."""
-    if config.standardize_logits:
-        student, teacher = losses.standardise(student), losses.standardise(teacher)
-    match config.method:
-        case "hard":
-            return losses.hard(student, teacher)
-        case "bkd":
-            return losses.bkd(student, teacher)
-        case "logit_mse":
-            return losses.logit_mse(student, teacher)
-        case "dkd":
-            warmup = config.dkd.warmup_epochs
-            grown = min((epoch + 1) / warmup, 1.0) if warmup else 1.0
-            return grown * losses.dkd(student, teacher, target, config.dkd.alpha, config.dkd.beta, config.temperature)
-        case "dist":
-            return losses.dist(student, teacher, config.dist.beta, config.dist.gamma, config.temperature)
-        case _:
-            return losses.kd(student, teacher, config.temperature)
+    def logit_loss(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        return losses.dist(student, teacher, self.config.dist.beta, self.config.dist.gamma, self.config.temperature)
 
 
-class FeatureTask(DistillationTask):
-    """The frame of methods that look at stages; the teacher is told which of its maps are wanted."""
+class FeatureMethod(DistillationMethod):
+    """The frame of the methods that look at stages; the loop is told which of the teacher's maps are wanted."""
 
-    needs_teacher = True
-    needs_labels = False
     looks_at_maps = True
     stages: ClassVar[slice] = slice(None)  # which of the paired stages
-    its_stages: list[int]  # of the teacher, paired with the student's
 
-    def maps(self, lesson: Lesson) -> list[Tensor]:
-        """The teacher's maps at the paired stages."""
-        return [lesson.maps[index] for index in self.its_stages]
+    def teacher_maps(self, teacher: TeacherOutput) -> list[Tensor]:
+        """The teacher's maps [B, C, H, W] at the paired stages."""
+        return [teacher.maps[index] for index in self.teacher_indices]
 
-    def indices(self, student: nn.Module) -> list[int]:
-        """Agree with the teacher on stages. Raises UserError where one network has none."""
-        assert isinstance(self.teacher, Teacher)
-        mine, its = paired(stage_indices(student, self.name), stage_indices(self.teacher.network, "the teacher"))
-        self.its_stages = its[self.stages]
-        self.teacher.wanted.update(self.its_stages)
-        return mine[self.stages]
+    def pair_stages(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> list[int]:
+        """Indices of the student's stages; those of the teacher's go to ``teacher_indices``.
 
-    def adapters(self, student: nn.Module, indices: list[int], where_equal: bool) -> nn.ModuleList:
+        Raises:
+            UserError: one network has no stages.
+        """
+        assert isinstance(teacher, Teacher)
+        students, teachers = paired(stage_indices(student, self.name), stage_indices(teacher.network, "the teacher"))
+        self.teacher_indices = teachers[self.stages]
+        return students[self.stages]
+
+    def adapters(
+        self, student: nn.Module, indices: list[int], teacher: Teacher | CachedTeacher | None, where_equal: bool
+    ) -> nn.ModuleList:
         """From each of the student's maps to the channels of the teacher's; identity for equal ones if wanted."""
-        assert isinstance(self.teacher, Teacher)
-        mine = map_shapes(student, self.spec.size, indices)
-        its = map_shapes(self.teacher.network, self.teacher.size, self.its_stages)
+        assert isinstance(teacher, Teacher)
+        students = map_shapes(student, self.spec.size, indices)
+        teachers = map_shapes(teacher.network, teacher.size, self.teacher_indices)
         return nn.ModuleList(
             Adapter(here[0], there[0]) if where_equal or here[0] != there[0] else nn.Identity()
-            for here, there in zip(mine, its, strict=True)
+            for here, there in zip(students, teachers, strict=True)
         )
 
 
-class HintTask(FeatureTask):
+class Hint(FeatureMethod):
     """FitNet's hint (Romero et al. 2015): MSE of an adapted middle stage, together with the labels."""
 
-    own_weight = 100.0
+    default_weight = 100.0
     stages = slice(-2, -1)
 
-    def equip(self, student: nn.Module) -> Pupil:
-        indices = self.indices(student)
-        return Pupil(student, indices, self.adapters(student, indices, where_equal=True))
+    def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
+        indices = self.pair_stages(student, teacher)
+        return StudentWithAuxiliaries(student, indices, self.adapters(student, indices, teacher, where_equal=True))
 
-    def compare(self, answer: Answer, lesson: Lesson, target: Tensor) -> Tensor:
-        return losses.hint(*same_size(answer.outputs[0], self.maps(lesson)[0]))
+    def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
+        return losses.hint(*same_size(student.auxiliary[0], self.teacher_maps(teacher)[0]))
 
 
-class AttentionTask(FeatureTask):
+class AttentionTransfer(FeatureMethod):
     """Attention transfer (Zagoruyko and Komodakis 2017) over all paired stages."""
 
-    own_weight = 1000.0
+    default_weight = 1000.0
 
-    def equip(self, student: nn.Module) -> Pupil:
-        return Pupil(student, self.indices(student))
+    def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
+        return StudentWithAuxiliaries(student, self.pair_stages(student, teacher))
 
-    def compare(self, answer: Answer, lesson: Lesson, target: Tensor) -> Tensor:
-        return losses.attention(answer.maps, self.maps(lesson))
+    def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
+        return losses.attention(student.maps, self.teacher_maps(teacher))
 
 
-class RelationTask(FeatureTask):
+class Relational(FeatureMethod):
     """Relational distillation (Park et al. 2019) on the pooled deepest stage."""
 
-    own_weight = 1.0
+    default_weight = 1.0
     stages = slice(-1, None)
 
-    def equip(self, student: nn.Module) -> Pupil:
-        return Pupil(student, self.indices(student))
+    def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
+        return StudentWithAuxiliaries(student, self.pair_stages(student, teacher))
 
-    def compare(self, answer: Answer, lesson: Lesson, target: Tensor) -> Tensor:
+    def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
         weights = self.config.rkd
-        mine, its = (each[-1].float().mean((2, 3)) for each in (answer.maps, self.maps(lesson)))
-        return losses.rkd(mine, its, weights.distance_weight, weights.angle_weight)
+        deepest = student.maps[-1], self.teacher_maps(teacher)[-1]
+        pooled, teacher_pooled = (maps.float().mean((2, 3)) for maps in deepest)
+        return losses.rkd(pooled, teacher_pooled, weights.distance_weight, weights.angle_weight)
 
 
-class DeepSupervisionTask(DistillationTask):
+class DeepSupervision(DistillationMethod):
     """Vanilla distillation of the student's logits and of auxiliary heads on its inner stages.
 
     A design of this project: the idea (more information for the student) is Hao et al.'s (2025), whose own
     branches are not public. Every head gets the same KL as the last, with equal weight.
     """
 
-    needs_teacher = True
-    needs_labels = False
     teaches_outputs = True
-    own_weight = 1.0
+    default_weight = 1.0
 
-    def equip(self, student: nn.Module) -> Pupil:
+    def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
         indices = stage_indices(student, self.name)[:-1]
         classes = student.num_classes
         heads = nn.ModuleList(
             AuxiliaryHead(channels, min(len(indices) - at, max(0, height.bit_length() - 1)), classes)  # type: ignore[arg-type]
             for at, (channels, height, _) in enumerate(map_shapes(student, self.spec.size, indices))
         )
-        return Pupil(student, indices, heads)
+        return StudentWithAuxiliaries(student, indices, heads)
 
-    def compare(self, answer: Answer, lesson: Lesson, target: Tensor) -> Tensor:
-        loss = losses.kd(answer.logits, lesson.logits, self.config.temperature)
-        for logits in answer.outputs:
-            loss = loss + losses.kd(logits, lesson.logits, self.config.temperature)
+    def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
+        loss = losses.kd(student.logits, teacher.logits, self.config.temperature)
+        for logits in student.auxiliary:
+            loss = loss + losses.kd(logits, teacher.logits, self.config.temperature)
         return loss
 
 
-class StagewiseTask(FeatureTask):
+class Stagewise(FeatureMethod):
     """One stage after another learns the teacher's features, the rest frozen; then the head learns the labels.
 
     After Kulkarni et al. (2019), without selection on the test set. A stage's loss is the MSE to the teacher's
@@ -338,13 +413,13 @@ class StagewiseTask(FeatureTask):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        pupil = self.pupil
-        self._stages = stage_parameters(pupil.student, self.spec.size, pupil.indices)
+        student = self.student
+        self._stages = stage_parameters(student.student, self.spec.size, student.indices)
         self._phase = 0
 
-    def equip(self, student: nn.Module) -> Pupil:
-        indices = self.indices(student)
-        return Pupil(student, indices, self.adapters(student, indices, where_equal=False))
+    def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
+        indices = self.pair_stages(student, teacher)
+        return StudentWithAuxiliaries(student, indices, self.adapters(student, indices, teacher, where_equal=False))
 
     def phases(self) -> list[Phase]:
         settings, train = self.config.stagewise, self.config.train
@@ -357,48 +432,66 @@ class StagewiseTask(FeatureTask):
 
     def enter(self, phase: int) -> None:
         self._phase = phase
-        pupil = self.pupil
+        student = self.student
         learning = set(self._stages[phase])
-        for name, parameter in pupil.student.named_parameters():
+        for name, parameter in student.student.named_parameters():
             parameter.requires_grad_(name in learning)
-        for at, adapter in enumerate(pupil.additions):
+        for at, adapter in enumerate(student.auxiliaries):
             adapter.requires_grad_(at == phase)
         self.train()
 
-    def train(self, mode: bool = True) -> StagewiseTask:
+    def train(self, mode: bool = True) -> Stagewise:
         """Keep the statistics of frozen BatchNorms, unless ``frozen_batchnorm`` lets them move on."""
         super().train(mode)
         if mode and hasattr(self, "_phase") and self.config.stagewise.frozen_batchnorm == "eval":
-            for module in self.pupil.modules():
+            for module in self.student.modules():
                 own = list(module.parameters(recurse=False))
                 if own and isinstance(module, nn.modules.batchnorm._BatchNorm) and not own[0].requires_grad:
                     module.eval()
         return self
 
-    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        if self._phase == len(self._stages) - 1:
-            return super().forward(input, target)
+    @property
+    def _learns_head(self) -> bool:
+        return self._phase == len(self._stages) - 1
+
+    @property
+    def asks_teacher(self) -> bool:
+        return super().asks_teacher or not self._learns_head
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        teacher: TeacherOutput | None = None,
+        numbers: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """One batch: the loss of this phase's stage, or of the head."""
+        if self._learns_head:
+            return super().forward(input, target, teacher, numbers)
+        if teacher is None:
+            raise ValueError("method 'stagewise' wants the teacher's output of every batch")
         # Stages above learn later; they are left out unless their statistics are to move already.
         deepest = self._phase if self.config.stagewise.frozen_batchnorm == "eval" else None
-        lesson, answer = self.lesson(input), self.trainable_module(input, deepest)
-        loss = losses.hint(*same_size(answer.outputs[self._phase], self.maps(lesson)[self._phase]))
+        shown = self._shown(teacher)
+        output: StudentOutput = self.trainable_module(input, deepest)
+        loss = losses.hint(*same_size(output.auxiliary[self._phase], self.teacher_maps(shown)[self._phase]))
         return {"loss": loss, "kd_loss": loss}
 
-    def compare(self, answer: Answer, lesson: Lesson, target: Tensor) -> Tensor:
-        return losses.kd(answer.logits, lesson.logits, self.config.temperature)
+    def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
+        return losses.kd(student.logits, teacher.logits, self.config.temperature)
 
 
-METHODS: dict[str, type[DistillationTask]] = {
-    "labels": DistillationTask,
-    "hard": LogitTask,
-    "kd": LogitTask,
-    "bkd": LogitTask,
-    "logit_mse": LogitTask,
-    "dkd": DkdTask,
-    "dist": DistTask,
-    "hint": HintTask,
-    "at": AttentionTask,
-    "rkd": RelationTask,
-    "deep_supervision": DeepSupervisionTask,
-    "stagewise": StagewiseTask,
+METHODS: dict[configuration.Method, type[Method]] = {
+    "labels": Method,
+    "hard": Hard,
+    "kd": Kd,
+    "bkd": Bkd,
+    "logit_mse": LogitMse,
+    "dkd": Dkd,
+    "dist": Dist,
+    "hint": Hint,
+    "at": AttentionTransfer,
+    "rkd": Relational,
+    "deep_supervision": DeepSupervision,
+    "stagewise": Stagewise,
 }

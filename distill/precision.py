@@ -40,12 +40,12 @@ class Precision:
             module.to(memory_format=torch.channels_last)
 
 
-def fastest(task: nn.Module, step: Callable[[nn.Module, Precision], None]) -> Precision:
-    """Time ``step`` (a whole training step) on copies of ``task`` in every candidate; interleaved, medians."""
+def fastest(method: nn.Module, step: Callable[[nn.Module, Precision], None]) -> Precision:
+    """Time ``step`` (a whole training step) on copies of ``method`` in every candidate; interleaved, medians."""
     candidates = [Precision(name, last) for name in ("float32", "bf16") for last in (False, True)]
     copies = []
     for candidate in candidates:
-        clone = copy.deepcopy(task)
+        clone = copy.deepcopy(method)
         candidate.prepare(clone)
         copies.append(clone)
     names = [candidate.name + (" channels-last" if candidate.channels_last else "") for candidate in candidates]

@@ -15,9 +15,12 @@ from ..data.dataset import Dataset
 from ..networks import models
 from .features import maps_and_logits
 
+# Of the views of a batch: view numbers [B] and image numbers [B].
+Address = tuple[Tensor, Tensor]
+
 
 @dataclass(frozen=True)
-class Lesson:
+class TeacherOutput:
     """What the teacher says of a batch: logits [B, K] and, by stage index, feature maps [B, C, H, W]."""
 
     logits: Tensor
@@ -25,10 +28,7 @@ class Lesson:
 
 
 class Teacher(nn.Module):
-    """Sees the student's view, normalised and sized as it was trained.
-
-    Asked again about the same tensor it gives the same answer at no cost: several students learn from one forward.
-    """
+    """A network that is asked about the student's views, normalised and sized as it was trained."""
 
     student_mean: Tensor
     student_std: Tensor
@@ -38,9 +38,8 @@ class Teacher(nn.Module):
     def __init__(self, network: nn.Module, spec: InputSpec, student_spec: InputSpec) -> None:
         super().__init__()
         self.network = network.eval().requires_grad_(False)
-        self.wanted: set[int] = set()  # indices of the feature maps that methods ask for
+        self.wanted: set[int] = set()  # indices of the feature maps that its output is to have
         self.size = spec.size
-        self._answered: tuple[Tensor, bool, Lesson] | None = None
         self._resizes = spec.size != student_spec.size
         self._same_colours = (spec.mean, spec.std) == (student_spec.mean, student_spec.std)
         for name, values in (
@@ -56,23 +55,17 @@ class Teacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, view: Tensor) -> Lesson:
-        """The student's normalised view [B, 3, H, W] to a Lesson."""
-        mixed_precision = torch.is_autocast_enabled(view.device.type)
-        if self._answered is None or self._answered[0] is not view or self._answered[1] != mixed_precision:
-            self._answered = (view, mixed_precision, self._answer(view))
-        return self._answered[2]
-
-    def _answer(self, view: Tensor) -> Lesson:
+    def forward(self, view: Tensor, address: Address | None = None) -> TeacherOutput:
+        """The output for the student's normalised views [B, 3, H, W]; it looks at them, whatever their ``address``."""
         if not self._same_colours:
             view = (view * self.student_std + self.student_mean - self.mean) / self.std
         if self._resizes:
             view = functional.interpolate(view, (self.size, self.size), mode="bicubic", antialias=True)
         if not self.wanted:
-            return Lesson(self.network(view))
+            return TeacherOutput(self.network(view))
         indices = sorted(self.wanted)
         maps, logits = maps_and_logits(self.network, view, indices)
-        return Lesson(logits, dict(zip(indices, maps, strict=True)))
+        return TeacherOutput(logits, dict(zip(indices, maps, strict=True)))
 
 
 def open_teacher(teacher: Checkpoint, dataset: Dataset, spec: InputSpec) -> Teacher:

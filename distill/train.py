@@ -115,7 +115,7 @@ def _runs(
     )
     for config in configs.values():
         _check_labels(config, source.labeled, len(dataset.samples("unlabeled")))
-    guide: Teacher | CachedTeacher | None = None
+    asked: Teacher | CachedTeacher | None = None
     networks: dict[Path, tuple[nn.Module, InputSpec]] = {}
     for out, config in configs.items():
         with seeded(config.seed):
@@ -125,18 +125,20 @@ def _runs(
     if teacher is not None and cache is not None and taught:
         for config in taught:
             _check_cached(cache, config, spec, source.numbers, dataset, teacher)
-        guide = CachedTeacher(cache)
+        asked = CachedTeacher(cache)
     elif teacher is not None and taught:
-        guide = open_teacher(teacher, dataset, spec)
+        asked = open_teacher(teacher, dataset, spec).to(ranks.device)
     views = TrainingViews(source, first.train, spec, len(dataset.classes), first.views_by)
-    lockstep = Lockstep(views, first, ranks, guide if isinstance(guide, CachedTeacher) else None)
+    lockstep = Lockstep(views, first, ranks, asked)
     runs = {}
     for out, config in configs.items():
         draft = drafts[out]
         with seeded(config.seed, 4):
-            task = METHODS[config.method](config, networks[out][0], spec, guide, config.model)
+            method = METHODS[config.method](config, networks[out][0], spec, asked, config.model)
+        if isinstance(asked, Teacher):
+            asked.wanted.update(method.teacher_indices)
         resume, shown = (draft.resume, tracker(config, out)) if draft else (None, Nothing())
-        runs[out] = Run(config, task, dataset, spec, lockstep.steps_per_epoch, ranks, resume, shown)
+        runs[out] = Run(config, method, dataset, spec, lockstep.steps_per_epoch, ranks, resume, shown)
         if draft is not None:
             write_json(
                 draft.path / Checkpoint.IMAGES,
@@ -160,7 +162,7 @@ def _check_cached(
 def _check_labels(config: TrainConfig, labeled: int, unlabeled: int) -> None:
     """Refuse a method that can't do without the labels that are missing. Raises UserError."""
     method = METHODS[config.method]
-    weight = method.own_weight if config.kd_weight is None else config.kd_weight
+    weight = method.default_weight if config.kd_weight is None else config.kd_weight
     if config.needs_teacher and method.needs_labels and unlabeled:
         raise UserError(
             f"method '{config.method}' needs the label of every image and {unlabeled} have none: "

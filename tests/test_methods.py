@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import timm
@@ -25,7 +25,7 @@ from kdpipe.core.inputs import InputSpec
 from kdpipe.distill import losses
 from kdpipe.distill.features import map_shapes, paired, stage_indices, stage_parameters
 from kdpipe.distill.loop import evaluate
-from kdpipe.distill.methods import METHODS, DistillationTask
+from kdpipe.distill.methods import METHODS, DistillationMethod, LogitMethod
 from kdpipe.distill.teacher import Teacher
 from kdpipe.networks import models
 from kdpipe.pipeline import student_runs
@@ -44,9 +44,21 @@ def network(name: str, classes: int = 10, seed: int = 0) -> nn.Module:
     return made
 
 
-def task_of(config: DistillSettings, student: nn.Module, teacher: nn.Module | None = None) -> DistillationTask:
-    guide = Teacher(teacher, SPEC, SPEC) if teacher is not None else None
-    return METHODS[config.method](config, student, SPEC, guide, "the student")
+class Taught:
+    """A method with its teacher, who is asked as the training loop asks."""
+
+    def __init__(self, config: DistillSettings, student: nn.Module, teacher: nn.Module | None = None) -> None:
+        self.teacher = Teacher(teacher, SPEC, SPEC) if teacher is not None else None
+        self.method = METHODS[config.method](config, student, SPEC, self.teacher, "the student")
+        if self.teacher is not None:
+            self.teacher.wanted.update(self.method.teacher_indices)
+
+    def __call__(self, image: torch.Tensor, label: torch.Tensor) -> dict[str, torch.Tensor]:
+        asked = self.method.asks_teacher
+        return self.method(image, label, self.teacher(image) if asked and self.teacher is not None else None)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.method, name)
 
 
 def batch(count: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,8 +66,22 @@ def batch(count: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(count, 3, 32, 32, generator=generator), torch.arange(count) % 10
 
 
-def test_every_method_has_a_task() -> None:
+def test_every_method_is_made() -> None:
     assert set(METHODS) == set(get_args(Method))
+    assert len(set(METHODS.values())) == len(METHODS), "no method is another one under its name"
+
+
+@pytest.mark.parametrize("frame", [DistillationMethod, LogitMethod])
+def test_a_method_without_a_loss_of_its_own_does_not_train(frame: type) -> None:
+    """Nothing stands in for what was forgotten."""
+
+    class Forgetful(frame):
+        pass
+
+    teacher = Teacher(network("test_resnet", seed=1), SPEC, SPEC)
+    image, label = batch()
+    with pytest.raises((TypeError, NotImplementedError), match=r"abstract|no loss of its own"):
+        Forgetful(DistillSettings(kd_weight=1), network("test_resnet"), SPEC, teacher)(image, label, teacher(image))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -65,7 +91,7 @@ def test_any_student_learns_from_any_teacher(method: str, student: str) -> None:
     for teacher_name in ("test_resnet", "test_vit"):
         mine, its = network(student), network(teacher_name, seed=1)
         before = {name: tensor.clone() for name, tensor in its.state_dict().items()}
-        task = task_of(DistillSettings(method=method), mine, its)
+        task = Taught(DistillSettings(method=method), mine, its)
         for phase in range(len(task.phases())):
             task.enter(phase)
             task.train()
@@ -85,7 +111,7 @@ def test_any_student_learns_from_any_teacher(method: str, student: str) -> None:
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "labels"])
 def test_methods_need_a_teacher(method: str) -> None:
     with pytest.raises(UserError, match=f"method '{method}' needs a teacher"):
-        task_of(DistillSettings(method=method), network("test_resnet"))
+        Taught(DistillSettings(method=method), network("test_resnet"))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +127,7 @@ def test_methods_need_a_teacher(method: str) -> None:
 )
 def test_total_is_the_labels_loss_and_the_methods(method: str, loss) -> None:
     mine, its = network("test_resnet"), network("test_resnet", seed=1)
-    task = task_of(DistillSettings(method=method, label_weight=0.3), mine, its)
+    task = Taught(DistillSettings(method=method, label_weight=0.3), mine, its)
     task.eval()
     image, label = batch()
     with torch.no_grad():
@@ -112,13 +138,11 @@ def test_total_is_the_labels_loss_and_the_methods(method: str, loss) -> None:
 
 
 def test_dkd_grows_to_its_weight() -> None:
-    task = task_of(
-        DistillSettings(method="dkd", label_weight=0), network("test_resnet"), network("test_resnet", seed=1)
-    )
+    task = Taught(DistillSettings(method="dkd", label_weight=0), network("test_resnet"), network("test_resnet", seed=1))
     task.eval()
 
     def value(epoch: int) -> float:
-        task.epoch = epoch
+        task.method.epoch = epoch
         return task(*batch())["loss"].item()
 
     assert value(9) == pytest.approx(10 * value(0), rel=1e-4)
@@ -135,14 +159,15 @@ def test_teacher_sees_its_own_colours_and_size() -> None:
     def normalised(image: torch.Tensor, spec: InputSpec) -> torch.Tensor:
         return (image - torch.tensor(spec.mean).view(1, 3, 1, 1)) / torch.tensor(spec.std).view(1, 3, 1, 1)
 
-    lesson = Teacher(its, own, SPEC)(normalised(raw, SPEC))
-    torch.testing.assert_close(lesson.logits, its.eval()(normalised(larger, own)).detach(), atol=1e-4, rtol=1e-4)
+    output = Teacher(its, own, SPEC)(normalised(raw, SPEC))
+    torch.testing.assert_close(output.logits, its.eval()(normalised(larger, own)).detach(), atol=1e-4, rtol=1e-4)
 
 
 def test_shuffled_teacher_keeps_its_top_1_only() -> None:
     its, mine, image = network("test_resnet"), network("resnet8"), batch()[0]
-    plain = task_of(DistillSettings(), mine, its).lesson(image).logits
-    shuffled = task_of(DistillSettings(shuffled_teacher=True), mine, its).lesson(image).logits
+    said = Teacher(its, SPEC, SPEC)(image)
+    plain = Taught(DistillSettings(), mine, its)._shown(said).logits
+    shuffled = Taught(DistillSettings(shuffled_teacher=True), mine, its)._shown(said).logits
     assert torch.equal(plain.argmax(1), shuffled.argmax(1))
     assert torch.equal(plain.sort(1).values, shuffled.sort(1).values)
     assert not torch.equal(plain, shuffled)
@@ -155,7 +180,7 @@ def test_label_smoothing_and_bce() -> None:
         logits = mine(image)
 
     def value(**config: object) -> float:
-        task = task_of(validated(DistillSettings, {"method": "labels", **config}, "test"), mine)
+        task = Taught(validated(DistillSettings, {"method": "labels", **config}, "test"), mine)
         return task.eval()(image, label)["loss"].item()
 
     smooth = 0.9 * nn.functional.one_hot(label, 10) + 0.01
@@ -193,7 +218,7 @@ def test_networks_without_features_say_so() -> None:
 
 def test_stagewise_trains_one_stage_at_a_time() -> None:
     mine, its = network("test_resnet"), network("test_resnet", seed=1)
-    task = task_of(DistillSettings(method="stagewise"), mine, its)
+    task = Taught(DistillSettings(method="stagewise"), mine, its)
     groups = stage_parameters(mine, 32, stage_indices(mine, ""))
     for phase in range(len(task.phases())):
         before = {name: tensor.clone() for name, tensor in mine.state_dict().items()}
@@ -215,7 +240,7 @@ def test_stagewise_trains_one_stage_at_a_time() -> None:
 def test_stagewise_may_let_statistics_move() -> None:
     config = validated(DistillSettings, {"method": "stagewise", "stagewise": {"frozen_batchnorm": "train"}}, "test")
     mine = network("test_resnet")
-    task = task_of(config, mine, network("test_resnet", seed=1))
+    task = Taught(config, mine, network("test_resnet", seed=1))
     task.enter(2)
     task.train()
     before = {name: tensor.clone() for name, tensor in mine.state_dict().items() if "running" in name}
@@ -225,16 +250,16 @@ def test_stagewise_may_let_statistics_move() -> None:
 
 def test_stagewise_loss_vanishes_for_the_teacher_itself() -> None:
     its = network("test_resnet")
-    task = task_of(DistillSettings(method="stagewise"), network("test_resnet"), its)
+    task = Taught(DistillSettings(method="stagewise"), network("test_resnet"), its)
     task.eval()
     for phase in range(len(task.phases()) - 1):
-        task._phase = phase
+        task.method._phase = phase
         assert task(*batch())["loss"].item() == pytest.approx(0, abs=1e-10)
 
 
 def test_stagewise_costs_what_the_others_cost() -> None:
     config = validated(DistillSettings, {"method": "stagewise", "train": {"epochs": 43}}, "test")
-    task = task_of(config, network("test_resnet"), network("test_resnet"))
+    task = Taught(config, network("test_resnet"), network("test_resnet"))
     assert sum(phase.epochs for phase in task.phases()) == 43
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SMALL_TRAIN, train
-from test_methods import batch, network, task_of
+from test_methods import Taught, batch, network
 
 from kdpipe.chain import Chain
 from kdpipe.core.config import DataPlan, DistillSettings, TeacherPlan, TrainConfig, validated
@@ -94,7 +94,7 @@ def test_label_loss_is_the_sum_over_the_labeled_by_all(loss: str, smoothing: flo
 
 
 def test_unlabeled_images_move_the_student_by_the_methods_loss() -> None:
-    task = task_of(DistillSettings(), network("test_resnet"), network("test_resnet", seed=1))
+    task = Taught(DistillSettings(), network("test_resnet"), network("test_resnet", seed=1))
     image, label = batch()
     task.eval()
     with torch.no_grad():
