@@ -28,12 +28,11 @@ from .core.config import (
     suited,
 )
 from .core.errors import UserError, choice
-from .core.kinds import Bundle, Cache, Checkpoint, Graph, Measurement, Model, Report
+from .core.kinds import Bundle, Cache, Checkpoint, Graph, Measurement, Model, Probe, Report
 from .core.proc import require
 from .core.progress import progress
 from .data.dataset import Dataset
 from .data.fingerprints import fingerprint_folder
-from .runtime.probe import flags_of, probe
 
 if TYPE_CHECKING:
     from .report.compression import Sources
@@ -241,11 +240,12 @@ class Chain:
 
         return self.step(f"{config.target}-float32", Model, order, make, out)
 
-    def quantize(self, config: QuantizeConfig, model: Model, dataset: Dataset, out: Path | None = None) -> Model:
-        machine = probe()
-        order = Order(
-            "quantize", suited(config, machine["machine"], flags_of(machine)), {"model": model, "data": dataset}
-        )
+    def quantize(
+        self, config: QuantizeConfig, model: Model, dataset: Dataset, device: Probe, out: Path | None = None
+    ) -> Model:
+        """One variant for that device, which decides what the configuration leaves to it."""
+        suitable = suited(config, device.machine, device.known_flags)
+        order = Order("quantize", suitable, {"model": model, "data": dataset})
 
         def make(path: Path) -> Model:
             from .export import TARGETS
@@ -256,15 +256,14 @@ class Chain:
 
         return self.step(f"{model.facts.target}-{config.variant}", Model, order, make, out)
 
-    def variants(self, plan: QuantizePlan, model: Model, dataset: Dataset) -> list[Model]:
-        """Every variant of the plan that ``model``'s target has; with auto, those that could be the best here."""
+    def variants(self, plan: QuantizePlan, model: Model, dataset: Dataset, device: Probe) -> list[Model]:
+        """Every variant of the plan that ``model``'s target has; with auto, those that could be the best there."""
         from .quantize import VARIANTS
 
-        flags = flags_of(probe())
         made = []
         for name, kind in VARIANTS[model.facts.target].items():
-            if kind.suits(model.facts, flags) if plan.variants == "auto" else name in plan.variants:
-                made.append(self.quantize(QuantizeConfig.of(plan, variant=name), model, dataset))
+            if kind.suits(model.facts, device.known_flags) if plan.variants == "auto" else name in plan.variants:
+                made.append(self.quantize(QuantizeConfig.of(plan, variant=name), model, dataset, device))
         return made
 
     def _nearest(self, artifact: AnyArtifact, kind: type[A]) -> A | None:

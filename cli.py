@@ -271,6 +271,9 @@ def export(
 def quantize(
     model: Annotated[Path, typer.Argument(help="folder of a float32 model")],
     data: DataOption = None,
+    device: Annotated[
+        str, typer.Option("--device", help="where it will run: decides what is left to the CPU")
+    ] = "local",
     out: OutOption = None,
     as_json: JsonFlag = False,
     *,
@@ -285,16 +288,17 @@ def quantize(
     from .core.config import QuantizePlan
     from .core.errors import UserError
     from .core.kinds import Model
+    from .devices import find_device
 
     settings, opened, chain = config(), Model.open(model), _chain(model.parent)
-    dataset = _dataset_of(opened, data)
+    dataset, probe = _dataset_of(opened, data), find_device(device).probe()
     if settings.variant != "auto":
-        _print_artifact(chain.quantize(settings, opened, dataset, out), as_json)
+        _print_artifact(chain.quantize(settings, opened, dataset, probe, out), as_json)
         return
     if out is not None:
         raise UserError("--variant auto makes several artifacts: leave --out away, they go beside the model")
     plan = QuantizePlan.of(settings)
-    for made in chain.variants(plan, opened, dataset):
+    for made in chain.variants(plan, opened, dataset, probe):
         _print_artifact(made, as_json)
 
 

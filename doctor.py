@@ -10,7 +10,7 @@ from .core.errors import choice
 from .core.proc import is_installed
 from .export import TARGETS
 from .quantize import VARIANTS
-from .runtime import RUNTIMES
+from .runtime import RUNTIMES, is_available
 from .runtime.probe import UNAVAILABLE, probe
 
 
@@ -30,10 +30,11 @@ def examine_target(target: str) -> TargetState:
     """Look for the packages behind ``target`` without importing them. Raises UserError."""
     if target not in TARGETS:
         raise choice("target", target, TARGETS)
-    export, int8, run = (
+    export, int8 = (
         [name for name in needs if not is_installed(name)]
-        for needs in (TARGETS[target].needs, VARIANTS[target]["int8"].needs, RUNTIMES[target].needs)
+        for needs in (TARGETS[target].needs, VARIANTS[target]["int8"].needs)
     )
+    run = [] if is_available(target) else [name for name in RUNTIMES[target].needs if not is_installed(name)]
     makes = not export and not int8
     cure = "" if makes else f"pip install 'kdpipe[{target}]'"
     if makes and run:

@@ -23,13 +23,12 @@ from .core.progress import note
 
 def check_recipe(recipe: Recipe) -> None:
     """Refuse before any work what a later stage would refuse: packages, names, networks. Raises UserError."""
-    from .devices.session import bench_config
+    from .devices import find_device
     from .export import TARGETS
     from .export.onnx import NEEDS as GRAPH_NEEDS
     from .quantize import VARIANTS
 
-    bench_config(recipe.bench)
-
+    find_device(recipe.bench.device)
     require("training", TRAIN_NEEDS, "train")
     require("the report", ("jinja2", "matplotlib"), "report")
     for target in recipe.export.targets:
@@ -99,6 +98,8 @@ def run(recipe: Recipe, chain: Chain) -> Outcome:
     Raises:
         KdpipeError: as its stages do.
     """
+    from .devices import find_device
+
     chain.check = lambda: check_recipe(recipe)
     dataset = chain.data(recipe.data)
     teacher = chain.teacher(recipe.teacher, dataset)
@@ -107,11 +108,12 @@ def run(recipe: Recipe, chain: Chain) -> Outcome:
     checkpoints |= chain.train_all(runs, dataset, teacher, recipe.distill.together)
     shipped = checkpoints[f"student-{recipe.distill.method}-seed{recipe.distill.seeds[0]}"]
 
+    device = find_device(recipe.bench.device).probe()
     bundles: dict[str, Bundle] = {}
     for target in recipe.export.targets:
         models = [chain.export(ExportConfig.of(recipe.export, target=target), shipped, dataset)]
         if recipe.quantize is not None:
-            models += chain.variants(recipe.quantize, models[0], dataset)
+            models += chain.variants(recipe.quantize, models[0], dataset, device)
         for model in models:
             bundles[f"{target}-{model.facts.variant}"] = chain.package(recipe.package, model, dataset)
     measurement = chain.bench(recipe.bench, bundles, dataset)

@@ -414,15 +414,26 @@ class PackageConfig(Config):
     golden_images: int = Field(8, ge=1, description="test inputs shipped with their expected outputs")
 
 
-class BenchPlan(Config):
-    """One measuring session: every bundle in a fresh process each time, interleaved."""
+class DeviceSettings(Config):
+    """A machine that bundles run on."""
 
-    device: str = Field("local", description="name of the device")
+    kind: str = Field("local", description="local (this machine), or null (none: what measuring itself costs)")
+
+
+class MeasureSettings(Config):
+    """One measurement of one bundle, in one process."""
+
     threads: int = Field(0, ge=0, description="threads of the runtime; 0 takes every core of the device")
-    rounds: int = Field(6, ge=2, description="fresh processes for each bundle; intervals need 6")
     seconds: float = Field(0.5, gt=0, description="steady time of one measurement")
     min_samples: int = Field(64, ge=1, description="inferences of one measurement, at least")
     images: int = Field(64, ge=1, description="test images rotated through while timing")
+
+
+class BenchPlan(MeasureSettings):
+    """One measuring session: every bundle in a fresh process each time, interleaved."""
+
+    device: str = Field("local", description="name of the device: local, or null for what measuring itself costs")
+    rounds: int = Field(6, ge=2, description="fresh processes for each bundle; intervals need 6")
 
 
 class ReportConfig(Config):

@@ -291,6 +291,63 @@ class Bundle(Labelled[BundleFacts]):
 # ---- measurement -----------------------------------------------------------------------------------------
 
 
+Unavailable = Literal["unavailable"]  # what could not be read, never 0
+
+
+class Probe(Record):
+    """What a device is, read from its kernel."""
+
+    system: str
+    machine: str
+    cpu: str
+    cores: int | Unavailable
+    usable_cores: int | Unavailable
+    flags: dict[str, bool] | Unavailable  # of the CPU, that decide how fast small precisions run
+    memory_bytes: int | Unavailable
+    governor: str
+    current_khz: str
+    temperatures_millicelsius: dict[str, str] | Unavailable
+    load_average: list[float] | Unavailable
+
+    @property
+    def known_flags(self) -> dict[str, bool]:
+        """The CPU's flags; none where they could not be read."""
+        return self.flags if isinstance(self.flags, dict) else {}
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """The part that names the device: the same tomorrow, other on another machine."""
+        return self.model_dump(include={"machine", "cpu", "cores", "usable_cores", "flags", "memory_bytes"})
+
+
+class Prediction(Record):
+    """That so many images were run, and by what."""
+
+    images: int
+    session: RuntimeSession
+
+
+class WarmUp(Record):
+    """Medians of windows of inferences until three agree, or not within the limit."""
+
+    window_median_ns: list[float]
+    settled: bool
+
+
+class Samples(Record):
+    """One measurement in one process: durations in nanoseconds, memory in bytes, nothing trimmed."""
+
+    import_ns: int
+    load_ns: int
+    first_ns: int
+    prepare_ns: list[int]
+    warm_up: WarmUp
+    latency_ns: list[int]
+    peak_memory_bytes: int
+    memory_before_open_bytes: int
+    session: RuntimeSession
+
+
 class Result(Record):
     """What was measured of one bundle; None where it was not."""
 
@@ -318,8 +375,8 @@ class MeasurementFacts(Record):
     task: str
     device: str
     emulated: bool
-    probe_before: dict[str, Any]
-    probe_after: dict[str, Any]
+    probe_before: Probe
+    probe_after: Probe
     reference: str | None
     results: dict[str, Result]
     ratios: dict[str, Interval]

@@ -13,7 +13,7 @@ from ..core.artifact import EVIDENCE, Order, drafting
 from ..core.config import PackageConfig
 from ..core.errors import GateFailed, UserError
 from ..core.kinds import Bundle, BundleFacts, Model
-from ..core.proc import first_line, is_installed, quiet
+from ..core.proc import first_line, quiet
 from ..data.dataset import Dataset
 from ..runtime.bundle import GOLDEN, BundleError, replay_golden
 from ..runtime.preprocess import load_images
@@ -69,7 +69,7 @@ def verify(path: Path) -> tuple[Bundle, dict[str, Any]]:
         GateFailed: the golden outputs are off.
     """
     bundle = Bundle.open(path)
-    stand_in = bundle.facts.stand_in is not None and not runnable(bundle.facts.target)
+    stand_in = bundle.facts.stand_in is not None and not runtime.is_available(bundle.facts.target)
     try:
         with quiet():
             return bundle, replay_golden(bundle.path, bundle.facts.for_runtime(), stand_in=stand_in)
@@ -79,8 +79,3 @@ def verify(path: Path) -> tuple[Bundle, dict[str, Any]]:
         raise UserError(f"bundle {path} needs {error.name}: pip install 'kdpipe[{bundle.facts.target}]'") from None
     except Exception as error:  # runtimes raise their own
         raise GateFailed(f"{path}: the model cannot be opened and run: {first_line(error)}") from error
-
-
-def runnable(target: str) -> bool:
-    """Whether the runtime of ``target`` is installed here."""
-    return all(is_installed(name) for name in runtime.RUNTIMES[target].needs)

@@ -1,18 +1,32 @@
-"""Where a bundle runs and is measured."""
+"""Where bundles run and are measured."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from ..core.config import DeviceSettings, MeasureSettings
+from ..core.errors import choice
+from ..core.kinds import Prediction, Probe, Samples
 from .local import LocalDevice
+from .null import NullDevice
 
 
 class Device(Protocol):
-    """A machine that holds a working folder and runs the runner in it."""
+    """A machine that bundles are pushed to, asked and measured on, in whatever way it can."""
 
     emulated: bool  # numbers of an emulated device are never ranked
+
+    def __init__(self, settings: DeviceSettings) -> None:
+        """Take the settings; nothing is reached yet."""
+
+    def probe(self) -> Probe:
+        """What the device is; what could not be read is "unavailable"."""
+
+    def runs(self, target: str) -> bool:
+        """Whether it can run a bundle of ``target`` with the target's own runtime."""
 
     def open(self, scratch: Path) -> None:
         """Prepare a working folder on the device (``scratch`` is on this host)."""
@@ -20,18 +34,18 @@ class Device(Protocol):
     def push(self, source: Path, name: str) -> None:
         """Put a file or folder of this host into the working folder as ``name``."""
 
-    def pull(self, name: str, target: Path) -> None:
-        """Get the file ``name`` of the working folder."""
+    def predict(self, bundle: str, images: str, outputs: Path, stand_in: bool = False) -> Prediction:
+        """Run the pushed ``bundle`` on the pushed images and write its outputs [N, ...] to ``outputs`` (.npy), here.
 
-    def run(self, arguments: Sequence[str], timeout_seconds: float) -> dict[str, Any]:
-        """Run ``python -m runtime *arguments`` in the working folder in a fresh process.
+        Args:
+            stand_in: open it with the runtime that reads the same file: right for accuracy, not for latency.
 
         Raises:
-            KdpipeError: it failed, did not end in time, or answered no JSON.
+            KdpipeError: it failed, did not end in time, or answered something else.
         """
 
-    def probe(self) -> dict[str, Any]:
-        """What the device is; what could not be read is "unavailable"."""
+    def measure(self, bundle: str, images: str, settings: MeasureSettings) -> Samples:
+        """Time single-image inference of the pushed ``bundle`` in a fresh process. Raises as ``predict`` does."""
 
     def close(self) -> None:
         """Remove the working folder."""
@@ -39,4 +53,22 @@ class Device(Protocol):
 
 DEVICES: dict[str, type[Device]] = {
     "local": LocalDevice,
+    "null": NullDevice,
 }
+
+
+def find_device(name: str) -> Device:
+    """The device of that name, not opened yet. Raises UserError for an unknown one."""
+    if name not in DEVICES:
+        raise choice("device", name, DEVICES)
+    return DEVICES[name](DeviceSettings(kind=name))
+
+
+@contextmanager
+def opened(device: Device, scratch: Path) -> Iterator[Device]:
+    """``device`` with a working folder, which is removed at the end of the block."""
+    device.open(scratch)
+    try:
+        yield device
+    finally:
+        device.close()

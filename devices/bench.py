@@ -9,17 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from .. import runtime
 from ..core.artifact import Order, drafting, write_json
+from ..core.config import MeasureSettings
 from ..core.errors import UserError
-from ..core.kinds import Bundle, Measurement, MeasurementFacts, Result, RuntimeSession
-from ..core.proc import is_installed
+from ..core.kinds import Bundle, Measurement, MeasurementFacts, Result, Samples
 from ..core.progress import note, progress
 from ..core.stats import Interval, percentile_interval, ratio_interval
 from ..data.dataset import Dataset
 from ..runtime.preprocess import load_images
 from ..runtime.task import TASKS
-from . import DEVICES, Device
+from . import Device, find_device, opened
 from .session import BenchConfig
 
 CONTROL_LIMIT = 1.25  # a session that can't tell a model from itself within this factor ranks nothing
@@ -40,10 +39,10 @@ def bench(order: Order[BenchConfig], bundles: Mapping[str, Bundle], dataset: Dat
         raise UserError("nothing to measure: give at least one bundle")
     for bundle in bundles.values():
         dataset.check_classes_of(bundle, "the bundle")
-    device = DEVICES[config.device]()
-    timed = [name for name, bundle in bundles.items() if _runnable(bundle)]
+    device = find_device(config.device)
+    timed = [name for name, bundle in bundles.items() if device.runs(bundle.facts.target)]
     for name in bundles.keys() - set(timed):
-        note(f"{name}: {bundles[name].facts.target} is not installed here: no latency")
+        note(f"{name}: {bundles[name].facts.target} is not installed on '{config.device}': no latency")
     with (
         drafting(Measurement, order, out) as draft,
         tempfile.TemporaryDirectory() as scratch,
@@ -52,9 +51,7 @@ def bench(order: Order[BenchConfig], bundles: Mapping[str, Bundle], dataset: Dat
             for file in (Measurement.outputs_name(name), Measurement.samples_name(name)):
                 (draft.path / file).parent.mkdir(exist_ok=True)
         before = device.probe()
-        device.open(Path(scratch))
-        try:
-            device.push(Path(runtime.__file__).parent, "runtime")
+        with opened(device, Path(scratch)):
             images = _push_inputs(device, bundles, dataset, Path(scratch), draft.path)
             rounds = turns(timed, config.rounds)
             with progress("measuring", len(bundles) + sum(map(len, rounds))) as advance:
@@ -63,16 +60,16 @@ def bench(order: Order[BenchConfig], bundles: Mapping[str, Bundle], dataset: Dat
                     advance(0, f"accuracy of {name}")
                     results[name] = _accuracy(device, name, bundle, images[name], dataset, draft.path)
                     advance(1, "")
-                runs: dict[str, list[dict[str, Any]]] = {}
+                runs: dict[str, list[Samples]] = {}
                 for at, names in enumerate(rounds):
                     for name in names:
                         advance(0, f"round {at + 1}, {name}")
-                        runs.setdefault(name, []).append(_measure(device, config, name, timed, images))
+                        measured = timed[0] if name == CONTROL else name
+                        samples = device.measure(measured, images[measured], MeasureSettings.of(config))
+                        runs.setdefault(name, []).append(samples)
                         advance(1, "")
-        finally:
-            device.close()
         for name, repeats in runs.items():
-            write_json(draft.path / Measurement.samples_name(name), repeats)
+            write_json(draft.path / Measurement.samples_name(name), [samples.model_dump() for samples in repeats])
             if name != CONTROL:
                 results[name] = results[name].model_copy(update=summary(repeats))
         draft.facts = MeasurementFacts(
@@ -86,10 +83,6 @@ def bench(order: Order[BenchConfig], bundles: Mapping[str, Bundle], dataset: Dat
             **comparisons(runs, timed),
         )
     return draft.artifact
-
-
-def _runnable(bundle: Bundle) -> bool:
-    return all(is_installed(name) for name in runtime.RUNTIMES[bundle.facts.target].needs)
 
 
 def turns(names: Sequence[str], rounds: int) -> list[list[str]]:
@@ -129,65 +122,49 @@ def _push_inputs(
 
 
 def _accuracy(device: Device, name: str, bundle: Bundle, images: str, dataset: Dataset, draft: Path) -> Result:
-    stand_in = not _runnable(bundle)
+    stand_in = not device.runs(bundle.facts.target)
     if stand_in and bundle.facts.stand_in is None:
         return Result(status=f"{bundle.facts.target} is not installed on this device")
-    arguments = ["predict", name, "--images", images, "--logits", "logits.npy"]
-    answer = device.run([*arguments, *(["--stand-in"] if stand_in else [])], timeout_seconds=3600)
-    target = draft / Measurement.outputs_name(name)
-    device.pull("logits.npy", target)
-    outputs = np.load(target, allow_pickle=False)
+    written = draft / Measurement.outputs_name(name)
+    answer = device.predict(name, images, written, stand_in)
+    outputs = np.load(written, allow_pickle=False)
     labels = np.array([sample.label for sample in dataset.samples("test")])
     task = TASKS[bundle.facts.task]
     return Result(
         status="not built here" if stand_in else "measured",
-        accuracy_by=answer["session"]["runtime"],
+        accuracy_by=answer.session.runtime,
         accuracy=Interval(*task.summary(task.scores(outputs, labels))),
-        session=RuntimeSession(**answer["session"]),
+        session=answer.session,
     )
 
 
-def _measure(
-    device: Device, config: BenchConfig, name: str, timed: Sequence[str], images: Mapping[str, str]
-) -> dict[str, Any]:
-    bundle = timed[0] if name == CONTROL else name
-    return device.run(
-        [
-            *("measure", bundle, "--images", images[bundle], "--image-count", str(config.images)),
-            *("--threads", str(config.threads), "--seconds", str(config.seconds)),
-            *("--min-samples", str(config.min_samples)),
-        ],
-        timeout_seconds=60 + 20 * config.seconds,
-    )
-
-
-def summary(repeats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summary(repeats: Sequence[Samples]) -> dict[str, Any]:
     """Numbers of one bundle over its processes, nothing trimmed: the fields of its ``Result``.
 
     Inferences of one process resemble each other more than those of two, so the process is the unit: a
     percentile is taken in each, and its median over processes is given with the order-statistic interval.
     """
-    milliseconds = [np.asarray(repeat["latency_ns"]) / 1e6 for repeat in repeats]
+    milliseconds = [np.asarray(samples.latency_ns) / 1e6 for samples in repeats]
     numbers: dict[str, Any] = {}
     for percent in (50, 90):
-        by_process = [percentile_interval(samples, percent).value for samples in milliseconds]
+        by_process = [percentile_interval(values, percent).value for values in milliseconds]
         numbers[f"latency_p{percent}_ms"] = percentile_interval(by_process, 50)
         numbers[f"latency_p{percent}_by_process_ms"] = by_process
     return {
         **numbers,
         "inferences": sum(map(len, milliseconds)),
-        "import_ms": [repeat["import_ns"] / 1e6 for repeat in repeats],
-        "load_ms": [repeat["load_ns"] / 1e6 for repeat in repeats],
-        "first_inference_ms": [repeat["first_ns"] / 1e6 for repeat in repeats],
-        "prepare_ms": float(np.median(np.concatenate([repeat["prepare_ns"] for repeat in repeats]))) / 1e6,
-        "peak_memory_bytes": max(repeat["peak_memory_bytes"] for repeat in repeats),
-        "memory_before_open_bytes": max(repeat["memory_before_open_bytes"] for repeat in repeats),
-        "warm_up_settled": all(repeat["warm_up"]["settled"] for repeat in repeats),
-        "session": RuntimeSession(**repeats[0]["session"]),
+        "import_ms": [samples.import_ns / 1e6 for samples in repeats],
+        "load_ms": [samples.load_ns / 1e6 for samples in repeats],
+        "first_inference_ms": [samples.first_ns / 1e6 for samples in repeats],
+        "prepare_ms": float(np.median(np.concatenate([samples.prepare_ns for samples in repeats]))) / 1e6,
+        "peak_memory_bytes": max(samples.peak_memory_bytes for samples in repeats),
+        "memory_before_open_bytes": max(samples.memory_before_open_bytes for samples in repeats),
+        "warm_up_settled": all(samples.warm_up.settled for samples in repeats),
+        "session": repeats[0].session,
     }
 
 
-def comparisons(runs: Mapping[str, Sequence[Mapping[str, Any]]], timed: Sequence[str]) -> dict[str, Any]:
+def comparisons(runs: Mapping[str, Sequence[Samples]], timed: Sequence[str]) -> dict[str, Any]:
     """Latency of every bundle over the reference, paired by round, and the A/A control's verdict.
 
     Trusted means that the control's interval holds 1 and is narrow enough to tell models apart; None that
@@ -195,7 +172,7 @@ def comparisons(runs: Mapping[str, Sequence[Mapping[str, Any]]], timed: Sequence
     """
     if not timed:
         return {"ratios": {}, "control": None, "control_limit": CONTROL_LIMIT, "trusted": None}
-    medians = {name: [float(np.median(run["latency_ns"])) for run in repeats] for name, repeats in runs.items()}
+    medians = {name: [float(np.median(samples.latency_ns)) for samples in repeats] for name, repeats in runs.items()}
     ratios = {name: ratio_interval(medians[name], medians[timed[0]]) for name in medians}
     control = ratios.pop(CONTROL)
     low, high = control.low, control.high

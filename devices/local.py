@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from .. import runtime
+from ..core.config import DeviceSettings
 from ..core.errors import KdpipeError, UserError
+from ..core.kinds import Probe
 from ..runtime.probe import probe
+from .runner import RunnerDevice
 
 
-class LocalDevice:
-    emulated = False
-
-    def __init__(self) -> None:
+class LocalDevice(RunnerDevice):
+    def __init__(self, settings: DeviceSettings) -> None:
+        super().__init__(settings)
         self._folder = Path()
+
+    def probe(self) -> Probe:
+        return Probe.model_validate(probe())
+
+    def runs(self, target: str) -> bool:
+        return runtime.is_available(target)
 
     def open(self, scratch: Path) -> None:
         self._folder = scratch / "device"
         self._folder.mkdir()
+        self.push_runner()
 
     def push(self, source: Path, name: str) -> None:
         # Nothing is copied to where it already is; the runner checks the hashes through the link.
@@ -32,7 +40,7 @@ class LocalDevice:
     def pull(self, name: str, target: Path) -> None:
         shutil.move(self._folder / name, target)
 
-    def run(self, arguments: Sequence[str], timeout_seconds: float) -> dict[str, Any]:
+    def run(self, arguments: Sequence[str], timeout_seconds: float) -> str:
         command = [sys.executable, "-m", "runtime", *arguments]
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COV"))}
         try:
@@ -46,11 +54,7 @@ class LocalDevice:
         if done.returncode != 0:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise UserError(f"the runner failed on 'local': {lines[-1]}")
-        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return answer
-
-    def probe(self) -> dict[str, Any]:
-        return probe()
+        return done.stdout
 
     def close(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..core.config import BenchPlan
-from ..core.errors import choice
-from ..runtime.probe import fingerprint
-from . import DEVICES
+from . import find_device
 
 
 class BenchConfig(BenchPlan):
@@ -18,6 +16,4 @@ class BenchConfig(BenchPlan):
 
 def bench_config(config: BenchPlan) -> BenchConfig:
     """Name the device behind ``config``. Raises UserError for an unknown one."""
-    if config.device not in DEVICES:
-        raise choice("device", config.device, DEVICES)
-    return BenchConfig.of(config, device_fingerprint=fingerprint(DEVICES[config.device]().probe()))
+    return BenchConfig.of(config, device_fingerprint=find_device(config.device).probe().fingerprint)

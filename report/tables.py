@@ -407,8 +407,8 @@ def environment(measurement: Measurement, checkpoints: Checkpoints) -> Numbers:
     return {
         "tools": tools,
         "host": measurement.manifest.host,
-        "device_before": facts.probe_before,
-        "device_after": facts.probe_after,
+        "device_before": facts.probe_before.model_dump(),
+        "device_after": facts.probe_after.model_dump(),
         "runtimes": {
             name: result.session.model_dump() for name, result in facts.results.items() if result.session is not None
         },

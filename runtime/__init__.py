@@ -6,6 +6,7 @@ with the standard library, numpy and the one runtime of the bundle (Pillow only 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,6 +46,11 @@ RUNTIMES: dict[str, type[Session]] = {
     "tensorrt": TensorRtSession,
     "tflite": TfliteSession,
 }
+
+
+def is_available(target: str) -> bool:
+    """Whether the runtime of ``target`` is installed on this machine; imports nothing."""
+    return all(importlib.util.find_spec(module.partition(".")[0]) for module in RUNTIMES[target].modules)
 
 
 def open_session(folder: Path, facts: dict[str, Any], threads: int = 1, stand_in: bool = False) -> Session:

@@ -47,13 +47,3 @@ def probe() -> dict[str, Any]:
         "temperatures_millicelsius": {zone.parent.name: read(str(zone)) for zone in zones} or UNAVAILABLE,
         "load_average": list(os.getloadavg()),
     }
-
-
-def flags_of(found: dict[str, Any]) -> dict[str, bool]:
-    """The CPU's flags of a probe; none where they could not be read."""
-    return found["flags"] if isinstance(found["flags"], dict) else {}
-
-
-def fingerprint(found: dict[str, Any]) -> dict[str, Any]:
-    """The part of a probe that names the device: the same tomorrow, other on another machine."""
-    return {name: found[name] for name in ("machine", "cpu", "cores", "usable_cores", "flags", "memory_bytes")}

@@ -26,16 +26,16 @@ from kdpipe.core.artifact import MANIFEST, Order, manifest_digest
 from kdpipe.core.config import CacheConfig, ExportConfig, QuantizeConfig, Recipe, TrainConfig, validated
 from kdpipe.core.kinds import Bundle, Cache, Checkpoint, Graph, Measurement, Model, Report
 from kdpipe.data.dataset import Dataset
+from kdpipe.devices import find_device
 from kdpipe.export import TARGETS
 from kdpipe.export import stage as export_stage
 from kdpipe.quantize import VARIANTS
 from kdpipe.quantize import stage as quantize_stage
-from kdpipe.runtime.probe import flags_of, probe
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # OpenVINO in bf16 is refused where the CPU would silently run it in float32.
-HAS_BF16 = any(flags_of(probe()).get(flag) for flag in ("amx_bf16", "avx512_bf16"))
+HAS_BF16 = any(find_device("local").probe().known_flags.get(flag) for flag in ("amx_bf16", "avx512_bf16"))
 VARIANTS_HERE = {
     target: [name for name in variants if name != "bf16" or HAS_BF16] for target, variants in VARIANTS.items()
 }

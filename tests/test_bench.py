@@ -11,12 +11,14 @@ import pytest
 from conftest import Made, replace_file
 
 from kdpipe.core.artifact import Order
-from kdpipe.core.config import BenchPlan
+from kdpipe.core.config import BenchPlan, DeviceSettings, MeasureSettings, QuantizeConfig, suited
 from kdpipe.core.errors import KdpipeError, UserError
-from kdpipe.core.kinds import Bundle
-from kdpipe.devices import DEVICES
+from kdpipe.core.kinds import Bundle, Probe, RuntimeSession, Samples, WarmUp
+from kdpipe.devices import DEVICES, find_device, opened
 from kdpipe.devices.bench import CONTROL, bench, comparisons, turns
+from kdpipe.devices.local import LocalDevice
 from kdpipe.devices.session import bench_config
+from kdpipe.quantize import VARIANTS
 from kdpipe.runtime.measure import warm_up
 from kdpipe.runtime.probe import UNAVAILABLE, probe, read
 
@@ -40,15 +42,15 @@ def test_numbers_come_from_raw_samples(made: Made, name: str) -> None:
     found = made.measurement.facts.results[name]
     runs = json.loads(made.measurement.file(f"latency_ns/{name}.json").read_text())
     assert len(runs) == 2
-    assert found["inferences"] == sum(len(run["latency_ns"]) for run in runs)
+    assert found.inferences == sum(len(run["latency_ns"]) for run in runs)
     assert all(len(run["latency_ns"]) >= 40 and min(run["latency_ns"]) > 0 for run in runs)
     medians = [np.sort(run["latency_ns"])[int(np.ceil(len(run["latency_ns"]) / 2)) - 1] / 1e6 for run in runs]
-    assert found["latency_p50_by_process_ms"] == pytest.approx(medians)
+    assert found.latency_p50_by_process_ms == pytest.approx(medians)
     # Two processes bound nothing: no interval is claimed.
-    assert found["latency_p50_ms"]["low"] is None
+    assert found.latency_p50_ms.low is None
     # The runner's memory is its own, not that of the process that started it.
-    assert 10e6 < found["memory_before_open_bytes"] < found["peak_memory_bytes"] < 400e6
-    assert all(load > 0 for load in found["load_ms"])
+    assert 10e6 < found.memory_before_open_bytes < found.peak_memory_bytes < 400e6
+    assert all(load > 0 for load in found.load_ms)
 
 
 @pytest.mark.parametrize("name", [*TIMED, "tensorrt-float32", "tensorrt-int8"])
@@ -57,7 +59,7 @@ def test_accuracy_is_of_the_stored_logits(made: Made, name: str) -> None:
     labels = np.load(made.measurement.file("labels.npy"))
     assert labels.tolist() == [sample.label for sample in made.dataset.samples("test")]
     found = made.measurement.facts.results[name]
-    assert found["accuracy"]["value"] == (logits.argmax(1) == labels).mean()
+    assert found.accuracy.value == (logits.argmax(1) == labels).mean()
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt", "tflite"])
@@ -68,21 +70,35 @@ def test_float32_has_torchs_accuracy(made: Made, target: str) -> None:
 
 def test_what_cannot_run_has_no_latency(made: Made) -> None:
     found = made.measurement.facts.results["tensorrt-int8"]
-    assert found["status"] == "not built here"
-    assert found["accuracy_by"] == "onnxruntime"
-    assert "latency_p50_ms" not in found
+    assert found.status == "not built here"
+    assert found.accuracy_by == "onnxruntime"
+    assert found.latency_p50_ms is None
     assert "latency_ns/tensorrt-int8.json" not in made.measurement.manifest.files
 
 
-def runs(*medians: float) -> list[dict[str, list[float]]]:
-    return [{"latency_ns": [median * 1e6] * 5} for median in medians]
+def runs(*medians_ms: float) -> list[Samples]:
+    session = RuntimeSession(runtime="none", version="0", threads=1)
+    return [
+        Samples(
+            import_ns=1,
+            load_ns=1,
+            first_ns=1,
+            prepare_ns=[1],
+            warm_up=WarmUp(window_median_ns=[], settled=True),
+            latency_ns=[round(median * 1e6)] * 5,
+            peak_memory_bytes=1,
+            memory_before_open_bytes=1,
+            session=session,
+        )
+        for median in medians_ms
+    ]
 
 
 def test_control_decides_about_trust() -> None:
     base = runs(1.0, 1.1, 0.9, 1.0)
     quiet = comparisons({"a": base, "b": runs(2.0, 2.2, 1.8, 2.0), CONTROL: runs(1.01, 1.1, 0.89, 1.0)}, ["a", "b"])
     assert quiet["trusted"] is True
-    assert quiet["ratios"]["b"]["value"] == pytest.approx(2)
+    assert quiet["ratios"]["b"].value == pytest.approx(2)
     drifted = comparisons({"a": base, CONTROL: runs(1.2, 1.32, 1.08, 1.2)}, ["a"])
     assert drifted["trusted"] is False  # narrow, but not 1
     noisy = comparisons({"a": base, CONTROL: runs(3.0, 0.3, 2.0, 0.5)}, ["a"])
@@ -107,29 +123,84 @@ def test_warm_up_ends_when_it_is_steady() -> None:
 
 @pytest.mark.parametrize("name", DEVICES)
 def test_device_contract(made: Made, tmp_path: Path, name: str) -> None:
-    """Push, run, pull, fail, probe: what the bench needs of any device."""
-    import kdpipe.runtime
-
-    device = DEVICES[name]()
-    device.open(tmp_path)
-    try:
-        device.push(Path(kdpipe.runtime.__file__).parent, "runtime")
-        device.push(made.bundles["onnxruntime-int8"].path, "bundle")
-        np.save(tmp_path / "images.npy", np.zeros((3, 32, 32, 3), np.uint8))
+    """Probe, push, predict, measure, refuse: what the bench needs of any device."""
+    bundle, device = made.bundles["onnxruntime-int8"], find_device(name)
+    probe = device.probe()
+    assert probe.machine and probe == device.probe().model_copy(update=_moving(probe))
+    assert device.runs("onnxruntime") and (name == "null" or not device.runs("tensorrt"))
+    np.save(tmp_path / "images.npy", np.zeros((3, 32, 32, 3), np.uint8))
+    settings = MeasureSettings(seconds=0.05, min_samples=10, images=2)
+    with opened(device, tmp_path):
+        device.push(bundle.path, "bundle")
         device.push(tmp_path / "images.npy", "images.npy")
-        answer = device.run(["predict", "bundle", "--images", "images.npy", "--logits", "logits.npy"], 60)
-        assert answer["images"] == 3
-        device.pull("logits.npy", tmp_path / "logits.npy")
-        assert np.load(tmp_path / "logits.npy").shape == (3, 10)
-        with pytest.raises(UserError, match="nowhere"):
-            device.run(["verify", "nowhere"], 60)
+        answer = device.predict("bundle", "images.npy", tmp_path / "outputs.npy")
+        assert answer.images == 3
+        assert np.load(tmp_path / "outputs.npy").shape == (3, 10)
+        samples = device.measure("bundle", "images.npy", settings)
+        assert len(samples.latency_ns) >= 10 and min(samples.latency_ns) > 0
+        assert samples.session.runtime == ("null" if name == "null" else "onnxruntime")
+        for wrong in (("nowhere", "images.npy"), ("bundle", "nowhere")):
+            if name == "null" and wrong[0] == "bundle":
+                continue  # it looks at no image to measure nothing
+            with pytest.raises(UserError, match="nowhere"):
+                device.measure(*wrong, settings)
+    assert (bundle.path / "model.onnx").is_file()  # closing removes no original
+
+
+def _moving(probe: Probe) -> dict[str, object]:
+    """What another look may find changed."""
+    return {name: getattr(probe, name) for name in ("current_khz", "load_average", "temperatures_millicelsius")}
+
+
+def test_a_runner_that_does_not_end_is_stopped(made: Made, tmp_path: Path) -> None:
+    device = LocalDevice(DeviceSettings())
+    np.save(tmp_path / "images.npy", np.zeros((3, 32, 32, 3), np.uint8))
+    with opened(device, tmp_path):
+        device.push(made.bundles["onnxruntime-int8"].path, "bundle")
+        device.push(tmp_path / "images.npy", "images.npy")
         with pytest.raises(KdpipeError, match="did not end"):
             device.run(["measure", "bundle", "--images", "images.npy", "--seconds", "60"], 2)
-        fingerprint = device.probe()
-        assert fingerprint["usable_cores"] >= 1
-    finally:
-        device.close()
-    assert (made.bundles["onnxruntime-int8"].path / "model.onnx").is_file()  # closing removes no original
+
+
+def test_a_runner_that_answers_rubbish_is_refused(made: Made, tmp_path: Path) -> None:
+    """Another program where the runner ought to be: what a broken or hostile device prints is checked."""
+    device = LocalDevice(DeviceSettings())
+    with opened(device, tmp_path):
+        (tmp_path / "device" / "runtime").unlink()
+        for printed in ("hello", "[1]", "{}", '{"images": "three"}', ""):
+            (tmp_path / "device" / "runtime.py").write_text(f"print({printed!r})")
+            with pytest.raises(UserError, match="answered something else than wanted to 'predict'"):
+                device.predict("bundle", "images.npy", tmp_path / "outputs.npy")
+
+
+def test_the_null_device_goes_through_the_bench(made: Made, tmp_path: Path) -> None:
+    """Emulated, so never ranked; its latency is what measuring costs."""
+    bundles = {name: made.bundles[name] for name in ("onnxruntime-float32", "onnxruntime-int8")}
+    plan = BenchPlan(device="null", rounds=2, seconds=0.02, min_samples=10)
+    order = Order("bench", bench_config(plan), {**bundles, "data": made.dataset})
+    facts = bench(order, bundles, made.dataset, tmp_path / "out").facts
+    assert facts.emulated and facts.device == "null"
+    found = facts.results["onnxruntime-int8"]
+    assert found.accuracy is not None and 0.05 < found.accuracy.value < 0.2, "it always says the first class"
+    assert found.latency_p50_ms is not None and found.latency_p50_ms.value < 0.05
+
+
+def test_variants_are_decided_by_the_device_they_are_for(made: Made) -> None:
+    """Not by this machine: an ARM board takes signed activations, an old x86 7-bit weights, bf16 units bf16."""
+    here = find_device("local").probe()
+    arm = here.model_copy(update={"machine": "aarch64", "flags": {"asimddp": True}})
+    old = here.model_copy(update={"machine": "x86_64", "flags": {"avx2": True}})
+    new = here.model_copy(update={"machine": "x86_64", "flags": {"avx2": True, "avx512_vnni": True, "amx_bf16": True}})
+    chosen = {
+        name: suited(QuantizeConfig(), probe.machine, probe.known_flags)
+        for name, probe in (("arm", arm), ("old", old), ("new", new))
+    }
+    assert (chosen["arm"].activations, chosen["arm"].reduce_range) == ("int8", False)
+    assert (chosen["old"].activations, chosen["old"].reduce_range) == ("uint8", True)
+    assert (chosen["new"].activations, chosen["new"].reduce_range) == ("uint8", False)
+    facts = made.models["openvino-float32"].facts
+    assert VARIANTS["openvino"]["bf16"].suits(facts, new.known_flags)
+    assert not VARIANTS["openvino"]["bf16"].suits(facts, arm.known_flags)
 
 
 def test_unreadable_is_unavailable_never_zero() -> None:
@@ -140,7 +211,7 @@ def test_unreadable_is_unavailable_never_zero() -> None:
 
 
 def test_unknown_device() -> None:
-    with pytest.raises(UserError, match="unknown device 'loca', wanted local; did you mean 'local'"):
+    with pytest.raises(UserError, match="unknown device 'loca', wanted local, null; did you mean 'local'"):
         bench_config(BenchPlan(device="loca"))
 
 

@@ -22,6 +22,7 @@ from kdpipe.core.config import (
 )
 from kdpipe.core.errors import UserError
 from kdpipe.core.inputs import InputSpec
+from kdpipe.core.kinds import BestEpoch
 from kdpipe.distill import losses
 from kdpipe.distill.features import map_shapes, paired, stage_indices, stage_parameters
 from kdpipe.distill.loop import evaluate
@@ -309,10 +310,9 @@ def test_best_epoch_is_kept_if_asked(made: Made, tmp_path: Path) -> None:
     checkpoint = train(validated(TrainConfig, values, "test"), made.dataset, None, tmp_path / "student")
     rows = [json.loads(line) for line in checkpoint.file("history.jsonl").read_text().splitlines()]
     best = max(rows, key=lambda row: row["validation_accuracy"])
-    assert checkpoint.facts.best_validation == {
-        "epoch": best["epoch"],
-        "validation_accuracy": best["validation_accuracy"],
-    }
+    assert checkpoint.facts.best_validation == BestEpoch(
+        epoch=best["epoch"], validation_accuracy=best["validation_accuracy"]
+    )
     restored, spec = models.restore(checkpoint)
     logits, labels = evaluate(restored, spec, made.dataset, "val", workers=0)
     assert (logits.argmax(1) == labels).mean() == pytest.approx(best["validation_accuracy"])

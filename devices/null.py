@@ -1,0 +1,87 @@
+"""No machine at all: takes everything, runs nothing. What is left is what measuring itself costs.
+
+Its outputs are zeros and its times those of an empty call, so it is marked as emulated and never ranked.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from ..core.config import DeviceSettings, MeasureSettings
+from ..core.errors import UserError
+from ..core.kinds import Bundle, Prediction, Probe, RuntimeSession, Samples, WarmUp
+from ..runtime.measure import peak_memory_bytes
+from ..runtime.probe import UNAVAILABLE
+
+SESSION = RuntimeSession(runtime="null", version="0", threads=0)
+
+
+class NullDevice:
+    emulated = True
+
+    def __init__(self, settings: DeviceSettings) -> None:
+        self.settings = settings
+        self._pushed: dict[str, Path] = {}
+
+    def probe(self) -> Probe:
+        return Probe(
+            system="null",
+            machine="null",
+            cpu="null",
+            cores=UNAVAILABLE,
+            usable_cores=UNAVAILABLE,
+            flags=UNAVAILABLE,
+            memory_bytes=UNAVAILABLE,
+            governor=UNAVAILABLE,
+            current_khz=UNAVAILABLE,
+            temperatures_millicelsius=UNAVAILABLE,
+            load_average=UNAVAILABLE,
+        )
+
+    def runs(self, target: str) -> bool:
+        return True
+
+    def open(self, scratch: Path) -> None:
+        self._pushed = {}
+
+    def push(self, source: Path, name: str) -> None:
+        if not source.exists():
+            raise UserError(f"nothing at {source}: wanted a file or folder to push")
+        self._pushed[name] = source
+
+    def predict(self, bundle: str, images: str, outputs: Path, stand_in: bool = False) -> Prediction:
+        classes = len(Bundle.open(self._found(bundle)).labels)
+        count = len(np.load(self._found(images), mmap_mode="r", allow_pickle=False))
+        np.save(outputs, np.zeros((count, classes), np.float32))
+        return Prediction(images=count, session=SESSION)
+
+    def measure(self, bundle: str, images: str, settings: MeasureSettings) -> Samples:
+        self._found(bundle)
+        latency_ns: list[int] = []
+        begun = time.monotonic()
+        while time.monotonic() - begun < settings.seconds or len(latency_ns) < settings.min_samples:
+            start = time.perf_counter_ns()
+            latency_ns.append(max(1, time.perf_counter_ns() - start))
+        memory = peak_memory_bytes()
+        return Samples(
+            import_ns=0,
+            load_ns=0,
+            first_ns=latency_ns[0],
+            prepare_ns=[0],
+            warm_up=WarmUp(window_median_ns=[], settled=True),
+            latency_ns=latency_ns,
+            peak_memory_bytes=memory,
+            memory_before_open_bytes=memory,
+            session=SESSION,
+        )
+
+    def close(self) -> None:
+        self._pushed = {}
+
+    def _found(self, name: str) -> Path:
+        if name not in self._pushed:
+            raise UserError(f"nothing was pushed to 'null' as '{name}'")
+        return self._pushed[name]
