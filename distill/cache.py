@@ -153,9 +153,9 @@ class CachedTeacher(nn.Module):
         views, images = address
         records = np.empty(len(images), self._kind)
         rows = np.searchsorted(self._images, images.numpy())
-        for view in np.unique(views.numpy()).tolist():
-            here = views.numpy() == view
-            records[here] = self._shard(int(view))[rows[here]]
+        for number in np.unique(views.numpy()).tolist():
+            here = views.numpy() == number
+            records[here] = self._shard(int(number))[rows[here]]
         return TeacherOutput(decode(records, self._classes).to(view.device))
 
     def _shard(self, view: int) -> np.memmap[Any, Any]:

@@ -90,7 +90,8 @@ def test_from_the_cache_as_from_a_live_teacher(
 ) -> None:
     """The same views and order: after an epoch the weights differ by what float16 rounds off the logits.
 
-    Most by dist, whose correlations weigh rare classes like others: half a percent of the way the weights moved.
+    Most by dist, whose correlations weigh rare classes like others: a half to one percent of the way the weights
+    moved, by the machine's arithmetic.
     """
     _, dataset, teacher = taught
     change = {"epochs": 1, "optimizer": "sgd", "learning_rate": 0.01, "warmup_epochs": 0}
@@ -104,7 +105,7 @@ def test_from_the_cache_as_from_a_live_teacher(
         if "running" not in name and "num_batches" not in name:
             moved += float(((weights[1][name] - weights[0][name]) ** 2).sum())
             difference += float(((weights[2][name] - weights[1][name]) ** 2).sum())
-    assert moved > 0 and difference**0.5 < 1e-2 * moved**0.5
+    assert moved > 0 and difference**0.5 < (2e-2 if method == "dist" else 1e-2) * moved**0.5
 
 
 def test_epochs_take_the_views_in_turn(

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import SMALL_TRAIN, Made, train, train_together
 
-from kdpipe.chain import Chain
+from kdpipe.chain import Chain, train_order
+from kdpipe.core.artifact import Order
 from kdpipe.core.config import DistillPlan, InputSettings, ModelSettings, TrainConfig, control_of, validated
 from kdpipe.core.errors import UserError
 from kdpipe.distill.teacher import Teacher
@@ -32,12 +33,17 @@ def configuration(change: dict[str, object], seed: int = 0, **train: object) -> 
     return validated(TrainConfig, values, "test")
 
 
+def ordered(made: Made, configs: dict[Path, TrainConfig]) -> dict[Path, Order[TrainConfig]]:
+    return {out: train_order(config, made.dataset, made.teacher) for out, config in configs.items()}
+
+
 def test_together_as_alone(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configs = {tmp_path / f"together-{at}": configuration(change) for at, change in enumerate(STUDENTS)}
-    assert companions(configs, made.dataset) == [configs]
+    orders = ordered(made, configs)
+    assert companions(orders, made.dataset) == [orders]
     forwards = []
-    answer = Teacher._answer
-    monkeypatch.setattr(Teacher, "_answer", lambda self, view: forwards.append(1) or answer(self, view))
+    forward = Teacher.forward
+    monkeypatch.setattr(Teacher, "forward", lambda *arguments: forwards.append(1) or forward(*arguments))
     together = train_together(configs, made.dataset, made.teacher)
     assert len(forwards) == 4 * 2, "the teacher is asked once a batch"
     for at, (out, config) in enumerate(configs.items()):
@@ -54,9 +60,9 @@ def test_what_sees_other_views_is_no_companion(made: Made, tmp_path: Path) -> No
     configs[tmp_path / "batch"] = configuration({}, batch_size=32)
     configs[tmp_path / "mixed"] = configuration({}, mixup=0.2)
     configs[tmp_path / "augmented"] = configuration({}, augment={"crop": "none"})
-    assert len(companions(configs, made.dataset)) == len(configs)
+    assert len(companions(ordered(made, configs), made.dataset)) == len(configs)
     rates = {tmp_path / str(rate): configuration({}, learning_rate=rate) for rate in (0.1, 0.2)}
-    assert len(companions(rates, made.dataset)) == 1
+    assert len(companions(ordered(made, rates), made.dataset)) == 1
 
 
 def test_one_that_fails_does_not_stop_the_others(made: Made, tmp_path: Path) -> None:
