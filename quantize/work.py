@@ -10,6 +10,7 @@ from pathlib import Path
 from ..core.config import QuantizeConfig
 from ..core.errors import UserError
 from ..core.kinds import Graph, Model, ModelFacts
+from ..core.proc import first_line
 from ..runtime import Session, open_session
 from .calibrate import CalibrationInputs
 
@@ -33,7 +34,12 @@ class Work:
 def open_checked(folder: Path, facts: ModelFacts) -> Session:
     """Open the model in ``folder``, and see that it runs in the precision that was asked for. Raises UserError."""
     threads = len(os.sched_getaffinity(0))
-    session = open_session(folder, facts.for_runtime(), threads, stand_in=facts.stand_in is not None)
+    try:
+        session = open_session(folder, facts.for_runtime(), threads, stand_in=facts.stand_in is not None)
+    except Exception as error:  # every runtime raises its own
+        raise UserError(
+            f"{facts.target} cannot open {facts.variant} of {facts.model} here: {first_line(error)}"
+        ) from error
     asked, taken = facts.runtime.get("inference_precision"), session.describe().get("inference_precision")
     if asked != taken:
         raise UserError(f"{facts.target} was asked for {asked} and silently runs {taken} here: not sealed")
