@@ -214,9 +214,9 @@ def test_facts_are_what_the_weights_do(made: Made) -> None:
 
 @pytest.mark.parametrize(("precision", "cure"), [("float32", "lower train.learning_rate"), ("fp16", "bf16")])
 def test_divergence_is_refused(made: Made, tmp_path: Path, precision: str, cure: str) -> None:
-    train = {**SMALL_TRAIN, "optimizer": "sgd", "learning_rate": 1e12, "precision": precision}
+    settings = {**SMALL_TRAIN, "optimizer": "sgd", "learning_rate": 1e12, "precision": precision}
     with pytest.raises(UserError, match=f"loss became .* in epoch [0-9]+, batch [0-9]+: .*{cure}"):
-        train(small(method="labels", train=train), made.dataset, None, tmp_path / "student")
+        train(small(method="labels", train=settings), made.dataset, None, tmp_path / "student")
     assert not list(tmp_path.iterdir())
 
 
