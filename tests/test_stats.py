@@ -50,39 +50,6 @@ def test_percentile_refuses(samples: list[float], percent: float) -> None:
         stats.percentile_interval(samples, percent)
 
 
-def test_binomial_cdf_by_hand_and_far_out() -> None:
-    assert stats.binomial_cdf(1, 3, 0.5) == pytest.approx(0.5)
-    assert stats.binomial_cdf(-1, 3, 0.5) == 0
-    assert stats.binomial_cdf(3, 3, 0.5) == 1
-    assert stats.binomial_cdf(99_000, 100_000, 0.99) == pytest.approx(0.5, abs=0.01)
-
-
-def test_wilson_by_hand() -> None:
-    found = stats.wilson(9, 10)
-    assert (found.low, found.high) == (pytest.approx(0.5958, abs=1e-4), pytest.approx(0.9821, abs=1e-4))
-    assert stats.wilson(0, 10).low == pytest.approx(0, abs=1e-12)
-    assert stats.wilson(10, 10).high == pytest.approx(1)
-    with pytest.raises(ValueError, match="trial"):
-        stats.wilson(0, 0)
-
-
-def test_mcnemar_by_hand() -> None:
-    before = [True] * 90 + [True] * 8 + [False] * 2
-    after = [True] * 90 + [False] * 8 + [True] * 2
-    found = stats.mcnemar(before, after)
-    assert (found.lost, found.won, found.n) == (8, 2, 100)
-    assert found.difference == pytest.approx(-0.06)
-    assert found.p_value == pytest.approx(2 * (1 + 10 + 45) / 1024)  # exact binomial
-    assert found.low < -0.06 < found.high
-
-
-def test_mcnemar_same_classifier() -> None:
-    found = stats.mcnemar([True, False], [True, False])
-    assert (found.difference, found.p_value) == (0, 1)
-    with pytest.raises(ValueError, match="equally long"):
-        stats.mcnemar([True], [True, False])
-
-
 def test_mean_and_ratio_by_hand() -> None:
     found = stats.mean_interval([1.0, 2.0, 3.0])
     assert found.value == 2
