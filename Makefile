@@ -1,4 +1,4 @@
-# Two commands for a fresh clone: make demo, make test. Both make .venv if need be.
+# Commands for a fresh clone: make demo, make test, make lab. Each makes .venv if need be.
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3.11
@@ -6,7 +6,7 @@ LOCK := requirements.lock
 # One stamp per lock file: a changed lock installs again, an unchanged one starts at once and offline.
 STAMP = $(VENV)/.installed-$(shell cksum < $(LOCK) | cut -d' ' -f1)
 
-.PHONY: demo test lint types layers unit docs install with-uv with-pip lock wheel clean
+.PHONY: demo test lab lint types layers unit docs install with-uv with-pip lock wheel clean
 
 demo: install
 	@$(BIN)/kdpipe demo
@@ -26,7 +26,11 @@ layers: install
 	$(BIN)/lint-imports --no-cache
 
 unit: install
-	$(BIN)/pytest $(TESTS)
+	$(BIN)/pytest -m "not lab" $(TESTS)
+
+# What needs packages of the system, or fuzzing that takes minutes.
+lab: install
+	$(BIN)/pytest -m lab $(TESTS)
 
 install: $(STAMP)
 

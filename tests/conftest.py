@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -127,6 +128,18 @@ def quantize(
 
 
 # ---- the command line ---------------------------------------------------------------------------------------
+
+
+# What the lab needs of the system: command, Debian's package. Whatever is missing fails, with the line that helps.
+SYSTEM_PACKAGES = {"chromium": "chromium"}
+
+
+def system_command(name: str) -> str:
+    """Path of a command of the system that a lab test needs."""
+    path = shutil.which(name)
+    if path is None:
+        pytest.fail(f"'{name}' is missing: apt-get install --no-install-recommends {SYSTEM_PACKAGES[name]}")
+    return path
 
 
 def command(*arguments: object) -> list[str]:
