@@ -231,7 +231,7 @@ def distill(
 
     settings, chain = config(), _chain(teacher.parent, joint=True)
     if read_manifest(teacher).kind == Dataset.kind:
-        guide, dataset = None, Dataset.open(teacher)
+        guide, dataset = None, _open_dataset(teacher)
     else:
         opened = Checkpoint.open(teacher)
         guide, dataset = opened, _dataset_of(opened, data)
@@ -532,9 +532,10 @@ def _share(text: str) -> float:
 
 
 def _open_dataset(path: Path) -> Dataset:
+    from .chain import with_fitted
     from .data.dataset import Dataset
 
-    return Dataset.open(path)
+    return with_fitted(Dataset.open(path))
 
 
 def _dataset_of(artifact: AnyArtifact, given: Path | None) -> Dataset:

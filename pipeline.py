@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .chain import TRAIN_NEEDS, Chain
+from .chain import TRAIN_NEEDS, Chain, Wants
 from .core.config import (
     DistillPlan,
     ExportConfig,
@@ -80,6 +80,20 @@ def student_runs(student: ModelSettings, plan: DistillPlan) -> dict[str, TrainCo
     return runs
 
 
+def wants(recipe: Recipe) -> Wants:
+    """What the recipe's networks want of its images."""
+    from .data.copies import side_for
+    from .networks.models import input_spec
+
+    taught = student_runs(recipe.student, recipe.distill).values()
+    learners = [(input_spec(config), config.train) for config in taught]
+    teacher = input_spec(recipe.teacher)
+    if recipe.teacher.is_trained:
+        learners.append((teacher, recipe.teacher.train))
+    specs = dict.fromkeys([teacher, *(spec for spec, _ in learners)])
+    return Wants(tuple(specs), max(side_for(spec, train.augment) for spec, train in learners))
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a run ends with."""
@@ -101,7 +115,7 @@ def run(recipe: Recipe, chain: Chain) -> Outcome:
     from .devices import find_device
 
     chain.check = lambda: check_recipe(recipe)
-    dataset = chain.data(recipe.data)
+    dataset = chain.data(recipe.data, wants=lambda: wants(recipe))
     teacher = chain.teacher(recipe.teacher, dataset)
     checkpoints = {"teacher": teacher}
     runs = student_runs(recipe.student, recipe.distill)

@@ -66,15 +66,44 @@ class DataPlan(Config):
         description="text file with one class a line, in the order of the checkpoint's outputs; some may have no "
         "training image. Left out, the training folders in name order",
     )
+    check: Literal["all", "sample", "none"] = Field(
+        "all", exclude=True, description="which images are decoded beforehand, so that a broken one is named early"
+    )
+    store: Literal["auto", "resized", "none"] = Field(
+        "auto",
+        exclude=True,  # known by what it leads to
+        description="resized: images are decoded once, into copies to learn from and arrays to be evaluated on; auto "
+        "does so for photographs",
+    )
+    store_side: int | None = Field(
+        None,
+        ge=16,
+        exclude=True,
+        description="shorter side of the copies, pixels; left out, what the recipe's networks need (512 without one)",
+    )
     seed: int = Field(0, description="seed of the splits")
 
 
 class DataConfig(DataPlan):
     """The source with the hash of what it holds now, so that changed images make a new key."""
 
+    decoding: int = Field(description="version of the rules by which image files become pixels")
+    copies_side: int | None = Field(None, description="shorter side of the copies to learn from, if there are any")
+    versions: dict[str, str] = Field({}, description="of the libraries that write the copies")
     fingerprint: str
     unlabeled_fingerprint: str | None = None
     classes_fingerprint: str | None = None
+
+
+class FittedConfig(Config):
+    """What decides the pixels that a network is shown of an image."""
+
+    size: int
+    crop_fraction: float
+    interpolation: str
+    antialias: bool
+    decoding: int
+    versions: dict[str, str] = Field(description="of the libraries that make the pixels")
 
 
 class InputSettings(Config):

@@ -91,7 +91,7 @@ class Checkpoint(Labelled[CheckpointFacts]):
     Facts = CheckpointFacts
     WEIGHTS = "model.safetensors"
     HISTORY = "history.jsonl"  # one row an epoch
-    IMAGES = "images.json"  # which training images it learned from
+    IMAGES = "images.npy"  # which training images it learned from: positions in the training part, ascending
     TEST_OUTPUTS = "test_logits.npz"  # ``logits`` [N, K] and ``labels`` [N] of the test part
 
 

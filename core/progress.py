@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Listener(Protocol):
-    def begin(self, what: str, total: int) -> None: ...
+    def begin(self, what: str, total: int | None) -> None: ...
 
     def advance(self, steps: int, detail: str) -> None: ...
 
@@ -26,7 +26,7 @@ class Listener(Protocol):
 class Silence:
     """Nobody listens."""
 
-    def begin(self, what: str, total: int) -> None:
+    def begin(self, what: str, total: int | None) -> None:
         """Ignore."""
 
     def advance(self, steps: int, detail: str) -> None:
@@ -49,8 +49,10 @@ def listen(listener: Listener) -> None:
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """Announce ``total`` steps of work; the block calls what it gets with (steps done, detail)."""
+def progress(what: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
+    """Announce ``total`` steps of work (None: nobody knows how many); the block calls what it gets with (steps done,
+    detail).
+    """
     _listener.begin(what, total)
     try:
         yield _listener.advance

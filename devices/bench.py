@@ -15,8 +15,7 @@ from ..core.errors import UserError
 from ..core.kinds import Bundle, Measurement, MeasurementFacts, Result, Samples
 from ..core.progress import note, progress
 from ..core.stats import Interval, percentile_interval, ratio_interval
-from ..data.dataset import Dataset
-from ..runtime.preprocess import load_images
+from ..data.dataset import Dataset, write_images
 from ..runtime.task import TASKS
 from . import Device, find_device, opened
 from .session import BenchConfig
@@ -106,7 +105,7 @@ def _push_inputs(
 ) -> dict[str, str]:
     """Put bundles and test images onto the device; images are decoded once per kind of input."""
     samples = dataset.samples("test")
-    np.save(draft / Measurement.LABELS, np.array([sample.label for sample in samples]))
+    np.save(draft / Measurement.LABELS, samples.labels)
     pushed: dict[str, str] = {}
     images = {}
     for name, bundle in bundles.items():
@@ -115,8 +114,11 @@ def _push_inputs(
         kind = repr(sorted(spec.items()))
         if kind not in pushed:
             pushed[kind] = f"images-{len(pushed)}.npy"
-            np.save(scratch / pushed[kind], load_images((sample.path for sample in samples), spec))
-            device.push(scratch / pushed[kind], pushed[kind])
+            ready = dataset.fitted_file("test", spec)
+            if ready is None:
+                ready = scratch / pushed[kind]
+                write_images(ready, samples, spec)
+            device.push(ready, pushed[kind])
         images[name] = pushed[kind]
     return images
 
@@ -128,7 +130,7 @@ def _accuracy(device: Device, name: str, bundle: Bundle, images: str, dataset: D
     written = draft / Measurement.outputs_name(name)
     answer = device.predict(name, images, written, stand_in)
     outputs = np.load(written, allow_pickle=False)
-    labels = np.array([sample.label for sample in dataset.samples("test")])
+    labels = dataset.samples("test").labels
     task = TASKS[bundle.facts.task]
     return Result(
         status="not built here" if stand_in else "measured",

@@ -270,8 +270,9 @@ class Run:
             return
         averaged = self.method.get_trainable_module(ema=True)
         network = self.network if averaged is None else averaged.module.student
-        outputs, labels = evaluate(network, self.spec, self._dataset, "val", self.settings.workers)
-        accuracy = self._task.summary(self._task.scores(outputs, labels)).value
+        batches = evaluate(network, self.spec, self._dataset, "val", self.settings.workers)
+        scores = [self._task.scores(outputs, labels) for outputs, labels in batches]
+        accuracy = self._task.summary(np.concatenate(scores)).value
         self.last_validation = row["validation_accuracy"] = accuracy
         if self.best is None or accuracy > self.best["validation_accuracy"]:
             self.best = {"epoch": row["epoch"], "validation_accuracy": accuracy}
@@ -491,17 +492,15 @@ def _schedule(settings: TrainSettings, optimizer: torch.optim.Optimizer, phase: 
     return schedule
 
 
-@torch.inference_mode()
 def evaluate(
     network: nn.Module, spec: InputSpec, dataset: Dataset, part: Part, workers: int, batch_size: int = 256
-) -> tuple[np.ndarray, np.ndarray]:
-    """Float32 logits [N, K] and labels [N] of one part, through the preprocessing the device shares."""
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Float32 outputs [B, ...] and labels [B] of one part batch by batch, by the preprocessing the device shares."""
     device = next(network.parameters()).device
     was_training = network.training
     normalised = Normalise(network, spec).to(device).eval()
-    logits, labels = [], []
     for image, label in DataLoader(EvaluationViews(dataset.samples(part), spec), batch_size, num_workers=workers):
-        logits.append(normalised(image.permute(0, 3, 1, 2).float().to(device)).cpu().numpy())
-        labels.append(label.numpy())
+        with torch.inference_mode():
+            outputs = normalised(image.permute(0, 3, 1, 2).float().to(device)).cpu().numpy()
+        yield outputs, label.numpy()
     network.train(was_training)
-    return np.concatenate(logits), np.concatenate(labels)

@@ -140,10 +140,7 @@ def _runs(
         resume, shown = (draft.resume, tracker(config, out)) if draft else (None, Nothing())
         runs[out] = Run(config, method, dataset, spec, lockstep.steps_per_epoch, ranks, resume, shown)
         if draft is not None:
-            write_json(
-                draft.path / Checkpoint.IMAGES,
-                {"part": "train", "positions": source.numbers[: source.labeled].tolist()},
-            )
+            np.save(draft.path / Checkpoint.IMAGES, source.numbers[: source.labeled])
     lockstep.train(list(runs.values()))
     return runs
 
@@ -187,7 +184,7 @@ def _write(draft: Draft[Checkpoint], run: Run, dataset: Dataset, cache: Cache | 
         run.spec,
         dataset,
         method=run.config.method,
-        training_images=len(json.loads((draft.path / Checkpoint.IMAGES).read_text())["positions"]),
+        training_images=len(np.load(draft.path / Checkpoint.IMAGES, mmap_mode="r", allow_pickle=False)),
         unlabeled_images=0 if METHODS[run.config.method].needs_labels else len(dataset.samples("unlabeled")),
         epochs=len(run.history),
         selected=run.settings.select,
@@ -234,7 +231,8 @@ def _described(
     """
     models.save_weights(network, folder / Checkpoint.WEIGHTS)
     write_json(folder / Checkpoint.LABELS, dataset.classes)
-    logits, labels = evaluate(network, spec, dataset, "test", workers=0)
+    batches = list(evaluate(network, spec, dataset, "test", workers=0))
+    logits, labels = (np.concatenate(each) for each in zip(*batches, strict=True))
     task = TASKS[dataset.facts.task]
     np.savez(folder / Checkpoint.TEST_OUTPUTS, logits=logits, labels=labels)
     return CheckpointFacts(

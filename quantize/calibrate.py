@@ -10,9 +10,8 @@ import numpy as np
 from ..core.config import CalibrateSettings
 from ..core.errors import UserError
 from ..core.progress import progress
-from ..data.dataset import Dataset, Sample
+from ..data.dataset import Dataset, Sample, load_images
 from ..runtime.layout import to_input
-from ..runtime.preprocess import load_images
 
 # Logits [N, K] of images uint8 [N, H, W, 3]: the float model's, or the teacher's for its own InputSpec.
 Predict = Callable[[Sequence[Sample]], np.ndarray]
@@ -37,7 +36,7 @@ class CalibrationInputs(Sequence[np.ndarray]):
     def __getitem__(self, at: int | slice) -> np.ndarray | Sequence[np.ndarray]:
         if isinstance(at, slice):
             return CalibrationInputs(self._samples[at], self._spec, self._what)
-        return to_input(load_images([self._samples[at].path], self._spec), self._spec)
+        return to_input(load_images([self._samples[at]], self._spec), self._spec)
 
     def __len__(self) -> int:
         return len(self._samples)

@@ -6,16 +6,17 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..core.artifact import AnyArtifact, Provenance, find_ancestors
 from ..core.kinds import BundleFacts, Checkpoint, Graph, Measurement, Model
 from ..data.dataset import Dataset
-from ..runtime.preprocess import decode
 from ..runtime.task import TASKS
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Numbers = dict[str, Any]
 FLIPS = 16
@@ -131,9 +132,8 @@ def flips(
     return turns[:FLIPS]
 
 
-def thumbnail(path: Path) -> str:
+def thumbnail(image: Image.Image) -> str:
     """The image as a data URI, small enough for a page."""
-    image = decode(path)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=80)

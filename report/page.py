@@ -46,7 +46,7 @@ def report(
 def _pictures(numbers: tables.Numbers, sources: Sources) -> list[str]:
     """The flipped images, one for each row of ``numbers["flips"]``."""
     samples = sources.dataset.samples("test") if sources.dataset else []
-    return [thumbnail(samples[flip["position"]].path) for flip in numbers["flips"]]
+    return [thumbnail(samples[flip["position"]].image()) for flip in numbers["flips"]]
 
 
 def render(numbers: tables.Numbers, pictures: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .bundle import BundleError, read_facts, replay_golden
 from .measure import measure
 
 PROTOCOL_VERSION = 1
+BATCH = 64  # images that are run at once
 
 
 def main() -> int:
@@ -52,10 +54,17 @@ def main() -> int:
 
 
 def _predict(args: argparse.Namespace, facts: dict[str, Any], threads: int) -> dict[str, Any]:
-    images = np.load(args.images, mmap_mode="r", allow_pickle=False)
     session = open_session(args.bundle, facts, threads, args.stand_in)
-    np.save(args.logits, predict(session, images), allow_pickle=False)
-    return {"images": len(images), "session": session.describe(), "stand_in": args.stand_in}
+    outputs = [predict(session, images) for images in _batches(args.images)]
+    np.save(args.logits, np.concatenate(outputs), allow_pickle=False)
+    return {"images": sum(map(len, outputs)), "session": session.describe(), "stand_in": args.stand_in}
+
+
+def _batches(path: Path) -> Iterator[np.ndarray]:
+    """The images of a .npy file, a few at a time: mapped anew, so that what was read does not stay in memory."""
+    count = len(np.load(path, mmap_mode="r", allow_pickle=False))
+    for at in range(0, count, BATCH):
+        yield np.array(np.load(path, mmap_mode="r", allow_pickle=False)[at : at + BATCH])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 import timm
 import torch
-from conftest import ROOT, SMALL_TRAIN, Made, train
+from conftest import ROOT, SMALL_TRAIN, Made, evaluated, train
 from torch import nn
 
 from kdpipe.core.config import (
@@ -25,7 +25,6 @@ from kdpipe.core.inputs import InputSpec
 from kdpipe.core.kinds import BestEpoch
 from kdpipe.distill import losses
 from kdpipe.distill.features import map_shapes, paired, stage_indices, stage_parameters
-from kdpipe.distill.loop import evaluate
 from kdpipe.distill.methods import METHODS, DistillationMethod, LogitMethod
 from kdpipe.distill.teacher import Teacher
 from kdpipe.networks import models
@@ -284,10 +283,10 @@ def test_every_method_trains_end_to_end(made: Made, tmp_path: Path, change: dict
     config = validated(TrainConfig, values, "test")
     checkpoint = train(config, made.dataset, made.teacher, tmp_path / "student")
     restored, spec = models.restore(checkpoint)
-    logits, labels = evaluate(restored, spec, made.dataset, "test", workers=0)
+    logits, labels = evaluated(restored, spec, made.dataset, "test")
     assert checkpoint.facts.test_accuracy == pytest.approx((logits.argmax(1) == labels).mean(), abs=1e-6)
     assert sorted(path.name for path in checkpoint.path.iterdir()) == [
-        "history.jsonl", "images.json", "labels.json", "manifest.json", "model.safetensors", "test_logits.npz"
+        "history.jsonl", "images.npy", "labels.json", "manifest.json", "model.safetensors", "test_logits.npz"
     ]  # fmt: skip
     assert checkpoint.facts.last_validation is not None
 
@@ -314,7 +313,7 @@ def test_best_epoch_is_kept_if_asked(made: Made, tmp_path: Path) -> None:
         epoch=best["epoch"], validation_accuracy=best["validation_accuracy"]
     )
     restored, spec = models.restore(checkpoint)
-    logits, labels = evaluate(restored, spec, made.dataset, "val", workers=0)
+    logits, labels = evaluated(restored, spec, made.dataset, "val")
     assert (logits.argmax(1) == labels).mean() == pytest.approx(best["validation_accuracy"])
 
 
