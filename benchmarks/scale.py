@@ -144,7 +144,7 @@ def stage_epoch(root: Path, artifacts: Path) -> None:
     assert len([views[address] for address in batch]) == 64
 
 
-def stage_bundle(root: Path, artifacts: Path) -> None:
+def stage_bundle(_: Path, artifacts: Path) -> None:
     """A bundle to be measured: random weights for as many classes."""
     from safetensors.torch import save_file
 

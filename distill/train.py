@@ -17,6 +17,8 @@ from ..core.config import AdoptConfig, CacheConfig, ModelSettings, TrainConfig, 
 from ..core.errors import UserError, choice
 from ..core.inputs import InputSpec
 from ..core.kinds import Cache, Checkpoint, CheckpointFacts
+from ..core.progress import note
+from ..data.copies import side_for
 from ..data.dataset import Dataset
 from ..networks import models
 from ..runtime.task import TASKS
@@ -121,6 +123,12 @@ def _runs(
         with seeded(config.seed):
             networks[out] = models.create(config, len(dataset.classes))
     spec = networks[next(iter(configs))][1]
+    copies, wanted = dataset.facts.copies, side_for(spec, first.train.augment)
+    if copies is not None and copies.shorter_side < wanted:
+        note(
+            f"{first.model} at {spec.size} pixels wants images of {wanted} pixels, the copies in {dataset.path} have "
+            f"{copies.shorter_side}: its smallest crops are enlarged (data.store_side {wanted} makes others)"
+        )
     taught = [config for config in configs.values() if config.needs_teacher]
     if teacher is not None and cache is not None and taught:
         for config in taught:
