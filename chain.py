@@ -169,6 +169,8 @@ class Chain:
         """``dataset`` with what networks of these inputs are shown of its held-out images, decoded once for all."""
         orders: dict[str, Order[FittedConfig]] = {}
         for spec in specs:
+            if geometry(spec.model_dump()) in dataset.fitted:
+                continue
             config = FittedConfig.of(spec, decoding=DECODING, versions=versions_of("pillow", "numpy"))
             orders[geometry(spec.model_dump())] = Order("fitted", config, {"data": dataset})
         paths = {shown: self.path(f"fitted-{order.config.size}", order) for shown, order in orders.items()}

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 FILTER, QUALITY = "bicubic", 95
 STEP = 64  # pixels: sizes of copies are whole multiples
 WORTH_IT = 2.0  # times the copies' shorter side that the images' must be, in the median
-FORECAST = 8  # images by which the size of the copies is told beforehand
+FORECAST = 8  # images, the first ones, by which the size of all copies is told
 HELD_OUT: tuple[Part, ...] = ("val", "test")
 
 
@@ -90,15 +90,16 @@ def write_copies(samples: Samples, shorter_side: int, out: Path) -> tuple[np.nda
         small.save(stream, "JPEG", quality=QUALITY, subsampling=0)
         return stream.getvalue(), True
 
-    few = [len(copy(at)[0]) for at in range(0, len(samples), max(1, len(samples) // FORECAST))]
-    what = f"copies of {len(samples)} images, shorter side {shorter_side},"
-    check_room(int(np.mean(few)) * len(samples), what, out.parent)
-    sizes, resized = [], 0
+    what = f"copies of {len(samples)} images with a shorter side of {shorter_side} pixels"
+    sizes: list[int] = []
+    resized = 0
     with out.open("wb") as stream:
         for content, smaller in track(in_order(copy, range(len(samples))), "copying images", len(samples)):
             stream.write(content)
             sizes.append(len(content))
             resized += smaller
+            if len(sizes) == min(FORECAST, len(samples)):
+                check_room(sum(sizes) * len(samples) // len(sizes), what, out.parent)
     ends = np.cumsum(sizes, dtype=np.int64)
     facts = CopyFacts(shorter_side=shorter_side, filter=FILTER, quality=QUALITY, resized=resized, bytes=int(ends[-1]))
     return ends - sizes, np.asarray(sizes, np.int64), facts
@@ -109,8 +110,8 @@ def check_room(wanted_bytes: int, what: str, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if wanted_bytes > free:
         raise UserError(
-            f"{what} take about {wanted_bytes / 2**20:.0f} MiB and {folder} has {free / 2**20:.0f} MiB left: free "
-            "some, take another folder, or data.store none"
+            f"{what}: they take about {wanted_bytes / 2**20:.0f} MiB and {folder} has {free / 2**20:.0f} MiB left: "
+            "free some, take another folder, or data.store none"
         )
     note(f"{what}: about {wanted_bytes / 2**20:.1f} MiB of {free / 2**30:.1f} GiB free")
 
@@ -125,10 +126,11 @@ def fit_all(orders: Mapping[Path, Order[FittedConfig]], dataset: Dataset) -> dic
     parts: dict[Part, Samples] = {part: dataset.samples(part) for part in HELD_OUT}
     with contextlib.ExitStack() as stack:
         drafts = {out: stack.enter_context(drafting(Fitted, order, out)) for out, order in orders.items()}
+        images = sum(map(len, parts.values()))
+        sizes = ", ".join(sorted({str(spec["size"]) for spec in specs}))
+        what = f"{images} held-out images as networks of {sizes} pixels see them"
+        check_room(sum(math.prod(images_shape(images, spec)) for spec in specs), what, next(iter(orders)).parent)
         for part, samples in parts.items():
-            for spec, draft in zip(specs, drafts.values(), strict=True):
-                shape = images_shape(len(samples), spec)
-                check_room(int(np.prod(shape)), f"{len(samples)} {part} images of {shape[1]} pixels", draft.path)
 
             def fitted(at: int, samples: Samples = samples) -> list[np.ndarray]:
                 image = read(samples.path(at))
