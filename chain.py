@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,6 +33,7 @@ from .core.proc import require
 from .core.progress import progress
 from .data.dataset import Dataset
 from .data.fingerprints import fingerprint_folder
+from .runtime.task import TASKS
 
 if TYPE_CHECKING:
     from .report.compression import Sources
@@ -51,21 +52,32 @@ class Step:
     sealed_before: bool
     along_with: str | None = None  # the artifact in whose time this one was made too
 
+    def __str__(self) -> str:
+        """What it made, how long it took or that it was there already."""
+        cost = "sealed" if self.sealed_before else "in that" if self.along_with else f"{self.seconds:.1f} s"
+        return f"{self.name:<28} {cost:>8}  {self.path}"
 
-@dataclass
+
 class Chain:
     """A folder of artifacts, and the steps taken through it so far.
 
     Artifacts lie at ``folder/NAME-KEY``, KEY being the first 12 digits of the key: the same stage with
-    the same configuration and inputs is found again, anything else gets a folder of its own.
+    the same configuration and inputs is found again, anything else gets a folder of its own. There is a method a
+    command, of the same name and configuration; each takes and returns artifacts, and raises what its stage raises.
     """
 
-    folder: Path
-    tell: Callable[[Step], None] = lambda _: None
-    steps: list[Step] = field(default_factory=list)
-    # Called once, before the first step that is not sealed: mistakes are told before any work.
-    check: Callable[[], None] = lambda: None
-    _graphs: dict[Path, Graph] = field(default_factory=dict)  # opened once for all the targets of a run
+    def __init__(self, folder: Path | str, tell: Callable[[Step], object] = lambda _: None) -> None:
+        """Take a folder, which is made when something is first written.
+
+        Args:
+            tell: called after each step; ``print`` shows a line a step.
+        """
+        self.folder = Path(folder)
+        self.tell = tell
+        self.steps: list[Step] = []
+        # Called once, before the first step that is not sealed: mistakes are told before any work.
+        self.check: Callable[[], None] = lambda: None
+        self._graphs: dict[Path, Graph] = {}  # opened once for all the targets of a run
 
     def step(
         self,
@@ -101,7 +113,11 @@ class Chain:
         return self.folder / f"{name}-{order.key[:12]}"
 
     def data(self, plan: DataPlan, out: Path | None = None) -> Dataset:
+        """The images of a source, checked and split."""
+        if plan.task not in TASKS:
+            raise choice("task", plan.task, TASKS)
         if Path(plan.source).is_dir():
+            plan = plan.model_copy(update={"source": str(Path(plan.source).absolute())})
             fingerprint = fingerprint_folder(Path(plan.source), self._memory(plan.source))
         else:  # named sources are known by their names
             fingerprint = "by name"
@@ -131,6 +147,7 @@ class Chain:
         return self.folder / ".fingerprints" / f"{name}.json"
 
     def cache(self, config: CacheConfig, dataset: Dataset, teacher: Checkpoint, out: Path | None = None) -> Cache:
+        """What the teacher says of so many views of every image."""
         order = cache_order(config, dataset, teacher)
 
         def make(path: Path) -> Cache:
@@ -148,6 +165,17 @@ class Chain:
         wanted = cache_config(config)
         return None if wanted is None or teacher is None else self.cache(wanted, dataset, teacher)
 
+    def distill(
+        self,
+        config: TrainConfig,
+        dataset: Dataset,
+        teacher: Checkpoint | None,
+        out: Path | None = None,
+        cache: Cache | None = None,
+    ) -> Checkpoint:
+        """One student; without a teacher by the labels alone. ``cache``: one that lies elsewhere (see ``train``)."""
+        return self.train(f"student-{config.method}-seed{config.seed}", config, dataset, teacher, out, cache)
+
     def train(
         self,
         name: str,
@@ -157,7 +185,7 @@ class Chain:
         out: Path | None = None,
         cache: Cache | None = None,
     ) -> Checkpoint:
-        """One student; with ``cache`` from that one, which lies elsewhere than among the artifacts."""
+        """A network under this name; with ``cache`` from that one, which lies elsewhere than among the artifacts."""
         order = train_order(config, dataset, teacher, cache)
 
         def make(path: Path) -> Checkpoint:
@@ -225,6 +253,7 @@ class Chain:
         return self._graphs[path]
 
     def export(self, config: ExportConfig, student: Checkpoint, dataset: Dataset, out: Path | None = None) -> Model:
+        """The student for one target, in float32, compared with torch."""
         from .export import TARGETS
 
         if config.target not in TARGETS:
@@ -280,6 +309,7 @@ class Chain:
         return next(iter(beside(model, Checkpoint, {student.inputs["teacher"].key}).values()), None)
 
     def package(self, config: PackageConfig, model: Model, dataset: Dataset, out: Path | None = None) -> Bundle:
+        """The model with labels, golden inputs and the runner: what goes onto a device."""
         order = Order("package", config, {"model": model, "data": dataset})
 
         def make(path: Path) -> Bundle:
@@ -292,6 +322,7 @@ class Chain:
     def bench(
         self, plan: BenchPlan, bundles: Mapping[str, Bundle], dataset: Dataset, out: Path | None = None
     ) -> Measurement:
+        """Accuracy and latency of ``bundles`` by name, in one session; the first is what others are compared with."""
         from .devices.session import bench_config
 
         order = Order("bench", bench_config(plan), {**bundles, "data": dataset})
@@ -310,6 +341,7 @@ class Chain:
         checkpoints: Mapping[str, Checkpoint],
         out: Path | None = None,
     ) -> Report:
+        """The page of a measurement and of ``checkpoints`` by name, the teacher's being ``teacher``."""
         sources = self._sources(measurement)
         order = Order("report", config, {"measurement": measurement, **checkpoints, **sources.as_inputs()})
 
@@ -354,9 +386,8 @@ def train_order(
     if teacher is not None and config.needs_teacher:
         inputs["teacher"] = teacher
         usual = CacheSettings()
-        if cache is not None and any(
-            cache.manifest.config[name] != getattr(usual, name) for name in ("precision", "top")
-        ):
+        stored = usual if cache is None else CacheConfig.model_validate(cache.manifest.config)
+        if cache is not None and (stored.precision, stored.top) != (usual.precision, usual.top):
             inputs["cache"] = cache
     return Order("train", config, inputs)
 

@@ -40,7 +40,7 @@ class Config(BaseModel):
 class DataPlan(Config):
     """Where the images come from and how they are split."""
 
-    task: Literal["classification"] = Field("classification", description="what a network is to say of an image")
+    task: str = Field("classification", description="what a network is to say of an image: classification")
     source: str = Field(
         description="'digits', an image folder, or a name of timm's dataset factory (hfds/..., wds/..., tfds/...)"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from pydantic import ConfigDict, Field
@@ -55,6 +55,18 @@ class TrainingPrecision(Record):
     seconds_a_step: dict[str, float]
 
 
+class Epoch(Record):
+    """A row of a training's history: means over the epoch, shares of accuracy, and how fast it went."""
+
+    epoch: int  # from 1
+    phase: str
+    loss: float
+    train_accuracy: float | None = None  # None where the outputs mean nothing yet
+    images_per_second: float
+    learning_rate: float
+    validation_accuracy: float | None = None  # None where nobody looked
+
+
 class BestEpoch(Record):
     """The epoch that did best on the validation part."""
 
@@ -92,7 +104,25 @@ class Checkpoint(Labelled[CheckpointFacts]):
     WEIGHTS = "model.safetensors"
     HISTORY = "history.jsonl"  # one row an epoch
     IMAGES = "images.json"  # which training images it learned from
-    TEST_OUTPUTS = "test_logits.npz"  # ``logits`` [N, K] and ``labels`` [N] of the test part
+    TEST_OUTPUTS = "test_logits.npz"
+
+    @property
+    def history(self) -> list[Epoch]:
+        """A row an epoch; none where it was not trained here."""
+        if self.HISTORY not in self.manifest.files:
+            return []
+        return [Epoch.model_validate_json(row) for row in self.file(self.HISTORY).read_text().splitlines()]
+
+    @property
+    def test_outputs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Float32 outputs [N, ...] for the test part, and its labels [N, ...]."""
+        with np.load(self.file(self.TEST_OUTPUTS), allow_pickle=False) as saved:
+            return saved["logits"], saved["labels"]
+
+    @classmethod
+    def write_test_outputs(cls, folder: Path, outputs: np.ndarray, labels: np.ndarray) -> None:
+        """Write into a draft what ``test_outputs`` gives back."""
+        np.savez(folder / cls.TEST_OUTPUTS, logits=outputs, labels=labels)
 
 
 # ---- cache -----------------------------------------------------------------------------------------------
@@ -147,6 +177,14 @@ class HopParity(Record):
     simplified: ParityFacts
 
 
+class Hops(NamedTuple):
+    """Outputs [N, ...] of the graph as written and simplified, for the test images at ``positions`` [N]."""
+
+    positions: np.ndarray
+    exported: np.ndarray
+    simplified: np.ndarray
+
+
 class GraphFacts(Record):
     """What a graph is of and made of, how far it is from torch, what it took to write."""
 
@@ -165,9 +203,19 @@ class Graph(Labelled[GraphFacts]):
     kind = "graph"
     Facts = GraphFacts
     ONNX = "model.onnx"
-    # Accuracy by hop: ``positions`` of test images, and what the graph says of them, ``exported`` and ``simplified``.
     HOPS = "hops.npz"
     PARITY_OUTPUTS = "torch_logits.npy"  # torch's of the parity images
+
+    @property
+    def hops(self) -> Hops:
+        """What the graph says of some test images, on both hops."""
+        with np.load(self.file(self.HOPS), allow_pickle=False) as saved:
+            return Hops(**{name: saved[name] for name in Hops._fields})
+
+    @classmethod
+    def write_hops(cls, folder: Path, hops: Hops) -> None:
+        """Write into a draft what ``hops`` gives back."""
+        np.savez(folder / cls.HOPS, **hops._asdict())
 
 
 # ---- model -----------------------------------------------------------------------------------------------
@@ -444,3 +492,13 @@ class Report(Artifact[ReportFacts]):
     Facts = ReportFacts
     PAGE = "report.html"
     NUMBERS = "report.json"
+
+    @property
+    def page(self) -> Path:
+        """The page, a file that opens anywhere."""
+        return self.file(self.PAGE)
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Every number of the page, as ``report.tables.collect`` describes them."""
+        return dict(json.loads(self.file(self.NUMBERS).read_text()))

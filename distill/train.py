@@ -16,7 +16,7 @@ from ..core.artifact import Draft, Order, drafting, write_json
 from ..core.config import AdoptConfig, CacheConfig, ModelSettings, TrainConfig, TrainSettings
 from ..core.errors import UserError, choice
 from ..core.inputs import InputSpec
-from ..core.kinds import Cache, Checkpoint, CheckpointFacts
+from ..core.kinds import Cache, Checkpoint, CheckpointFacts, Epoch
 from ..data.dataset import Dataset
 from ..networks import models
 from ..runtime.task import TASKS
@@ -44,7 +44,7 @@ def cache_config(config: TrainConfig) -> CacheConfig | None:
 
 
 def companions(orders: Mapping[Path, Order[TrainConfig]], dataset: Dataset) -> list[dict[Path, Order[TrainConfig]]]:
-    """Runs parted by what they see: those of one part can share views, batches and the teacher's answers."""
+    """Runs parted by what they see: those of one part can share views, batches and the teacher's outputs."""
     unlabeled = bool(dataset.samples("unlabeled"))
     parts: dict[str, dict[Path, Order[TrainConfig]]] = {}
     for out, order in orders.items():
@@ -134,7 +134,9 @@ def _runs(
     for out, config in configs.items():
         draft = drafts[out]
         with seeded(config.seed, 4):
-            method = METHODS[config.method](config, networks[out][0], spec, asked, config.model)
+            method = METHODS[config.method](
+                config, networks[out][0], spec, asked, config.model, task=dataset.facts.task
+            )
         if isinstance(asked, Teacher):
             asked.wanted.update(method.teacher_indices)
         resume, shown = (draft.resume, tracker(config, out)) if draft else (None, Nothing())
@@ -179,7 +181,7 @@ def _check_labels(config: TrainConfig, labeled: int, unlabeled: int) -> None:
 
 def _write(draft: Draft[Checkpoint], run: Run, dataset: Dataset, cache: Cache | None) -> None:
     with (draft.path / Checkpoint.HISTORY).open("w") as stream:
-        stream.writelines(json.dumps(row) + "\n" for row in run.history)
+        stream.writelines(Epoch.model_validate(row).model_dump_json(exclude_none=True) + "\n" for row in run.history)
     draft.facts = _described(
         draft.path,
         run.config,
@@ -236,7 +238,7 @@ def _described(
     write_json(folder / Checkpoint.LABELS, dataset.classes)
     logits, labels = evaluate(network, spec, dataset, "test", workers=0)
     task = TASKS[dataset.facts.task]
-    np.savez(folder / Checkpoint.TEST_OUTPUTS, logits=logits, labels=labels)
+    Checkpoint.write_test_outputs(folder, logits, labels)
     return CheckpointFacts(
         task=task.name,
         model=config.model,

@@ -102,7 +102,7 @@ def guards(bundles: Mapping[str, Packed]) -> list[Numbers]:
 def flips(
     measurement: Measurement, pairs: Sequence[tuple[str, str]], labels: np.ndarray, sources: Sources
 ) -> list[Numbers]:
-    """Up to 16 test images that a variant calls something else than its float32 file, taking turns.
+    """Up to 16 test images of which a variant says something else than its float32 file, taking turns.
 
     Args:
         pairs: names of bundles: the float32 one and the variant.
@@ -120,9 +120,9 @@ def flips(
                     "bundle": after,
                     "image": samples[at].path.name,
                     "position": int(at),
-                    "label": classes[labels[at]],
-                    "float32": classes[first[at]],
-                    "variant": classes[second[at]],
+                    "label": task.tell(labels[at], classes),
+                    "float32": task.tell(first[at], classes),
+                    "variant": task.tell(second[at], classes),
                 }
                 for at in task.differing(*outputs)
             ]

@@ -53,7 +53,7 @@ def collect(config: ReportConfig, measurement: Measurement, checkpoints: Checkpo
     return {
         "schema_version": SCHEMA_VERSION,
         "title": config.title,
-        "task": {"name": task.name, "metric": task.metric, "unit": task.unit},
+        "task": {name: getattr(task, name) for name in ("name", "metric", "unit", "summary_note", "change_note")},
         "measured_utc": measurement.manifest.created_utc,
         "chain": chain(measurement, checkpoints),
         "trust": trust(measurement),
@@ -118,8 +118,7 @@ def network(name: str, checkpoint: Checkpoint) -> Numbers:
 
 def _torch_accuracy(checkpoint: Checkpoint) -> Numbers:
     task = TASKS[checkpoint.facts.task]
-    with np.load(checkpoint.file(checkpoint.TEST_OUTPUTS), allow_pickle=False) as saved:
-        return task.summary(task.scores(saved["logits"], saved["labels"]))._asdict()
+    return task.summary(task.scores(*checkpoint.test_outputs))._asdict()
 
 
 def trust(measurement: Measurement) -> Numbers:
@@ -245,23 +244,25 @@ def accuracy_hops(measurement: Measurement, checkpoints: Checkpoints, graphs: Ma
 
 
 def _graph_steps(task: Task, graph: Graph, torch_scores: np.ndarray, labels: np.ndarray) -> list[Numbers]:
-    steps, parity = [], graph.facts.parity
-    with np.load(graph.file(graph.HOPS), allow_pickle=False) as hops:
-        before = torch_scores[hops["positions"]]
-        for name, found in (("exported", parity.exported), ("simplified", parity.simplified)):
-            after = task.scores(hops[name], labels[hops["positions"]])
-            steps.append(_step(task, name, before, after, found))
-            before = after
+    steps, parity, hops = [], graph.facts.parity, graph.hops
+    before, told = torch_scores[hops.positions], labels[hops.positions]
+    for name, outputs, found in (
+        ("exported", hops.exported, parity.exported),
+        ("simplified", hops.simplified, parity.simplified),
+    ):
+        after = task.scores(outputs, told)
+        steps.append(_step(task, name, before, after, found))
+        before = after
     return steps
 
 
 def _torch_scores(task: Task, student: Checkpoint, labels: np.ndarray) -> np.ndarray:
-    with np.load(student.file(student.TEST_OUTPUTS), allow_pickle=False) as saved:
-        if not np.array_equal(saved["labels"], labels):
-            raise UserError(
-                f"{student.path} was tested on other images than the bundles: give the measurement's own student"
-            )
-        return task.scores(saved["logits"], labels)
+    outputs, its_labels = student.test_outputs
+    if not np.array_equal(its_labels, labels):
+        raise UserError(
+            f"{student.path} was tested on other images than the bundles: give the measurement's own student"
+        )
+    return task.scores(outputs, labels)
 
 
 def _where_run(measurement: Measurement, name: str, bundle: Packed) -> str:
@@ -356,18 +357,18 @@ def curves(checkpoints: Checkpoints) -> list[Numbers]:
     teachers = teacher_names(checkpoints)
     found = []
     for name, checkpoint in checkpoints.items():
-        if checkpoint.HISTORY not in checkpoint.manifest.files:
+        rows = checkpoint.history
+        if not rows:
             continue
-        rows = [json.loads(line) for line in checkpoint.file(checkpoint.HISTORY).read_text().splitlines()]
-        looked = [row for row in rows if "validation_accuracy" in row]
+        looked = [row for row in rows if row.validation_accuracy is not None]
         found.append(
             {
                 "name": name,
                 "group": "teacher" if name in teachers else checkpoint.facts.method,
-                "epochs": [row["epoch"] for row in rows],
-                "loss": [row["loss"] for row in rows],
-                "validation_epochs": [row["epoch"] for row in looked],
-                "validation_accuracy": [row["validation_accuracy"] for row in looked],
+                "epochs": [row.epoch for row in rows],
+                "loss": [row.loss for row in rows],
+                "validation_epochs": [row.epoch for row in looked],
+                "validation_accuracy": [row.validation_accuracy for row in looked],
             }
         )
     return found
@@ -439,24 +440,25 @@ def summary_table(numbers: Numbers) -> Table:
 
 
 def print_summary(console: Console, numbers: Numbers) -> None:
-    """The report in a terminal: main table, accuracy by hop, gain, and whether to believe the latencies."""
-
-    def say(line: str) -> None:
+    """The report in a terminal: main table and ``summary_lines``."""
+    console.print(summary_table(numbers))
+    for line in summary_lines(numbers):
         console.print(line, markup=False, highlight=False)
 
-    console.print(summary_table(numbers))
+
+def summary_lines(numbers: Numbers) -> Iterator[str]:
+    """What is said below the main table: accuracy by hop, advice, gain, and whether to believe the latencies."""
     if any(row["pareto"] for row in numbers["bundles"]):
-        say("* on the Pareto front of accuracy and p50")
+        yield "* on the Pareto front of accuracy and p50"
     for row in numbers["bundles"]:
         if row["status"] != "measured":
-            say(f"{row['name']}: {row['status']}")
+            yield f"{row['name']}: {row['status']}"
     for hop in numbers["hops"]:
-        for line in words.hop_lines(hop):
-            say(line)
+        yield from words.hop_lines(hop)
     for advised in numbers["advice"]:
-        say(words.advice_sentence(advised))
+        yield words.advice_sentence(advised)
     for gain in numbers["gains"]:
-        say(words.gain_sentence(gain))
-    say(words.trust_sentence(numbers["trust"]))
+        yield words.gain_sentence(gain)
+    yield words.trust_sentence(numbers["trust"])
     if numbers["trust"]["emulated"]:
-        say(words.emulated_sentence(numbers["trust"]))
+        yield words.emulated_sentence(numbers["trust"])

@@ -83,15 +83,15 @@ def listed(items: list[str]) -> str:
 def chain_sentence(numbers: Mapping[str, Any]) -> str:
     """What was done, in one sentence."""
     chain, trust, device = numbers["chain"], numbers["trust"], numbers["environment"]["device_before"]
-    students = [_student(student, chain) for student in chain["students"]]
+    students = [_student(student, chain, numbers["task"]) for student in chain["students"]]
     files = f"exported to {listed(chain['targets'])} in {listed(chain['variants'])}"
     machine = f"{device.get('cpu', 'unavailable')}, {device.get('usable_cores', 'unavailable')} usable cores"
     return f"{'; '.join(students) or 'A network'}; {files}; measured on '{trust['device']}' ({machine})."
 
 
-def _student(student: Mapping[str, Any], chain: Mapping[str, Any]) -> str:
-    millions, top1 = figure(student["parameters"] / 1e6), percent(student["accuracy"]["value"])
-    text = f"{student['model']} ({millions} million parameters, top-1 {top1} %)"
+def _student(student: Mapping[str, Any], chain: Mapping[str, Any], task: Mapping[str, Any]) -> str:
+    millions, accuracy = figure(student["parameters"] / 1e6), percent(student["accuracy"]["value"])
+    text = f"{student['model']} ({millions} million parameters, {task['metric']} {accuracy} {task['unit']})"
     if not student["training_images"]:  # adopted, not trained here
         return text
     teachers = [f"{teacher['model']} ({percent(teacher['accuracy']['value'])} %)" for teacher in chain["teachers"]]
@@ -156,10 +156,10 @@ def gain_sentence(gain: Mapping[str, Any]) -> str:
 def hop_lines(hop: Mapping[str, Any]) -> list[str]:
     """``openvino: torch 97.40 -> float32 97.40 (no flips)`` and below it the variants, in per cent."""
     ran = f" ({hop['ran']})" if hop["ran"] else ""
-    whole = [step for step in hop["steps"] if not step["variant"]]
-    small = [step for step in hop["steps"] if step["variant"]]
-    lines = [f"{hop['target']}{ran}: " + " \N{RIGHTWARDS ARROW} ".join(map(_step, whole))]
-    return lines + ["  against float32: " + "; ".join(map(_step, small))] * bool(small)
+    up_to_float32 = [step for step in hop["steps"] if not step["variant"]]
+    variants = [step for step in hop["steps"] if step["variant"]]
+    lines = [f"{hop['target']}{ran}: " + " \N{RIGHTWARDS ARROW} ".join(map(_step, up_to_float32))]
+    return lines + ["  against float32: " + "; ".join(map(_step, variants))] * bool(variants)
 
 
 def advice_sentence(advised: Mapping[str, Any]) -> str:
