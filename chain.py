@@ -90,7 +90,15 @@ class Chain:
     ) -> A:
         """The sealed artifact of this order; made now if there is none.
 
-        ``companions``: artifacts that were made now along with another one, and its name.
+        Args:
+            name: of the folder, before the key.
+            make: writes it to a path; called only if there is none.
+            out: the path, where it is not to lie beside the others.
+            companions: artifacts that were made now along with another one, and its name.
+
+        Raises:
+            UserError: what lies at ``out`` was made from something else; what ``check`` raises, before any work.
+            KdpipeError: as ``make`` does.
         """
         path = out or self.path(name, order)
         begun = time.monotonic()
@@ -371,6 +379,7 @@ class Chain:
 
 
 def cache_order(config: CacheConfig, dataset: Dataset, teacher: Checkpoint) -> Order[CacheConfig]:
+    """What building a cache of ``teacher`` for ``dataset`` is told."""
     return Order("cache", config, {"data": dataset, "teacher": teacher})
 
 
@@ -414,6 +423,7 @@ def checkpoints_beside(measurement: Measurement) -> dict[str, Checkpoint]:
 
 
 def open_checkpoints(paths: Sequence[Path]) -> dict[str, Checkpoint]:
+    """Checkpoints by the names of their folders, without the keys. Raises UserError."""
     return {path.name.rpartition("-")[0] or path.name: Checkpoint.open(path) for path in paths}
 
 

@@ -99,6 +99,7 @@ def process_count() -> int:
 
 
 def listener() -> Listener:
+    """What shows progress here: bars on a terminal, else lines; nothing in the further processes of torchrun."""
     if process_number():
         return Silence()
     return Bars() if sys.stderr.isatty() else Lines()

@@ -152,6 +152,7 @@ class Cache(Artifact[CacheFacts]):
 
     @staticmethod
     def shard_name(view: int) -> str:
+        """The name of the file of one view number."""
         return f"view-{view:05d}.bin"
 
 
@@ -244,6 +245,7 @@ class Mix(Record):
     size_bytes: int
 
     def holds(self, max_drop: float) -> bool:
+        """Whether no more than ``max_drop`` points are lost, by the point value."""
         return self.drop_points <= max_drop
 
 

@@ -228,6 +228,7 @@ class Forecast:
     break_even_epochs: float  # of all students together
 
     def as_dict(self) -> dict[str, Any]:
+        """The fields by name, for JSON."""
         return dict(vars(self))
 
 
@@ -250,7 +251,7 @@ def build(order: Order[CacheConfig], dataset: Dataset, teacher: Checkpoint, out:
         ranks.from_leader(None)  # all of them are written
         if draft is not None:
             assert draft.resume is not None
-            for shard in sorted(draft.resume.glob("view-*.bin")):
+            for shard in job.shards(draft.resume):
                 shard.rename(draft.path / shard.name)
             np.save(draft.path / Cache.IMAGES, job.images)
             draft.facts = CacheFacts(
@@ -321,8 +322,12 @@ class _Job:
     def bytes(self) -> int:
         return self.config.views * len(self.images) * int(self.kind.itemsize)
 
+    def shards(self, folder: Path) -> list[Path]:
+        """The files of all views in ``folder``."""
+        return [folder / Cache.shard_name(view) for view in range(self.config.views)]
+
     def write_shards(self, folder: Path) -> None:
-        """This process's share of the files ``view-NUMBER.bin``; those that are there are whole."""
+        """Write this process's share of the views' files into ``folder``; those that are there are whole."""
         mine = range(self.ranks.rank, self.config.views, self.ranks.count)
         missing = [view for view in mine if not (folder / Cache.shard_name(view)).is_file()]
         for done, view in enumerate(missing):
@@ -366,7 +371,7 @@ class _Job:
 
 def _check_room(job: _Job, draft: Draft[Cache]) -> None:
     assert draft.resume is not None
-    written = sum(path.stat().st_size for path in draft.resume.glob("view-*.bin"))
+    written = sum(path.stat().st_size for path in job.shards(draft.resume) if path.is_file())
     free = shutil.disk_usage(draft.path).free
     if job.bytes - written > free:
         raise UserError(

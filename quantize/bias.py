@@ -38,6 +38,7 @@ class Correction:
     after_db: float | None = None
 
     def as_dict(self) -> dict[str, float | int | None]:
+        """The decibels and the number of moved layers, for the manifest."""
         return {
             "layers": len(self.shifts),
             "before_db": self.before_db,

@@ -31,6 +31,7 @@ class Packed:
 
     @property
     def student_key(self) -> str | None:
+        """Key of the checkpoint it was exported from, or None."""
         nearest = next(iter(find_ancestors(self.source, Checkpoint)), None)
         return nearest.key if nearest else None
 
@@ -44,6 +45,7 @@ class Sources:
     dataset: Dataset | None = None
 
     def as_inputs(self) -> dict[str, AnyArtifact]:
+        """What was found, by role, as inputs of the report."""
         found: dict[str, AnyArtifact] = {f"graph-{key[:12]}": graph for key, graph in self.graphs.items()}
         found |= {f"model-{key[:12]}": model for key, model in self.models.items()}
         return found | ({} if self.dataset is None else {"data": self.dataset})

@@ -74,4 +74,5 @@ def render(numbers: tables.Numbers, pictures: Sequence[str]) -> str:
 
 
 def pretty(value: Any) -> str:
+    """A value as indented JSON."""
     return json.dumps(value, indent=1, ensure_ascii=False)

@@ -103,6 +103,7 @@ def chain(measurement: Measurement, checkpoints: Checkpoints) -> Numbers:
 
 
 def network(name: str, checkpoint: Checkpoint) -> Numbers:
+    """What a checkpoint is, how it was trained, and its accuracy by torch."""
     facts, config = checkpoint.facts, checkpoint.manifest.config
     return {
         "name": name,
@@ -142,6 +143,7 @@ def trust(measurement: Measurement) -> Numbers:
 
 
 def bundle_rows(measurement: Measurement) -> list[Numbers]:
+    """A row a bundle: accuracy, latencies, size, memory, and whether it lies on the Pareto front."""
     bundles, results = bundles_of(measurement), measurement.facts.results
     rows = []
     for name, bundle in bundles.items():
@@ -168,7 +170,7 @@ def bundle_rows(measurement: Measurement) -> list[Numbers]:
 
 
 def float32_of(name: str, bundles: Mapping[str, Packed]) -> str | None:
-    """The float32 bundle of the same target and student."""
+    """Name of the float32 bundle of the same target and student, or None."""
     mine = bundles[name]
     for other, bundle in bundles.items():
         same = bundle.facts.target == mine.facts.target and bundle.student_key == mine.student_key

@@ -26,6 +26,7 @@ def tiny(value: float | None) -> str:
 
 
 def p_value(value: float | None) -> str:
+    """Three decimals, or that it is smaller."""
     if value is None:
         return NOTHING
     return "<0.001" if value < 0.001 else f"{value:.3f}"
@@ -41,10 +42,12 @@ def bounds(found: Mapping[str, Any] | None, digits: int = 3) -> str:
 
 
 def interval(found: Mapping[str, Any] | None, digits: int = 3) -> str:
+    """A value and its bounds, or a dash."""
     return NOTHING if found is None else f"{figure(found['value'], digits)} {bounds(found, digits)}"
 
 
 def percent(share: float | None, decimals: int = 2) -> str:
+    """A share in per cent, without the sign."""
     return NOTHING if share is None else f"{100 * share:.{decimals}f}"
 
 
@@ -54,6 +57,7 @@ def share_bounds(found: Mapping[str, Any] | None, decimals: int = 2) -> str:
 
 
 def shares(found: Mapping[str, Any] | None, decimals: int = 2) -> str:
+    """A share and its bounds, in per cent."""
     return NOTHING if found is None else f"{percent(found['value'])} {share_bounds(found, decimals)}"
 
 
@@ -65,6 +69,7 @@ def points(value: float | None, decimals: int = 2) -> str:
 
 
 def point_bounds(found: Mapping[str, Any] | None, scale: float = 1) -> str:
+    """Bounds of a difference in points."""
     if found is None:
         return ""
     if found["low"] is None:
@@ -73,10 +78,12 @@ def point_bounds(found: Mapping[str, Any] | None, scale: float = 1) -> str:
 
 
 def mebibytes(size_bytes: int | None) -> str:
+    """A size in MiB, without the unit."""
     return NOTHING if size_bytes is None else figure(size_bytes / 2**20)
 
 
 def listed(items: list[str]) -> str:
+    """``a, b and c``."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
@@ -103,11 +110,13 @@ def _student(student: Mapping[str, Any], chain: Mapping[str, Any], task: Mapping
 
 
 def training_images(found: Mapping[str, Any]) -> str:
+    """How many training images, and what share of each class where it is not all."""
     share = 100 * found["label_fraction"]
     return f"{found['training_images']} training images" + ("" if share == 100 else f" ({share:g} % of each class)")
 
 
 def verdict(trust: Mapping[str, Any]) -> str:
+    """Whether the latencies are to be believed, in a word or two."""
     if trust["control"] is None:
         return "Not timed."
     if not trust["trusted"]:
@@ -133,6 +142,7 @@ def trust_sentence(trust: Mapping[str, Any]) -> str:
 
 
 def emulated_sentence(trust: Mapping[str, Any]) -> str:
+    """What numbers of an emulated device are worth."""
     return (
         f"'{trust['device']}' stands in for the real device: "
         "its accuracies hold, its latencies say nothing about the hardware."
