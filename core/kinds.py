@@ -6,14 +6,16 @@ The record of an artifact's findings is the ``facts`` of its manifest, validated
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
+from zipfile import BadZipFile
 
 import numpy as np
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, ValidationError
 
 from .artifact import EVIDENCE, Artifact, Record
+from .errors import UserError
 from .inputs import InputSpec
 from .stats import Interval
 
@@ -31,6 +33,15 @@ class RuntimeSession(Record):
     version: str
     threads: int
     inference_precision: str | None = None
+
+
+def _arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arrays of these names in an .npz; nothing is unpickled. Raises UserError."""
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            return {name: saved[name] for name in names}
+    except (OSError, ValueError, KeyError, BadZipFile, AttributeError, TypeError):
+        raise UserError(f"{path} does not hold {' and '.join(names)}: make the artifact again") from None
 
 
 class Labelled(Artifact[F]):
@@ -111,13 +122,17 @@ class Checkpoint(Labelled[CheckpointFacts]):
         """A row an epoch; none where it was not trained here."""
         if self.HISTORY not in self.manifest.files:
             return []
-        return [Epoch.model_validate_json(row) for row in self.file(self.HISTORY).read_text().splitlines()]
+        path = self.file(self.HISTORY)
+        try:
+            return [Epoch.model_validate_json(row) for row in path.read_bytes().splitlines()]
+        except ValidationError:
+            raise UserError(f"{path} is no history of a training: make the artifact again") from None
 
     @property
     def test_outputs(self) -> tuple[np.ndarray, np.ndarray]:
         """Float32 outputs [N, ...] for the test part, and its labels [N, ...]."""
-        with np.load(self.file(self.TEST_OUTPUTS), allow_pickle=False) as saved:
-            return saved["logits"], saved["labels"]
+        saved = _arrays(self.file(self.TEST_OUTPUTS), ("logits", "labels"))
+        return saved["logits"], saved["labels"]
 
     @classmethod
     def write_test_outputs(cls, folder: Path, outputs: np.ndarray, labels: np.ndarray) -> None:
@@ -210,8 +225,7 @@ class Graph(Labelled[GraphFacts]):
     @property
     def hops(self) -> Hops:
         """What the graph says of some test images, on both hops."""
-        with np.load(self.file(self.HOPS), allow_pickle=False) as saved:
-            return Hops(**{name: saved[name] for name in Hops._fields})
+        return Hops(**_arrays(self.file(self.HOPS), Hops._fields))
 
     @classmethod
     def write_hops(cls, folder: Path, hops: Hops) -> None:
