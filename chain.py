@@ -317,7 +317,6 @@ class Chain:
         return next(iter(beside(model, Checkpoint, {student.inputs["teacher"].key}).values()), None)
 
     def package(self, config: PackageConfig, model: Model, dataset: Dataset, out: Path | None = None) -> Bundle:
-        """The model with labels, golden inputs and the runner: what goes onto a device."""
         order = Order("package", config, {"model": model, "data": dataset})
 
         def make(path: Path) -> Bundle:
@@ -330,7 +329,6 @@ class Chain:
     def bench(
         self, plan: BenchPlan, bundles: Mapping[str, Bundle], dataset: Dataset, out: Path | None = None
     ) -> Measurement:
-        """Accuracy and latency of ``bundles`` by name, in one session; the first is what others are compared with."""
         from .devices.session import bench_config
 
         order = Order("bench", bench_config(plan), {**bundles, "data": dataset})
@@ -349,7 +347,6 @@ class Chain:
         checkpoints: Mapping[str, Checkpoint],
         out: Path | None = None,
     ) -> Report:
-        """The page of a measurement and of ``checkpoints`` by name, the teacher's being ``teacher``."""
         sources = self._sources(measurement)
         order = Order("report", config, {"measurement": measurement, **checkpoints, **sources.as_inputs()})
 
@@ -395,8 +392,9 @@ def train_order(
     if teacher is not None and config.needs_teacher:
         inputs["teacher"] = teacher
         usual = CacheSettings()
-        stored = usual if cache is None else CacheConfig.model_validate(cache.manifest.config)
-        if cache is not None and (stored.precision, stored.top) != (usual.precision, usual.top):
+        if cache is not None and any(
+            cache.manifest.config[name] != getattr(usual, name) for name in ("precision", "top")
+        ):
             inputs["cache"] = cache
     return Order("train", config, inputs)
 

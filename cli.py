@@ -222,7 +222,6 @@ def distill(
     Example: kdpipe distill artifacts/teacher-1a2b --model mobilenetv4_conv_small
     """
     from .core.artifact import read_manifest
-    from .core.config import CacheConfig
     from .core.kinds import Checkpoint
     from .data.dataset import Dataset
 
@@ -235,8 +234,8 @@ def distill(
     remembered = None
     if cache is not None:
         remembered = _cache_at(cache, chain, settings, dataset, guide)
-        seen = CacheConfig.model_validate(remembered.manifest.config)
-        as_stored = {"cache_views": seen.views, "view_seed": seen.view_seed}
+        seen = remembered.manifest.config
+        as_stored = {"cache_views": seen["views"], "view_seed": seen["view_seed"]}
         left_out = {name: value for name, value in as_stored.items() if getattr(settings, name) is None}
         settings = settings.model_copy(update=left_out)
     _print_artifact(chain.distill(settings, dataset, guide, out, remembered), as_json)

@@ -6,16 +6,14 @@ The record of an artifact's findings is the ``facts`` of its manifest, validated
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
-from zipfile import BadZipFile
+from typing import Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
 from .artifact import EVIDENCE, Artifact, Record
-from .errors import UserError
 from .inputs import InputSpec
 from .stats import Interval
 
@@ -33,15 +31,6 @@ class RuntimeSession(Record):
     version: str
     threads: int
     inference_precision: str | None = None
-
-
-def _arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The arrays of these names in an .npz; nothing is unpickled. Raises UserError."""
-    try:
-        with np.load(path, allow_pickle=False) as saved:
-            return {name: saved[name] for name in names}
-    except (OSError, ValueError, KeyError, BadZipFile, AttributeError, TypeError):
-        raise UserError(f"{path} does not hold {' and '.join(names)}: make the artifact again") from None
 
 
 class Labelled(Artifact[F]):
@@ -64,18 +53,6 @@ class TrainingPrecision(Record):
     name: str
     channels_last: bool
     seconds_a_step: dict[str, float]
-
-
-class Epoch(Record):
-    """A row of a training's history: means over the epoch, shares of accuracy, and how fast it went."""
-
-    epoch: int  # from 1
-    phase: str
-    loss: float
-    train_accuracy: float | None = None  # None where the outputs mean nothing yet
-    images_per_second: float
-    learning_rate: float
-    validation_accuracy: float | None = None  # None where nobody looked
 
 
 class BestEpoch(Record):
@@ -115,29 +92,7 @@ class Checkpoint(Labelled[CheckpointFacts]):
     WEIGHTS = "model.safetensors"
     HISTORY = "history.jsonl"  # one row an epoch
     IMAGES = "images.json"  # which training images it learned from
-    TEST_OUTPUTS = "test_logits.npz"
-
-    @property
-    def history(self) -> list[Epoch]:
-        """A row an epoch; none where it was not trained here."""
-        if self.HISTORY not in self.manifest.files:
-            return []
-        path = self.file(self.HISTORY)
-        try:
-            return [Epoch.model_validate_json(row) for row in path.read_bytes().splitlines()]
-        except ValidationError:
-            raise UserError(f"{path} is no history of a training: make the artifact again") from None
-
-    @property
-    def test_outputs(self) -> tuple[np.ndarray, np.ndarray]:
-        """Float32 outputs [N, ...] for the test part, and its labels [N, ...]."""
-        saved = _arrays(self.file(self.TEST_OUTPUTS), ("logits", "labels"))
-        return saved["logits"], saved["labels"]
-
-    @classmethod
-    def write_test_outputs(cls, folder: Path, outputs: np.ndarray, labels: np.ndarray) -> None:
-        """Write into a draft what ``test_outputs`` gives back."""
-        np.savez(folder / cls.TEST_OUTPUTS, logits=outputs, labels=labels)
+    TEST_OUTPUTS = "test_logits.npz"  # ``logits`` [N, K] and ``labels`` [N] of the test part
 
 
 # ---- cache -----------------------------------------------------------------------------------------------
@@ -193,14 +148,6 @@ class HopParity(Record):
     simplified: ParityFacts
 
 
-class Hops(NamedTuple):
-    """Outputs [N, ...] of the graph as written and simplified, for the test images at ``positions`` [N]."""
-
-    positions: np.ndarray
-    exported: np.ndarray
-    simplified: np.ndarray
-
-
 class GraphFacts(Record):
     """What a graph is of and made of, how far it is from torch, what it took to write."""
 
@@ -219,18 +166,9 @@ class Graph(Labelled[GraphFacts]):
     kind = "graph"
     Facts = GraphFacts
     ONNX = "model.onnx"
+    # Accuracy by hop: ``positions`` of test images, and what the graph says of them, ``exported`` and ``simplified``.
     HOPS = "hops.npz"
     PARITY_OUTPUTS = "torch_logits.npy"  # torch's of the parity images
-
-    @property
-    def hops(self) -> Hops:
-        """What the graph says of some test images, on both hops."""
-        return Hops(**_arrays(self.file(self.HOPS), Hops._fields))
-
-    @classmethod
-    def write_hops(cls, folder: Path, hops: Hops) -> None:
-        """Write into a draft what ``hops`` gives back."""
-        np.savez(folder / cls.HOPS, **hops._asdict())
 
 
 # ---- model -----------------------------------------------------------------------------------------------

@@ -143,7 +143,6 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Steps of all epochs."""
         return self.epochs * self.steps_per_epoch
 
     def begin(self, first: Batch) -> None:
@@ -165,7 +164,6 @@ class Run:
                 self._scaler.load_state_dict(state["scaler"])
 
     def begin_epoch(self) -> None:
-        """Tell the method which epoch of its phase this is, and start the clock."""
         _, before = self._phase()
         self.method.epoch = self.epoch - before
         self.method.train()

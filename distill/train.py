@@ -16,7 +16,7 @@ from ..core.artifact import Draft, Order, drafting, write_json
 from ..core.config import AdoptConfig, CacheConfig, ModelSettings, TrainConfig, TrainSettings
 from ..core.errors import UserError, choice
 from ..core.inputs import InputSpec
-from ..core.kinds import Cache, Checkpoint, CheckpointFacts, Epoch
+from ..core.kinds import Cache, Checkpoint, CheckpointFacts
 from ..data.dataset import Dataset
 from ..networks import models
 from ..runtime.task import TASKS
@@ -181,7 +181,7 @@ def _check_labels(config: TrainConfig, labeled: int, unlabeled: int) -> None:
 
 def _write(draft: Draft[Checkpoint], run: Run, dataset: Dataset, cache: Cache | None) -> None:
     with (draft.path / Checkpoint.HISTORY).open("w") as stream:
-        stream.writelines(Epoch.model_validate(row).model_dump_json(exclude_none=True) + "\n" for row in run.history)
+        stream.writelines(json.dumps(row) + "\n" for row in run.history)
     draft.facts = _described(
         draft.path,
         run.config,
@@ -238,7 +238,7 @@ def _described(
     write_json(folder / Checkpoint.LABELS, dataset.classes)
     logits, labels = evaluate(network, spec, dataset, "test", workers=0)
     task = TASKS[dataset.facts.task]
-    Checkpoint.write_test_outputs(folder, logits, labels)
+    np.savez(folder / Checkpoint.TEST_OUTPUTS, logits=logits, labels=labels)
     return CheckpointFacts(
         task=task.name,
         model=config.model,

@@ -14,7 +14,7 @@ from ..core.artifact import EVIDENCE, Order, drafting
 from ..core.config import GraphConfig
 from ..core.errors import UserError
 from ..core.inputs import InputSpec
-from ..core.kinds import Checkpoint, Graph, GraphFacts, HopParity, Hops
+from ..core.kinds import Checkpoint, Graph, GraphFacts, HopParity
 from ..core.proc import first_line, quiet, require
 from ..core.progress import progress
 from ..data.dataset import Dataset
@@ -81,7 +81,7 @@ def trace(order: Order[GraphConfig], student: Checkpoint, dataset: Dataset, out:
                 advance(1, "")
         raw.unlink()
         np.save(draft.path / Graph.PARITY_OUTPUTS, expected)
-        Graph.write_hops(draft.path, Hops(hops, **logits))
+        np.savez(draft.path / Graph.HOPS, positions=hops, exported=logits["exported"], simplified=logits["simplified"])
         shutil.copyfile(student.file(student.LABELS), draft.path / Graph.LABELS)
         draft.facts = GraphFacts(
             task=student.facts.task,

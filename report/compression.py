@@ -31,7 +31,6 @@ class Packed:
 
     @property
     def student_key(self) -> str | None:
-        """Key of the checkpoint it was exported from, or None."""
         nearest = next(iter(find_ancestors(self.source, Checkpoint)), None)
         return nearest.key if nearest else None
 

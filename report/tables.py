@@ -103,7 +103,6 @@ def chain(measurement: Measurement, checkpoints: Checkpoints) -> Numbers:
 
 
 def network(name: str, checkpoint: Checkpoint) -> Numbers:
-    """What a checkpoint is, how it was trained, and its accuracy by torch."""
     facts, config = checkpoint.facts, checkpoint.manifest.config
     return {
         "name": name,
@@ -119,7 +118,8 @@ def network(name: str, checkpoint: Checkpoint) -> Numbers:
 
 def _torch_accuracy(checkpoint: Checkpoint) -> Numbers:
     task = TASKS[checkpoint.facts.task]
-    return task.summary(task.scores(*checkpoint.test_outputs))._asdict()
+    with np.load(checkpoint.file(checkpoint.TEST_OUTPUTS), allow_pickle=False) as saved:
+        return task.summary(task.scores(saved["logits"], saved["labels"]))._asdict()
 
 
 def trust(measurement: Measurement) -> Numbers:
@@ -143,7 +143,6 @@ def trust(measurement: Measurement) -> Numbers:
 
 
 def bundle_rows(measurement: Measurement) -> list[Numbers]:
-    """A row a bundle: accuracy, latencies, size, memory, and whether it lies on the Pareto front."""
     bundles, results = bundles_of(measurement), measurement.facts.results
     rows = []
     for name, bundle in bundles.items():
@@ -170,7 +169,7 @@ def bundle_rows(measurement: Measurement) -> list[Numbers]:
 
 
 def float32_of(name: str, bundles: Mapping[str, Packed]) -> str | None:
-    """Name of the float32 bundle of the same target and student, or None."""
+    """The float32 bundle of the same target and student."""
     mine = bundles[name]
     for other, bundle in bundles.items():
         same = bundle.facts.target == mine.facts.target and bundle.student_key == mine.student_key
@@ -246,25 +245,23 @@ def accuracy_hops(measurement: Measurement, checkpoints: Checkpoints, graphs: Ma
 
 
 def _graph_steps(task: Task, graph: Graph, torch_scores: np.ndarray, labels: np.ndarray) -> list[Numbers]:
-    steps, parity, hops = [], graph.facts.parity, graph.hops
-    before, told = torch_scores[hops.positions], labels[hops.positions]
-    for name, outputs, found in (
-        ("exported", hops.exported, parity.exported),
-        ("simplified", hops.simplified, parity.simplified),
-    ):
-        after = task.scores(outputs, told)
-        steps.append(_step(task, name, before, after, found))
-        before = after
+    steps, parity = [], graph.facts.parity
+    with np.load(graph.file(graph.HOPS), allow_pickle=False) as hops:
+        before = torch_scores[hops["positions"]]
+        for name, found in (("exported", parity.exported), ("simplified", parity.simplified)):
+            after = task.scores(hops[name], labels[hops["positions"]])
+            steps.append(_step(task, name, before, after, found))
+            before = after
     return steps
 
 
 def _torch_scores(task: Task, student: Checkpoint, labels: np.ndarray) -> np.ndarray:
-    outputs, its_labels = student.test_outputs
-    if not np.array_equal(its_labels, labels):
-        raise UserError(
-            f"{student.path} was tested on other images than the bundles: give the measurement's own student"
-        )
-    return task.scores(outputs, labels)
+    with np.load(student.file(student.TEST_OUTPUTS), allow_pickle=False) as saved:
+        if not np.array_equal(saved["labels"], labels):
+            raise UserError(
+                f"{student.path} was tested on other images than the bundles: give the measurement's own student"
+            )
+        return task.scores(saved["logits"], labels)
 
 
 def _where_run(measurement: Measurement, name: str, bundle: Packed) -> str:
@@ -359,18 +356,18 @@ def curves(checkpoints: Checkpoints) -> list[Numbers]:
     teachers = teacher_names(checkpoints)
     found = []
     for name, checkpoint in checkpoints.items():
-        rows = checkpoint.history
-        if not rows:
+        if checkpoint.HISTORY not in checkpoint.manifest.files:
             continue
-        looked = [row for row in rows if row.validation_accuracy is not None]
+        rows = [json.loads(line) for line in checkpoint.file(checkpoint.HISTORY).read_text().splitlines()]
+        looked = [row for row in rows if "validation_accuracy" in row]
         found.append(
             {
                 "name": name,
                 "group": "teacher" if name in teachers else checkpoint.facts.method,
-                "epochs": [row.epoch for row in rows],
-                "loss": [row.loss for row in rows],
-                "validation_epochs": [row.epoch for row in looked],
-                "validation_accuracy": [row.validation_accuracy for row in looked],
+                "epochs": [row["epoch"] for row in rows],
+                "loss": [row["loss"] for row in rows],
+                "validation_epochs": [row["epoch"] for row in looked],
+                "validation_accuracy": [row["validation_accuracy"] for row in looked],
             }
         )
     return found

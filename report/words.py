@@ -116,7 +116,6 @@ def training_images(found: Mapping[str, Any]) -> str:
 
 
 def verdict(trust: Mapping[str, Any]) -> str:
-    """Whether the latencies are to be believed, in a word or two."""
     if trust["control"] is None:
         return "Not timed."
     if not trust["trusted"]:

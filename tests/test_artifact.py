@@ -9,15 +9,13 @@ import sys
 import textwrap
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import flip_a_byte, rewrite_manifest
 
 from kdpipe.core.artifact import MANIFEST, Order, drafting
 from kdpipe.core.config import PackageConfig
 from kdpipe.core.errors import UserError
-from kdpipe.core.inputs import InputSpec
-from kdpipe.core.kinds import Checkpoint, CheckpointFacts, Epoch, Model, Report, ReportFacts
+from kdpipe.core.kinds import Model, Report, ReportFacts
 
 CONFIG = PackageConfig()
 FACTS = ReportFacts(trusted=True, bundles=3, pareto=["a"], gains=[])
@@ -190,37 +188,3 @@ def test_full_disk(tmp_path: Path) -> None:
         done = subprocess.run(["unshare", "-rm", "sh", "-c", inside], capture_output=True, text=True, check=False)
         assert "no disk space left" in done.stdout, done.stderr
         assert done.stdout.strip().endswith("[]")
-
-
-def test_what_a_checkpoint_holds_reads_back_or_is_refused(tmp_path: Path) -> None:
-    """Its history and outputs are read by their records, by whoever wrote the files."""
-    spec = InputSpec(size=8, mean=(0, 0, 0), std=(1, 1, 1), crop_fraction=1.0, interpolation="bilinear")
-    facts = CheckpointFacts(
-        task="classification", model="m", model_args={}, classes=2, input=spec, parameters=1, test_accuracy=0.5,
-        test_images=2, method="kd", training_images=2, epochs=1, selected="last",
-    )  # fmt: skip
-    row = Epoch(epoch=1, phase="all", loss=0.5, images_per_second=10.0, learning_rate=0.1)
-    outputs, labels = np.eye(2, dtype=np.float32), np.array([0, 1])
-
-    def sealed(name: str, history: str | None, write_outputs: bool) -> Checkpoint:
-        with drafting(Checkpoint, Order("test", CONFIG, {}), tmp_path / name) as draft:
-            if history is not None:
-                (draft.path / Checkpoint.HISTORY).write_text(history)
-            if write_outputs:
-                Checkpoint.write_test_outputs(draft.path, outputs, labels)
-            else:
-                (draft.path / Checkpoint.TEST_OUTPUTS).write_bytes(b"PK\x03\x04 and no more")
-            draft.facts = facts
-        return Checkpoint.open(tmp_path / name)
-
-    whole = sealed("whole", row.model_dump_json(exclude_none=True) + "\n", True)
-    assert whole.history == [row]
-    assert all(map(np.array_equal, whole.test_outputs, (outputs, labels)))
-    assert repr(whole) == f"Checkpoint(path={whole.path!r})"
-    assert sealed("adopted", None, True).history == []
-    for at, history in enumerate(("{}", '{"epoch": "first"}', "no JSON", "\x00")):
-        broken = sealed(f"broken-{at}", history, False)
-        with pytest.raises(UserError, match="no history of a training: make the artifact again"):
-            _ = broken.history
-        with pytest.raises(UserError, match="does not hold logits and labels"):
-            _ = broken.test_outputs
