@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -48,6 +48,7 @@ from .data.copies import are_photographs
 from .data.dataset import Dataset, Fitted, geometry
 from .data.fingerprints import Fingerprint, fingerprint_folder
 from .runtime.preprocess import DECODING
+from .runtime.task import TASKS
 
 if TYPE_CHECKING:
     from .report.compression import Sources
@@ -74,21 +75,32 @@ class Step:
     sealed_before: bool
     along_with: str | None = None  # the artifact in whose time this one was made too
 
+    def __str__(self) -> str:
+        """What it made, how long it took or that it was there already."""
+        cost = "sealed" if self.sealed_before else "in that" if self.along_with else f"{self.seconds:.1f} s"
+        return f"{self.name:<28} {cost:>8}  {self.path}"
 
-@dataclass
+
 class Chain:
     """A folder of artifacts, and the steps taken through it so far.
 
     Artifacts lie at ``folder/NAME-KEY``, KEY being the first 12 digits of the key: the same stage with
-    the same configuration and inputs is found again, anything else gets a folder of its own.
+    the same configuration and inputs is found again, anything else gets a folder of its own. There is a method a
+    command, of the same name and configuration; each takes and returns artifacts, and raises what its stage raises.
     """
 
-    folder: Path
-    tell: Callable[[Step], None] = lambda _: None
-    steps: list[Step] = field(default_factory=list)
-    # Called once, before the first step that is not sealed: mistakes are told before any work.
-    check: Callable[[], None] = lambda: None
-    _graphs: dict[Path, Graph] = field(default_factory=dict)  # opened once for all the targets of a run
+    def __init__(self, folder: Path | str, tell: Callable[[Step], object] = lambda _: None) -> None:
+        """Take a folder, which is made when something is first written.
+
+        Args:
+            tell: called after each step; ``print`` shows a line a step.
+        """
+        self.folder = Path(folder)
+        self.tell = tell
+        self.steps: list[Step] = []
+        # Called once, before the first step that is not sealed: mistakes are told before any work.
+        self.check: Callable[[], None] = lambda: None
+        self._graphs: dict[Path, Graph] = {}  # opened once for all the targets of a run
 
     def step(
         self,
@@ -101,7 +113,15 @@ class Chain:
     ) -> A:
         """The sealed artifact of this order; made now if there is none.
 
-        ``companions``: artifacts that were made now along with another one, and its name.
+        Args:
+            name: of the folder, before the key.
+            make: writes it to a path; called only if there is none.
+            out: the path, where it is not to lie beside the others.
+            companions: artifacts that were made now along with another one, and its name.
+
+        Raises:
+            UserError: what lies at ``out`` was made from something else; what ``check`` raises, before any work.
+            KdpipeError: as ``make`` does.
         """
         path = out or self.path(name, order)
         begun = time.monotonic()
@@ -124,14 +144,17 @@ class Chain:
         return self.folder / f"{name}-{order.key[:12]}"
 
     def data(self, plan: DataPlan, out: Path | None = None, wants: Callable[[], Wants] | None = None) -> Dataset:
-        """The images, split.
+        """The images of a source, checked and split.
 
         Args:
             wants: says what the networks of a recipe want, so that each file is decoded once for all of them; asked
                 only where images are to be stored.
         """
+        if plan.task not in TASKS:
+            raise choice("task", plan.task, TASKS)
         fingerprint, unlabeled = Fingerprint("by name", 0, ()), None  # named sources are known by their names
         if Path(plan.source).is_dir():
+            plan = plan.model_copy(update={"source": str(Path(plan.source).absolute())})
             fingerprint = fingerprint_folder(Path(plan.source), self._memory(plan.source))
         if plan.unlabeled is not None and plan.unlabeled.is_dir():
             unlabeled = fingerprint_folder(plan.unlabeled, self._memory(str(plan.unlabeled)))
@@ -205,6 +228,7 @@ class Chain:
         return self.folder / ".fingerprints" / f"{name}.sqlite"
 
     def cache(self, config: CacheConfig, dataset: Dataset, teacher: Checkpoint, out: Path | None = None) -> Cache:
+        """What the teacher says of so many views of every image."""
         order = cache_order(config, dataset, teacher)
 
         def make(path: Path) -> Cache:
@@ -222,6 +246,17 @@ class Chain:
         wanted = cache_config(config)
         return None if wanted is None or teacher is None else self.cache(wanted, dataset, teacher)
 
+    def distill(
+        self,
+        config: TrainConfig,
+        dataset: Dataset,
+        teacher: Checkpoint | None,
+        out: Path | None = None,
+        cache: Cache | None = None,
+    ) -> Checkpoint:
+        """One student; without a teacher by the labels alone. ``cache``: one that lies elsewhere (see ``train``)."""
+        return self.train(f"student-{config.method}-seed{config.seed}", config, dataset, teacher, out, cache)
+
     def train(
         self,
         name: str,
@@ -231,7 +266,7 @@ class Chain:
         out: Path | None = None,
         cache: Cache | None = None,
     ) -> Checkpoint:
-        """One student; with ``cache`` from that one, which lies elsewhere than among the artifacts."""
+        """A network under this name; with ``cache`` from that one, which lies elsewhere than among the artifacts."""
         order = train_order(config, dataset, teacher, cache)
 
         def make(path: Path) -> Checkpoint:
@@ -300,6 +335,7 @@ class Chain:
         return self._graphs[path]
 
     def export(self, config: ExportConfig, student: Checkpoint, dataset: Dataset, out: Path | None = None) -> Model:
+        """The student for one target, in float32, compared with torch."""
         from .export import TARGETS
 
         if config.target not in TARGETS:
@@ -414,6 +450,7 @@ class Chain:
 
 
 def cache_order(config: CacheConfig, dataset: Dataset, teacher: Checkpoint) -> Order[CacheConfig]:
+    """What building a cache of ``teacher`` for ``dataset`` is told."""
     return Order("cache", config, {"data": dataset, "teacher": teacher})
 
 
@@ -474,6 +511,7 @@ def checkpoints_beside(measurement: Measurement) -> dict[str, Checkpoint]:
 
 
 def open_checkpoints(paths: Sequence[Path]) -> dict[str, Checkpoint]:
+    """Checkpoints by the names of their folders, without the keys. Raises UserError."""
     return {path.name.rpartition("-")[0] or path.name: Checkpoint.open(path) for path in paths}
 
 

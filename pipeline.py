@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .chain import TRAIN_NEEDS, Chain, Wants
 from .core.config import (
@@ -19,6 +20,10 @@ from .core.errors import UserError, choice
 from .core.kinds import Bundle, Graph, Measurement, Report
 from .core.proc import require
 from .core.progress import note
+
+if TYPE_CHECKING:
+    from .report.plots import Figure
+    from .report.shown import Table
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -96,11 +101,24 @@ def wants(recipe: Recipe) -> Wants:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run ends with."""
+    """What a run ends with; ``table`` and ``figure`` show themselves in a notebook."""
 
     report: Report
     measurement: Measurement
     bundles: dict[str, Bundle]
+
+    @property
+    def table(self) -> Table:
+        """What ``kdpipe run`` prints."""
+        from .report.shown import table
+
+        return table(self.report)
+
+    def figure(self, name: str) -> Figure:
+        """``pareto``, ``noise``, ``curves`` or ``gain METHOD``. Raises UserError for one that there is not."""
+        from .report.shown import figure
+
+        return figure(self.report, name)
 
 
 def run(recipe: Recipe, chain: Chain) -> Outcome:

@@ -100,6 +100,7 @@ def process_count() -> int:
 
 
 def listener() -> Listener:
+    """What shows progress here: bars on a terminal, else lines; nothing in the further processes of torchrun."""
     if process_number():
         return Silence()
     return Bars() if sys.stderr.isatty() else Lines()
@@ -109,8 +110,7 @@ def tell_step(step: Step) -> None:
     """One line a step: what it made, how long it took or that it was there already."""
     if process_number():
         return
-    cost = "sealed" if step.sealed_before else "in that" if step.along_with else f"{step.seconds:.1f} s"
-    sys.stderr.write(f"{step.name:<28} {cost:>8}  {step.path}\n")
+    sys.stderr.write(f"{step}\n")
 
 
 def tell_forecast(forecast: Forecast) -> None:

@@ -14,13 +14,19 @@ T = TypeVar("T")
 
 
 class Listener(Protocol):
-    def begin(self, what: str, total: int | None) -> None: ...
+    """Who hears that work begins, goes on and ends; work may begin inside other work."""
 
-    def advance(self, steps: int, detail: str) -> None: ...
+    def begin(self, what: str, total: int | None) -> None:
+        """``total`` steps of ``what`` are begun; None where nobody knows how many."""
 
-    def end(self) -> None: ...
+    def advance(self, steps: int, detail: str) -> None:
+        """So many more steps are done; ``detail`` is a few words on how it goes, or nothing."""
 
-    def note(self, text: str) -> None: ...
+    def end(self) -> None:
+        """What was begun last is over."""
+
+    def note(self, text: str) -> None:
+        """A line that a person should read."""
 
 
 class Silence:

@@ -62,6 +62,11 @@ class Batch:
         """Numbers of the images [B]."""
         return self._address[1]
 
+    @property
+    def known(self) -> Tensor:
+        """Which images have a label, bool [B]."""
+        return (self.label >= 0).reshape(len(self.label), -1).any(1)
+
     def image(self, precision: Precision) -> Tensor:
         """The views [B, 3, H, W] in the layout of ``precision``."""
         if precision.channels_last not in self._images:
@@ -177,7 +182,7 @@ class Run:
         images = self._sums["images"]
         speed = (images - self._began_images) / (time.monotonic() - self._began)
         accuracy = self._sums["right"] / max(1.0, self._sums["judged"])
-        return f"loss {self._sums['loss'] / images:.3f}, top-1 {accuracy:.1%}, {speed:.0f} images/s"
+        return f"loss {self._sums['loss'] / images:.3f}, {self._task.metric} {accuracy:.1%}, {speed:.0f} images/s"
 
     @contextlib.contextmanager
     def _memory_watched(self, images: int) -> Iterator[None]:
@@ -203,10 +208,11 @@ class Run:
         count = len(batch.label)
         sums = {"images": float(count), "loss": float(result["loss"].item()) * count, "judged": 0.0, "right": 0.0}
         if phase.has_accuracy:
-            known = (batch.label >= 0).numpy()
+            known = batch.known.numpy()
             outputs = result["output"].detach().float().cpu().numpy()
             scores = self._task.scores(outputs[known], batch.label.numpy()[known])
-            sums |= {"judged": float(len(scores)), "right": float(scores.sum())}
+            judged = float(len(scores))
+            sums |= {"judged": judged, "right": judged * self._task.summary(scores).value if judged else 0.0}
         sums = self._ranks.total(sums)  # of all processes, so that all of them stop together
         value = sums["loss"] / sums["images"]
         if not math.isfinite(value):

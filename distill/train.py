@@ -46,7 +46,7 @@ def cache_config(config: TrainConfig) -> CacheConfig | None:
 
 
 def companions(orders: Mapping[Path, Order[TrainConfig]], dataset: Dataset) -> list[dict[Path, Order[TrainConfig]]]:
-    """Runs parted by what they see: those of one part can share views, batches and the teacher's answers."""
+    """Runs parted by what they see: those of one part can share views, batches and the teacher's outputs."""
     unlabeled = bool(dataset.samples("unlabeled"))
     parts: dict[str, dict[Path, Order[TrainConfig]]] = {}
     for out, order in orders.items():
@@ -142,7 +142,9 @@ def _runs(
     for out, config in configs.items():
         draft = drafts[out]
         with seeded(config.seed, 4):
-            method = METHODS[config.method](config, networks[out][0], spec, asked, config.model)
+            method = METHODS[config.method](
+                config, networks[out][0], spec, asked, config.model, task=dataset.facts.task
+            )
         if isinstance(asked, Teacher):
             asked.wanted.update(method.teacher_indices)
         resume, shown = (draft.resume, tracker(config, out)) if draft else (None, Nothing())

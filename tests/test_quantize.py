@@ -101,6 +101,7 @@ def test_coverage_reaches_every_corner() -> None:
     chosen = farthest(np.concatenate([crowd, corners]), 5)
     assert set(range(200, 204)) <= set(chosen.tolist())
     assert sorted(farthest(crowd[:3], 9).tolist()) == [0, 1, 2]
+    assert chosen.tolist() == farthest(np.concatenate([crowd, corners])[:, :, None], 5).tolist()
 
 
 def test_spread_takes_both_ends() -> None:
@@ -110,6 +111,7 @@ def test_spread_takes_both_ends() -> None:
     assert (np.diff(chosen) > 0).all()
     assert entropy(np.zeros((1, 8)))[0] == pytest.approx(np.log(8))
     assert entropy(np.array([[1000.0, 0.0]]))[0] == pytest.approx(0)
+    assert entropy(np.array([[[0.0, 1000.0], [0.0, 0.0]]])) == pytest.approx([np.log(2) / 2])  # two places of an image
 
 
 def test_one_image_is_not_enough(made: Made) -> None:
