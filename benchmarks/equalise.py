@@ -20,11 +20,11 @@ from onnx import numpy_helper
 
 from kdpipe.core.kinds import Model
 from kdpipe.core.proc import quiet
-from kdpipe.data.dataset import Dataset
+from kdpipe.data.dataset import Dataset, predict_samples
 from kdpipe.quantize.calibrate import CalibrationInputs
 from kdpipe.quantize.qdq import OnnxActivations, write_qdq
 from kdpipe.quantize.ranges import estimate, observe
-from kdpipe.runtime import open_session, predict_files
+from kdpipe.runtime import open_session
 
 IMAGES = 128
 LIMIT = 100.0  # of a scale
@@ -85,12 +85,11 @@ def main(
     spec = float32.facts.input.model_dump()
     samples = dataset.balanced("train", 2 * IMAGES, 0)
     images = CalibrationInputs(samples[:IMAGES], spec, "calibrating")
-    paths = [sample.path for sample in samples[IMAGES:]]
     source = float32.entry
 
     def logits(folder: Path) -> np.ndarray:
         with quiet():
-            return predict_files(open_session(folder, float32.facts.for_runtime()), paths, spec)
+            return predict_samples(open_session(folder, float32.facts.for_runtime()), samples[IMAGES:], spec)
 
     expected = logits(float32.path)
 

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -113,10 +114,10 @@ class FirstStep(Exception):
 def stage_run(root: Path, artifacts: Path) -> None:
     from kdpipe import pipeline
     from kdpipe.chain import Chain
-    from kdpipe.distill.loop import Run
+    from kdpipe.distill.loop import Batch, Run
 
-    def learn(*_: Any) -> str:
-        raise FirstStep
+    def learn(_: Run, batch: Batch) -> str:
+        raise FirstStep(len(batch.label))
 
     Run.learn = learn  # type: ignore[method-assign]
     try:
@@ -153,11 +154,8 @@ def stage_bundle(_: Path, artifacts: Path) -> None:
     from kdpipe.networks import models
 
     chain, few = Chain(artifacts), artifacts / "few"
-    if not few.exists():
-        for part in ("train", "val"):
-            for label in range(CLASSES):
-                (few / part / f"{label:03d}").mkdir(parents=True)
-            write_images(few / part, range(400))
+    for part in ("train", "val"):
+        make(few / part, 400)
     dataset = chain.data(recipe(few).data)
     weights = artifacts / "weights.safetensors"
     network, _ = models.create(recipe(few).student, CLASSES)
@@ -257,7 +255,7 @@ def compare_photographs(folder: Path, count: int, rounds: int) -> None:
     ):  # fmt: skip
         plan = recipe(folder / source, store=store, val_fraction=0)
         begun = time.monotonic()
-        dataset = Chain(folder / f"artifacts-{name}").data(plan.data, wants=lambda plan=plan: wants(plan))
+        dataset = Chain(folder / f"artifacts-{name}").data(plan.data, wants=partial(wants, plan))
         print(f"{name}: data took {time.monotonic() - begun:.1f} s, copies: {dataset.facts.copies}")
         source_images = training_images(dataset, 1.0, 0, with_unlabeled=False)
         views[name] = TrainingViews(source_images, settings, spec, 2, 0)
