@@ -119,7 +119,7 @@ def stage_run(root: Path, artifacts: Path) -> None:
     def learn(_: Run, batch: Batch) -> str:
         raise FirstStep(len(batch.label))
 
-    Run.learn = learn  # type: ignore[method-assign]
+    Run.learn = learn  # type: ignore[method-assign, assignment]
     try:
         pipeline.run(recipe(root), Chain(artifacts))
     except FirstStep:
@@ -145,7 +145,7 @@ def stage_epoch(root: Path, artifacts: Path) -> None:
     assert len([views[address] for address in batch]) == 64
 
 
-def stage_bundle(_: Path, artifacts: Path) -> None:
+def stage_bundle(_root: Path, artifacts: Path) -> None:
     """A bundle to be measured: random weights for as many classes."""
     from safetensors.torch import save_file
 
