@@ -15,7 +15,7 @@ from ..core.errors import UserError
 from ..core.kinds import Bundle, Measurement, MeasurementFacts, Result, Samples
 from ..core.progress import note, progress
 from ..core.stats import Interval, percentile_interval, ratio_interval
-from ..data.dataset import Dataset, write_images
+from ..data.dataset import Dataset, load_labels, write_images
 from ..runtime.task import TASKS
 from . import Device, find_device, opened
 from .session import BenchConfig
@@ -105,7 +105,8 @@ def _push_inputs(
 ) -> dict[str, str]:
     """Put bundles and test images onto the device; images are decoded once per kind of input."""
     samples = dataset.samples("test")
-    np.save(draft / Measurement.LABELS, samples.labels)
+    spec = next(iter(bundles.values())).facts.input.model_dump()
+    np.save(draft / Measurement.LABELS, load_labels(samples, spec))
     pushed: dict[str, str] = {}
     images = {}
     for name, bundle in bundles.items():
@@ -130,7 +131,7 @@ def _accuracy(device: Device, name: str, bundle: Bundle, images: str, dataset: D
     written = draft / Measurement.outputs_name(name)
     answer = device.predict(name, images, written, stand_in)
     outputs = np.load(written, allow_pickle=False)
-    labels = dataset.samples("test").labels
+    labels = load_labels(dataset.samples("test"), bundle.facts.input.model_dump())
     task = TASKS[bundle.facts.task]
     return Result(
         status="not built here" if stand_in else "measured",
