@@ -145,7 +145,7 @@ class CachedTeacher(nn.Module):
         self.views = facts.views
         self._classes, self._kind = facts.classes, record_type(facts.classes, facts.top)
         self._cache = cache
-        self._images = np.load(cache.file(cache.IMAGES), mmap_mode="r", allow_pickle=False)  # ascending
+        self._images = image_numbers(cache)
         self._shards: dict[int, np.memmap[Any, Any]] = {}
 
     def forward(self, view: Tensor, address: Address) -> TeacherOutput:
@@ -156,6 +156,8 @@ class CachedTeacher(nn.Module):
         for number in np.unique(views.numpy()).tolist():
             here = views.numpy() == number
             records[here] = self._shard(int(number))[rows[here]]
+        if "classes" in (self._kind.names or ()) and (records["classes"] >= self._classes).any():
+            raise UserError(f"{self._cache.path} has records of classes that it has not: build it again")
         return TeacherOutput(decode(records, self._classes).to(view.device))
 
     def _shard(self, view: int) -> np.memmap[Any, Any]:
@@ -165,6 +167,17 @@ class CachedTeacher(nn.Module):
                 raise UserError(f"{path} has {path.stat().st_size} bytes, wanted {wanted}: build the cache again")
             self._shards[view] = np.memmap(path, self._kind, "r", shape=(len(self._images),))
         return self._shards[view]
+
+
+def image_numbers(cache: Cache) -> np.ndarray:
+    """The numbers of the images [N], ascending, of which every shard has a record. Raises UserError."""
+    facts, images = cache.facts, cache.array(cache.IMAGES, "iu", 1)
+    record_bytes = record_type(facts.classes, facts.top).itemsize
+    if images.shape != (facts.images,) or (np.diff(images.astype(np.int64)) <= 0).any() or images[0] < 0:
+        raise UserError(f"{cache.path / cache.IMAGES} is not the {facts.images} ascending numbers: build it again")
+    if facts.record_bytes != record_bytes or (facts.top is not None and facts.top >= facts.classes):
+        raise UserError(f"{cache.path}: its records do not hold {facts.classes} classes: build it again")
+    return images
 
 
 def config_for(run: TrainConfig, spec: InputSpec) -> CacheConfig:
@@ -193,7 +206,7 @@ def check_fit(
     cache: Cache, run: TrainConfig, spec: InputSpec, images: np.ndarray, dataset: Dataset, teacher: Checkpoint
 ) -> None:
     """Refuse a cache of anything else than what ``run`` will see of ``images``. Raises UserError."""
-    config, wanted = CacheConfig.model_validate(cache.manifest.config), config_for(run, spec)
+    config, wanted = CacheConfig.model_validate(cache.settings), config_for(run, spec)
     inputs = cache.manifest.inputs
     others = [role for role, key in (("teacher", teacher.key), ("data", dataset.key)) if inputs[role].key != key]
     others += [
@@ -203,7 +216,7 @@ def check_fit(
     ]
     here, there = wanted.versions, config.versions
     others += [f"{name} ({there.get(name)}, not {here[name]})" for name in here if here[name] != there.get(name)]
-    stored = np.load(cache.file(cache.IMAGES), allow_pickle=False)
+    stored = image_numbers(cache)
     if np.setdiff1d(images, stored).size:
         others.append("share of the images")
     elif (config.mixup or config.cutmix) and not np.array_equal(images, stored):
@@ -280,7 +293,7 @@ def verify(cache: Cache, dataset: Dataset, teacher: Checkpoint, share: float, se
     Raises:
         GateFailed: an answer that is not the stored one, beyond rounding.
     """
-    config = CacheConfig.model_validate(cache.manifest.config)
+    config = CacheConfig.model_validate(cache.settings)
     job = _Job(config, dataset, teacher, Ranks())
     total = config.views * len(job.images)
     count = max(1, round(share * total))

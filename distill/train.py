@@ -235,6 +235,8 @@ def _described(
     models.save_weights(network, folder / Checkpoint.WEIGHTS)
     write_json(folder / Checkpoint.LABELS, dataset.classes)
     logits, labels = evaluate(network, spec, dataset, "test", workers=0)
+    if not np.isfinite(logits).all():
+        raise UserError(f"'{config.model}' gives outputs that are not finite on the test images: train it again")
     task = TASKS[dataset.facts.task]
     np.savez(folder / Checkpoint.TEST_OUTPUTS, logits=logits, labels=labels)
     return CheckpointFacts(

@@ -104,6 +104,8 @@ def load_weights(network: nn.Module, path: Path) -> None:
             found, want = tuple(state[name].shape), tuple(tensor.shape)
             hint = "another class count" if found[1:] == want[1:] else "another architecture"
             raise UserError(f"{path}: '{name}' has shape {found}, wanted {want} ({hint})")
+        if state[name].is_complex():
+            raise UserError(f"{path}: '{name}' is not of numbers like a network's ({state[name].dtype})")
     network.load_state_dict(state)
 
 
@@ -124,8 +126,13 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     for wrapper in ("state_dict", "model", "model_state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
         raise UserError(f"{path} holds no state dict: wanted a mapping from names to tensors")
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
+            raise UserError(f"{path}: '{name}' is no plain tensor with values of its own: wanted dense weights")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
