@@ -33,7 +33,7 @@ from .core.proc import require
 from .core.progress import progress
 from .data.dataset import Dataset
 from .data.fingerprints import fingerprint_folder
-from .deploy.bundle import check_known, try_model
+from .deploy.bundle import check_known, check_task, try_model
 
 if TYPE_CHECKING:
     from .report.compression import Sources
@@ -323,6 +323,8 @@ class Chain:
         checkpoints: Mapping[str, Checkpoint],
         out: Path | None = None,
     ) -> Report:
+        for artifact in (measurement, *checkpoints.values()):
+            check_task(artifact.path, artifact.facts.task)
         sources = self._sources(measurement)
         order = Order("report", config, {"measurement": measurement, **checkpoints, **sources.as_inputs()})
 

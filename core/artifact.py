@@ -28,7 +28,10 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from . import sealed
 from .errors import KdpipeError, UserError
-from .sealed import MANIFEST, SCHEMA_VERSION, canonical, sha256_file
+from .sealed import MANIFEST as MANIFEST  # the rooms know one place
+from .sealed import SCHEMA_VERSION
+from .sealed import canonical as canonical
+from .sealed import sha256_file as sha256_file
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 
 from .artifact import EVIDENCE, Artifact, Record
 from .config import AdoptConfig, BenchPlan, CacheConfig, TrainConfig
@@ -410,8 +410,8 @@ class Result(Record):
     session: RuntimeSession | None = None
     latency_p50_ms: Interval | None = None
     latency_p90_ms: Interval | None = None
-    latency_p50_by_process_ms: list[float] | None = None
-    latency_p90_by_process_ms: list[float] | None = None
+    latency_p50_by_process_ms: list[PositiveFloat] | None = None
+    latency_p90_by_process_ms: list[PositiveFloat] | None = None
     inferences: int | None = None
     import_ms: list[float] | None = None
     load_ms: list[float] | None = None

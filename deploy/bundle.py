@@ -55,13 +55,17 @@ def package(order: Order[PackageConfig], model: Model, dataset: Dataset, out: Pa
 
 
 def check_known(model: Model | Bundle) -> None:
-    """Refuse a model of a target, task or stand-in that this version does not know. Raises UserError."""
-    facts = model.facts
-    for what, name, known in (("target", facts.target, runtime.RUNTIMES), ("task", facts.task, TASKS)):
-        if name not in known:
-            raise choice(f"{what} of {model.path}", name, known)
-    if facts.stand_in is not None and facts.stand_in not in runtime.RUNTIMES:
-        raise choice(f"stand-in of {model.path}", facts.stand_in, runtime.RUNTIMES)
+    """Refuse a model of a target, stand-in or task that this version does not know. Raises UserError."""
+    for name in (model.facts.target, model.facts.stand_in):
+        if name is not None and name not in runtime.RUNTIMES:
+            raise choice(f"target of {model.path}", name, runtime.RUNTIMES)
+    check_task(model.path, model.facts.task)
+
+
+def check_task(path: Path, task: str) -> None:
+    """Refuse an artifact of a task that this version does not know. Raises UserError."""
+    if task not in TASKS:
+        raise choice(f"task of {path}", task, TASKS)
 
 
 def copy_runner(folder: Path) -> None:

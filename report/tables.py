@@ -41,6 +41,7 @@ def collect(config: ReportConfig, measurement: Measurement, checkpoints: Checkpo
     Raises:
         UserError: a checkpoint that was tested on other images than the bundles.
     """
+    check_results(measurement)
     task, bundles, rows = TASKS[measurement.facts.task], bundles_of(measurement), bundle_rows(measurement)
     hops = accuracy_hops(measurement, checkpoints, sources.graphs)
     labels = measurement.labels
@@ -77,6 +78,19 @@ def bundles_of(measurement: Measurement) -> dict[str, Packed]:
         for name, source in measurement.manifest.inputs.items()
         if source.kind == Bundle.kind
     }
+
+
+def check_results(measurement: Measurement) -> None:
+    """See that there is a result of every bundle, and that they can be paired by process. Raises UserError."""
+    results, bundles = measurement.facts.results, bundles_of(measurement)
+    if not bundles:
+        raise UserError(f"{measurement.path} was made from no bundle: nothing to report")
+    for name in bundles:
+        if name not in results:
+            raise UserError(f"{measurement.path} has no result of '{name}': measure again")
+    timed = [results[name].latency_p50_by_process_ms for name in bundles]
+    if len({len(processes) for processes in timed if processes}) > 1:
+        raise UserError(f"{measurement.path} timed its bundles in different numbers of processes: measure again")
 
 
 def teacher_names(checkpoints: Checkpoints) -> set[str]:

@@ -78,7 +78,8 @@ def read_golden(folder: Path, facts: dict[str, Any]) -> tuple[np.ndarray, np.nda
         raise BundleError(str(error)) from None
     images, outputs = golden["images"], golden["logits"]
     size, count = facts["input"]["size"], facts.get("golden_images")
-    if images.dtype != np.uint8 or len(images) == 0 or images.shape != (count, size, size, 3) or len(outputs) != count:
+    whole = images.shape == (count, size, size, 3) and len(outputs) == count
+    if not whole or images.dtype != np.uint8 or outputs.dtype != np.float32:
         raise BundleError(
             f"golden images of shape {images.shape} with outputs of shape {outputs.shape} are not the {count} "
             f"of {size} pixels that the manifest promises"
@@ -97,9 +98,10 @@ def replay_golden(folder: Path, facts: dict[str, Any], threads: int = 1, stand_i
             than the precision's own.
     """
     images, expected = read_golden(folder, facts)
-    tolerance, widest = facts.get("golden_tolerance"), TOLERANCES[facts["precision"]] * float(expected.std())
+    spread = float(expected.std(dtype=np.float64))
+    tolerance, widest = facts.get("golden_tolerance"), TOLERANCES[facts["precision"]] * spread
     # The narrowest comparison that a stranger cannot widen: "not <=" is also true of what is no number.
-    if type(tolerance) not in (int, float) or not 0 < tolerance <= widest * (1 + 1e-5):
+    if not isinstance(tolerance, (int, float)) or not 0 < tolerance <= widest * (1 + 1e-5):
         raise BundleError(f"a tolerance of {tolerance} for {facts['precision']}: wanted at most {widest:.3g}")
     session = open_session(folder, facts, threads, stand_in)
     actual = predict(session, images)

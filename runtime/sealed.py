@@ -143,13 +143,16 @@ def parse_json(text: bytes) -> Any:
             that is not finite or endless, thousands of levels, control characters in a text.
     """
     try:
-        return json.loads(
+        value = json.loads(
             text.decode(),
             object_pairs_hook=_members,
             parse_int=lambda digits: int(_of_sane_length(digits)),
             parse_float=_finite,
             parse_constant=_finite,
         )
+        if not isinstance(value, dict):
+            check_text(value)
+        return value
     except RecursionError:
         raise Unsound("too many levels inside each other") from None
     except UnicodeDecodeError:

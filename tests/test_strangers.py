@@ -348,7 +348,7 @@ UNREADABLE: dict[str, Case] = {
 REFUSED: dict[str, Case] = {
     "an entry that no hash covers": Case(facts(entry="other.onnx"), 1, ("no file 'other.onnx'",)),
     "an unknown target": Case(facts(target="toaster"), 2, ("unknown target", "toaster", "onnxruntime")),
-    "an unknown stand-in": Case(facts(stand_in="toaster"), 2, ("unknown stand-in", "toaster")),
+    "an unknown stand-in": Case(facts(stand_in="toaster"), 2, ("unknown target", "toaster")),
     "an unknown precision": Case(facts(precision="int3"), 2, ("precision",)),
     "no variant": Case(without("facts", "variant"), 2, ("'variant'", "field required")),
     "no entry": Case(without("facts", "entry"), 2, ("'entry'", "field required")),
@@ -379,6 +379,22 @@ REFUSED: dict[str, Case] = {
         ("tolerance", "at most"),
     ),
     "a tolerance of nothing": Case(facts(golden_tolerance=0), 1, ("tolerance",)),
+    "logits whose spread has no end": Case(
+        both(
+            golden(lambda arrays: arrays.update(logits=np.sign(arrays["logits"]) * np.float32(3e38))),
+            facts(golden_tolerance=1e300),
+        ),
+        1,
+        ("tolerance of 1e+300", "at most"),
+    ),
+    "logits of more digits": Case(
+        both(
+            golden(lambda arrays: arrays.update(logits=1e300 * np.sign(arrays["logits"]).astype(np.float64))),
+            facts(golden_tolerance=1e300),
+        ),
+        1,
+        ("are not the 8",),
+    ),
     "logits that broadcast": Case(
         golden(lambda arrays: arrays.update(logits=arrays["logits"][:1])), 1, ("shape (1, 10)",)
     ),
@@ -527,6 +543,117 @@ def run(command: str, bundle: Path) -> subprocess.CompletedProcess[str]:
     assert not list(here.iterdir())
     assert {path.name for path in bundle.parent.iterdir()} <= {"here", "bundle", "xml", "tflite", "crashing"}
     return done
+
+
+# ---- other artifacts -----------------------------------------------------------------------------------------
+
+
+def entry(name: str, value: Any) -> Alter:
+    """One entry of the configuration."""
+    return manifest(lambda whole: whole["config"].update({name: value}))
+
+
+def npz(name: str, **change: Any) -> Alter:
+    def alter(folder: Path) -> None:
+        with np.load(folder / name) as saved:
+            arrays = {**saved, **{key: make(saved[key]) for key, make in change.items()}}
+        stream = io.BytesIO()
+        np.savez(stream, **arrays)
+        replace_file(folder, name, stream.getvalue())
+
+    return alter
+
+
+def npy(name: str, make: Callable[[np.ndarray], np.ndarray]) -> Alter:
+    def alter(folder: Path) -> None:
+        stream = io.BytesIO()
+        np.save(stream, make(np.load(folder / name)))
+        replace_file(folder, name, stream.getvalue())
+
+    return alter
+
+
+LOGITS = f"logits/{NAMED}.npy"
+MODELS: dict[str, Case] = {
+    "variant that climbs": Case(facts(variant="x/../../../../planted"), 2, ("variant", "wanted a name")),
+    "an unknown target": Case(facts(target="toaster"), 2, ("unknown target", "toaster")),
+    "labels that are none": Case(file("labels.json", b"{}"), 2, ("labels.json is broken", "valid list")),
+    "labels that are numbers": Case(file("labels.json", b"[1, 2]"), 2, ("labels.json is broken", "valid string")),
+    "labels that are no JSON": Case(file("labels.json", b"[1"), 2, ("labels.json", "not JSON")),
+    "labels with escapes": Case(file("labels.json", b'["\\u001b[2J"]'), 2, ("labels.json", "control characters")),
+    "weights elsewhere": Case(file("model.onnx", external("x")), 1, ("weights outside itself",)),
+    "a model without end": Case(file("model.onnx", b"\x0b"), 1, ("no ONNX file",)),
+}
+MEASUREMENTS: dict[str, Case] = {
+    "a task that is none": Case(facts(task="a task"), 2, ("task", "wanted a name")),
+    "an unknown task": Case(facts(task="toasting"), 2, ("unknown task", "toasting")),
+    "rounds that are none": Case(entry("rounds", "many"), 2, ("'rounds'",)),
+    "no results": Case(facts(results={}), 2, ("no result of",)),
+    "another stage": Case(manifest(lambda value: value.update(stage="magic")), 2, ("made by 'magic'",)),
+    "labels of text": Case(npy("labels.npy", lambda labels: labels.astype(str)), 2, ("labels.npy",)),
+    "fewer labels": Case(npy("labels.npy", lambda labels: labels[1:]), 2, ("wanted",)),
+    "labels of no class": Case(npy("labels.npy", lambda labels: labels + 1000), 2, ("other images",)),
+    "outputs of 4 TiB": Case(file(LOGITS, npy_that_claims((2**20, 2**20))), 2, (LOGITS, "holds no array")),
+    "outputs that are not finite": Case(npy(LOGITS, lambda logits: logits * np.nan), 2, (LOGITS, "not finite")),
+    "outputs of one number": Case(npy(LOGITS, lambda logits: logits[0, 0]), 2, (LOGITS,)),
+    "outputs of no class": Case(npy(LOGITS, lambda logits: logits[:, :0]), 2, (LOGITS,)),
+    "an ancestor without its own": Case(without("inputs", NAMED, "inputs", "model"), 2, ("names no 'model'",)),
+}
+CHECKPOINTS: dict[str, Case] = {
+    "a seed that is none": Case(entry("seed", "x"), 2, ("'seed'",)),
+    "training that is none": Case(entry("train", 7), 2, ("'train'",)),
+    "no data": Case(without("inputs", "data"), 2, ("names no 'data'",)),
+    "an accuracy of text": Case(facts(test_accuracy="good"), 2, ("'test_accuracy'",)),
+    "a history that is none": Case(file("history.jsonl", b"[]\n"), 2, ("history.jsonl is broken",)),
+    "half a history": Case(file("history.jsonl", lambda content: content[: len(content) // 2]), 2, ("not JSON",)),
+    "outputs that are packed": Case(file("test_logits.npz", b"PK"), 2, ("test_logits.npz",)),
+    "fewer labels": Case(npz("test_logits.npz", labels=lambda labels: labels[1:]), 2, ("test_logits.npz",)),
+}
+
+
+def refused(case: Case, source: Path, tmp_path: Path, *arguments: object) -> None:
+    copy = Path(shutil.copytree(source, tmp_path / source.name))
+    case.alter(copy)
+    done = kdpipe_command(*[copy if argument is ... else argument for argument in arguments])
+    assert_one_line(done, case.exit_code, *case.words)
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_strangers(made: Made, tmp_path: Path, name: str) -> None:
+    refused(MODELS[name], made.models[NAMED].path, tmp_path, "package", ..., "--data", made.dataset.path)
+
+
+@pytest.mark.parametrize("name", ["an unknown target", "weights elsewhere"])
+def test_models_of_strangers_are_not_quantised(made: Made, tmp_path: Path, name: str) -> None:
+    source = made.models["onnxruntime-float32"].path
+    refused(MODELS[name], source, tmp_path, "quantize", ..., "--data", made.dataset.path)
+
+
+@pytest.mark.parametrize("name", MEASUREMENTS)
+def test_measurements_of_strangers(made: Made, tmp_path: Path, name: str) -> None:
+    for path in (made.dataset.path, made.teacher.path, made.student.path, made.graph.path):
+        (tmp_path / path.name).symlink_to(path)
+    refused(MEASUREMENTS[name], made.measurement.path, tmp_path, "report", ...)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_checkpoints_of_strangers(made: Made, tmp_path: Path, name: str) -> None:
+    refused(
+        CHECKPOINTS[name], made.student.path, tmp_path, "report", made.measurement.path, ..., "--out", tmp_path / "r"
+    )
+
+
+def test_names_that_mathtext_cannot_draw_are_drawn_as_they_are(made: Made, tmp_path: Path) -> None:
+    """A person may call a folder anything; only control characters are refused."""
+    student = Path(shutil.copytree(made.student.path, tmp_path / "student-$x^{_[red]-seed0-1234"))
+    done = kdpipe_command("report", made.measurement.path, student, "--title", "$^{ [red]<b>", "--out", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert "$^{ [red]&lt;b&gt;" in page and "[red]<b>" not in page
+    assert "$x^{_[red]" in done.stdout
+    refuse = kdpipe_command("report", made.measurement.path, student, "--title", ESCAPE, "--out", tmp_path / "r2")
+    assert_one_line(refuse, 2, "control characters")
 
 
 # ---- a bundle is as it was after it was used -----------------------------------------------------------------
