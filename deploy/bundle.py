@@ -102,13 +102,16 @@ def try_model(model: Model) -> None:
 
     Raises:
         UserError: no runtime to open it with.
-        GateFailed: it cannot be opened and run.
+        GateFailed: it cannot be opened and run, or answers something else than one output a class.
     """
     size = model.facts.input.size
     with tempfile.TemporaryDirectory() as scratch:
-        images = Path(scratch) / "images.npy"
+        images, outputs = Path(scratch) / "images.npy", Path(scratch) / "outputs.npy"
         np.save(images, np.zeros((1, size, size, 3), np.uint8))
-        _ask("predict", model, ("--images", str(images), "--logits", str(Path(scratch) / "outputs.npy")))
+        _ask("predict", model, ("--images", str(images), "--logits", str(outputs)))
+        found, wanted = np.load(outputs, allow_pickle=False), (1, len(model.labels))
+    if found.shape[:2] != wanted or not np.isfinite(found).all():
+        raise GateFailed(f"{model.path} gives outputs of shape {found.shape}: wanted {wanted}, of finite numbers")
 
 
 def _ask(what: str, model: Model | Bundle, more: Sequence[str], seconds: float = RUNNER_SECONDS) -> dict[str, Any]:

@@ -57,6 +57,8 @@ def create(config: ModelSettings, classes: int) -> tuple[nn.Module, InputSpec]:
     base = timm.models.get_pretrained_cfg(config.model)
     overlay = {"mean": spec.mean, "std": spec.std, "input_size": (3, spec.size, spec.size)}
     arguments = dict(config.model_args)
+    if own := sorted(arguments.keys() & _OWN_ARGUMENTS):
+        raise UserError(f"model_args: '{own[0]}' is not one of the network's own: weights come by the checkpoint alone")
     if base and base.fixed_input_size:
         arguments.setdefault("img_size", spec.size)
     try:
@@ -81,6 +83,10 @@ def create(config: ModelSettings, classes: int) -> tuple[nn.Module, InputSpec]:
     return network, spec
 
 
+# Of create_model itself: a stranger's checkpoint must not say which files are read.
+_OWN_ARGUMENTS = frozenset(
+    ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "num_classes")
+)
 _NO_PRETRAINED_CFG = {"input_size": (3, 224, 224), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 

@@ -21,12 +21,17 @@ def decode(path: Path) -> Image.Image:
     """Read an image file as RGB.
 
     Raises:
-        OSError: the file is missing, truncated or no image.
+        OSError: the file is missing, truncated, no image, or unpacks to more than Pillow allows.
     """
     from PIL import Image
 
-    with Image.open(path) as image:
-        return image.convert("RGB")
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # every format's reader raises its own for a broken file
+        raise OSError(str(error)) from error
 
 
 def fit(image: Image.Image, spec: Mapping[str, Any]) -> np.ndarray:

@@ -30,6 +30,7 @@ from kdpipe.core.errors import GateFailed
 from kdpipe.core.kinds import Bundle
 from kdpipe.deploy.bundle import verify
 from kdpipe.runtime.bundle import read_facts
+from kdpipe.runtime.preprocess import load_images
 from kdpipe.runtime.tensorrt import engine_of
 
 Alter = Callable[[Path], object]
@@ -226,6 +227,26 @@ def endless(content: bytes) -> bytes:
     ]
     graph = helper.make_graph(nodes, "endless", list(model.graph.input), [wanted], constants)
     return bytes(helper.make_model(graph, opset_imports=model.opset_import, ir_version=8).SerializeToString())
+
+
+def of_shape(*shape: int) -> Callable[[bytes], bytes]:
+    """A network of the same input whose output always has this shape."""
+
+    def change(content: bytes) -> bytes:
+        import onnx
+        from onnx import helper
+
+        model = onnx.load_from_string(content)
+        output = helper.make_tensor_value_info("answer", 1, list(shape))
+        values = helper.make_tensor("answer_", 1, list(shape), np.zeros(shape).ravel())
+        nodes = [
+            helper.make_node("ReduceMean", [model.graph.input[0].name], ["mean"], keepdims=0),
+            helper.make_node("Add", ["mean", "answer_"], ["answer"]),
+        ]
+        graph = helper.make_graph(nodes, "shape", list(model.graph.input), [output], [values])
+        return bytes(helper.make_model(graph, opset_imports=model.opset_import, ir_version=8).SerializeToString())
+
+    return change
 
 
 def greedy(content: bytes) -> bytes:
@@ -582,7 +603,9 @@ MODELS: dict[str, Case] = {
     "labels that are no JSON": Case(file("labels.json", b"[1"), 2, ("labels.json", "not JSON")),
     "labels with escapes": Case(file("labels.json", b'["\\u001b[2J"]'), 2, ("labels.json", "control characters")),
     "weights elsewhere": Case(file("model.onnx", external("x")), 1, ("weights outside itself",)),
-    "a model without end": Case(file("model.onnx", b"\x0b"), 1, ("no ONNX file",)),
+    "a model that is none": Case(file("model.onnx", b"\x0b"), 1, ("no ONNX file",)),
+    "outputs of three classes": Case(file("model.onnx", of_shape(1, 3)), 1, ("outputs of shape (1, 3)",)),
+    "one number for all": Case(file("model.onnx", of_shape(1)), 1, ("outputs of shape (1,)",)),
 }
 MEASUREMENTS: dict[str, Case] = {
     "a task that is none": Case(facts(task="a task"), 2, ("task", "wanted a name")),
@@ -628,6 +651,23 @@ def test_models_of_strangers(made: Made, tmp_path: Path, name: str) -> None:
 def test_models_of_strangers_are_not_quantised(made: Made, tmp_path: Path, name: str) -> None:
     source = made.models["onnxruntime-float32"].path
     refused(MODELS[name], source, tmp_path, "quantize", ..., "--data", made.dataset.path)
+
+
+def test_outputs_of_other_classes_are_not_measured(made: Made, bundle: Path) -> None:
+    file("model.onnx", of_shape(1, 3))(bundle)
+    done = kdpipe_command("bench", bundle, "--data", made.dataset.path, "--rounds", 2, "--out", bundle.parent / "m")
+    assert_one_line(done, 2, "gives outputs of shape", "10)")
+
+
+def test_a_picture_that_unpacks_to_gigabytes_is_no_picture(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("L", (8, 8)).save(tmp_path / "bomb.bmp")
+    content = bytearray((tmp_path / "bomb.bmp").read_bytes())
+    content[18:26] = (200_000).to_bytes(4, "little") * 2  # width and height
+    (tmp_path / "bomb.bmp").write_bytes(content)
+    with pytest.raises(OSError, match=r"cannot read image .*bomb.bmp: .*decompression bomb"):
+        load_images([tmp_path / "bomb.bmp"], {"size": 8, "crop_fraction": 1, "interpolation": "bilinear"})
 
 
 @pytest.mark.parametrize("name", MEASUREMENTS)

@@ -300,6 +300,7 @@ def test_fewer_images_than_a_batch(made: Made, tmp_path: Path) -> None:
     [
         (ModelSettings(model="resnet19"), "unknown model 'resnet19'.*did you mean 'resnet"),
         (ModelSettings(model="resnet18", model_args={"nonsense": 1}), "cannot make 'resnet18'"),
+        (ModelSettings(model="resnet18", model_args={"checkpoint_path": "x.pth"}), "model_args: 'checkpoint_path'"),
         (ModelSettings(model="vit_tiny_patch16_224", input=InputSettings(size=8)), "cannot (make|take)"),
     ],
 )
