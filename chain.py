@@ -323,8 +323,9 @@ class Chain:
         checkpoints: Mapping[str, Checkpoint],
         out: Path | None = None,
     ) -> Report:
-        for artifact in (measurement, *checkpoints.values()):
-            check_task(artifact.path, artifact.facts.task)
+        check_task(measurement.path, measurement.facts.task)
+        for checkpoint in checkpoints.values():
+            check_task(checkpoint.path, checkpoint.facts.task)
         sources = self._sources(measurement)
         order = Order("report", config, {"measurement": measurement, **checkpoints, **sources.as_inputs()})
 

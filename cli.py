@@ -553,7 +553,8 @@ def main() -> None:
     except BrokenPipeError:
         sys.exit(141)
     except OSError as error:  # a path that the system refuses, such as one that is too long
-        typer.echo(printable(f"kdpipe: {error.strerror or error}: {error.filename}", 500), err=True)
+        where = "" if error.filename is None else f": {error.filename}"
+        typer.echo(printable(f"kdpipe: {error.strerror or error}{where}", 500), err=True)
         sys.exit(2)
     except Exception as error:
         message = getattr(error, "format_message", None)  # Typer's usage errors

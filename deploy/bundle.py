@@ -125,4 +125,5 @@ def _ask(what: str, model: Model | Bundle, more: Sequence[str], seconds: float =
     try:
         return ask_runner(arguments, seconds)
     except GateFailed as error:
-        raise GateFailed(f"{model.path}: {error}") from None
+        named = str(model.path) in str(error)
+        raise error if named else GateFailed(f"{model.path}: {error}") from None

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from . import open_session, predict
-from .bundle import read_facts, replay_golden
+from .bundle import BundleError, read_facts, replay_golden
 from .measure import measure
 from .sealed import printable
+from .weights import ModelFileError
 
 PROTOCOL_VERSION = 1
 
@@ -51,7 +52,8 @@ def main() -> int:
             result = measure(args.bundle, facts, images, threads, args.seconds, args.min_samples)
     except Exception as error:  # every runtime raises its own for a model that it cannot run
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"runtime: {type(error).__name__}: {printable(text, 500)}", file=sys.stderr)
+        whose = "" if isinstance(error, (BundleError, ModelFileError)) else f"{type(error).__name__}: "
+        print(f"runtime: {whose}{printable(text, 500)}", file=sys.stderr)
         return 1
     print(json.dumps({"protocol_version": PROTOCOL_VERSION, **result}))
     return 0
