@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,16 @@ import pytest
 from conftest import Made, assert_one_line, flip_a_byte, kdpipe, rewrite_manifest
 from test_strangers import runner
 
+from kdpipe.core import sealed
 from kdpipe.core.artifact import MANIFEST
 from kdpipe.core.errors import UserError
 from kdpipe.core.kinds import Bundle
+from kdpipe.runtime.weights import ModelFileError, refuse_files_elsewhere
 
 pytestmark = pytest.mark.lab
 
 FLIPS = 300
+GOLDEN_ARRAYS = {"images": ("u", 4), "logits": ("f", 2)}
 MUTANTS = 100
 STRANGE: tuple[Any, ...] = (
     None, -1, 0, 10**9, 10**30, 1e308, "x", "", "../../etc/passwd", "[red]", "\x1b[2J", [], {}, True, [1], [[]],
@@ -51,6 +54,27 @@ def test_flipped_bytes_are_refused(made: Made, tmp_path: Path) -> None:
             done.stderr,
         )
         shutil.rmtree(copy)
+
+
+def test_readers_of_files_raise_one_kind_of_error(made: Made, tmp_path: Path) -> None:
+    """Bytes put in, taken out and changed, mostly where headers are: read, or refused by the reader's own error."""
+    bundle, generator = made.bundles["onnxruntime-int8"], np.random.default_rng(0)
+    readers: list[tuple[Path, type[Exception], Callable[[Path], object]]] = [
+        (bundle.path / MANIFEST, sealed.Unsound, sealed.read_json),
+        (bundle.file("golden.npz"), sealed.Unsound, lambda path: sealed.load_arrays(path, GOLDEN_ARRAYS)),
+        (made.measurement.file("labels.npy"), sealed.Unsound, lambda path: sealed.load_array(path, "iu", 1)),
+        (bundle.file("model.onnx"), ModelFileError, refuse_files_elsewhere),
+    ]
+    for source, refusal, read in readers:
+        whole, copy = source.read_bytes(), tmp_path / source.name
+        for _ in range(1000):
+            content = bytearray(whole)
+            for _ in range(int(generator.integers(1, 4))):
+                start = int(generator.integers(len(content) if generator.integers(2) else min(256, len(content))))
+                content[start : start + int(generator.integers(4))] = generator.bytes(int(generator.integers(4)))
+            copy.write_bytes(content)
+            with contextlib.suppress(refusal):
+                read(copy)
 
 
 def leaves(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:

@@ -614,6 +614,9 @@ MEASUREMENTS: dict[str, Case] = {
     "no results": Case(facts(results={}), 2, ("no result of",)),
     "another stage": Case(manifest(lambda value: value.update(stage="magic")), 2, ("made by 'magic'",)),
     "labels of text": Case(npy("labels.npy", lambda labels: labels.astype(str)), 2, ("labels.npy",)),
+    "labels of half a header": Case(
+        file("labels.npy", b"\x93NUMPY\x01\x00\x20\x00{'descr': (                    \n"), 2, ("labels.npy", "no array")
+    ),
     "fewer labels": Case(npy("labels.npy", lambda labels: labels[1:]), 2, ("wanted",)),
     "labels of no class": Case(npy("labels.npy", lambda labels: labels + 1000), 2, ("other images",)),
     "outputs of 4 TiB": Case(file(LOGITS, npy_that_claims((2**20, 2**20))), 2, (LOGITS, "holds no array")),
