@@ -132,6 +132,9 @@ def _accuracy(device: Device, name: str, bundle: Bundle, images: str, dataset: D
     answer = device.predict(name, images, written, stand_in)
     outputs = np.load(written, allow_pickle=False)
     labels = load_labels(dataset.samples("test"), bundle.facts.input.model_dump())
+    wanted = (len(labels), len(bundle.labels))
+    if outputs.shape[:2] != wanted or not np.isfinite(outputs).all():
+        raise UserError(f"{bundle.path} gives outputs of shape {outputs.shape}: wanted {wanted}, of finite numbers")
     task = TASKS[bundle.facts.task]
     return Result(
         status="not built here" if stand_in else "measured",

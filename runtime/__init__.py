@@ -47,7 +47,7 @@ RUNTIMES: dict[str, type[Session]] = {
 
 
 def is_available(target: str) -> bool:
-    """Whether the runtime of ``target`` is installed on this machine; imports nothing."""
+    """Whether the runtime of ``target`` is installed on this machine; imports nothing. Raises KeyError."""
     return all(importlib.util.find_spec(module.partition(".")[0]) for module in RUNTIMES[target].modules)
 
 
