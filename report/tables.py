@@ -31,7 +31,7 @@ SCHEMA_VERSION = 1
 Numbers = dict[str, Any]
 Checkpoints = Mapping[str, Checkpoint]
 
-# A run on the labels alone is a control only where all of these are the same.
+# A run on the labels alone is a control only where all of these are the same, but for how long it trains.
 SHARED_BY_CONTROL = ("model", "model_args", "pretrained", "input", "label_fraction", "train", "seed")
 
 
@@ -305,18 +305,28 @@ def _change(task: Task, before: np.ndarray | None, after: np.ndarray) -> Numbers
 def distillation_gains(checkpoints: Checkpoints) -> list[Numbers]:
     """Per method (and setting): each seed against its control, and the gain over the seeds.
 
-    A control differs in the method only; a seed without one has no gain.
+    A control differs in the method alone; where there is none, also in the epochs. With images without labels there is
+    one of as many steps too, and a gain against each. A seed without a control has no gain.
     """
     teachers = teacher_names(checkpoints)
     runs = [found for name, found in checkpoints.items() if found.manifest.stage == "train" and name not in teachers]
-    controls = {_setting(run): run for run in runs if run.facts.method == "labels"}
+    controls: dict[tuple[int, bool], dict[str, Checkpoint]] = {}  # by how long they train, then by the rest
+    for run in sorted(runs, key=lambda run: run.facts.steps):
+        if run.facts.method == "labels":
+            controls.setdefault(_length(run), {})[_setting(run)] = run
     names = {found.key: name for name, found in checkpoints.items()}
     groups: dict[str, list[Checkpoint]] = {}
     for run in runs:
         if run.facts.method != "labels":
             settings = {name: value for name, value in run.manifest.config.items() if name != "seed"}
             groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
-    return [_gain(_student_name(names[group[0].key], group[0]), group, controls) for group in groups.values()]
+    found = []
+    for group in groups.values():
+        name, wanted = _student_name(names[group[0].key], group[0]), {_setting(run) for run in group}
+        able = {length: alone for length, alone in controls.items() if wanted & alone.keys()}
+        alike = [alone for (epochs, _), alone in able.items() if epochs == _length(group[0])[0]]
+        found += [_gain(name, group, alone) for alone in alike or able.values() or [{}]]
+    return found
 
 
 def _student_name(name: str, run: Checkpoint) -> str:
@@ -326,16 +336,25 @@ def _student_name(name: str, run: Checkpoint) -> str:
 
 
 def _setting(run: Checkpoint) -> str:
-    return json.dumps([run.manifest.config[name] for name in SHARED_BY_CONTROL], sort_keys=True)
+    settings = {name: run.manifest.config[name] for name in SHARED_BY_CONTROL}
+    settings["train"] = {name: value for name, value in settings["train"].items() if name != "epochs"}
+    return json.dumps(settings, sort_keys=True)
+
+
+def _length(run: Checkpoint) -> tuple[int, bool]:
+    """How many epochs it was to train, and whether to make as many steps as with images without labels."""
+    config = run.manifest.config
+    return config["train"]["epochs"], config["steps_as_unlabeled"]
 
 
 def _gain(name: str, runs: Sequence[Checkpoint], controls: Mapping[str, Checkpoint]) -> Numbers:
-    seeds = []
+    seeds, compared = [], []
     for run in runs:
         control = controls.get(_setting(run))
         accuracy, alone = run.facts.test_accuracy, control.facts.test_accuracy if control else None
         points = None if alone is None else 100 * (accuracy - alone)
         seed = run.manifest.config["seed"]
+        compared += [(run, control)] if control else []
         seeds.append({"seed": seed, "accuracy": accuracy, "labels_accuracy": alone, "gain_points": points})
     gains = [seed["gain_points"] for seed in seeds if seed["gain_points"] is not None]
     teacher = runs[0].manifest.inputs.get("teacher")
@@ -348,6 +367,8 @@ def _gain(name: str, runs: Sequence[Checkpoint], controls: Mapping[str, Checkpoi
         "teacher_accuracy": Checkpoint.facts_of(teacher).test_accuracy if teacher else None,
         "seeds": sorted(seeds, key=lambda seed: seed["seed"]),
         "gain_points": mean_interval(gains).as_dict() if gains else None,
+        "steps": runs[0].facts.steps,
+        "control_steps": compared[0][1].facts.steps if compared else None,
     }
 
 
