@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .report.compression import Sources
 
 A = TypeVar("A", bound=AnyArtifact)
+PRECISIONS = ".precisions"  # what train.precision auto took, so that a network and its controls take one
 TRAIN_NEEDS = ("torch", "torchvision", "timm", "safetensors")
 
 
@@ -164,7 +165,8 @@ class Chain:
             require("training", TRAIN_NEEDS, "train")
             from .distill.train import train
 
-            return train(order, dataset, teacher, path, cache or self._cache_of(config, dataset, teacher))
+            remembered = cache or self._cache_of(config, dataset, teacher)
+            return train(order, dataset, teacher, path, remembered, self.folder / PRECISIONS)
 
         return self.step(name, Checkpoint, order, make, out)
 
@@ -185,7 +187,8 @@ class Chain:
             part = next(part for part in parts if path in part)
             made.update(dict.fromkeys(part, path.name))
             taught = next((each for each in part.values() if each.config.needs_teacher), missing[path])
-            return train_together(part, dataset, teacher, self._cache_of(taught.config, dataset, teacher))[path]
+            remembered = self._cache_of(taught.config, dataset, teacher)
+            return train_together(part, dataset, teacher, remembered, self.folder / PRECISIONS)[path]
 
         return {name: self.step(name, Checkpoint, order, make, companions=made) for name, order in orders.items()}
 

@@ -13,11 +13,11 @@ from ..core.errors import UserError
 STAGES = 4  # most that are compared
 
 
-def stage_indices(network: nn.Module, name: str) -> list[int]:
+def stage_indices(network: nn.Module, name: str, with_stem: bool = False) -> list[int]:
     """Indices into timm's ``forward_intermediates`` of at most four stages, shallow to deep.
 
     The last feature of each resolution; where a network has fewer than three resolutions (ViTs), blocks
-    evenly spaced up to the last.
+    evenly spaced up to the last. ``with_stem``: a fifth in front of four, where the network gives one.
 
     Raises:
         UserError: the network gives no intermediate features.
@@ -28,7 +28,7 @@ def stage_indices(network: nn.Module, name: str) -> list[int]:
     reductions = [entry["reduction"] for entry in info]
     if len(set(reductions)) >= 3:
         ends = [at for at, (here, after) in enumerate(pairwise([*reductions, None])) if here != after]
-        return ends[-STAGES:]
+        return ends[-(STAGES + with_stem) :]
     count = min(STAGES, len(reductions))
     return [round((at + 1) * len(reductions) / count) - 1 for at in range(count)]
 
