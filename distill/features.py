@@ -58,7 +58,10 @@ def map_shapes(network: nn.Module, size: int, indices: list[int]) -> list[tuple[
     """(channels, height, width) of the maps at ``indices`` for one image of ``size`` pixels."""
     was_training = network.training
     with torch.no_grad():
-        maps, _ = maps_and_logits(network.eval(), torch.zeros(1, 3, size, size), indices)
+        image = torch.zeros(
+            1, 3, size, size, device=next(network.parameters()).device
+        )  # a teacher is on its own already
+        maps, _ = maps_and_logits(network.eval(), image, indices)
     network.train(was_training)
     return [(features.shape[1], features.shape[2], features.shape[3]) for features in maps]
 
