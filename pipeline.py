@@ -69,7 +69,8 @@ def student_runs(student: ModelSettings, plan: DistillPlan, unlabeled: bool = Fa
     main = TrainConfig.of(student, plan)
     students: dict[str, TrainConfig] = {plan.method: main}
     for name, change in plan.students.items():
-        if name in students or name == "labels":
+        # A student's control is called labels-NAME, and with unlabelled images labels-steps-NAME.
+        if name in students or name == "labels" or name.partition("-")[0] == "steps":
             raise UserError(f"distill.students: the name '{name}' is taken, choose another")
         students[name] = changed(main, change, f"distill.students.{name}")
         if students[name].method != plan.method:

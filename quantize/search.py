@@ -74,10 +74,11 @@ def search(
         nonlocal names
         if holds(attempt(0)):
             return 0
-        names = ranked() if names is None else names
+        if names is None and len(steps) < limit:
+            names = ranked()
         low, high, kept = 0, None, 1  # low does not hold, high does
-        while high is None and low < len(names):
-            kept = min(kept, len(names))
+        while high is None and low < len(names or ()):
+            kept = min(kept, len(names or ()))
             if kept not in steps and len(steps) >= limit:
                 return None
             if holds(attempt(kept)):

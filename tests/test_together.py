@@ -156,6 +156,7 @@ def test_precision_is_chosen_once(made: Made, tmp_path: Path, monkeypatch: pytes
         ({"a": {"train": {"epoch": 4}}}, r"distill.students.a.train: unknown key 'epoch'; did you mean 'epochs'"),
         ({"a": {"method": "kdd"}}, r"distill.students.a: 'method'"),
         ({"kd": {}}, r"distill.students: the name 'kd' is taken"),
+        ({"steps": {}}, r"distill.students: the name 'steps' is taken"),
     ],
 )
 def test_mistaken_students_are_named(students: dict[str, dict[str, object]], message: str) -> None:
