@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.artifact import AnyArtifact, Provenance, find_ancestors
-from ..core.config import ReportConfig
+from ..core.config import ReportConfig, TrainConfig, control_of, validated
 from ..core.errors import UserError
 from ..core.kinds import Bundle, Checkpoint, Damage, Graph, Measurement, Model, ParityFacts, Result
 from ..core.stats import Interval, mean_interval, ratio_interval
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 Numbers = dict[str, Any]
 Checkpoints = Mapping[str, Checkpoint]
-
-# A run on the labels alone is a control only where all of these are the same, but for how long it trains.
-SHARED_BY_CONTROL = ("model", "model_args", "pretrained", "input", "label_fraction", "train", "seed")
 
 
 def collect(config: ReportConfig, measurement: Measurement, checkpoints: Checkpoints, sources: Sources) -> Numbers:
@@ -335,16 +332,19 @@ def _student_name(name: str, run: Checkpoint) -> str:
     return found[1] if found else str(run.facts.method)
 
 
+def _config(run: Checkpoint) -> TrainConfig:
+    return validated(TrainConfig, run.manifest.config, str(run.path))
+
+
 def _setting(run: Checkpoint) -> str:
-    settings = {name: run.manifest.config[name] for name in SHARED_BY_CONTROL}
-    settings["train"] = {name: value for name, value in settings["train"].items() if name != "epochs"}
-    return json.dumps(settings, sort_keys=True)
+    """What ``run`` shares with its control, but for how long that trains."""
+    return json.dumps(control_of(_config(run), epochs=1).model_dump(mode="json"), sort_keys=True)
 
 
 def _length(run: Checkpoint) -> tuple[int, bool]:
     """How many epochs it was to train, and whether to make as many steps as with images without labels."""
-    config = run.manifest.config
-    return config["train"]["epochs"], config["steps_as_unlabeled"]
+    config = _config(run)
+    return config.train.epochs, config.steps_as_unlabeled
 
 
 def _gain(name: str, runs: Sequence[Checkpoint], controls: Mapping[str, Checkpoint]) -> Numbers:

@@ -374,7 +374,8 @@ def test_a_teacher_of_two_classes_has_no_dkd(photos: Path, tmp_path: Path) -> No
     from test_data import prepared
 
     dataset = prepared(tmp_path, source=str(photos))
-    values = {"model": "test_resnet", "input": {"size": 32}, "train": {**SMALL_TRAIN, "epochs": 1}}
+    # One step an epoch: as many as stagewise has phases.
+    values = {"model": "test_resnet", "input": {"size": 32}, "train": {**SMALL_TRAIN, "epochs": 6}}
     alone = train(validated(TrainConfig, {**values, "method": "labels"}, "test"), dataset, None, tmp_path / "teacher")
     for method in METHODS:
         config = validated(TrainConfig, {**values, "method": method}, "test")
