@@ -193,7 +193,10 @@ def guard_sentence(guard: Mapping[str, Any]) -> str:
     """Whether the mix that the guard took is shown to keep the accuracy, on images that did not choose it."""
     confirmed = NoWorse(**guard["confirmed"])
     shown = "Shown" if guard["shown"] else "Not shown"
-    return f"{shown} on {confirmed.images} images that the search did not use: lost {confirmed.words()}."
+    can_tell = (
+        "" if confirmed.detectable_points is None else f", which can tell a drop of {confirmed.detectable_points:.2f}"
+    )
+    return f"{shown} on {confirmed.images} images that the search did not use{can_tell}: lost {confirmed.words()}."
 
 
 def _step(step: Mapping[str, Any]) -> str:

@@ -99,7 +99,9 @@ def test_what_is_not_shown_is_not_to_be_shipped() -> None:
 def test_the_guard_says_how_sure_it_is() -> None:
     confirmed = no_worse(Interval(-0.002, -0.019, 0.015, 250), 0.5)
     told = guard_sentence({"shown": False, "confirmed": confirmed.as_dict()})
-    assert told.startswith("Not shown on 250 images that the search did not use: lost 0.20 points by the point value")
+    assert told.startswith(
+        "Not shown on 250 images that the search did not use, which can tell a drop of 1.70: lost 0.20 "
+    )
     assert told.endswith("up to 1.90 possible, about 2,900 images would tell.")
 
 
