@@ -313,7 +313,9 @@ class DistillPlan(DistillSettings):
         (0,), min_length=1, description="one pair of runs each; the first seed's student is shipped"
     )
     students: dict[str, dict[str, Any]] = Field(
-        {}, description="further students by name, each with what differs from student and distill"
+        {},
+        description="further students by name, each with what differs from student and distill; one of another method "
+        "has that method's own weights unless it names some",
     )
     together: bool = Field(
         True, description="train students that see the same views side by side, from one forward of the teacher"

@@ -53,6 +53,7 @@ class NoWorse:
         return lost if self.images_needed is None else f"{lost}, about {self.images_needed:,} images would tell"
 
     def as_dict(self) -> dict[str, float | int | str | None]:
+        """The fields by name, for JSON."""
         return asdict(self)
 
 

@@ -104,6 +104,7 @@ class Tally:
 
     @property
     def is_empty(self) -> bool:
+        """Whether everything was read."""
         return not self._steps
 
     @property
@@ -191,6 +192,7 @@ class Run:
 
     @property
     def is_done(self) -> bool:
+        """Whether all its steps are made."""
         return self.position >= self.steps
 
     def begin(self, precision: Precision | None = None) -> None:

@@ -70,6 +70,7 @@ class Choices:
         return None
 
     def keep(self, config: TrainConfig, precision: Precision) -> None:
+        """Remember what this network is trained in."""
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
             file = self._file(self._folder, config)
