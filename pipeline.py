@@ -80,12 +80,13 @@ def student_runs(student: ModelSettings, plan: DistillPlan, unlabeled: bool = Fa
     for seed in plan.seeds:
         for name, config in students.items():
             seeded = config.model_copy(update={"seed": seed})
-            control, suffix = control_of(seeded, plan.control_epochs), "" if name == plan.method else f"-{name}"
-            if plan.control and seeded.needs_teacher and control not in runs.values():
-                runs[f"student-labels{suffix}-seed{seed}"] = control
-                if unlabeled:
-                    matched = control_of(seeded).model_copy(update={"steps_as_unlabeled": True})
-                    runs[f"student-labels-steps{suffix}-seed{seed}"] = matched
+            suffix = "" if name == plan.method else f"-{name}"
+            controls = {f"student-labels{suffix}-seed{seed}": control_of(seeded, plan.control_epochs)}
+            if unlabeled:
+                matched = control_of(seeded).model_copy(update={"steps_as_unlabeled": True})
+                controls[f"student-labels-steps{suffix}-seed{seed}"] = matched
+            if plan.control and seeded.needs_teacher:
+                runs |= {its: control for its, control in controls.items() if control not in runs.values()}
             runs[f"student-{name}-seed{seed}"] = seeded
     return runs
 

@@ -321,8 +321,10 @@ def distillation_gains(checkpoints: Checkpoints) -> list[Numbers]:
     for group in groups.values():
         name, wanted = _student_name(names[group[0].key], group[0]), {_setting(run) for run in group}
         able = {length: alone for length, alone in controls.items() if wanted & alone.keys()}
-        alike = [alone for (epochs, _), alone in able.items() if epochs == _length(group[0])[0]]
-        found += [_gain(name, group, alone) for alone in alike or able.values() or [{}]]
+        alike = {length: alone for length, alone in able.items() if length[0] == _length(group[0])[0]}
+        if not any(not as_many_steps for _, as_many_steps in alike):
+            alike |= {length: alone for length, alone in able.items() if not length[1]}
+        found += [_gain(name, group, alone) for alone in alike.values() or [{}]]
     return found
 
 

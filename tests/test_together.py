@@ -120,6 +120,12 @@ def test_a_control_may_have_epochs_of_its_own() -> None:
     plan = validated(DistillPlan, {"control_epochs": 9, "train": {"epochs": 60}}, "test")
     runs = student_runs(ModelSettings(model="test_resnet"), plan)
     assert {name: run.train.epochs for name, run in runs.items()} == {"student-labels-seed0": 9, "student-kd-seed0": 60}
+    # One serves all students; those of as many steps as with unlabelled images follow each student's own.
+    longer = plan.model_copy(update={"students": {"long": {"train": {"epochs": 90}}}})
+    controls = [
+        run for run in student_runs(ModelSettings(model="x"), longer, unlabeled=True).values() if not run.needs_teacher
+    ]
+    assert [(run.train.epochs, run.steps_as_unlabeled) for run in controls] == [(9, False), (60, True), (90, True)]
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["together", "one after another"])
