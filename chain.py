@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from .report.compression import Sources
 
 A = TypeVar("A", bound=AnyArtifact)
+PRECISIONS = ".precisions"  # what train.precision auto took, so that a network and its controls take one
 TRAIN_NEEDS = ("torch", "torchvision", "timm", "safetensors")
 SMALLEST_SIDE, USUAL_SIDE = 256, 512  # pixels: of copies for small networks; of those for networks not known yet
 
@@ -274,8 +275,9 @@ class Chain:
             require("training", TRAIN_NEEDS, "train")
             from .distill.train import train
 
+            remembered = cache or self._cache_of(config, dataset, teacher)
             shown = self.shown(dataset, config)
-            return train(order, shown, teacher, path, cache or self._cache_of(config, dataset, teacher))
+            return train(order, shown, teacher, path, remembered, self.folder / PRECISIONS)
 
         return self.step(name, Checkpoint, order, make, out)
 
@@ -296,7 +298,8 @@ class Chain:
             part = next(part for part in parts if path in part)
             made.update(dict.fromkeys(part, path.name))
             taught = next((each for each in part.values() if each.config.needs_teacher), missing[path])
-            return train_together(part, dataset, teacher, self._cache_of(taught.config, dataset, teacher))[path]
+            remembered = self._cache_of(taught.config, dataset, teacher)
+            return train_together(part, dataset, teacher, remembered, self.folder / PRECISIONS)[path]
 
         return {name: self.step(name, Checkpoint, order, make, companions=made) for name, order in orders.items()}
 

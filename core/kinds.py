@@ -17,7 +17,7 @@ from .config import AdoptConfig, BenchPlan, CacheConfig, TrainConfig
 from .errors import UserError
 from .inputs import InputSpec
 from .sealed import LARGEST_MODEL_BYTES
-from .stats import Interval
+from .stats import Interval, NoWorse, no_worse
 
 F = TypeVar("F", bound=Record)
 
@@ -89,6 +89,7 @@ class CheckpointFacts(Record):
     training_images: int
     unlabeled_images: int = 0
     epochs: int
+    steps: int = 0  # of the optimiser
     selected: str
     best_validation: BestEpoch | None = None
     last_validation: float | None = None
@@ -246,17 +247,24 @@ class Mix(Record):
     over_float32: float | None
     size_bytes: int
 
-    def holds(self, max_drop: float) -> bool:
-        """Whether no more than ``max_drop`` points are lost, by the point value."""
-        return self.drop_points <= max_drop
+    def verdict(self, max_drop: float) -> NoWorse:
+        """Whether these images show that it loses at most so many points."""
+        low, high = (None if drop is None else -drop / 100 for drop in (self.drop_high, self.drop_low))
+        return no_worse(Interval(-self.drop_points / 100, low, high, self.images), max_drop)
 
 
 class GuardFacts(Record):
-    """The drop that was allowed, every mix that was tried, and the layers that stayed float."""
+    """The drop that was allowed, every mix that was tried, the layers that stayed float, and how sure that is.
+
+    ``confirmed`` is what the mix that was taken loses on images that the search did not use; the images that it
+    needs are counted with those to search on.
+    """
 
     max_drop_points: float
     curve: tuple[Mix, ...]
     kept_float: tuple[str, ...]
+    shown: bool  # that it loses at most so much
+    confirmed: NoWorse
 
 
 class LayerNoise(Record):
@@ -320,6 +328,16 @@ class Model(Labelled[ModelFacts]):
         if self.NOISE_BY_LAYER not in self.manifest.files:
             return []
         return self.rows(self.NOISE_BY_LAYER, LayerNoise)
+
+
+def unshown(models: Iterable[Model]) -> str:
+    """Which guarded models are not shown to keep their accuracy, and what would show it; empty if there are none."""
+    return "; ".join(
+        f"{model.facts.target} {model.facts.variant} is not shown to lose at most "
+        f"{guard.max_drop_points:g} points: {guard.confirmed.words()}"
+        for model in models
+        if (guard := model.facts.guard) is not None and not guard.shown
+    )
 
 
 # ---- bundle ----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from ..core.artifact import AnyArtifact, Provenance, find_ancestors
 from ..core.errors import UserError
 from ..core.kinds import BundleFacts, Checkpoint, Graph, Measurement, Model
 from ..core.sealed import printable
+from ..core.stats import Interval, no_worse
 from ..data.dataset import Dataset
 from ..runtime.task import TASKS
 
@@ -54,9 +55,11 @@ class Sources:
 
 
 def advice(rows: Sequence[Numbers], hops: Sequence[Numbers], max_drop: float) -> list[Numbers]:
-    """By target the variant to ship: the fastest that is surely faster than float32 and loses at most ``max_drop``.
+    """By target the variant to ship: the fastest that is surely faster than float32 and keeps its accuracy.
 
-    Float32 itself where there is none; nothing where float32 was not timed.
+    That is, is shown to lose at most ``max_drop`` points. Float32 itself where there is none; nothing where float32
+    was not timed. ``may_do`` is a faster one that keeps the accuracy by the point value, of which the test images
+    cannot tell whether it does.
     """
     drops = {step["bundle"]: step["difference"] for hop in hops for step in hop["steps"] if step["variant"]}
     found = []
@@ -65,25 +68,35 @@ def advice(rows: Sequence[Numbers], hops: Sequence[Numbers], max_drop: float) ->
         float32 = next((row for row in mine.values() if row["variant"] == "float32"), None)
         if float32 is None:
             continue
-        best, latency = float32, 1.0
+        best, may_do, latency, may_do_latency = float32, None, 1.0, 1.0
         for name, row in mine.items():
             ratio, drop = row["latency_over_float32"], drops.get(name)
-            if ratio is None or drop is None or ratio["high"] is None:
+            if ratio is None or drop is None or ratio["high"] is None or ratio["high"] >= 1:
                 continue
-            if ratio["high"] < 1 and ratio["value"] < latency and -100 * drop["value"] <= max_drop:
+            kept = no_worse(Interval(**drop), max_drop)
+            if kept.answer == "holds" and ratio["value"] < latency:
                 best, latency = row, ratio["value"]
+            elif kept.answer == "cannot tell" and kept.drop_points <= max_drop and ratio["value"] < may_do_latency:
+                may_do, may_do_latency = {**_advised(row, drop), "accuracy": kept.as_dict()}, ratio["value"]
         drop = drops.get(best["name"])
         found.append(
             {
                 "target": target,
-                "variant": best["variant"],
-                "bundle": best["name"],
-                "over_float32": best["latency_over_float32"],
-                "difference": drop,
+                **_advised(best, drop),
                 "max_drop_points": max_drop,
+                "may_do": may_do if may_do_latency < latency else None,
             }
         )
     return found
+
+
+def _advised(row: Numbers, difference: Numbers | None) -> Numbers:
+    return {
+        "variant": row["variant"],
+        "bundle": row["name"],
+        "over_float32": row["latency_over_float32"],
+        "difference": difference,
+    }
 
 
 def noise_by_layer(bundles: Mapping[str, Packed], sources: Sources) -> list[Numbers]:

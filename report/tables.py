@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.artifact import AnyArtifact, Provenance, find_ancestors
-from ..core.config import ReportConfig
+from ..core.config import ReportConfig, TrainConfig, control_of, validated
 from ..core.errors import UserError
 from ..core.kinds import Bundle, Checkpoint, Damage, Graph, Measurement, Model, ParityFacts, Result
 from ..core.stats import Interval, mean_interval, ratio_interval
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 Numbers = dict[str, Any]
 Checkpoints = Mapping[str, Checkpoint]
-
-# A run on the labels alone is a control only where all of these are the same.
-SHARED_BY_CONTROL = ("model", "model_args", "pretrained", "input", "label_fraction", "train", "seed")
 
 
 def collect(config: ReportConfig, measurement: Measurement, checkpoints: Checkpoints, sources: Sources) -> Numbers:
@@ -321,18 +318,30 @@ def _change(task: Task, before: np.ndarray | None, after: np.ndarray) -> Numbers
 def distillation_gains(checkpoints: Checkpoints) -> list[Numbers]:
     """Per method (and setting): each seed against its control, and the gain over the seeds.
 
-    A control differs in the method only; a seed without one has no gain.
+    A control differs in the method alone; where there is none, also in the epochs. With images without labels there is
+    one of as many steps too, and a gain against each. A seed without a control has no gain.
     """
     teachers = teacher_names(checkpoints)
     runs = [found for name, found in checkpoints.items() if found.manifest.stage == "train" and name not in teachers]
-    controls = {_setting(run): run for run in runs if run.facts.method == "labels"}
+    controls: dict[tuple[int, bool], dict[str, Checkpoint]] = {}  # by how long they train, then by the rest
+    for run in sorted(runs, key=lambda run: run.facts.steps):
+        if run.facts.method == "labels":
+            controls.setdefault(_length(run), {})[_setting(run)] = run
     names = {found.key: name for name, found in checkpoints.items()}
     groups: dict[str, list[Checkpoint]] = {}
     for run in runs:
         if run.facts.method != "labels":
             settings = {name: value for name, value in run.settings.items() if name != "seed"}
             groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
-    return [_gain(_student_name(names[group[0].key], group[0]), group, controls) for group in groups.values()]
+    found = []
+    for group in groups.values():
+        name, wanted = _student_name(names[group[0].key], group[0]), {_setting(run) for run in group}
+        able = {length: alone for length, alone in controls.items() if wanted & alone.keys()}
+        alike = {length: alone for length, alone in able.items() if length[0] == _length(group[0])[0]}
+        if not any(not as_many_steps for _, as_many_steps in alike):
+            alike |= {length: alone for length, alone in able.items() if not length[1]}
+        found += [_gain(name, group, alone) for alone in alike.values() or [{}]]
+    return found
 
 
 def _student_name(name: str, run: Checkpoint) -> str:
@@ -341,17 +350,29 @@ def _student_name(name: str, run: Checkpoint) -> str:
     return found[1] if found else str(run.facts.method)
 
 
+def _config(run: Checkpoint) -> TrainConfig:
+    return validated(TrainConfig, run.manifest.config, str(run.path))
+
+
 def _setting(run: Checkpoint) -> str:
-    return json.dumps([run.settings[name] for name in SHARED_BY_CONTROL], sort_keys=True)
+    """What ``run`` shares with its control, but for how long that trains."""
+    return json.dumps(control_of(_config(run), epochs=1).model_dump(mode="json"), sort_keys=True)
+
+
+def _length(run: Checkpoint) -> tuple[int, bool]:
+    """How many epochs it was to train, and whether to make as many steps as with images without labels."""
+    config = _config(run)
+    return config.train.epochs, config.steps_as_unlabeled
 
 
 def _gain(name: str, runs: Sequence[Checkpoint], controls: Mapping[str, Checkpoint]) -> Numbers:
-    seeds = []
+    seeds, compared = [], []
     for run in runs:
         control = controls.get(_setting(run))
         accuracy, alone = run.facts.test_accuracy, control.facts.test_accuracy if control else None
         points = None if alone is None else 100 * (accuracy - alone)
         seed = run.settings["seed"]
+        compared += [(run, control)] if control else []
         seeds.append({"seed": seed, "accuracy": accuracy, "labels_accuracy": alone, "gain_points": points})
     gains = [seed["gain_points"] for seed in seeds if seed["gain_points"] is not None]
     teacher = runs[0].manifest.inputs.get("teacher")
@@ -364,6 +385,8 @@ def _gain(name: str, runs: Sequence[Checkpoint], controls: Mapping[str, Checkpoi
         "teacher_accuracy": Checkpoint.facts_of(teacher).test_accuracy if teacher else None,
         "seeds": sorted(seeds, key=lambda seed: seed["seed"]),
         "gain_points": mean_interval(gains).as_dict() if gains else None,
+        "steps": runs[0].facts.steps,
+        "control_steps": compared[0][1].facts.steps if compared else None,
     }
 
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ..core.stats import NoWorse
+
 NOTHING = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 
@@ -151,6 +153,8 @@ def emulated_sentence(trust: Mapping[str, Any]) -> str:
 def gain_sentence(gain: Mapping[str, Any]) -> str:
     """What the method added over the labels alone; a gain is claimed only where its interval excludes zero."""
     where, found = f"{gain['model']}, {training_images(gain)}", gain["gain_points"]
+    if gain["control_steps"] not in (None, gain["steps"]):
+        where += f"; {gain['steps']:,} steps against {gain['control_steps']:,}"
     if found is None:
         return f"Gain of {gain['method']} not measured: no control was trained on the labels alone ({where})."
     against = f"{gain['method']} against labels alone"
@@ -172,16 +176,36 @@ def hop_lines(hop: Mapping[str, Any]) -> list[str]:
 
 
 def advice_sentence(advised: Mapping[str, Any]) -> str:
-    """Which variant of a target to ship, and why."""
-    if advised["variant"] == "float32":
-        return (
-            f"{advised['target']}: ship float32; no variant is surely faster and loses at most "
-            f"{advised['max_drop_points']:g} points"
+    """Which variant of a target to ship, and why; and which faster one may do."""
+    limit, may_do = f"{advised['max_drop_points']:g} points", advised["may_do"]
+    if advised["variant"] != "float32":
+        text = (
+            f"{advised['target']}: ship {advised['variant']}, {interval(advised['over_float32'])} of float32's "
+            f"latency, {points(100 * advised['difference']['value'])} points {point_bounds(advised['difference'], 100)}"
         )
+    elif may_do is None:
+        return f"{advised['target']}: ship float32; no variant is surely faster and loses at most {limit}"
+    else:
+        text = f"{advised['target']}: no variant is shown to be faster and to lose at most {limit}"
+    return text if may_do is None else f"{text}; {may_do_clause(may_do)}"
+
+
+def may_do_clause(may_do: Mapping[str, Any]) -> str:
+    """The fastest variant that keeps the accuracy by the point value, and how little that says."""
     return (
-        f"{advised['target']}: ship {advised['variant']}, {interval(advised['over_float32'])} of float32's latency, "
-        f"{points(100 * advised['difference']['value'])} points {point_bounds(advised['difference'], 100)}"
+        f"fastest that may do: {may_do['variant']}, {interval(may_do['over_float32'])} of float32's latency, lost "
+        f"{NoWorse(**may_do['accuracy']).words()}"
     )
+
+
+def guard_sentence(guard: Mapping[str, Any]) -> str:
+    """Whether the mix that the guard took is shown to keep the accuracy, on images that did not choose it."""
+    confirmed = NoWorse(**guard["confirmed"])
+    shown = "Shown" if guard["shown"] else "Not shown"
+    can_tell = (
+        "" if confirmed.detectable_points is None else f", which can tell a drop of {confirmed.detectable_points:.2f}"
+    )
+    return f"{shown} on {confirmed.images} images that the search did not use{can_tell}: lost {confirmed.words()}."
 
 
 def _step(step: Mapping[str, Any]) -> str:

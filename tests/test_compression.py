@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from conftest import Made
 
+from kdpipe.core.stats import Interval, no_worse
 from kdpipe.report.compression import FLIPS, Sources, advice, flips, guards, noise_by_layer
 from kdpipe.report.tables import bundles_of
+from kdpipe.report.words import advice_sentence, guard_sentence
 
 Numbers = dict[str, Any]
 
@@ -26,16 +28,16 @@ def row(variant: str, ratio: tuple[float, float | None] | None, target: str = "o
     }
 
 
-def hops(**drops: float) -> list[Numbers]:
-    """Steps to the variants of openvino, that lose so many points."""
-    return [
-        {
-            "steps": [
-                {"variant": name, "bundle": f"openvino-{name}", "difference": {"value": -points / 100}}
-                for name, points in drops.items()
-            ]
-        }
+def hops(half: float, **drops: float) -> list[Numbers]:
+    """Steps to the variants of openvino, that lose so many points, known within ``half``."""
+
+    def difference(drop: float) -> Numbers:
+        return {"value": -drop / 100, "low": -(drop + half) / 100, "high": -(drop - half) / 100, "n": 539}
+
+    steps = [
+        {"variant": name, "bundle": f"openvino-{name}", "difference": difference(drop)} for name, drop in drops.items()
     ]
+    return [{"steps": steps}]
 
 
 @pytest.mark.parametrize(
@@ -56,9 +58,51 @@ def hops(**drops: float) -> list[Numbers]:
 def test_the_fastest_that_keeps_its_accuracy_is_advised(
     rows: list[Numbers], drops: dict[str, float], wanted: str
 ) -> None:
-    [found] = advice([row("float32", None), *rows], hops(**drops), max_drop=0.5)
+    [found] = advice([row("float32", None), *rows], hops(0.1, **drops), max_drop=0.5)
     assert found["variant"] == wanted
     assert found["max_drop_points"] == 0.5
+    assert found["may_do"] is None
+
+
+def test_what_is_not_shown_is_not_to_be_shipped() -> None:
+    """Few images: the fastest by the point value may do, and what it may lose is said beside it."""
+    rows = [row("float32", None), row("int8", (0.5, 0.6)), row("bf16", (0.7, 0.8))]
+    [few] = advice(rows, hops(1.7, int8=0.2, bf16=0.0), max_drop=0.5)
+    assert few["variant"] == "float32" and few["may_do"]["variant"] == "int8"
+    sentence = advice_sentence(few)
+    assert sentence == (
+        "openvino: no variant is shown to be faster and to lose at most 0.5 points; fastest that may do: int8, "
+        "0.500 [0, 0.600] of float32's latency, lost 0.20 points by the point value, up to 1.90 possible, "
+        "about 6,300 images would tell"
+    )
+    # A slower one that is shown is shipped; the faster one is still told.
+    shown = hops(0.1, bf16=0.0)
+    shown[0]["steps"] += hops(1.7, int8=0.2)[0]["steps"]
+    [both] = advice(rows, shown, max_drop=0.5)
+    assert (both["variant"], both["may_do"]["variant"]) == ("bf16", "int8")
+    assert advice_sentence(both).startswith(
+        "openvino: ship bf16, "
+    ) and "; fastest that may do: int8" in advice_sentence(both)
+    # What loses more by the point value does not even do perhaps, and what is slower than a shown one is not told.
+    [lossy] = advice(rows, hops(1.7, int8=0.8, bf16=-0.1), max_drop=0.5)
+    assert (lossy["variant"], lossy["may_do"]["variant"]) == ("float32", "bf16")
+    shown = hops(0.1, int8=0.0)
+    shown[0]["steps"] += hops(1.7, bf16=0.0)[0]["steps"]
+    [fast] = advice(rows, shown, max_drop=0.5)
+    assert (fast["variant"], fast["may_do"]) == ("int8", None)
+    nothing = {**few, "may_do": None}
+    assert advice_sentence(nothing) == (
+        "openvino: ship float32; no variant is surely faster and loses at most 0.5 points"
+    )
+
+
+def test_the_guard_says_how_sure_it_is() -> None:
+    confirmed = no_worse(Interval(-0.002, -0.019, 0.015, 250), 0.5)
+    told = guard_sentence({"shown": False, "confirmed": confirmed.as_dict()})
+    assert told.startswith(
+        "Not shown on 250 images that the search did not use, which can tell a drop of 1.70: lost 0.20 "
+    )
+    assert told.endswith("up to 1.90 possible, about 2,900 images would tell.")
 
 
 def test_nothing_is_advised_without_a_clock() -> None:
