@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .chain import TRAIN_NEEDS, Chain
+from .chain import TRAIN_NEEDS, Chain, believed_beside
 from .core.config import (
     DistillPlan,
     ExportConfig,
@@ -18,7 +18,8 @@ from .core.config import (
 from .core.errors import UserError, choice
 from .core.kinds import Bundle, Graph, Measurement, Report
 from .core.proc import require
-from .core.progress import note
+
+AGAIN = ("bench",)  # events: other stages give the same when they are done again
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -89,17 +90,19 @@ class Outcome:
     bundles: dict[str, Bundle]
 
 
-def run(recipe: Recipe, chain: Chain) -> Outcome:
+def run(recipe: Recipe, chain: Chain, again: str | None = None) -> Outcome:
     """The whole chain of ``recipe``.
 
     The shipped student is the one of the first seed by the method: chosen beforehand, never by its test
-    accuracy.
+    accuracy. The measurement is the last trusted one, else the last; with ``again="bench"`` there is a new one too.
 
     Raises:
         KdpipeError: as its stages do.
     """
     from .devices import find_device
 
+    if again not in (None, *AGAIN):
+        raise choice("stage to do again", again, AGAIN)
     chain.check = lambda: check_recipe(recipe)
     dataset = chain.data(recipe.data)
     teacher = chain.teacher(recipe.teacher, dataset)
@@ -116,9 +119,7 @@ def run(recipe: Recipe, chain: Chain) -> Outcome:
             models += chain.variants(recipe.quantize, models[0], dataset, device)
         for model in models:
             bundles[f"{target}-{model.facts.variant}"] = chain.package(recipe.package, model, dataset)
-    measurement = chain.bench(recipe.bench, bundles, dataset)
-    if measurement.facts.trusted is False:
-        note("the A/A control could not tell a model from itself: too noisy a machine to rank by these latencies")
+    measurement = believed_beside(chain.bench(recipe.bench, bundles, dataset, again=again == "bench"))
     page = ReportConfig(title=recipe.name)
     if recipe.quantize is not None and recipe.quantize.max_drop is not None:
         page = page.model_copy(update={"max_drop": recipe.quantize.max_drop})

@@ -254,7 +254,7 @@ class TrainConfig(DistillSettings, ModelSettings):
 
 
 def control_of(config: TrainConfig) -> TrainConfig:
-    """The same network trained as ``config`` is, on the labels alone."""
+    """The same network trained as ``config`` is, on the labels alone: what a control shares with it stands here."""
     kept = ("label_loss", "label_fraction", "cache_views", "view_seed", "tracker", "train", "seed")
     settings = {name: getattr(config, name) for name in kept}
     return TrainConfig.of(ModelSettings.of(config), method="labels", **settings)
@@ -434,6 +434,9 @@ class BenchPlan(MeasureSettings):
 
     device: str = Field("local", description="name of the device: local, or null for what measuring itself costs")
     rounds: int = Field(6, ge=2, description="fresh processes for each bundle; intervals need 6")
+    resolution: float = Field(
+        0.1, gt=0, lt=1, description="share within which a latency must be known to be trusted; else it is called noisy"
+    )
 
 
 class ReportConfig(Config):
@@ -441,6 +444,7 @@ class ReportConfig(Config):
 
     title: str = Field("kdpipe", description="title of the page")
     max_drop: float = Field(0.5, ge=0, description="points of accuracy that an advised variant may lose to float32")
+    attempts: int = Field(1, ge=1, description="how often this session was measured: counted, not chosen")
 
 
 class Recipe(Config):

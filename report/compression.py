@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..core.artifact import AnyArtifact, Provenance, find_ancestors
-from ..core.kinds import BundleFacts, Checkpoint, Graph, Measurement, Model
+from ..core.artifact import AnyArtifact, Provenance
+from ..core.kinds import BundleFacts, Graph, Measurement, Model, student_of
 from ..data.dataset import Dataset
 from ..runtime.preprocess import decode
 from ..runtime.task import TASKS
@@ -31,8 +31,7 @@ class Packed:
 
     @property
     def student_key(self) -> str | None:
-        nearest = next(iter(find_ancestors(self.source, Checkpoint)), None)
-        return nearest.key if nearest else None
+        return student_of(self.source)
 
 
 @dataclass(frozen=True)
@@ -49,37 +48,52 @@ class Sources:
         return found | ({} if self.dataset is None else {"data": self.dataset})
 
 
-def advice(rows: Sequence[Numbers], hops: Sequence[Numbers], max_drop: float) -> list[Numbers]:
-    """By target the variant to ship: the fastest that is surely faster than float32 and loses at most ``max_drop``.
+def advice(
+    rows: Sequence[Numbers], hops: Sequence[Numbers], max_drop: float, surely_faster: Callable[[str, str], bool]
+) -> list[Numbers]:
+    """By target the variant to ship: the fastest of those that are surely faster than float32 and keep its accuracy.
 
-    Float32 itself where there is none; nothing where float32 was not timed.
+    Float32 itself where there is none; nothing where float32 was not timed. Variants that the session cannot tell from
+    the fastest tie with it. What could change the advice, it rests on: ``untrusted`` names those whose latency is not
+    to be believed, and then nothing is to be shipped by it.
+
+    Args:
+        surely_faster: whether the session shows the first of two bundles to be faster than the second.
     """
-    drops = {step["bundle"]: step["difference"] for hop in hops for step in hop["steps"] if step["variant"]}
+    differences = {step["bundle"]: step["difference"] for hop in hops for step in hop["steps"] if step["variant"]}
     found = []
     for target in dict.fromkeys(row["target"] for row in rows):
-        mine = {row["name"]: row for row in rows if row["target"] == target and row["latency_p50_ms"]}
-        float32 = next((row for row in mine.values() if row["variant"] == "float32"), None)
+        mine = [row for row in rows if row["target"] == target and row["latency_p50_ms"]]
+        float32 = next((row for row in mine if row["variant"] == "float32"), None)
         if float32 is None:
             continue
-        best, latency = float32, 1.0
-        for name, row in mine.items():
-            ratio, drop = row["latency_over_float32"], drops.get(name)
-            if ratio is None or drop is None or ratio["high"] is None:
-                continue
-            if ratio["high"] < 1 and ratio["value"] < latency and -100 * drop["value"] <= max_drop:
-                best, latency = row, ratio["value"]
-        drop = drops.get(best["name"])
+        able = [row for row in mine if row["name"] in differences and _keeps(differences[row["name"]], max_drop)]
+        faster = [row for row in able if _believed(row) and surely_faster(row["name"], float32["name"])]
+        best = min(faster, key=lambda row: row["latency_p50_ms"]["value"], default=float32)
+        rivals = [row for row in able if row is not best and not surely_faster(best["name"], row["name"])]
+        rests_on = list({row["name"]: row for row in (float32, best, *rivals)}.values())
         found.append(
             {
                 "target": target,
                 "variant": best["variant"],
                 "bundle": best["name"],
+                "ties": [row["variant"] for row in rivals if row in faster],
                 "over_float32": best["latency_over_float32"],
-                "difference": drop,
+                "difference": differences.get(best["name"]),
                 "max_drop_points": max_drop,
+                "untrusted": [{"name": row["name"], **row["trust"]} for row in rests_on if not _believed(row)],
             }
         )
     return found
+
+
+def _keeps(difference: Numbers, max_drop: float) -> bool:
+    """Whether a variant loses at most ``max_drop`` points of accuracy."""
+    return bool(-100 * difference["value"] <= max_drop)
+
+
+def _believed(row: Numbers) -> bool:
+    return bool(row["trust"]["word"] == "trusted")
 
 
 def noise_by_layer(bundles: Mapping[str, Packed], sources: Sources) -> list[Numbers]:

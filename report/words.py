@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 NOTHING = "\N{EN DASH}"
@@ -108,28 +108,41 @@ def training_images(found: Mapping[str, Any]) -> str:
 
 
 def verdict(trust: Mapping[str, Any]) -> str:
-    if trust["control"] is None:
-        return "Not timed."
-    if not trust["trusted"]:
-        return "Not trusted."
-    return "Trusted."
+    return f"{(trust['word'] or 'not timed').capitalize()}."
 
 
 def trust_sentence(trust: Mapping[str, Any]) -> str:
-    """Whether the latencies may be ranked, and how fine the session could see."""
-    if trust["control"] is None:
+    """How many latencies are to be believed, and how fine the session could see."""
+    if trust["word"] is None:
         return "No runtime of these bundles is installed on the device: this report has no latencies."
-    control = (
-        f"the A/A control ({trust['reference']} against itself, {trust['rounds']} rounds) "
-        f"has a latency ratio of {interval(trust['control'])}"
-    )
-    if not trust["trusted"]:
-        found, limit = trust["control"], figure(trust["control_limit"])
-        holds = found["low"] is not None and found["low"] <= 1 <= found["high"]
-        why = f"wider than the factor of {limit} that is allowed" if holds else "which does not hold 1"
-        return f"Do not rank by these latencies: {control}, {why}."
-    resolution = f"Ratios within a factor of {figure(trust['resolution_factor'])} may be this machine's noise."
-    return f"{control[0].upper()}{control[1:]}, which includes 1. {resolution}"
+    timed, doubted, within = trust["timed"], len(trust["untrusted"]), f"{100 * trust['resolution']:g} %"
+    text = f"{timed - doubted} of {timed} latencies can be trusted: known within {within}, as was asked for."
+    controls = [f"{name} {interval(found)}" for name, found in trust["controls"].items()]
+    if controls:
+        text += f" A/A controls (a bundle over itself, {trust['rounds']} rounds): {'; '.join(controls)}."
+    if trust["attempts"] > 1:
+        text += f" Attempt {trust['attempt']} of {trust['attempts']}: the last trusted one, else the last."
+    return text
+
+
+def untrusted_lines(untrusted: Sequence[Mapping[str, Any]]) -> list[str]:
+    """``a and b are noisy: why``, a line for each reason."""
+    reasons = dict.fromkeys((row["word"], row["reason"]) for row in untrusted)
+    named = {reason: [row["name"] for row in untrusted if (row["word"], row["reason"]) == reason] for reason in reasons}
+    return [
+        f"{listed(names)} {'is' if len(names) == 1 else 'are'} {word}: {why}" for (word, why), names in named.items()
+    ]
+
+
+def front(places: Sequence[Sequence[str]]) -> str:
+    """The front from the fastest on; what shares a place cannot be told apart."""
+    return ", ".join(" = ".join(place) for place in places)
+
+
+def shaky_advice(numbers: Mapping[str, Any]) -> str | None:
+    """Which latencies that the advice rests on are not to be believed, in one line; None if all are."""
+    doubted = {row["name"]: row for advised in numbers["advice"] for row in advised["untrusted"]}
+    return "; ".join(untrusted_lines(list(doubted.values()))) or None
 
 
 def emulated_sentence(trust: Mapping[str, Any]) -> str:
@@ -156,27 +169,41 @@ def gain_sentence(gain: Mapping[str, Any]) -> str:
 def hop_lines(hop: Mapping[str, Any]) -> list[str]:
     """``openvino: torch 97.40 -> float32 97.40 (no flips)`` and below it the variants, in per cent."""
     ran = f" ({hop['ran']})" if hop["ran"] else ""
-    whole = [step for step in hop["steps"] if not step["variant"]]
-    small = [step for step in hop["steps"] if step["variant"]]
-    lines = [f"{hop['target']}{ran}: " + " \N{RIGHTWARDS ARROW} ".join(map(_step, whole))]
-    return lines + ["  against float32: " + "; ".join(map(_step, small))] * bool(small)
+    images = hop["steps"][0]["accuracy"]["n"]
+    whole = [_step(step, images) for step in hop["steps"] if not step["variant"]]
+    small = [_step(step, images) for step in hop["steps"] if step["variant"]]
+    lines = [f"{hop['target']}{ran}: " + " \N{RIGHTWARDS ARROW} ".join(whole)]
+    return lines + ["  against float32: " + "; ".join(small)] * bool(small)
 
 
 def advice_sentence(advised: Mapping[str, Any]) -> str:
     """Which variant of a target to ship, and why."""
+    if advised["untrusted"]:
+        doubted = "; ".join(f"{row['name']} is {row['word']}" for row in advised["untrusted"])
+        return f"{advised['target']}: nothing to ship by these latencies ({doubted})"
     if advised["variant"] == "float32":
         return (
             f"{advised['target']}: ship float32; no variant is surely faster and loses at most "
             f"{advised['max_drop_points']:g} points"
         )
+    best = advised["variant"] + (f" (a tie with {listed(advised['ties'])})" if advised["ties"] else "")
     return (
-        f"{advised['target']}: ship {advised['variant']}, {interval(advised['over_float32'])} of float32's latency, "
+        f"{advised['target']}: ship {best}, {interval(advised['over_float32'])} of float32's latency, "
         f"{points(100 * advised['difference']['value'])} points {point_bounds(advised['difference'], 100)}"
     )
 
 
-def _step(step: Mapping[str, Any]) -> str:
+def on_part(step: Mapping[str, Any], images: int) -> str:
+    """Of a hop that was tested on fewer images than its line: on how many."""
+    n = step["accuracy"]["n"]
+    return "" if n == images else f"on {n} of {images} images"
+
+
+def _step(step: Mapping[str, Any], images: int) -> str:
+    part = on_part(step, images)
     text = f"{step['at']} {percent(step['accuracy']['value'])}"
+    if part and step["difference"] is not None:  # beside the others' accuracies its own would mislead
+        text = f"{step['at']} {points(100 * step['difference']['value'])} points {part}"
     if step["difference"] is None:
         return text
     if not step["lost"] and not step["won"]:
