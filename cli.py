@@ -474,8 +474,8 @@ def _print_summary(numbers: dict[str, Any]) -> None:
 
     from .report.tables import print_summary
 
-    # A pipe has no width of its own; the tables need a hundred columns.
-    print_summary(Console() if sys.stdout.isatty() else Console(width=100), numbers)
+    # A pipe has no width of its own; the tables need this many columns.
+    print_summary(Console() if sys.stdout.isatty() else Console(width=110), numbers)
 
 
 def _print_doctor(found: dict[str, Any]) -> None:

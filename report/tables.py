@@ -460,7 +460,7 @@ def environment(measurement: Measurement, checkpoints: Checkpoints) -> Numbers:
 
 
 def summary_table(numbers: Numbers) -> Table:
-    """One line a bundle, within 100 columns."""
+    """One line a bundle, within 110 columns."""
     from rich import box
     from rich.table import Table
 

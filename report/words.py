@@ -116,7 +116,7 @@ def trust_sentence(trust: Mapping[str, Any]) -> str:
     if trust["word"] is None:
         return "No runtime of these bundles is installed on the device: this report has no latencies."
     timed, doubted, within = trust["timed"], len(trust["untrusted"]), f"{100 * trust['resolution']:g} %"
-    text = f"{timed - doubted} of {timed} latencies can be trusted: known within {within}, as was asked for."
+    text = f"{timed - doubted} of {timed} latencies are trusted (known within {within}, as was asked for)."
     controls = [f"{name} {interval(found)}" for name, found in trust["controls"].items()]
     if controls:
         text += f" A/A controls (a bundle over itself, {trust['rounds']} rounds): {'; '.join(controls)}."
@@ -128,10 +128,16 @@ def trust_sentence(trust: Mapping[str, Any]) -> str:
 def untrusted_lines(untrusted: Sequence[Mapping[str, Any]]) -> list[str]:
     """``a and b are noisy: why``, a line for each reason."""
     reasons = dict.fromkeys((row["word"], row["reason"]) for row in untrusted)
-    named = {reason: [row["name"] for row in untrusted if (row["word"], row["reason"]) == reason] for reason in reasons}
-    return [
-        f"{listed(names)} {'is' if len(names) == 1 else 'are'} {word}: {why}" for (word, why), names in named.items()
-    ]
+    named = {why: [row for row in untrusted if (row["word"], row["reason"]) == why] for why in reasons}
+    return [f"{_by_word(rows)}: {reason}" for (_, reason), rows in named.items()]
+
+
+def _by_word(untrusted: Sequence[Mapping[str, Any]]) -> str:
+    """``a and b are noisy; c is invalid``."""
+    named = {word: [row["name"] for row in untrusted if row["word"] == word] for word in ("invalid", "noisy")}
+    return "; ".join(
+        f"{listed(names)} {'is' if len(names) == 1 else 'are'} {word}" for word, names in named.items() if names
+    )
 
 
 def front(places: Sequence[Sequence[str]]) -> str:
@@ -142,7 +148,9 @@ def front(places: Sequence[Sequence[str]]) -> str:
 def shaky_advice(numbers: Mapping[str, Any]) -> str | None:
     """Which latencies that the advice rests on are not to be believed, in one line; None if all are."""
     doubted = {row["name"]: row for advised in numbers["advice"] for row in advised["untrusted"]}
-    return "; ".join(untrusted_lines(list(doubted.values()))) or None
+    return (
+        f"the advice rests on latencies that are not trusted: {_by_word(list(doubted.values()))}" if doubted else None
+    )
 
 
 def emulated_sentence(trust: Mapping[str, Any]) -> str:
@@ -179,8 +187,7 @@ def hop_lines(hop: Mapping[str, Any]) -> list[str]:
 def advice_sentence(advised: Mapping[str, Any]) -> str:
     """Which variant of a target to ship, and why."""
     if advised["untrusted"]:
-        doubted = "; ".join(f"{row['name']} is {row['word']}" for row in advised["untrusted"])
-        return f"{advised['target']}: nothing to ship by these latencies ({doubted})"
+        return f"{advised['target']}: nothing to ship by these latencies ({_by_word(advised['untrusted'])})"
     if advised["variant"] == "float32":
         return (
             f"{advised['target']}: ship float32; no variant is surely faster and loses at most "

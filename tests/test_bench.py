@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 from pathlib import Path
@@ -199,6 +200,17 @@ def test_unreadable_is_unavailable_never_zero() -> None:
     found = probe()
     assert 0 not in [value for value in found.values() if not isinstance(value, bool)]
     assert found["memory_bytes"] > 0
+
+
+def test_versions_kernel_and_governor_name_the_session() -> None:
+    """An update of a runtime or a kernel is another machine to measure on."""
+    here = find_device("local").probe()
+    assert here.runtimes["onnxruntime"] == importlib.metadata.version("onnxruntime")
+    named = bench_config(BenchPlan()).device_fingerprint
+    assert (named["system"], named["governor"], named["runtimes"]) == (here.system, here.governor, here.runtimes)
+    assert not {"current_khz", "load_average", "temperatures_millicelsius"} & named.keys(), "what moves names nothing"
+    updated = here.model_copy(update={"runtimes": {**here.runtimes, "onnxruntime": "99"}})
+    assert updated.fingerprint != here.fingerprint
 
 
 def test_unknown_device() -> None:

@@ -106,7 +106,7 @@ def test_advice_names_the_untrusted_rows_that_it_rests_on(
         }
     )
     assert ("nothing to ship" in sentence) == bool(doubted)
-    assert all(f"{name} is" in sentence for name in doubted)
+    assert all(name in sentence for name in doubted)
 
 
 def test_nothing_is_advised_without_a_clock() -> None:

@@ -172,7 +172,7 @@ def trust(**change: object) -> Numbers:
 
 def test_trust_is_told_with_its_numbers() -> None:
     found = words.trust_sentence(trust())
-    assert found.startswith("2 of 3 latencies can be trusted: known within 10 %, as was asked for.")
+    assert found.startswith("2 of 3 latencies are trusted (known within 10 %, as was asked for).")
     assert "A/A controls (a bundle over itself, 6 rounds): a 1.00 [0.990, 1.02]." in found and "Attempt" not in found
     assert "Attempt 2 of 3" in words.trust_sentence(trust(attempt=2, attempts=3))
     assert "no latencies" in words.trust_sentence(trust(word=None))
