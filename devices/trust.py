@@ -40,7 +40,7 @@ def assess(
     """The fields of a ``MeasurementFacts`` that say what to believe.
 
     Args:
-        rounds: of the timed bundles and of their controls, under ``control_name``.
+        rounds: of the timed bundles and of their controls, under ``control_name``; without those that failed.
         results: of every bundle, timed or not.
         controls: for each timed bundle the one whose control it is judged by, as ``controlled`` finds it.
         float32: for each bundle the float32 one of its target and student, where there is one.
@@ -52,7 +52,7 @@ def assess(
     for name, result in results.items():
         if name in controls:
             base = float32.get(name, name)
-            over = ratio(rounds, name, base) if base != name and base in rounds else None
+            over = ratio(rounds, name, base) if base != name else None
             result = result.model_copy(update={"over_float32": over})
             word = judge(result, known.get(controls[name]), resolution, emulated=emulated)
             result = result.model_copy(update={"trust": word})
@@ -80,7 +80,8 @@ def controlled(targets: Mapping[str, str], float32: Mapping[str, str]) -> dict[s
 
 def ratio(rounds: Rounds, first: str, second: str) -> Interval | None:
     """Latency of ``first`` over that of ``second``, paired by round; None where no round has both."""
-    both = [(a, b) for a, b in zip(rounds[first], rounds[second], strict=True) if a is not None and b is not None]
+    pairs = zip(rounds.get(first, ()), rounds.get(second, ()), strict=first in rounds and second in rounds)
+    both = [(a, b) for a, b in pairs if a is not None and b is not None]
     return ratio_interval(*zip(*both, strict=True)) if both else None
 
 
@@ -109,8 +110,8 @@ def compare(rounds: Rounds, controls: Mapping[str, Interval], control_of: Mappin
     """
     from scipy.special import stdtr, stdtrit  # Student's distribution and its inverse
 
-    logs = {name: np.log(np.array(rounds[name], dtype=np.float64)) for name in control_of}  # None becomes NaN
-    differences = {pair: logs[pair[0]] - logs[pair[1]] for pair in itertools.combinations(control_of, 2)}
+    logs = {name: np.log(np.array(rounds[name], dtype=np.float64)) for name in control_of if name in rounds}
+    differences = {pair: logs[pair[0]] - logs[pair[1]] for pair in itertools.combinations(logs, 2)}  # None became NaN
     shared = {pair: found[~np.isnan(found)] for pair, found in differences.items()}
     shared = {pair: found for pair, found in shared.items() if len(found) > 1}
     count = np.array([len(found) for found in shared.values()])
@@ -122,11 +123,12 @@ def compare(rounds: Rounds, controls: Mapping[str, Interval], control_of: Mappin
         p_values = np.where(beyond > 0, 2 * stdtr(count - 1, -beyond / error), 1.0)
     rejected, levels = holm_levels(p_values)
     arm = stdtrit(count - 1, 1 - levels / 2) * error
+    values, lows, highs = np.exp([mean, mean - arm, mean + arm]).tolist()
     return [
         Comparison(
             first=pair[0],
             second=pair[1],
-            ratio=Interval(*map(math.exp, (mean[at], mean[at] - arm[at], mean[at] + arm[at])), len(shared[pair])),
+            ratio=Interval(values[at], lows[at], highs[at], len(shared[pair])),
             differ=bool(rejected[at]),
         )
         for at, pair in enumerate(shared)

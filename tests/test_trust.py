@@ -208,6 +208,18 @@ def test_rounds_in_which_one_failed_are_left_out_of_its_pairs() -> None:
     assert ("t0-1", "t0-2") not in pairs and said["results"]["t0-2"].trust.word == "noisy"
 
 
+def test_what_failed_is_invalid_and_the_others_go_on() -> None:
+    rounds = {name: list(map(float, row)) for name, row in zip(EVERYONE, latencies(), strict=True)}
+    del rounds["t0-1"], rounds["control-t1-0"]
+    results = {name: Result(status="measured", latency_p50_ms=STEADY) for name in NAMES}
+    results["t0-1"] = Result(status="failed")
+    said = assess(rounds, results, CONTROLS, FLOAT32, RESOLUTION)
+    words = {name: said["results"][name].trust.word for name in NAMES}
+    assert {name for name, word in words.items() if word == "invalid"} == {"t0-1", "t1-0", "t1-1", "t1-2"}
+    assert list(said["controls"]) == ["t0-0", "t2-0"]
+    assert not any("t0-1" in (each.first, each.second) for each in said["comparisons"])
+
+
 def test_a_control_for_every_targets_float32() -> None:
     targets = {"a-int8": "a", "a-float32": "a", "b-int8": "b", "b-float16": "b"}
     found = controlled(targets, {"a-int8": "a-float32", "a-float32": "a-float32"})
