@@ -320,7 +320,7 @@ class Chain:
 
         if out is not None and out.exists():
             raise UserError(f"{out} exists already: each measurement gets a folder of its own, choose another --out")
-        inputs = {**bundles, "data": dataset}
+        inputs: dict[str, AnyArtifact] = {**bundles, "data": dataset}
         session = Order("bench", bench_config(plan), inputs)
         keys = {role: artifact.key for role, artifact in inputs.items()}
         earlier = attempts(out.parent if out else self.folder, session.config.model_dump(mode="json"), keys)
@@ -382,7 +382,7 @@ def attempts(folder: Path, config: Mapping[str, Any], input_keys: Mapping[str, s
     session = {**config, "attempt": None}
     found = {
         path: manifest
-        for path, manifest in sealed(folder)
+        for path, manifest in sealed(folder, skip=UserError)  # --out may be anywhere, beside anything
         if manifest.kind == Measurement.kind
         and isinstance(manifest.config.get("attempt"), int)
         and {**manifest.config, "attempt": None} == session
@@ -476,13 +476,17 @@ def beside(artifact: AnyArtifact, kind: type[A], keys: set[str] | None) -> dict[
     }
 
 
-def sealed(folder: Path) -> Iterator[tuple[Path, Manifest]]:
-    """What lies whole in ``folder``, by manifest; not what an upgrade left behind: nothing was made from it."""
+def sealed(folder: Path, skip: type[UserError] = OtherVersion) -> Iterator[tuple[Path, Manifest]]:
+    """What lies whole in ``folder``, by manifest; not what an upgrade left behind: nothing was made from it.
+
+    Raises:
+        UserError: a manifest that cannot be read, unless it is to be skipped.
+    """
     for path in folder.iterdir() if folder.is_dir() else ():
         if not (path / MANIFEST).is_file() or path.name.endswith(".part"):
             continue
         try:
             manifest = read_manifest(path)
-        except OtherVersion:
+        except skip:
             continue
         yield path, manifest

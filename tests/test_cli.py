@@ -114,11 +114,14 @@ def test_every_measurement_is_an_attempt_and_the_last_trusted_one_is_reported(ma
     bundles = [made.bundles[name].path for name in ("onnxruntime-float32", "onnxruntime-int8")]
     folder, data = tmp_path / "attempts", made.dataset.path
     settings = ["--device", "null", "--rounds", 2, "--seconds", 0.01, "--min-samples", 5, "--data", data]
+    (folder / "of-something-else").mkdir(parents=True)
+    (folder / "of-something-else" / "manifest.json").write_text("[]")
     for number in (1, 2, 3):
         done = kdpipe("bench", *bundles, *settings, "--out", folder / str(number), "--json")
         assert_one_line(done, 75, "are invalid: an emulated device says nothing about the hardware")
         manifest = json.loads((folder / str(number) / "manifest.json").read_text())
         assert manifest["config"]["attempt"] == number
+    shutil.rmtree(folder / "of-something-else")
     assert_one_line(kdpipe("bench", *bundles, *settings, "--out", folder / "3"), 2, "exists already")
 
     def reported(number: int, *options: object) -> tuple[str, dict[str, object]]:
