@@ -25,6 +25,7 @@ from conftest import (
     rewrite_manifest,
 )
 
+from kdpipe import cli
 from kdpipe.core.errors import ExitCode
 
 HEAVY = (
@@ -108,6 +109,19 @@ def test_a_run_measures_once_and_again_when_it_is_told_to(made: Made, tmp_path: 
     assert seen[0] == seen[1] and [each.name[-2:] for each in seen] == ["-1", "-1", "-2"]
     done = kdpipe("run", path, "--artifacts", folder, "--again", "data")
     assert_one_line(done, 2, "unknown stage to do again 'data', wanted bench")
+
+
+def test_the_demo_says_what_cannot_be_trusted_and_exits_0(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The demo command with the small recipe in the place of its own: of two rounds nothing can be trusted."""
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "digits.yaml").write_text(yaml.safe_dump(SMALL_RECIPE))
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "cli.py"))
+    done = kdpipe("demo", "--artifacts", made.chain.folder)
+    assert done.returncode == 0 and "0 done now" in done.stdout
+    last = done.stderr.splitlines()[-1]
+    assert "tflite-float32" in last and last.endswith("measure again on a quiet machine: kdpipe demo --again bench")
 
 
 def test_every_measurement_is_an_attempt_and_the_last_trusted_one_is_reported(made: Made, tmp_path: Path) -> None:
