@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .chain import TRAIN_NEEDS, Chain, Wants
+from .chain import TRAIN_NEEDS, Chain, Wants, believed_beside
 from .core.config import (
     DistillPlan,
     DistillSettings,
@@ -21,6 +21,8 @@ from .core.errors import UserError, choice
 from .core.kinds import Bundle, Graph, Measurement, Report, unshown
 from .core.proc import require
 from .core.progress import note
+
+AGAIN = ("bench",)  # events: other stages give the same when they are done again
 
 if TYPE_CHECKING:
     from .report.plots import Figure
@@ -132,17 +134,19 @@ class Outcome:
         return figure(self.report, name)
 
 
-def run(recipe: Recipe, chain: Chain) -> Outcome:
+def run(recipe: Recipe, chain: Chain, again: str | None = None) -> Outcome:
     """The whole chain of ``recipe``.
 
     The shipped student is the one of the first seed by the method: chosen beforehand, never by its test
-    accuracy.
+    accuracy. The measurement is the last trusted one, else the last; with ``again="bench"`` there is a new one too.
 
     Raises:
         KdpipeError: as its stages do.
     """
     from .devices import find_device
 
+    if again not in (None, *AGAIN):
+        raise choice("stage to do again", again, AGAIN)
     chain.check = lambda: check_recipe(recipe)
     dataset = chain.data(recipe.data, wants=lambda: wants(recipe))
     teacher = chain.teacher(recipe.teacher, dataset)
@@ -162,9 +166,7 @@ def run(recipe: Recipe, chain: Chain) -> Outcome:
             models += variants
         for model in models:
             bundles[f"{target}-{model.facts.variant}"] = chain.package(recipe.package, model, dataset)
-    measurement = chain.bench(recipe.bench, bundles, dataset)
-    if measurement.facts.trusted is False:
-        note("the A/A control could not tell a model from itself: too noisy a machine to rank by these latencies")
+    measurement = believed_beside(chain.bench(recipe.bench, bundles, dataset, again=again == "bench"))
     page = ReportConfig(title=recipe.name)
     if recipe.quantize is not None and recipe.quantize.max_drop is not None:
         page = page.model_copy(update={"max_drop": recipe.quantize.max_drop})

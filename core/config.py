@@ -293,7 +293,10 @@ class TrainConfig(DistillSettings, ModelSettings):
 
 
 def control_of(config: TrainConfig, epochs: int | None = None) -> TrainConfig:
-    """The same network trained as ``config`` is, on the labels alone; for so many ``epochs``, if given."""
+    """The same network trained as ``config`` is, on the labels alone; for so many ``epochs``, if given.
+
+    What a control shares with it stands here.
+    """
     kept = ("label_loss", "label_fraction", "cache_views", "view_seed", "tracker", "train", "seed")
     settings = {name: getattr(config, name) for name in kept}
     if epochs is not None:
@@ -482,6 +485,9 @@ class BenchPlan(MeasureSettings):
 
     device: str = Field("local", description="name of the device: local, or null for what measuring itself costs")
     rounds: int = Field(6, ge=2, description="fresh processes for each bundle; intervals need 6")
+    resolution: float = Field(
+        0.1, gt=0, lt=1, description="share within which a latency must be known to be trusted; else it is called noisy"
+    )
 
 
 class ReportConfig(Config):
@@ -489,6 +495,7 @@ class ReportConfig(Config):
 
     title: str = Field("kdpipe", description="title of the page")
     max_drop: float = Field(0.5, gt=0, description="points of accuracy that an advised variant may lose to float32")
+    attempts: int = Field(1, ge=1, description="how often this session was measured: counted, not chosen")
 
 
 class Recipe(Config):

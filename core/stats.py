@@ -152,3 +152,23 @@ def ratio_interval(numerators: Sequence[float] | np.ndarray, denominators: Seque
     logs = mean_interval(np.log(top / bottom))
     low, high = (None if end is None else math.exp(end) for end in (logs.low, logs.high))
     return Interval(math.exp(logs.value), low, high, logs.n)
+
+
+def holm_levels(p_values: Sequence[float] | np.ndarray, level: float = 1 - CONFIDENCE) -> tuple[np.ndarray, np.ndarray]:
+    """Which of several hypotheses are rejected when none of the true ones may be with more than ``level``.
+
+    Holm's step-down procedure (Holm 1979): the smallest p-value against level / m, the next against
+    level / (m - 1) and so on, up to the first that stays; whatever the dependence between them. NaN stays.
+
+    Returns:
+        ``rejected`` [m], and the levels [m] that each was held against (the last step's, from where it stopped).
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    steps = level / (len(p) - np.arange(len(p)))
+    order = np.argsort(p, kind="stable")
+    kept = np.flatnonzero(~(p[order] <= steps))
+    stop = int(kept[0]) if len(kept) else len(p)
+    rejected, levels = np.zeros(len(p), dtype=bool), np.empty(len(p))
+    rejected[order[:stop]] = True
+    levels[order] = steps[np.minimum(np.arange(len(p)), min(stop, len(p) - 1))]
+    return rejected, levels

@@ -12,23 +12,22 @@ import numpy as np
 from ..core.artifact import Order, drafting, write_json
 from ..core.config import MeasureSettings
 from ..core.errors import UserError
-from ..core.kinds import Bundle, Measurement, MeasurementFacts, Result, Samples
+from ..core.kinds import Bundle, Measurement, MeasurementFacts, Result, Samples, float32_by_bundle
 from ..core.progress import note, progress
-from ..core.stats import Interval, percentile_interval, ratio_interval
+from ..core.stats import Interval, percentile_interval
 from ..data.dataset import Dataset, load_labels, write_images
 from ..runtime.task import TASKS
 from . import Device, find_device, opened
 from .session import BenchConfig
-
-CONTROL_LIMIT = 1.25  # a session that can't tell a model from itself within this factor ranks nothing
-CONTROL = "control"  # the reference measured a second time in every round: the A/A control
+from .trust import assess, control_name, controlled
 
 
 def bench(order: Order[BenchConfig], bundles: Mapping[str, Bundle], dataset: Dataset, out: Path) -> Measurement:
     """Measure accuracy on the test part and single-image latency of every bundle.
 
-    Each round measures all bundles and, as A/A control, the first one again (see ``turns``). A bundle whose
-    runtime is not installed gets its accuracy from a stand-in where one reads the same file, and no latency.
+    Each round measures all bundles and, as A/A controls, the float32 one of each target again (see ``turns``). A
+    bundle whose runtime is not installed gets its accuracy from a stand-in where one reads the same file, and no
+    latency.
 
     Raises:
         UserError: no bundles, bundles of other data, or a runner that fails.
@@ -42,6 +41,9 @@ def bench(order: Order[BenchConfig], bundles: Mapping[str, Bundle], dataset: Dat
     timed = [name for name, bundle in bundles.items() if device.runs(bundle.facts.target)]
     for name in bundles.keys() - set(timed):
         note(f"{name}: {bundles[name].facts.target} is not installed on '{config.device}': no latency")
+    float32 = float32_by_bundle({name: bundle.manifest for name, bundle in bundles.items()})
+    controls = controlled({name: bundles[name].facts.target for name in timed}, float32)
+    repeated = {control_name(name): name for name in controls.values()}
     with (
         drafting(Measurement, order, out) as draft,
         tempfile.TemporaryDirectory() as scratch,
@@ -52,7 +54,7 @@ def bench(order: Order[BenchConfig], bundles: Mapping[str, Bundle], dataset: Dat
         before = device.probe()
         with opened(device, Path(scratch)):
             images = _push_inputs(device, bundles, dataset, Path(scratch), draft.path)
-            rounds = turns(timed, config.rounds)
+            rounds = turns([*timed, *repeated], config.rounds)
             with progress("measuring", len(bundles) + sum(map(len, rounds))) as advance:
                 results: dict[str, Result] = {}
                 for name, bundle in bundles.items():
@@ -63,13 +65,13 @@ def bench(order: Order[BenchConfig], bundles: Mapping[str, Bundle], dataset: Dat
                 for at, names in enumerate(rounds):
                     for name in names:
                         advance(0, f"round {at + 1}, {name}")
-                        measured = timed[0] if name == CONTROL else name
+                        measured = repeated.get(name, name)
                         samples = device.measure(measured, images[measured], MeasureSettings.of(config))
                         runs.setdefault(name, []).append(samples)
                         advance(1, "")
         for name, repeats in runs.items():
             write_json(draft.path / Measurement.samples_name(name), [samples.model_dump() for samples in repeats])
-            if name != CONTROL:
+            if name in results:
                 results[name] = results[name].model_copy(update=summary(repeats))
         draft.facts = MeasurementFacts(
             task=dataset.facts.task,
@@ -77,9 +79,7 @@ def bench(order: Order[BenchConfig], bundles: Mapping[str, Bundle], dataset: Dat
             emulated=device.emulated,
             probe_before=before,
             probe_after=device.probe(),
-            reference=timed[0] if timed else None,
-            results=results,
-            **comparisons(runs, timed),
+            **assess(by_round(runs), results, controls, float32, config.resolution, emulated=device.emulated),
         )
     return draft.artifact
 
@@ -90,12 +90,9 @@ def turns(names: Sequence[str], rounds: int) -> list[list[str]]:
     Backwards, so that a drift hits all alike; shuffled anew (seeded), because a process is slowed by what ran
     just before it, and must not always follow the same one.
     """
-    if not names:
-        return []
-    everyone = [*names, CONTROL]
     planned: list[list[str]] = []
     for pair in range((rounds + 1) // 2):
-        shuffled = [everyone[at] for at in np.random.default_rng(pair).permutation(len(everyone))]
+        shuffled = [names[at] for at in np.random.default_rng(pair).permutation(len(names))]
         planned += [shuffled, shuffled[::-1]]
     return planned[:rounds]
 
@@ -170,17 +167,6 @@ def summary(repeats: Sequence[Samples]) -> dict[str, Any]:
     }
 
 
-def comparisons(runs: Mapping[str, Sequence[Samples]], timed: Sequence[str]) -> dict[str, Any]:
-    """Latency of every bundle over the reference, paired by round, and the A/A control's verdict.
-
-    Trusted means that the control's interval holds 1 and is narrow enough to tell models apart; None that
-    nothing was timed.
-    """
-    if not timed:
-        return {"ratios": {}, "control": None, "control_limit": CONTROL_LIMIT, "trusted": None}
-    medians = {name: [float(np.median(samples.latency_ns)) for samples in repeats] for name, repeats in runs.items()}
-    ratios = {name: ratio_interval(medians[name], medians[timed[0]]) for name in medians}
-    control = ratios.pop(CONTROL)
-    low, high = control.low, control.high
-    trusted = low is not None and high is not None and 1 / CONTROL_LIMIT <= low <= 1 <= high <= CONTROL_LIMIT
-    return {"ratios": ratios, "control": control, "control_limit": CONTROL_LIMIT, "trusted": trusted}
+def by_round(runs: Mapping[str, Sequence[Samples]]) -> dict[str, list[float | None]]:
+    """The median latency of every process in ms, which bundles are compared by."""
+    return {name: [float(np.median(samples.latency_ns)) / 1e6 for samples in each] for name, each in runs.items()}

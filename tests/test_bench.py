@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 from pathlib import Path
@@ -13,9 +14,9 @@ from conftest import Made, replace_file
 from kdpipe.core.artifact import Order
 from kdpipe.core.config import BenchPlan, DeviceSettings, MeasureSettings, QuantizeConfig, suited
 from kdpipe.core.errors import KdpipeError, UserError
-from kdpipe.core.kinds import Bundle, Probe, RuntimeSession, Samples, WarmUp
+from kdpipe.core.kinds import Bundle, Probe
 from kdpipe.devices import DEVICES, find_device, opened
-from kdpipe.devices.bench import CONTROL, bench, comparisons, turns
+from kdpipe.devices.bench import bench, turns
 from kdpipe.devices.local import LocalDevice
 from kdpipe.devices.session import bench_config
 from kdpipe.quantize import VARIANTS
@@ -28,13 +29,12 @@ TIMED = [
 
 
 def test_order_is_shuffled_and_then_backwards() -> None:
-    rounds = turns(["a", "b", "c"], 5)
+    rounds = turns(["a", "b", "c", "d"], 5)
     assert len(rounds) == 5
-    assert all(sorted(each) == sorted(["a", "b", "c", CONTROL]) for each in rounds)
+    assert all(sorted(each) == ["a", "b", "c", "d"] for each in rounds)
     assert rounds[1] == rounds[0][::-1] and rounds[3] == rounds[2][::-1]
     assert len({tuple(each) for each in rounds}) > 2
-    assert rounds == turns(["a", "b", "c"], 5)
-    assert turns([], 3) == []
+    assert rounds == turns(["a", "b", "c", "d"], 5)
 
 
 @pytest.mark.parametrize("name", TIMED)
@@ -76,34 +76,25 @@ def test_what_cannot_run_has_no_latency(made: Made) -> None:
     assert "latency_ns/tensorrt-int8.json" not in made.measurement.manifest.files
 
 
-def runs(*medians_ms: float) -> list[Samples]:
-    session = RuntimeSession(runtime="none", version="0", threads=1)
-    return [
-        Samples(
-            import_ns=1,
-            load_ns=1,
-            first_ns=1,
-            prepare_ns=[1],
-            warm_up=WarmUp(window_median_ns=[], settled=True),
-            latency_ns=[round(median * 1e6)] * 5,
-            peak_memory_bytes=1,
-            memory_before_open_bytes=1,
-            session=session,
+def test_every_targets_float32_is_measured_twice_a_round(made: Made) -> None:
+    facts = made.measurement.facts
+    assert list(facts.controls) == ["onnxruntime-float32", "openvino-float32", "tflite-float32"]
+    for name, control in facts.controls.items():
+        first, second = (
+            [
+                np.median(run["latency_ns"])
+                for run in json.loads(made.measurement.file(f"latency_ns/{file}.json").read_text())
+            ]
+            for file in (name, f"control-{name}")
         )
-        for median in medians_ms
-    ]
+        assert control.n == 2 and control.value == pytest.approx(np.sqrt(np.prod(second) / np.prod(first)))
 
 
-def test_control_decides_about_trust() -> None:
-    base = runs(1.0, 1.1, 0.9, 1.0)
-    quiet = comparisons({"a": base, "b": runs(2.0, 2.2, 1.8, 2.0), CONTROL: runs(1.01, 1.1, 0.89, 1.0)}, ["a", "b"])
-    assert quiet["trusted"] is True
-    assert quiet["ratios"]["b"].value == pytest.approx(2)
-    drifted = comparisons({"a": base, CONTROL: runs(1.2, 1.32, 1.08, 1.2)}, ["a"])
-    assert drifted["trusted"] is False  # narrow, but not 1
-    noisy = comparisons({"a": base, CONTROL: runs(3.0, 0.3, 2.0, 0.5)}, ["a"])
-    assert noisy["trusted"] is False  # holds 1 only because it is wide
-    assert comparisons({}, [])["trusted"] is None
+def test_two_rounds_bound_nothing_and_are_called_noisy(made: Made) -> None:
+    facts = made.measurement.facts
+    assert facts.trust == "noisy" and set(facts.untrusted) == {name for name in made.bundles if "tensorrt" not in name}
+    assert "2 rounds are too few" in facts.untrusted["openvino-int8"].reason
+    assert facts.results["tensorrt-int8"].trust is None
 
 
 def test_warm_up_ends_when_it_is_steady() -> None:
@@ -180,6 +171,7 @@ def test_the_null_device_goes_through_the_bench(made: Made, tmp_path: Path) -> N
     order = Order("bench", bench_config(plan), {**bundles, "data": made.dataset})
     facts = bench(order, bundles, made.dataset, tmp_path / "out").facts
     assert facts.emulated and facts.device == "null"
+    assert {result.trust.word for result in facts.results.values() if result.trust} == {"invalid"}
     found = facts.results["onnxruntime-int8"]
     assert found.accuracy is not None and 0.05 < found.accuracy.value < 0.2, "it always says the first class"
     assert found.latency_p50_ms is not None and found.latency_p50_ms.value < 0.05
@@ -208,6 +200,17 @@ def test_unreadable_is_unavailable_never_zero() -> None:
     found = probe()
     assert 0 not in [value for value in found.values() if not isinstance(value, bool)]
     assert found["memory_bytes"] > 0
+
+
+def test_versions_kernel_and_governor_name_the_session() -> None:
+    """An update of a runtime or a kernel is another machine to measure on."""
+    here = find_device("local").probe()
+    assert here.runtimes["onnxruntime"] == importlib.metadata.version("onnxruntime")
+    named = bench_config(BenchPlan()).device_fingerprint
+    assert (named["system"], named["governor"], named["runtimes"]) == (here.system, here.governor, here.runtimes)
+    assert not {"current_khz", "load_average", "temperatures_millicelsius"} & named.keys(), "what moves names nothing"
+    updated = here.model_copy(update={"runtimes": {**here.runtimes, "onnxruntime": "99"}})
+    assert updated.fingerprint != here.fingerprint
 
 
 def test_unknown_device() -> None:
