@@ -426,14 +426,21 @@ class MeasureSettings(Config):
     threads: int = Field(0, ge=0, description="threads of the runtime; 0 takes every core of the device")
     seconds: float = Field(0.5, gt=0, description="steady time of one measurement")
     min_samples: int = Field(64, ge=1, description="inferences of one measurement, at least")
-    images: int = Field(64, ge=1, description="test images rotated through while timing")
+    warm_up_seconds: float = Field(1.0, ge=0, description="warm-up before one measurement, at least; and ten calls")
+    images: int = Field(64, ge=1, description="test images rotated through while timing, spread over the classes")
 
 
 class BenchPlan(MeasureSettings):
     """One measuring session: every bundle in a fresh process each time, interleaved."""
 
     device: str = Field("local", description="name of the device: local, or null for what measuring itself costs")
-    rounds: int = Field(6, ge=2, description="fresh processes for each bundle; intervals need 6")
+    rounds: int = Field(
+        6,
+        ge=2,
+        multiple_of=2,
+        description="fresh processes for each bundle, an even number (every second round runs backwards); "
+        "intervals need 6",
+    )
 
 
 class ReportConfig(Config):

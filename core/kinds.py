@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import ConfigDict, Field
@@ -321,16 +321,20 @@ class Probe(Record):
 
 
 class Prediction(Record):
-    """That so many images were run, and by what."""
+    """That so many images were run, by what, and how long it took: opening, and all the images together."""
 
-    images: int
+    images: int = Field(ge=0)
+    open_seconds: float = Field(ge=0, allow_inf_nan=False)
+    predict_seconds: float = Field(ge=0, allow_inf_nan=False)
     session: RuntimeSession
 
 
 class WarmUp(Record):
-    """Medians of windows of inferences until three agree, or not within the limit."""
+    """Medians of windows of inferences until three agree, or not within the limit (not ``settled``)."""
 
     window_median_ns: list[float]
+    calls: int
+    seconds: float
     settled: bool
 
 
@@ -340,20 +344,39 @@ class Samples(Record):
     import_ns: int
     load_ns: int
     first_ns: int
-    prepare_ns: list[int]
+    prepare_ns: list[int] = Field(min_length=1)
     warm_up: WarmUp
-    latency_ns: list[int]
+    latency_ns: list[Annotated[int, Field(gt=0)]] = Field(min_length=1)
     peak_memory_bytes: int
     memory_before_open_bytes: int
     session: RuntimeSession
 
 
+class BatchOne(Record):
+    """Outputs of the timing images one at a time, as they are timed, against those of the accuracy's batches.
+
+    ``tolerance`` is the bundle's own, of its precision: beyond it what is timed is not what is judged.
+    """
+
+    images: int
+    max_difference: float
+    tolerance: float
+    agreement: float  # of what both say of an image, 0 to 1
+    within_tolerance: bool
+
+
 class Result(Record):
-    """What was measured of one bundle; None where it was not."""
+    """What was measured of one bundle; None where it was not.
+
+    ``failed``: a process of it failed twice, ``status`` says why. Its accuracy stands if it was measured before;
+    latencies of its processes that ended are among the samples, no figure is made of them.
+    """
 
     status: str
+    failed: bool = False
     accuracy: Interval | None = None
     accuracy_by: str | None = None  # the runtime that ran the test images
+    batch_one: BatchOne | None = None
     session: RuntimeSession | None = None
     latency_p50_ms: Interval | None = None
     latency_p90_ms: Interval | None = None
@@ -366,11 +389,16 @@ class Result(Record):
     prepare_ms: float | None = None
     peak_memory_bytes: int | None = None
     memory_before_open_bytes: int | None = None
-    warm_up_settled: bool | None = None
+    memory_growth_bytes: int | None = None  # from before opening to the peak, the largest of the processes
+    warm_up_settled: bool | None = None  # in every process
+    warm_up_settled_by_process: list[bool] | None = None
 
 
 class MeasurementFacts(Record):
-    """One session on one device: results by bundle, latency ratios against ``reference``, and the A/A control."""
+    """One session on one device: results by bundle, latency ratios against ``reference``, and the A/A control.
+
+    ``order_seed`` drew who was measured when. ``pauses_seconds``: the session was stopped and went on after so long.
+    """
 
     task: str
     device: str
@@ -383,6 +411,8 @@ class MeasurementFacts(Record):
     control: Interval | None
     control_limit: float
     trusted: bool | None  # None: nothing was timed
+    order_seed: int
+    pauses_seconds: list[float]
 
 
 class Measurement(Artifact[MeasurementFacts]):

@@ -9,16 +9,15 @@ import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import open_session, predict
+from . import PROTOCOL_VERSION, open_session, predict
 from .bundle import BundleError, read_facts, replay_golden
 from .measure import measure
-
-PROTOCOL_VERSION = 1
 
 
 def main() -> int:
@@ -28,9 +27,13 @@ def main() -> int:
     parser.add_argument("--images", type=Path, help=".npy of uint8 [N, H, W, 3] (predict, measure)")
     parser.add_argument("--image-count", type=int, default=64, help="images rotated through (measure)")
     parser.add_argument("--logits", type=Path, help=".npy to write float32 [N, K] to (predict)")
+    parser.add_argument(
+        "--batch", type=int, default=64, help="images of one call, where the model takes them (predict)"
+    )
     parser.add_argument("--threads", type=int, default=0, help="0: every core")
     parser.add_argument("--seconds", type=float, default=1.0, help="steady time (measure)")
     parser.add_argument("--min-samples", type=int, default=64, help="inferences at least (measure)")
+    parser.add_argument("--warm-up-seconds", type=float, default=1.0, help="warm-up at least (measure)")
     parser.add_argument("--stand-in", action="store_true", help="open with the runtime that reads the same file")
     args = parser.parse_args()
     threads = args.threads or len(os.sched_getaffinity(0))
@@ -42,7 +45,7 @@ def main() -> int:
             result = _predict(args, facts, threads)
         else:
             images = np.load(args.images, mmap_mode="r", allow_pickle=False)[: args.image_count]
-            result = measure(args.bundle, facts, images, threads, args.seconds, args.min_samples)
+            result = measure(args.bundle, facts, images, threads, args.seconds, args.min_samples, args.warm_up_seconds)
     except (BundleError, ImportError, OSError, KeyError, ValueError, RuntimeError) as error:
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"runtime: {type(error).__name__}: {text}", file=sys.stderr)
@@ -53,9 +56,17 @@ def main() -> int:
 
 def _predict(args: argparse.Namespace, facts: dict[str, Any], threads: int) -> dict[str, Any]:
     images = np.load(args.images, mmap_mode="r", allow_pickle=False)
+    begun = time.monotonic()
     session = open_session(args.bundle, facts, threads, args.stand_in)
-    np.save(args.logits, predict(session, images), allow_pickle=False)
-    return {"images": len(images), "session": session.describe(), "stand_in": args.stand_in}
+    opened = time.monotonic()
+    np.save(args.logits, predict(session, images, args.batch), allow_pickle=False)
+    return {
+        "images": len(images),
+        "open_seconds": opened - begun,
+        "predict_seconds": time.monotonic() - opened,
+        "session": session.describe(),
+        "stand_in": args.stand_in,
+    }
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from .layout import to_input
 
 class OpenVinoSession:
     needs: tuple[str, ...] = ("openvino",)
-    modules: tuple[str, ...] = ("openvino",)
+    modules: tuple[tuple[str, ...], ...] = (("openvino",),)
     batched: bool = True
 
     def __init__(self, folder: Path, facts: dict[str, Any], threads: int) -> None:
@@ -33,14 +33,17 @@ class OpenVinoSession:
             },
         )
         self._request = self._compiled.create_infer_request()
+        self._tensor = openvino.Tensor
         self._version = openvino.__version__
 
-    def prepare(self, images: np.ndarray) -> np.ndarray:
-        return to_input(images, self._spec)
+    def prepare(self, images: np.ndarray) -> Any:
+        """A tensor over the array that it keeps alive: at each call it is set, never copied."""
+        return self._tensor(to_input(images, self._spec), shared_memory=True)
 
-    def infer(self, prepared: np.ndarray) -> np.ndarray:
-        self._request.infer([prepared], share_inputs=True)
-        return np.array(self._request.get_output_tensor(0).data, dtype=np.float32)
+    def infer(self, prepared: Any) -> np.ndarray:
+        self._request.set_input_tensor(prepared)
+        self._request.infer(share_outputs=True)  # else every output is copied into an array of its own
+        return np.asarray(self._request.get_output_tensor(0).data, dtype=np.float32)
 
     def describe(self) -> dict[str, Any]:
         precision = self._compiled.get_property("INFERENCE_PRECISION_HINT")
