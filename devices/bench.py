@@ -91,9 +91,9 @@ def bench(order: Order[BenchConfig], bundles: Mapping[str, Bundle], dataset: Dat
                     advance(1, "")
                 timed = [name for name in installed if not results[name].failed]
                 _measure_rounds(run, timed, advance)
-        for folder in (Measurement.outputs_name(""), Measurement.samples_name("")):
-            (draft.path / folder).parent.mkdir()
         for name in bundles:
+            for file in (Measurement.outputs_name(name), Measurement.samples_name(name)):
+                (draft.path / file).parent.mkdir(exist_ok=True)
             if journal.accuracy(name) is not None:
                 journal.outputs(name).rename(draft.path / Measurement.outputs_name(name))
         runs: dict[str, list[Samples]] = {}
@@ -106,9 +106,9 @@ def bench(order: Order[BenchConfig], bundles: Mapping[str, Bundle], dataset: Dat
             if name != CONTROL:
                 found = summary(repeats) if failure is None else _failed(failure)
                 results[name] = results[name].model_copy(update=found)
-        failures = [result.status for result in results.values() if result.failed]
+        failures = [f"{name} {result.status}" for name, result in results.items() if result.failed]
         if failures and not any(result.accuracy for result in results.values()):
-            raise UserError(failures[0])
+            raise UserError(f"no bundle could be run: {failures[0]}")
         draft.facts = MeasurementFacts(
             task=dataset.facts.task,
             device=config.device,
