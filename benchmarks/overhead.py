@@ -57,7 +57,7 @@ def main(
     """Measure and print medians, what ours has over the tool, and the ratio by pairs."""
     print(f"openvino {version('openvino')}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     for path in bundles:
-        bundle = Bundle.open(path)
+        bundle = Bundle.open(path.absolute())  # the runner is started elsewhere
         size = bundle.facts.input.size
         found: dict[str, list[float]] = {"kdpipe": [], TOOL: [], FIXED: []}
         with tempfile.TemporaryDirectory() as scratch:

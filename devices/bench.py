@@ -128,7 +128,7 @@ def _measure_rounds(run: _Run, timed: Sequence[str], advance: Callable[[int, str
     journal, settings = run.journal, MeasureSettings.of(run.config)
     forgotten = journal.begin(timed)
     if forgotten:
-        note(f"{forgotten} processes were measured too long ago to be of one session: measuring them again")
+        note(f"{forgotten} processes are of another session (too long ago, or other bundles): measuring them again")
     elif journal.runs:
         note(f"{len(journal.runs)} processes were measured before, going on")
     for at, names in enumerate(turns(timed, run.config.rounds, journal.order_seed)):

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from ..core.artifact import Record
 from ..core.kinds import BatchOne, Prediction, Samples
@@ -14,6 +15,8 @@ from ..core.kinds import BatchOne, Prediction, Samples
 # A session that stood still for longer is not one: the machine is another by then (its load, clock, heat), and
 # rounds of before and after must not be pooled. Outputs do not depend on when they were made.
 PAUSE_LIMIT_SECONDS = 600.0
+
+R = TypeVar("R", bound=Record)
 
 
 class Accuracy(Record):
@@ -95,16 +98,17 @@ class Journal:
         return self._outputs / f"{name}.npy"
 
     def add_accuracy(self, name: str, found: Accuracy) -> None:
-        """Keep what came with a bundle's outputs."""
+        """Keep what came with a bundle's outputs, once these are safe."""
         self._accuracy.mkdir(exist_ok=True)
+        with self.outputs(name).open("rb") as stream:
+            os.fsync(stream.fileno())
         _replace(self._accuracy / f"{name}.json", found.model_dump_json())
 
     def accuracy(self, name: str) -> Accuracy | None:
         """What came with a bundle's outputs, if they lie here."""
-        written = self._accuracy / f"{name}.json"
-        if not (written.is_file() and self.outputs(name).is_file()):
+        if not self.outputs(name).is_file():
             return None
-        return Accuracy.model_validate_json(written.read_text())
+        return _load(Accuracy, self._accuracy / f"{name}.json")
 
     def _take(self, process: _Process) -> None:
         if process.samples is not None:
@@ -125,19 +129,29 @@ class Journal:
 
     def _read(self) -> tuple[_Session | None, list[_Process]]:
         """The session, and every whole line up to the first that is not."""
-        if not (self._session.is_file() and self._processes.is_file()):
-            return None, []
         found: list[_Process] = []
-        for line in self._processes.read_text().splitlines():
+        written = self._processes.read_bytes() if self._processes.is_file() else b""
+        for line in written.split(b"\n"):
             try:
                 found.append(_Process.model_validate_json(line))
             except ValueError:
                 break
-        return _Session.model_validate_json(self._session.read_text()), found
+        return _load(_Session, self._session), found
+
+
+def _load(kind: type[R], path: Path) -> R | None:
+    """A record that ``_replace`` wrote; None where there is none, or one of another version of kdpipe."""
+    try:
+        return kind.model_validate_json(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _replace(path: Path, text: str) -> None:
     """Write all of a file or nothing."""
     ready = path.with_name(path.name + ".new")
-    ready.write_text(text)
+    with ready.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
     ready.replace(path)
