@@ -38,10 +38,23 @@ def by_runner(bundle: Bundle, images: Path, seconds: float, folder: Path) -> flo
 
 
 def by_tool(bundle: Bundle, seconds: float, shape: str) -> float:
-    """Median in microseconds, by benchmark_app with the same precision, hint and thread."""
+    """Median in microseconds, by benchmark_app: in one stream of one thread, as ours, and in the same precision."""
     size = bundle.facts.input.size
     command = [str(Path(sys.executable).with_name("benchmark_app")), "-m", str(bundle.file(bundle.facts.entry))]
-    command += ["-d", "CPU", "-hint", "latency", "-api", "sync", "-nthreads", "1", "-infer_precision", "f32"]
+    command += [
+        "-d",
+        "CPU",
+        "-hint",
+        "none",
+        "-api",
+        "sync",
+        "-nstreams",
+        "1",
+        "-nthreads",
+        "1",
+        "-infer_precision",
+        "f32",
+    ]
     command += [shape, f"[1,3,{size},{size}]", "-t", str(max(1, round(seconds)))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = re.search(r"Median:\s+([\d.]+) (us|ms)", done.stdout)
