@@ -424,10 +424,14 @@ class MeasureSettings(Config):
     """One measurement of one bundle, in one process."""
 
     threads: int = Field(0, ge=0, description="threads of the runtime; 0 takes every core of the device")
-    seconds: float = Field(0.5, gt=0, description="steady time of one measurement")
-    min_samples: int = Field(64, ge=1, description="inferences of one measurement, at least")
-    warm_up_seconds: float = Field(1.0, ge=0, description="warm-up before one measurement, at least; and ten calls")
-    images: int = Field(64, ge=1, description="test images rotated through while timing, spread over the classes")
+    seconds: float = Field(0.5, gt=0, le=86_400, description="steady time of one measurement")
+    min_samples: int = Field(64, ge=1, le=1_000_000, description="inferences of one measurement, at least")
+    warm_up_seconds: float = Field(
+        1.0, ge=0, le=3600, description="warm-up before one measurement, at least; and ten calls"
+    )
+    images: int = Field(
+        64, ge=1, le=1_000_000, description="test images rotated through while timing, spread over the classes"
+    )
 
 
 class BenchPlan(MeasureSettings):

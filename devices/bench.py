@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,6 +109,7 @@ def bench(order: Order[BenchConfig], bundles: Mapping[str, Bundle], dataset: Dat
                 results[name] = results[name].model_copy(update=found)
         failures = [f"{name} {result.status}" for name, result in results.items() if result.failed]
         if failures and not any(result.accuracy for result in results.values()):
+            shutil.rmtree(draft.resume)  # nothing to go on from
             raise UserError(f"no bundle could be run: {failures[0]}")
         draft.facts = MeasurementFacts(
             task=dataset.facts.task,

@@ -56,6 +56,14 @@ def test_odd_rounds_are_refused() -> None:
         validated(BenchPlan, {"rounds": 5}, "bench")
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"seconds": math.inf}, {"seconds": math.nan}, {"warm_up_seconds": math.inf}, {"min_samples": 10**15}]
+)
+def test_a_measurement_that_would_not_end_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        validated(BenchPlan, wrong, "bench")
+
+
 @pytest.mark.parametrize("name", TIMED)
 def test_numbers_come_from_raw_samples(made: Made, name: str) -> None:
     found = made.measurement.facts.results[name]
@@ -329,7 +337,7 @@ def test_a_failing_runner_is_named(made: Made, tmp_path: Path) -> None:
         bundles = {"x": Bundle.open(folder)}
         order = Order("bench", bench_config(BenchPlan(rounds=2)), {**bundles, "data": made.dataset})
         bench(order, bundles, made.dataset, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
 
 
 # ---- sessions that fail, are killed, and go on ----------------------------------------------------------------
