@@ -21,6 +21,7 @@ lint: install
 types: install
 	@mkdir -p .types && ln -sfn .. .types/kdpipe
 	$(BIN)/mypy
+	$(BIN)/mypy benchmarks
 
 layers: install
 	$(BIN)/lint-imports --no-cache

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from .core.artifact import MANIFEST, AnyArtifact, Order, OtherVersion, find_ancestors, read_manifest, sha256_file
+from .core.artifact import (
+    MANIFEST,
+    AnyArtifact,
+    Order,
+    OtherVersion,
+    find_ancestors,
+    read_manifest,
+    sha256_file,
+    tool_versions,
+)
 from .core.config import (
     AdoptConfig,
     BenchPlan,
@@ -18,7 +28,9 @@ from .core.config import (
     DataConfig,
     DataPlan,
     ExportConfig,
+    FittedConfig,
     GraphConfig,
+    ModelSettings,
     PackageConfig,
     QuantizeConfig,
     QuantizePlan,
@@ -28,17 +40,29 @@ from .core.config import (
     suited,
 )
 from .core.errors import UserError, choice
+from .core.inputs import InputSpec
 from .core.kinds import Bundle, Cache, Checkpoint, Graph, Measurement, Model, Probe, Report
 from .core.proc import require
 from .core.progress import progress
-from .data.dataset import Dataset
-from .data.fingerprints import fingerprint_folder
+from .data.copies import are_photographs
+from .data.dataset import Dataset, Fitted, geometry
+from .data.fingerprints import Fingerprint, fingerprint_folder
+from .runtime.preprocess import DECODING
+from .runtime.task import TASKS
 
 if TYPE_CHECKING:
     from .report.compression import Sources
 
 A = TypeVar("A", bound=AnyArtifact)
 TRAIN_NEEDS = ("torch", "torchvision", "timm", "safetensors")
+SMALLEST_SIDE, USUAL_SIDE = 256, 512  # pixels: of copies for small networks; of those for networks not known yet
+
+
+class Wants(NamedTuple):
+    """What the networks of a recipe want of the images."""
+
+    specs: tuple[InputSpec, ...]
+    shorter_side: int  # of the images they learn from, pixels
 
 
 @dataclass
@@ -51,21 +75,32 @@ class Step:
     sealed_before: bool
     along_with: str | None = None  # the artifact in whose time this one was made too
 
+    def __str__(self) -> str:
+        """What it made, how long it took or that it was there already."""
+        cost = "sealed" if self.sealed_before else "in that" if self.along_with else f"{self.seconds:.1f} s"
+        return f"{self.name:<28} {cost:>8}  {self.path}"
 
-@dataclass
+
 class Chain:
     """A folder of artifacts, and the steps taken through it so far.
 
     Artifacts lie at ``folder/NAME-KEY``, KEY being the first 12 digits of the key: the same stage with
-    the same configuration and inputs is found again, anything else gets a folder of its own.
+    the same configuration and inputs is found again, anything else gets a folder of its own. There is a method a
+    command, of the same name and configuration; each takes and returns artifacts, and raises what its stage raises.
     """
 
-    folder: Path
-    tell: Callable[[Step], None] = lambda _: None
-    steps: list[Step] = field(default_factory=list)
-    # Called once, before the first step that is not sealed: mistakes are told before any work.
-    check: Callable[[], None] = lambda: None
-    _graphs: dict[Path, Graph] = field(default_factory=dict)  # opened once for all the targets of a run
+    def __init__(self, folder: Path | str, tell: Callable[[Step], object] = lambda _: None) -> None:
+        """Take a folder, which is made when something is first written.
+
+        Args:
+            tell: called after each step; ``print`` shows a line a step.
+        """
+        self.folder = Path(folder)
+        self.tell = tell
+        self.steps: list[Step] = []
+        # Called once, before the first step that is not sealed: mistakes are told before any work.
+        self.check: Callable[[], None] = lambda: None
+        self._graphs: dict[Path, Graph] = {}  # opened once for all the targets of a run
 
     def step(
         self,
@@ -78,7 +113,15 @@ class Chain:
     ) -> A:
         """The sealed artifact of this order; made now if there is none.
 
-        ``companions``: artifacts that were made now along with another one, and its name.
+        Args:
+            name: of the folder, before the key.
+            make: writes it to a path; called only if there is none.
+            out: the path, where it is not to lie beside the others.
+            companions: artifacts that were made now along with another one, and its name.
+
+        Raises:
+            UserError: what lies at ``out`` was made from something else; what ``check`` raises, before any work.
+            KdpipeError: as ``make`` does.
         """
         path = out or self.path(name, order)
         begun = time.monotonic()
@@ -100,20 +143,31 @@ class Chain:
         """Where the artifact of ``order`` lies."""
         return self.folder / f"{name}-{order.key[:12]}"
 
-    def data(self, plan: DataPlan, out: Path | None = None) -> Dataset:
+    def data(self, plan: DataPlan, out: Path | None = None, wants: Callable[[], Wants] | None = None) -> Dataset:
+        """The images of a source, checked and split.
+
+        Args:
+            wants: says what the networks of a recipe want, so that each file is decoded once for all of them; asked
+                only where images are to be stored.
+        """
+        if plan.task not in TASKS:
+            raise choice("task", plan.task, TASKS)
+        fingerprint, unlabeled = Fingerprint("by name", 0, ()), None  # named sources are known by their names
         if Path(plan.source).is_dir():
+            plan = plan.model_copy(update={"source": str(Path(plan.source).absolute())})
             fingerprint = fingerprint_folder(Path(plan.source), self._memory(plan.source))
-        else:  # named sources are known by their names
-            fingerprint = "by name"
-        unlabeled = None
         if plan.unlabeled is not None and plan.unlabeled.is_dir():
             unlabeled = fingerprint_folder(plan.unlabeled, self._memory(str(plan.unlabeled)))
         if plan.classes is not None and not plan.classes.is_file():
             raise UserError(f"data.classes: no file at {plan.classes}: wanted a text file with one class a line")
+        side = self._copies_side(plan, fingerprint, wants)
         config = DataConfig.of(
             plan,
-            fingerprint=fingerprint,
-            unlabeled_fingerprint=unlabeled,
+            decoding=DECODING,
+            copies_side=side,
+            versions={} if side is None else versions_of("pillow"),
+            fingerprint=fingerprint.sha256,
+            unlabeled_fingerprint=None if unlabeled is None else unlabeled.sha256,
             classes_fingerprint=sha256_file(plan.classes) if plan.classes is not None else None,
         )
         order = Order("data", config, {})
@@ -122,15 +176,59 @@ class Chain:
             require("reading data", (*TRAIN_NEEDS, *(("scikit-learn",) if plan.source == "digits" else ())), "train")
             from .data.prepare import prepare
 
-            return prepare(order, path)
+            return prepare(order, path, held_out_later=side is not None and wants is not None)
 
-        return self.step("data", Dataset, order, make, out)
+        dataset = self.step("data", Dataset, order, make, out)
+        return dataset if side is None or wants is None else self.fitted(dataset, wants().specs)
+
+    def _copies_side(self, plan: DataPlan, fingerprint: Fingerprint, wants: Callable[[], Wants] | None) -> int | None:
+        """Shorter side of the copies to learn from, or None for no copies."""
+        if plan.store == "none" or (plan.store == "auto" and not are_photographs(fingerprint.sample, SMALLEST_SIDE)):
+            return None
+        side = plan.store_side or (USUAL_SIDE if wants is None else wants().shorter_side)
+        return side if plan.store == "resized" or are_photographs(fingerprint.sample, side) else None
+
+    def fitted(self, dataset: Dataset, specs: Iterable[InputSpec]) -> Dataset:
+        """``dataset`` with what networks of these inputs are shown of its held-out images, decoded once for all."""
+        orders: dict[str, Order[FittedConfig]] = {}
+        for spec in specs:
+            if geometry(spec.model_dump()) in dataset.fitted:
+                continue
+            config = FittedConfig.of(spec, decoding=DECODING, versions=versions_of("pillow", "numpy"))
+            orders[geometry(spec.model_dump())] = Order("fitted", config, {"data": dataset})
+        paths = {shown: self.path(f"fitted-{order.config.size}", order) for shown, order in orders.items()}
+        missing = {paths[shown]: order for shown, order in orders.items() if not paths[shown].exists()}
+        made: dict[Path, str] = {}
+        kept = dict(dataset.fitted)
+
+        def make(path: Path) -> Fitted:
+            from .data.copies import fit_all
+
+            made.update(dict.fromkeys(missing, path.name))
+            return fit_all(missing, dataset)[path]
+
+        for shown, order in orders.items():
+            kept[shown] = self.step(f"fitted-{order.config.size}", Fitted, order, make, paths[shown], made)
+        return dataclasses.replace(dataset, fitted=kept)
+
+    def shown(self, dataset: Dataset, network: ModelSettings) -> Dataset:
+        """``dataset`` with what that network is shown of the held-out images, where files are to be decoded once."""
+        if dataset.facts.copies is None:
+            return dataset
+        from .distill.ranks import join
+        from .networks.models import input_spec
+
+        ranks = join()
+        fitted = self.fitted(dataset, [input_spec(network)]) if ranks.leads else dataset
+        ranks.from_leader(None)  # until it is sealed
+        return fitted if ranks.leads else with_fitted(dataset)
 
     def _memory(self, source: str) -> Path:
         name = hashlib.sha256(str(Path(source).absolute()).encode()).hexdigest()[:12]
-        return self.folder / ".fingerprints" / f"{name}.json"
+        return self.folder / ".fingerprints" / f"{name}.sqlite"
 
     def cache(self, config: CacheConfig, dataset: Dataset, teacher: Checkpoint, out: Path | None = None) -> Cache:
+        """What the teacher says of so many views of every image."""
         order = cache_order(config, dataset, teacher)
 
         def make(path: Path) -> Cache:
@@ -148,6 +246,17 @@ class Chain:
         wanted = cache_config(config)
         return None if wanted is None or teacher is None else self.cache(wanted, dataset, teacher)
 
+    def distill(
+        self,
+        config: TrainConfig,
+        dataset: Dataset,
+        teacher: Checkpoint | None,
+        out: Path | None = None,
+        cache: Cache | None = None,
+    ) -> Checkpoint:
+        """One student; without a teacher by the labels alone. ``cache``: one that lies elsewhere (see ``train``)."""
+        return self.train(f"student-{config.method}-seed{config.seed}", config, dataset, teacher, out, cache)
+
     def train(
         self,
         name: str,
@@ -157,14 +266,15 @@ class Chain:
         out: Path | None = None,
         cache: Cache | None = None,
     ) -> Checkpoint:
-        """One student; with ``cache`` from that one, which lies elsewhere than among the artifacts."""
+        """A network under this name; with ``cache`` from that one, which lies elsewhere than among the artifacts."""
         order = train_order(config, dataset, teacher, cache)
 
         def make(path: Path) -> Checkpoint:
             require("training", TRAIN_NEEDS, "train")
             from .distill.train import train
 
-            return train(order, dataset, teacher, path, cache or self._cache_of(config, dataset, teacher))
+            shown = self.shown(dataset, config)
+            return train(order, shown, teacher, path, cache or self._cache_of(config, dataset, teacher))
 
         return self.step(name, Checkpoint, order, make, out)
 
@@ -206,7 +316,7 @@ class Chain:
             require("reading weights", TRAIN_NEEDS, "train")
             from .distill.train import adopt
 
-            return adopt(order, dataset, path)
+            return adopt(order, self.shown(dataset, plan), path)
 
         return self.step("teacher", Checkpoint, order, make, out)
 
@@ -225,6 +335,7 @@ class Chain:
         return self._graphs[path]
 
     def export(self, config: ExportConfig, student: Checkpoint, dataset: Dataset, out: Path | None = None) -> Model:
+        """The student for one target, in float32, compared with torch."""
         from .export import TARGETS
 
         if config.target not in TARGETS:
@@ -339,6 +450,7 @@ class Chain:
 
 
 def cache_order(config: CacheConfig, dataset: Dataset, teacher: Checkpoint) -> Order[CacheConfig]:
+    """What building a cache of ``teacher`` for ``dataset`` is told."""
     return Order("cache", config, {"data": dataset, "teacher": teacher})
 
 
@@ -361,6 +473,22 @@ def train_order(
     return Order("train", config, inputs)
 
 
+def versions_of(*tools: str) -> dict[str, str]:
+    return {name: version for name, version in tool_versions().items() if name in tools}
+
+
+def with_fitted(dataset: Dataset) -> Dataset:
+    """``dataset`` with what lies beside it of what networks are shown of its held-out images."""
+    if dataset.facts.copies is None:
+        return dataset
+    found = {
+        geometry(fitted.manifest.config): fitted
+        for fitted in beside(dataset, Fitted, None).values()
+        if fitted.manifest.inputs["data"].key == dataset.key
+    }
+    return dataclasses.replace(dataset, fitted=found)
+
+
 def dataset_of(artifact: AnyArtifact) -> Dataset:
     """The dataset that ``artifact`` was made from, found beside it. Raises UserError."""
     wanted = find_ancestors(artifact.manifest.provenance(), Dataset)
@@ -369,7 +497,7 @@ def dataset_of(artifact: AnyArtifact) -> Dataset:
     found = beside(artifact, Dataset, {wanted[0].key})
     if not found:
         raise UserError(f"no dataset {wanted[0].key[:12]} beside {artifact.path}: name its folder with --data")
-    return next(iter(found.values()))
+    return with_fitted(next(iter(found.values())))
 
 
 def checkpoints_beside(measurement: Measurement) -> dict[str, Checkpoint]:
@@ -383,6 +511,7 @@ def checkpoints_beside(measurement: Measurement) -> dict[str, Checkpoint]:
 
 
 def open_checkpoints(paths: Sequence[Path]) -> dict[str, Checkpoint]:
+    """Checkpoints by the names of their folders, without the keys. Raises UserError."""
     return {path.name.rpartition("-")[0] or path.name: Checkpoint.open(path) for path in paths}
 
 

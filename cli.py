@@ -95,16 +95,13 @@ def demo(artifacts: ArtifactsOption = ARTIFACTS, as_json: JsonFlag = False) -> N
 
 
 def _run(recipe_path: Path, artifacts: Path, as_json: bool) -> None:
-    import json
-
     from . import pipeline
     from .core.config import read_recipe
 
     recipe = read_recipe(recipe_path)
     chain = _chain(artifacts)
     outcome = pipeline.run(recipe, chain)
-    numbers = json.loads(outcome.report.file(outcome.report.NUMBERS).read_text())
-    page = outcome.report.path / outcome.report.PAGE
+    numbers, page = outcome.report.numbers, outcome.report.page
     if as_json:
         bundles = {name: str(bundle.path) for name, bundle in outcome.bundles.items()}
         _print_json(report=str(page), bundles=bundles, seconds=_seconds(chain), numbers=numbers)
@@ -132,8 +129,7 @@ def data(
 
     Example: kdpipe data photos
     """
-    given = config(source=str(Path(source).absolute()) if Path(source).is_dir() else source)
-    _print_artifact(_chain(artifacts).data(given, out), as_json)
+    _print_artifact(_chain(artifacts).data(config(source=source), out), as_json)
 
 
 @app.command()
@@ -200,7 +196,7 @@ def cache(
     if checked is not None:
         typer.echo(
             f"{checked['checked']} of {checked['of']} records asked again: largest difference "
-            f"{checked['largest_relative_difference']:.2g}, same top-1 {checked['top1_agreement']:.1%}",
+            f"{checked['largest_relative_difference']:.2g}, agreement {checked['agreement']:.1%}",
             err=True,
         )
     _print_artifact(made, as_json)
@@ -215,7 +211,7 @@ def distill(
     data: DataOption = None,
     out: OutOption = None,
     cache: Annotated[
-        str | None, typer.Option("--cache", help="folder or URL (s3://, hf://) of a cache of the teacher's answers")
+        str | None, typer.Option("--cache", help="folder or URL (s3://, hf://) of a cache of the teacher's outputs")
     ] = None,
     as_json: JsonFlag = False,
     *,
@@ -231,11 +227,10 @@ def distill(
 
     settings, chain = config(), _chain(teacher.parent, joint=True)
     if read_manifest(teacher).kind == Dataset.kind:
-        guide, dataset = None, Dataset.open(teacher)
+        guide, dataset = None, _open_dataset(teacher)
     else:
         opened = Checkpoint.open(teacher)
         guide, dataset = opened, _dataset_of(opened, data)
-    name = f"student-{settings.method}-seed{settings.seed}"
     remembered = None
     if cache is not None:
         remembered = _cache_at(cache, chain, settings, dataset, guide)
@@ -243,7 +238,7 @@ def distill(
         as_stored = {"cache_views": seen["views"], "view_seed": seen["view_seed"]}
         left_out = {name: value for name, value in as_stored.items() if getattr(settings, name) is None}
         settings = settings.model_copy(update=left_out)
-    _print_artifact(chain.train(name, settings, dataset, guide, out, remembered), as_json)
+    _print_artifact(chain.distill(settings, dataset, guide, out, remembered), as_json)
 
 
 @app.command()
@@ -393,8 +388,6 @@ def report(
 
     Example: kdpipe report artifacts/measurement-1a2b
     """
-    import json
-
     from .chain import checkpoints_beside, open_checkpoints
     from .core.config import ReportConfig
     from .core.kinds import Measurement
@@ -403,7 +396,7 @@ def report(
     found = open_checkpoints(checkpoints) if checkpoints else checkpoints_beside(opened)
     made = _chain(measurement.parent).report(ReportConfig(title=title), opened, found, out)
     if not as_json:
-        _print_summary(json.loads(made.file(made.NUMBERS).read_text()))
+        _print_summary(made.numbers)
     _print_artifact(made, as_json)
 
 
@@ -412,14 +405,16 @@ def doctor(
     target: Annotated[
         list[str] | None, typer.Option("--target", help="exit 1 unless this target can be made here (repeatable)")
     ] = None,
+    device: Annotated[str, typer.Option("--device", help="where bundles are to run")] = "local",
     as_json: JsonFlag = False,
 ) -> None:
-    """Say what can be made and run here, and what to do about the rest."""
+    """Say what can be made here and run on the device, and what to do about the rest."""
     from .core.errors import GateFailed
+    from .devices import find_device
     from .doctor import examine, examine_target
 
-    wanted = [examine_target(name) for name in target or ()]
-    found = examine()
+    wanted = [examine_target(name, find_device(device)) for name in target or ()]
+    found = examine(device)
     if as_json:
         _print_json(**found)
     else:
@@ -465,7 +460,8 @@ def _print_doctor(found: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console()
-    table = Table("target", "export", "INT8", "run here", "what to do", box=None, header_style="bold")
+    runs = "run here" if found["device"] == "local" else f"run on {found['device']}"
+    table = Table("target", "export", "INT8", runs, "what to do", box=None, header_style="bold")
     for state in found["targets"]:
         marks = ["yes" if state[name] else "no" for name in ("exports", "quantizes", "runs")]
         table.add_row(state["target"], *marks, state["cure"] or "nothing")
@@ -532,9 +528,10 @@ def _share(text: str) -> float:
 
 
 def _open_dataset(path: Path) -> Dataset:
+    from .chain import with_fitted
     from .data.dataset import Dataset
 
-    return Dataset.open(path)
+    return with_fitted(Dataset.open(path))
 
 
 def _dataset_of(artifact: AnyArtifact, given: Path | None) -> Dataset:

@@ -32,6 +32,7 @@ def walk(kind: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[tu
 
 
 def metavar(annotation: Any) -> str:
+    """What the value of a field of this type is called in help and documents."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return "|".join(map(str, arguments))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from .chain import TRAIN_NEEDS, Chain
+from .chain import TRAIN_NEEDS, Chain, Wants
 from .core.config import (
     DistillPlan,
     ExportConfig,
@@ -19,6 +20,10 @@ from .core.errors import UserError, choice
 from .core.kinds import Bundle, Graph, Measurement, Report
 from .core.proc import require
 from .core.progress import note
+
+if TYPE_CHECKING:
+    from .report.plots import Figure
+    from .report.shown import Table
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -80,13 +85,40 @@ def student_runs(student: ModelSettings, plan: DistillPlan) -> dict[str, TrainCo
     return runs
 
 
+def wants(recipe: Recipe) -> Wants:
+    """What the recipe's networks want of its images."""
+    from .data.copies import side_for
+    from .networks.models import input_spec
+
+    taught = student_runs(recipe.student, recipe.distill).values()
+    learners = [(input_spec(config), config.train) for config in taught]
+    teacher = input_spec(recipe.teacher)
+    if recipe.teacher.is_trained:
+        learners.append((teacher, recipe.teacher.train))
+    specs = dict.fromkeys([teacher, *(spec for spec, _ in learners)])
+    return Wants(tuple(specs), max(side_for(spec, train.augment) for spec, train in learners))
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What a run ends with."""
+    """What a run ends with; ``table`` and ``figure`` show themselves in a notebook."""
 
     report: Report
     measurement: Measurement
     bundles: dict[str, Bundle]
+
+    @property
+    def table(self) -> Table:
+        """What ``kdpipe run`` prints."""
+        from .report.shown import table
+
+        return table(self.report)
+
+    def figure(self, name: str) -> Figure:
+        """``pareto``, ``noise``, ``curves`` or ``gain METHOD``. Raises UserError for one that there is not."""
+        from .report.shown import figure
+
+        return figure(self.report, name)
 
 
 def run(recipe: Recipe, chain: Chain) -> Outcome:
@@ -101,7 +133,7 @@ def run(recipe: Recipe, chain: Chain) -> Outcome:
     from .devices import find_device
 
     chain.check = lambda: check_recipe(recipe)
-    dataset = chain.data(recipe.data)
+    dataset = chain.data(recipe.data, wants=lambda: wants(recipe))
     teacher = chain.teacher(recipe.teacher, dataset)
     checkpoints = {"teacher": teacher}
     runs = student_runs(recipe.student, recipe.distill)

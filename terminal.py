@@ -20,11 +20,11 @@ class Lines:
     """For logs: a line every ten seconds of work, nothing that moves. Work may begin inside other work."""
 
     def __init__(self) -> None:
-        self._open: list[tuple[str, int, int]] = []  # what, steps done, of how many
+        self._open: list[tuple[str, int, int | None]] = []  # what, steps done, of how many
         self._told = time.monotonic()
         self._stream = _own_stream()
 
-    def begin(self, what: str, total: int) -> None:
+    def begin(self, what: str, total: int | None) -> None:
         self._open.append((what, 0, total))
 
     def advance(self, steps: int, detail: str) -> None:
@@ -32,7 +32,8 @@ class Lines:
         self._open.append((what, done + steps, total))
         if time.monotonic() - self._told >= PLAIN_INTERVAL_SECONDS:
             self._told = time.monotonic()
-            self.note(f"  {what}: {done + steps} of {total} {detail}".rstrip())
+            whole = "" if total is None else f" of {total}"
+            self.note(f"  {what}: {done + steps}{whole} {detail}".rstrip())
 
     def end(self) -> None:
         self._open.pop()
@@ -49,7 +50,7 @@ class Bars:
         self._open: list[Any] = []
         self._stream = _own_stream()
 
-    def begin(self, what: str, total: int) -> None:
+    def begin(self, what: str, total: int | None) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -99,6 +100,7 @@ def process_count() -> int:
 
 
 def listener() -> Listener:
+    """What shows progress here: bars on a terminal, else lines; nothing in the further processes of torchrun."""
     if process_number():
         return Silence()
     return Bars() if sys.stderr.isatty() else Lines()
@@ -108,8 +110,7 @@ def tell_step(step: Step) -> None:
     """One line a step: what it made, how long it took or that it was there already."""
     if process_number():
         return
-    cost = "sealed" if step.sealed_before else "in that" if step.along_with else f"{step.seconds:.1f} s"
-    sys.stderr.write(f"{step.name:<28} {cost:>8}  {step.path}\n")
+    sys.stderr.write(f"{step}\n")
 
 
 def tell_forecast(forecast: Forecast) -> None:

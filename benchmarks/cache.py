@@ -24,9 +24,9 @@ import torch
 import typer
 from safetensors.torch import save_file
 
-from distill import timms, torchdistills  # the benchmark beside this one
+from distill import timms, torchdistills  # type: ignore[attr-defined]  # the benchmark beside this one
 from kdpipe.chain import Chain
-from kdpipe.core.config import DataPlan, ModelSettings, TeacherPlan, TrainConfig, validated
+from kdpipe.core.config import DataPlan, Method, ModelSettings, TeacherPlan, TrainConfig, validated
 from kdpipe.core.kinds import Cache, Checkpoint
 from kdpipe.core.stats import ratio_interval
 from kdpipe.data.dataset import Dataset
@@ -86,11 +86,11 @@ def main(
         address = [torch.zeros(batch, dtype=torch.long), numbers]
         view = TrainingView(image, label, label, address)
 
-        def stepper(method: str, teacher: Checkpoint | None, cache: Cache | None) -> Callable[[], object]:
+        def stepper(method: Method, teacher: Checkpoint | None, cache: Cache | None) -> Callable[[], object]:
             run_config = config.model_copy(update={"method": method})
             live = open_teacher(teacher, dataset, spec) if teacher and not cache else None
             asked = CachedTeacher(cache) if cache else live
-            made = METHODS[method](run_config, copy.deepcopy(network), spec, asked)
+            made = METHODS[method](run_config, copy.deepcopy(network), spec, asked, task=dataset.facts.task)
             run = Run(run_config, made, dataset, spec, 10**6, Ranks(), None, Nothing())
             run.begin(Batch(view, Ranks(), asked))
             run.begin_epoch()

@@ -25,7 +25,7 @@ import numpy as np
 import typer
 
 from kdpipe.chain import Chain
-from kdpipe.core.config import AdoptConfig, DataPlan, ExportConfig
+from kdpipe.core.config import DataPlan, ExportConfig, InputSettings, TeacherPlan
 from kdpipe.core.errors import KdpipeError
 from kdpipe.export import TARGETS
 
@@ -102,8 +102,8 @@ def one(model: str, folder: Path) -> dict[str, Any]:
     prepared(model, weights, size, sorted((folder / "photos").rglob("*.png")))
     chain = Chain(folder / model)
     dataset = chain.data(DataPlan(source=str(folder / "photos"), val_fraction=0))
-    adopted = AdoptConfig(model=model, checkpoint=weights, input={"size": size})  # type: ignore[arg-type]
-    network = chain.teacher(_teacher(adopted), dataset)
+    plan = TeacherPlan(model=model, checkpoint=weights, input=InputSettings(size=size))
+    network = chain.teacher(plan, dataset)
     rows: dict[str, Any] = {}
     for target in TARGETS:
         begun = time.monotonic()
@@ -111,17 +111,11 @@ def one(model: str, folder: Path) -> dict[str, Any]:
             made = chain.export(ExportConfig(target=target, parity_images=8, hop_images=4), network, dataset)
             rows[target] = {
                 "seconds": time.monotonic() - begun,
-                "relative_difference": made.facts.parity["relative_difference"],
+                "relative_difference": made.facts.parity.relative_difference if made.facts.parity else None,
             }
         except KdpipeError as error:
             rows[target] = {"failed": str(error)}
     return {"model": model, "parameters": network.facts.parameters, "size": size, "targets": rows}
-
-
-def _teacher(adopted: AdoptConfig) -> Any:
-    from kdpipe.core.config import TeacherPlan
-
-    return TeacherPlan(**{name: getattr(adopted, name) for name in AdoptConfig.model_fields})
 
 
 def table(found: list[dict[str, Any]]) -> str:

@@ -58,7 +58,7 @@ def bare(student: nn.Module, teacher: nn.Module, image: Tensor, label: Tensor, b
         )
         loss = 0.5 * functional.cross_entropy(logits, label) + 0.5 * TEMPERATURE**2 * divergence
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         return loss.item()
 
@@ -141,7 +141,7 @@ def ours(student: nn.Module, teacher: nn.Module, image: Tensor, label: Tensor, b
     with tempfile.TemporaryDirectory() as folder:
         dataset = Chain(Path(folder)).data(DataPlan(source="digits", test_split=None, val_fraction=0.1))
         asked = Teacher(teacher, spec, spec)
-        method = METHODS["kd"](config, student, spec, asked)
+        method = METHODS["kd"](config, student, spec, asked, task=dataset.facts.task)
         run = Run(config, method, dataset, spec, 10**6, Ranks(), None, Nothing())
     view = TrainingView(image, label, label, [torch.zeros_like(label), torch.arange(len(label))])
     run.begin(Batch(view, Ranks(), asked))

@@ -20,11 +20,11 @@ from onnx import numpy_helper
 
 from kdpipe.core.kinds import Model
 from kdpipe.core.proc import quiet
-from kdpipe.data.dataset import Dataset
+from kdpipe.data.dataset import Dataset, predict_samples
 from kdpipe.quantize.calibrate import CalibrationInputs
 from kdpipe.quantize.qdq import OnnxActivations, write_qdq
 from kdpipe.quantize.ranges import estimate, observe
-from kdpipe.runtime import open_session, predict_files
+from kdpipe.runtime import open_session
 
 IMAGES = 128
 LIMIT = 100.0  # of a scale
@@ -81,17 +81,17 @@ def main(
     data: Annotated[Path, typer.Option(help="folder of its dataset")],
 ) -> None:
     """Print the signal to noise of INT8 as it is and equalised, on training images that set no range."""
-    whole, dataset = Model.open(model), Dataset.open(data)
+    float32, dataset = Model.open(model), Dataset.open(data)
+    spec = float32.facts.input.model_dump()
     samples = dataset.balanced("train", 2 * IMAGES, 0)
-    images = CalibrationInputs(samples[:IMAGES], whole.facts.input, "calibrating")
-    paths = [sample.path for sample in samples[IMAGES:]]
-    source = whole.file("model.onnx")
+    images = CalibrationInputs(samples[:IMAGES], spec, "calibrating")
+    source = float32.entry
 
     def logits(folder: Path) -> np.ndarray:
         with quiet():
-            return predict_files(open_session(folder, whole.facts), paths, whole.facts.input)
+            return predict_samples(open_session(folder, float32.facts.for_runtime()), samples[IMAGES:], spec)
 
-    expected = logits(whole.path)
+    expected = logits(float32.path)
 
     def decibel(noise: np.ndarray) -> float:
         return -10 * float(np.log10((noise.var(1) / expected.var(1)).mean()))
@@ -109,7 +109,7 @@ def main(
         for name, values in activations(image).items():
             if values.ndim == 4:
                 largest[name] = np.maximum(largest.get(name, 0), np.abs(values[0]).max((1, 2)))
-    print(whole.facts.model)
+    print(float32.facts.model)
     tell("INT8", source)
     for name, by in (("by weights", None), ("by activations", largest)):
         graph, scaled = equalised(source, by)

@@ -110,7 +110,8 @@ def print_table(folders: list[Path]) -> None:
             found[method, run.manifest.config["label_fraction"]][run.manifest.config["seed"]] = run
             teacher = run.manifest.inputs.get("teacher")
             if teacher:
-                about = f"{teacher.facts.model} ({100 * teacher.facts.test_accuracy:.2f} %)"
+                facts = Checkpoint.facts_of(teacher)
+                about = f"{facts.model} ({100 * facts.test_accuracy:.2f} %)"
     shares = sorted({share for _, share in found})
     print(f"taught by {about}\n\n| method | " + " | ".join(f"{100 * share:g} %" for share in shares) + " |")
     print("|---" * (len(shares) + 1) + "|")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,11 +21,20 @@ import numpy as np
 import typer
 
 from kdpipe.chain import Chain
-from kdpipe.core.artifact import drafting
-from kdpipe.core.config import BenchPlan, Config, ExportConfig, PackageConfig, QuantizePlan, ReportConfig
+from kdpipe.core.artifact import Order, drafting
+from kdpipe.core.config import (
+    BenchPlan,
+    CalibrateSettings,
+    Config,
+    ExportConfig,
+    PackageConfig,
+    QuantizePlan,
+    ReportConfig,
+)
 from kdpipe.core.kinds import Bundle, Checkpoint, Model
 from kdpipe.core.proc import quiet
 from kdpipe.data.dataset import Dataset
+from kdpipe.devices import find_device
 from kdpipe.quantize.calibrate import CalibrationInputs
 from kdpipe.report.compression import advice
 
@@ -63,7 +73,7 @@ def ort_dynamic(source: Path, _: CalibrationInputs, out: Path) -> None:
 
 def olive_static(source: Path, images: CalibrationInputs, out: Path) -> None:
     """Olive's pass with nothing set but what it asks for."""
-    from olive.data.config import DataComponentConfig, DataPlan
+    from olive.data.config import DataComponentConfig, DataConfig
     from olive.data.registry import Registry
     from olive.hardware import DEFAULT_CPU_ACCELERATOR
     from olive.model import ONNXModelHandler
@@ -78,7 +88,7 @@ def olive_static(source: Path, images: CalibrationInputs, out: Path) -> None:
             return {"image": images[at][0]}, 0
 
     Registry.register_dataset("kdpipe_images")(lambda **_: Images())
-    data = DataPlan(name="calibration", load_dataset_config=DataComponentConfig(type="kdpipe_images"))
+    data = DataConfig(name="calibration", load_dataset_config=DataComponentConfig(type="kdpipe_images"))
     folder = out.parent / "olive"
     run = create_pass_from_dict(
         OnnxStaticQuantization, {"data_config": data}, disable_search=True, accelerator_spec=DEFAULT_CPU_ACCELERATOR
@@ -125,19 +135,18 @@ if importlib.util.find_spec("olive") is not None:
 
 def peer(chain: Chain, name: str, write: Write, model: Model, dataset: Dataset) -> Model:
     """What ``write`` makes of the float32 model, as an artifact like ours."""
-    config, inputs = PeerConfig(peer=name), {"model": model, "data": dataset}
+    order = Order("peer", PeerConfig(peer=name), {"model": model, "data": dataset})
 
     def make(out: Path) -> Model:
         samples = dataset.balanced("train", IMAGES, 0)
-        images = CalibrationInputs(samples, model.facts.input, name)
-        with drafting(Model, out, stage="peer", config=config, inputs=inputs) as draft, quiet():
-            write(model.file(model.facts.entry), images, draft.path / model.facts.entry)
-            (draft.path / "labels.json").write_bytes(model.file("labels.json").read_bytes())
-            facts = {key: value for key, value in model.facts.items() if key != "parity"}
-            draft.facts.update({**facts, "variant": name, "precision": "int8"})
+        images = CalibrationInputs(samples, model.facts.input.model_dump(), name)
+        with drafting(Model, order, out) as draft, quiet():
+            write(model.entry, images, draft.path / model.facts.entry)
+            shutil.copyfile(model.file(Model.LABELS), draft.path / Model.LABELS)
+            draft.facts = model.facts.model_copy(update={"parity": None, "variant": name, "precision": "int8"})
         return draft.artifact
 
-    return chain.step(f"{model.facts.target}-{name}", Model, "peer", config, inputs, make)
+    return chain.step(f"{model.facts.target}-{name}", Model, order, make)
 
 
 def rows(numbers: dict[str, Any], seconds: dict[str, float], ours: set[str]) -> list[dict[str, Any]]:
@@ -182,20 +191,21 @@ def main(
     chain = Chain(out, tell=lambda step: print(f"{step.name:32} {step.seconds:7.1f} s", flush=True))
     found: dict[str, Any] = {}
     for name in target or TARGETS:
-        whole = chain.export(ExportConfig(target=name), student, dataset)
-        models = {f"{name}-float32": whole}
-        for made in chain.variants(QuantizePlan(calibrate={"images": IMAGES}), whole, dataset):  # type: ignore[arg-type]
+        float32 = chain.export(ExportConfig(target=name), student, dataset)
+        models = {f"{name}-float32": float32}
+        device = find_device(BenchPlan().device).probe()
+        for made in chain.variants(QuantizePlan(calibrate=CalibrateSettings(images=IMAGES)), float32, dataset, device):
             models[f"{name}-{made.facts.variant}"] = made
         ours = set(models)
         for title, write in PEERS[name].items() if peers else ():
-            models[f"{name}-{title}"] = peer(chain, title, write, whole, dataset)
+            models[f"{name}-{title}"] = peer(chain, title, write, float32, dataset)
         bundles: dict[str, Bundle] = {
             title: chain.package(PackageConfig(), model, dataset) for title, model in models.items()
         }
         begun = time.monotonic()
         measured = chain.bench(BenchPlan(rounds=rounds, seconds=seconds, threads=threads), bundles, dataset)
         page = chain.report(ReportConfig(title=f"peers, {name}"), measured, {"student": student})
-        numbers = json.loads(page.file("report.json").read_text())
+        numbers = page.numbers
         made_in = {title: model.manifest.seconds for title, model in models.items()}
         table = rows(numbers, made_in, ours)
         # What the report of a chain without peers would advise.

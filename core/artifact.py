@@ -20,7 +20,7 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
@@ -125,7 +125,7 @@ class Artifact(Generic[F]):
     kind: ClassVar[str]
     Facts: ClassVar[type[Record]]
     path: Path
-    manifest: Manifest
+    manifest: Manifest = field(repr=False)  # pages of it
 
     @classmethod
     def open(cls, path: Path | str) -> Self:

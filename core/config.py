@@ -24,7 +24,7 @@ Method = Literal[
 
 
 class Config(BaseModel):
-    """Frozen, and refuses unknown keys."""
+    """The base of every configuration: frozen, and it refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,7 +40,7 @@ class Config(BaseModel):
 class DataPlan(Config):
     """Where the images come from and how they are split."""
 
-    task: Literal["classification"] = Field("classification", description="what a network is to say of an image")
+    task: str = Field("classification", description="what a network is to say of an image: classification")
     source: str = Field(
         description="'digits', an image folder, or a name of timm's dataset factory (hfds/..., wds/..., tfds/...)"
     )
@@ -66,15 +66,44 @@ class DataPlan(Config):
         description="text file with one class a line, in the order of the checkpoint's outputs; some may have no "
         "training image. Left out, the training folders in name order",
     )
+    check: Literal["all", "sample", "none"] = Field(
+        "all", exclude=True, description="which images are decoded beforehand, so that a broken one is named early"
+    )
+    store: Literal["auto", "resized", "none"] = Field(
+        "auto",
+        exclude=True,  # known by what it leads to
+        description="resized: images are decoded once, into copies to learn from and arrays to be evaluated on; auto "
+        "does so for photographs",
+    )
+    store_side: int | None = Field(
+        None,
+        ge=16,
+        exclude=True,
+        description="shorter side of the copies, pixels; left out, what the recipe's networks need (512 without one)",
+    )
     seed: int = Field(0, description="seed of the splits")
 
 
 class DataConfig(DataPlan):
     """The source with the hash of what it holds now, so that changed images make a new key."""
 
+    decoding: int = Field(description="version of the rules by which image files become pixels")
+    copies_side: int | None = Field(None, description="shorter side of the copies to learn from, if there are any")
+    versions: dict[str, str] = Field({}, description="of the libraries that write the copies")
     fingerprint: str
     unlabeled_fingerprint: str | None = None
     classes_fingerprint: str | None = None
+
+
+class FittedConfig(Config):
+    """What decides the pixels that a network is shown of an image."""
+
+    size: int
+    crop_fraction: float
+    interpolation: str
+    antialias: bool
+    decoding: int
+    versions: dict[str, str] = Field(description="of the libraries that make the pixels")
 
 
 class InputSettings(Config):
@@ -90,7 +119,7 @@ class InputSettings(Config):
 
 
 class AugmentSettings(Config):
-    """Random views for training."""
+    """How random views of an image are made for training."""
 
     crop: Literal["pad", "resized", "none"] = Field(
         "resized", description="pad and crop (small images), random resized crop, or none"
@@ -103,7 +132,7 @@ class AugmentSettings(Config):
 
 
 class TrainSettings(Config):
-    """One training run."""
+    """How long, in what steps and on which views a network is trained."""
 
     epochs: int = Field(60, ge=1, description="passes over the (fraction of the) training images")
     batch_size: int = Field(64, ge=2, description="images a step, over all processes of torchrun")
@@ -140,7 +169,7 @@ class TrainSettings(Config):
 
 
 class ModelSettings(Config):
-    """A network by its name in timm."""
+    """A network by its name in timm, and the input it takes."""
 
     model: str = Field(description="any model name of timm")
     model_args: dict[str, Any] = Field({}, description="further arguments of timm.create_model")
@@ -164,11 +193,12 @@ class TeacherPlan(AdoptConfig):
 
     @property
     def is_trained(self) -> bool:
+        """Whether it is trained here: no weights are given."""
         return self.checkpoint is None and not self.pretrained
 
 
 class DkdSettings(Config):
-    """Of method dkd; ``temperature`` counts too."""
+    """What method dkd weighs; its outputs are softened by ``temperature``."""
 
     alpha: float = Field(1.0, ge=0, description="weight of the target-class part")
     beta: float = Field(8.0, ge=0, description="weight of the non-target part; 2 to 8 in the literature")
@@ -176,21 +206,21 @@ class DkdSettings(Config):
 
 
 class DistSettings(Config):
-    """Of method dist; ``temperature`` counts too."""
+    """What method dist weighs; its outputs are softened by ``temperature``."""
 
     beta: float = Field(1.0, ge=0, description="weight of the correlation within a sample")
     gamma: float = Field(1.0, ge=0, description="weight of the correlation within a class, over the batch")
 
 
 class RkdSettings(Config):
-    """Of method rkd."""
+    """What method rkd weighs."""
 
     distance_weight: float = Field(25.0, ge=0, description="weight of the distances between samples")
     angle_weight: float = Field(50.0, ge=0, description="weight of the angles between samples")
 
 
 class StagewiseSettings(Config):
-    """Of method stagewise: one stage after another learns the teacher's features, then the head the labels."""
+    """How method stagewise goes: one stage after another learns the teacher's features, then the head the labels."""
 
     epochs: int | None = Field(
         None, ge=1, description="epochs a stage; left out, all stages and the head share train.epochs"
@@ -205,7 +235,7 @@ class StagewiseSettings(Config):
 
 
 class DistillSettings(Config):
-    """How the student learns."""
+    """What the student learns from, by which method, and with what weight."""
 
     method: Method = Field("kd", description="what is learned from the teacher; labels is the control")
     label_weight: float = Field(1.0, ge=0, description="weight of the loss against the labels")
@@ -243,6 +273,7 @@ class TrainConfig(DistillSettings, ModelSettings):
 
     @property
     def needs_teacher(self) -> bool:
+        """Whether the method learns from a teacher at all."""
         return self.method != "labels"
 
     @property
@@ -261,7 +292,7 @@ def control_of(config: TrainConfig) -> TrainConfig:
 
 
 class CacheSettings(Config):
-    """What the teacher is asked beforehand."""
+    """How many views of which images the teacher is asked about beforehand, and what is kept of its outputs."""
 
     views: int = Field(16, ge=1, description="views of each image; epochs take them in turn")
     view_seed: int = Field(0, description="seed of the views")
@@ -278,11 +309,11 @@ class CacheSettings(Config):
 
 
 class CachePlan(CacheSettings, ModelSettings):
-    """A cache for students that take the inputs of this network."""
+    """A cache as a person asks for it: for students that take the inputs of this network."""
 
 
 class CacheConfig(CacheSettings):
-    """A cache for every student of this input."""
+    """A cache as its stage is told: for every student of this input, with these versions of the libraries."""
 
     input: InputSpec
     versions: dict[str, str] = Field(description="of the libraries that can change a view")
@@ -308,14 +339,14 @@ class DistillPlan(DistillSettings):
 
 
 class ParitySettings(Config):
-    """When torch and an exported file are the same."""
+    """On how many images, and how closely, an exported file must agree with torch."""
 
     parity_images: int = Field(64, ge=2, description="real images that torch and the exported file must agree on")
     parity_tolerance: float = Field(1e-3, gt=0, description="largest logit difference allowed, over the logits' spread")
 
 
 class GraphConfig(ParitySettings):
-    """Checkpoint to ONNX, as torch writes it and simplified."""
+    """How a checkpoint becomes ONNX, as torch writes it and simplified."""
 
     hop_images: int = Field(
         256, ge=1, description="test images on which the exported graph's accuracy is told beside torch's"
@@ -323,7 +354,7 @@ class GraphConfig(ParitySettings):
 
 
 class ExportConfig(GraphConfig):
-    """Checkpoint to a file of one target, in float32."""
+    """How a checkpoint becomes a float32 file of one target."""
 
     target: str = Field("onnxruntime", description="onnxruntime, openvino, tensorrt or tflite")
 
@@ -335,7 +366,7 @@ class ExportPlan(GraphConfig):
 
 
 class CalibrateSettings(Config):
-    """The training images that set an INT8 model's ranges."""
+    """Which training images set the ranges of an INT8 model, and how."""
 
     images: int = Field(128, ge=2, description="how many")
     select: Literal["random", "balanced", "coverage", "teacher"] = Field(
@@ -380,7 +411,7 @@ S = TypeVar("S", bound=QuantizeSettings)
 
 
 class QuantizeConfig(QuantizeSettings):
-    """Float32 model to one variant."""
+    """Which variant is made of a float32 model, and how."""
 
     variant: str = Field(
         "int8", description="int8, int8-qdq, int8-dynamic, float16 or bf16, as the target has them; auto: see below"
@@ -409,7 +440,7 @@ class QuantizePlan(QuantizeSettings):
 
 
 class PackageConfig(Config):
-    """Model to bundle."""
+    """What a bundle holds besides its model."""
 
     golden_images: int = Field(8, ge=1, description="test inputs shipped with their expected outputs")
 
@@ -421,7 +452,7 @@ class DeviceSettings(Config):
 
 
 class MeasureSettings(Config):
-    """One measurement of one bundle, in one process."""
+    """How one bundle is measured once, in one process."""
 
     threads: int = Field(0, ge=0, description="threads of the runtime; 0 takes every core of the device")
     seconds: float = Field(0.5, gt=0, le=86_400, description="steady time of one measurement")
@@ -448,7 +479,7 @@ class BenchPlan(MeasureSettings):
 
 
 class ReportConfig(Config):
-    """The page."""
+    """What the page is called, and what it advises."""
 
     title: str = Field("kdpipe", description="title of the page")
     max_drop: float = Field(0.5, ge=0, description="points of accuracy that an advised variant may lose to float32")

@@ -91,7 +91,7 @@ class Checkpoint(Labelled[CheckpointFacts]):
     Facts = CheckpointFacts
     WEIGHTS = "model.safetensors"
     HISTORY = "history.jsonl"  # one row an epoch
-    IMAGES = "images.json"  # which training images it learned from
+    IMAGES = "images.npy"  # which training images it learned from: positions in the training part, ascending
     TEST_OUTPUTS = "test_logits.npz"  # ``logits`` [N, K] and ``labels`` [N] of the test part
 
 
@@ -122,6 +122,7 @@ class Cache(Artifact[CacheFacts]):
 
     @staticmethod
     def shard_name(view: int) -> str:
+        """The name of the file of one view number."""
         return f"view-{view:05d}.bin"
 
 
@@ -196,6 +197,7 @@ class Mix(Record):
     size_bytes: int
 
     def holds(self, max_drop: float) -> bool:
+        """Whether no more than ``max_drop`` points are lost, by the point value."""
         return self.drop_points <= max_drop
 
 
@@ -474,3 +476,13 @@ class Report(Artifact[ReportFacts]):
     Facts = ReportFacts
     PAGE = "report.html"
     NUMBERS = "report.json"
+
+    @property
+    def page(self) -> Path:
+        """The page, a file that opens anywhere."""
+        return self.file(self.PAGE)
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Every number of the page, as ``report.tables.collect`` describes them."""
+        return dict(json.loads(self.file(self.NUMBERS).read_text()))

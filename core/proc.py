@@ -10,9 +10,15 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 from .errors import UserError
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 # Import name of a distribution where it is not the distribution's name with underscores.
 IMPORT_NAMES = {
@@ -36,6 +42,26 @@ def require(what: str, distributions: Iterable[str], extra: str) -> None:
     missing = [name for name in distributions if not is_installed(name)]
     if missing:
         raise UserError(f"{what} needs {', '.join(missing)}: pip install 'kdpipe[{extra}]'")
+
+
+def in_order(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """``function`` of every item, by as many threads as there are cores, in the order of the items.
+
+    Few items are under way at any time, so memory does not grow with their number.
+    """
+    workers = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(workers) as pool:
+        pending: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
 
 
 @contextlib.contextmanager

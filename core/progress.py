@@ -14,19 +14,25 @@ T = TypeVar("T")
 
 
 class Listener(Protocol):
-    def begin(self, what: str, total: int) -> None: ...
+    """Who hears that work begins, goes on and ends; work may begin inside other work."""
 
-    def advance(self, steps: int, detail: str) -> None: ...
+    def begin(self, what: str, total: int | None) -> None:
+        """``total`` steps of ``what`` are begun; None where nobody knows how many."""
 
-    def end(self) -> None: ...
+    def advance(self, steps: int, detail: str) -> None:
+        """So many more steps are done; ``detail`` is a few words on how it goes, or nothing."""
 
-    def note(self, text: str) -> None: ...
+    def end(self) -> None:
+        """What was begun last is over."""
+
+    def note(self, text: str) -> None:
+        """A line that a person should read."""
 
 
 class Silence:
     """Nobody listens."""
 
-    def begin(self, what: str, total: int) -> None:
+    def begin(self, what: str, total: int | None) -> None:
         """Ignore."""
 
     def advance(self, steps: int, detail: str) -> None:
@@ -49,8 +55,10 @@ def listen(listener: Listener) -> None:
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """Announce ``total`` steps of work; the block calls what it gets with (steps done, detail)."""
+def progress(what: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
+    """Announce ``total`` steps of work (None: nobody knows how many); the block calls what it gets with (steps done,
+    detail).
+    """
     _listener.begin(what, total)
     try:
         yield _listener.advance

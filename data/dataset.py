@@ -1,27 +1,178 @@
-"""The sealed Dataset: images and labels by part."""
+"""The sealed Dataset: images and labels by part, read when they are asked for."""
 
 from __future__ import annotations
 
+import io
 import json
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, overload
 
 import numpy as np
 
 from ..core.artifact import Artifact, Record
 from ..core.errors import UserError
 from ..core.kinds import Labelled
+from ..core.proc import first_line, in_order
+from ..runtime import Session, predict
+from ..runtime.preprocess import decode, fit
 from .splits import stratified_count
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 UNLABELED = -1  # label of an image that has none
 Part = Literal["train", "val", "test", "unlabeled"]
+PARTS: tuple[Part, ...] = ("train", "val", "test", "unlabeled")
+# What decides which pixels a network is shown; the rest of an InputSpec is arithmetic on them.
+GEOMETRY = ("size", "crop_fraction", "interpolation", "antialias")
 
 
 @dataclass(frozen=True)
 class Sample:
-    path: Path
+    """One image of a part, and its label."""
+
+    part: Samples = field(repr=False, compare=False)
+    position: int
+    path: Path  # the user's file
     label: int
+
+    def image(self) -> Image.Image:
+        """RGB; the resized copy where there is one. Raises UserError for a file that can't be read."""
+        return self.part.image(self.position)
+
+    def fitted(self, spec: Mapping[str, Any]) -> np.ndarray:
+        """What a network of this InputSpec is shown when it is evaluated, uint8 [size, size, 3]. Raises UserError."""
+        return self.part.fitted(self.position, spec)
+
+
+class Samples(Sequence[Sample]):
+    """The images of one part, in the order of the index; memory does not grow with their number."""
+
+    def __init__(
+        self,
+        root: Path,
+        records: np.ndarray,
+        copies: np.ndarray | None = None,
+        fitted: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """``records`` as ``index_records`` makes them, of files below ``root``.
+
+        Args:
+            copies: uint8 [bytes], where the records say where in it the copies lie.
+            fitted: uint8 [N, size, size, 3] by ``geometry``.
+        """
+        self._root, self._records, self._copies = root, records, copies
+        self._fitted = {} if fitted is None else fitted
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Of every image, int32 [N]."""
+        labels: np.ndarray = self._records["label"]
+        return labels
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @overload
+    def __getitem__(self, at: int) -> Sample: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Sample]: ...
+    def __getitem__(self, at: int | slice) -> Sample | list[Sample]:
+        if isinstance(at, slice):
+            return [self[position] for position in range(*at.indices(len(self)))]
+        if not -len(self) <= at < len(self):
+            raise IndexError(at)
+        return Sample(self, int(at) % len(self), self.path(at), int(self._records["label"][at]))
+
+    def path(self, at: int) -> Path:
+        """The user's file of one image."""
+        name: bytes = self._records["file"][at]
+        return self._root / os.fsdecode(name)
+
+    def image(self, at: int) -> Image.Image:
+        """As ``Sample.image``."""
+        try:
+            if self._copies is None:
+                return decode(self.path(at))
+            start, size = int(self._records["start"][at]), int(self._records["size"][at])
+            return decode(io.BytesIO(self._copies[start : start + size].tobytes()))
+        except OSError as error:
+            raise UserError(
+                f"cannot read image {self.path(at)} ({first_line(error)}): the data changed while in use"
+            ) from None
+
+    def fitted(self, at: int, spec: Mapping[str, Any]) -> np.ndarray:
+        """As ``Sample.fitted``."""
+        kept = self._fitted.get(geometry(spec))
+        return fit(self.image(at), spec) if kept is None else np.asarray(kept[at])
+
+
+def geometry(spec: Mapping[str, Any]) -> str:
+    """The part of an InputSpec that decides the pixels, as text."""
+    return json.dumps([spec[name] for name in GEOMETRY])
+
+
+def load_images(samples: Iterable[Sample], spec: Mapping[str, Any]) -> np.ndarray:
+    """What a network of this InputSpec is shown, uint8 [N, size, size, 3]. Raises UserError."""
+    images = [sample.fitted(spec) for sample in samples]
+    return np.stack(images) if images else np.zeros(images_shape(0, spec), np.uint8)
+
+
+def predict_samples(
+    session: Session, samples: Sequence[Sample], spec: Mapping[str, Any], batch: int = 64
+) -> np.ndarray:
+    """Outputs float32 [N, ...] for ``samples``, read a batch at a time: memory does not grow with their number.
+
+    Raises:
+        UserError: an image that can't be read.
+    """
+    starts = range(0, len(samples), batch)
+    return np.concatenate([predict(session, load_images(samples[at : at + batch], spec), batch) for at in starts])
+
+
+def images_shape(count: int, spec: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    """Shape of so many images as a network of this InputSpec is shown them."""
+    return (count, spec["size"], spec["size"], 3)
+
+
+def write_header(stream: BinaryIO, shape: tuple[int, ...]) -> None:
+    """Begin a .npy file of uint8 in this shape, whose bytes follow."""
+    np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
+
+
+def write_images(path: Path, samples: Sequence[Sample], spec: Mapping[str, Any]) -> None:
+    """What a network of this InputSpec is shown of ``samples``, as .npy of uint8 [N, size, size, 3], one at a time.
+
+    Raises:
+        UserError: an image that can't be read.
+    """
+    with path.open("wb") as stream:
+        write_header(stream, images_shape(len(samples), spec))
+        for pixels in in_order(lambda at: samples[at].fitted(spec), range(len(samples))):
+            stream.write(pixels.tobytes())
+
+
+def index_records(names: Sequence[bytes] | np.ndarray, labels: Sequence[int] | np.ndarray, copied: bool) -> np.ndarray:
+    """An array of ``file`` and ``label``, and with ``copied`` of ``start`` and ``size``, not known yet."""
+    files = np.asarray(names, bytes)
+    columns: list[Any] = [("file", files.dtype), ("label", "<i4")]
+    records = np.zeros(len(files), [*columns, *([("start", "<i8"), ("size", "<i8")] if copied else [])])
+    records["file"], records["label"] = files, labels
+    return records
+
+
+class CopyFacts(Record):
+    """How the images to learn from were copied, where their files are much larger than any network sees them."""
+
+    shorter_side: int  # pixels
+    filter: str
+    quality: int  # of JPEG, every pixel with its own colour
+    resized: int  # images; the others were no larger and are kept as they were, byte by byte
+    bytes: int
 
 
 class DatasetFacts(Record):
@@ -31,26 +182,66 @@ class DatasetFacts(Record):
     source: str
     classes: int
     images: dict[str, int]
+    copies: CopyFacts | None = None
 
 
+class FittedFacts(Record):
+    """What the images were fitted to, and how many there are by part."""
+
+    size: int
+    images: dict[str, int]
+
+
+class Fitted(Artifact[FittedFacts]):
+    """What networks of one input are shown of the held-out images: exactly what ``Sample.fitted`` gives."""
+
+    kind = "fitted"
+    Facts = FittedFacts
+
+    @staticmethod
+    def file_name(part: Part) -> str:
+        """The file of one part: uint8 [N, size, size, 3]."""
+        return f"{part}.npy"
+
+    def array(self, part: Part, images: int) -> np.ndarray:
+        """Those of one part, memory-mapped. Raises UserError unless there are so many ``images``."""
+        array: np.ndarray = np.load(self.file(self.file_name(part)), mmap_mode="r", allow_pickle=False)
+        if array.shape != images_shape(images, {"size": self.facts.size}) or array.dtype != np.uint8:
+            raise UserError(f"{self.path} holds '{part}' as {array.dtype} {array.shape}: make it again")
+        return array
+
+
+@dataclass(frozen=True)
 class Dataset(Artifact[DatasetFacts]):
     """Images by reference (a user's folder) or by value (everything else), split once and for all.
 
-    ``index.json``: classes, per part a list of [file, label], and the folder below which its files lie (null:
-    the artifact itself).
+    ``index.json`` holds the classes and by part the folder below which its files lie (null: the artifact itself);
+    ``PART.npy`` what ``index_records`` makes; ``PART.copies``, where there are any, resized copies end to end.
     """
 
     kind = "dataset"
     Facts = DatasetFacts
     INDEX = "index.json"
+    fitted: dict[str, Fitted] = field(default_factory=dict, repr=False, compare=False)  # by geometry, what lies beside
 
+    @staticmethod
+    def records_name(part: Part) -> str:
+        """The file of one part's records."""
+        return f"{part}.npy"
+
+    @staticmethod
+    def copies_name(part: Part) -> str:
+        """The file of one part's copies."""
+        return f"{part}.copies"
+
+    @cached_property
     def _index(self) -> dict[str, Any]:
         index: dict[str, Any] = json.loads(self.file(self.INDEX).read_text())
         return index
 
     @property
     def classes(self) -> list[str]:
-        return list(self._index()["classes"])
+        return list(self._index["classes"])
 
     def check_classes_of(self, artifact: Labelled[Any], what: str) -> None:
         """Refuse a checkpoint, model or bundle whose outputs mean something else. Raises UserError."""
@@ -63,12 +254,26 @@ class Dataset(Artifact[DatasetFacts]):
             )
             raise UserError(f"{what} {artifact.path} knows {how}: classes and their order must be the same")
 
-    def samples(self, part: Part) -> list[Sample]:
+    def samples(self, part: Part) -> Samples:
         """The images of one part, in the order of the index."""
-        index = self._index()
-        folder = index["roots"].get(part)
-        root = self.path if folder is None else Path(folder)
-        return [Sample(root / name, label) for name, label in index["parts"].get(part, [])]
+        name = self.records_name(part)
+        if name not in self.manifest.files:
+            return Samples(self.path, index_records([], [], copied=False))
+        records = np.load(self.file(name), mmap_mode="r", allow_pickle=False)
+        folder = self._index["roots"].get(part)
+        copies = None
+        if self.copies_name(part) in self.manifest.files:
+            copies = np.memmap(self.file(self.copies_name(part)), np.uint8, "r")
+        fitted = {}
+        for shown, kept in self.fitted.items():
+            if part in kept.facts.images:
+                fitted[shown] = kept.array(part, len(records))
+        return Samples(self.path if folder is None else Path(folder), records, copies, fitted)
+
+    def fitted_file(self, part: Part, spec: Mapping[str, Any]) -> Path | None:
+        """The file of what a network of this InputSpec is shown of a part, as ``write_images`` writes it, if kept."""
+        kept = self.fitted.get(geometry(spec))
+        return kept.file(kept.file_name(part)) if kept is not None and part in kept.facts.images else None
 
     def balanced(self, part: Part, count: int, seed: int, skip: int = 0) -> list[Sample]:
         """``count`` seeded samples of one part (or all it has), classes taking turns, after ``skip`` others."""
@@ -77,4 +282,4 @@ class Dataset(Artifact[DatasetFacts]):
 
     def positions(self, part: Part, count: int, seed: int) -> np.ndarray:
         """Where in ``samples(part)`` the ``balanced`` ones are, as they are drawn."""
-        return stratified_count([sample.label for sample in self.samples(part)], count, seed)
+        return stratified_count(self.samples(part).labels, count, seed)

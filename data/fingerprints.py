@@ -2,49 +2,164 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
+import heapq
+import itertools
 import os
-from collections.abc import Iterator, Mapping
+import sqlite3
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from ..core.artifact import canonical, sha256_file
+from ..core.errors import UserError
+from ..core.proc import in_order
+from ..core.progress import progress
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
-def list_images(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """(POSIX name, status) of every image below ``folder``, sorted by name."""
-    for name in sorted(
-        (Path(base) / file).relative_to(folder).as_posix()
-        for base, _, files in os.walk(folder, followlinks=True)
-        for file in files
-        if file.lower().endswith(IMAGE_SUFFIXES)
-    ):
-        yield name, (folder / name).stat()
+IMAGE_SUFFIXES = (b".png", b".jpg", b".jpeg", b".webp", b".bmp")
+SAMPLE = 64  # images of a folder that are looked at to know what the others are like
+CHUNK = 500  # images that a thread takes at once
+COMMITTED = 20_000  # images
+PATIENCE_SECONDS = 30.0  # while another process writes
 
 
-def fingerprint_folder(folder: Path, memory: Path | None = None) -> str:
-    """sha256 over the names and contents of all images below ``folder``.
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a folder holds."""
+
+    sha256: str  # over the names and contents of all images
+    images: int
+    sample: tuple[Path, ...]  # some of them, the same whenever the contents are
+
+
+def list_images(folder: Path) -> Iterator[bytes]:
+    """The name below ``folder`` of every image, as bytes; folder by folder, and in each by name."""
+    pending = [b""]
+    while pending:
+        below = pending.pop()
+        with os.scandir(os.path.join(os.fsencode(folder), below)) as entries:  # noqa: PTH118 (bytes)
+            here = sorted((entry.name, entry.is_dir()) for entry in entries)
+        prefix = below + b"/" if below else b""
+        yield from (prefix + name for name, is_folder in here if not is_folder and _is_image(name))
+        pending.extend(prefix + name for name, is_folder in reversed(here) if is_folder)
+
+
+def _is_image(name: bytes) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def fingerprint_folder(folder: Path, memory: Path | None = None) -> Fingerprint:
+    """Hash every image below ``folder``; all cores read.
 
     ``memory`` is a file that remembers each image's hash by size and modification time, so that an
     unchanged folder is not read again.
+
+    Raises:
+        UserError: an image that cannot be read.
     """
-    known: Mapping[str, list[Any]] = {}
-    if memory is not None and memory.is_file():
-        try:
-            known = json.loads(memory.read_text())
-        except ValueError:
-            known = {}  # a torn write: hash everything again
-    hashes = {}
-    for name, status in list_images(folder):
-        stamp = [status.st_size, status.st_mtime_ns]
-        seen = known.get(name)
-        hashes[name] = [*stamp, seen[2] if seen and seen[:2] == stamp else sha256_file(folder / name)]
-    if memory is not None and hashes != known:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        draft = memory.with_suffix(f".{os.getpid()}.tmp")
-        draft.write_text(json.dumps(hashes))
-        os.replace(draft, memory)
-    return hashlib.sha256(canonical([[name, entry[2]] for name, entry in hashes.items()])).hexdigest()
+    total, images = hashlib.sha256(), 0
+    smallest: list[tuple[int, bytes]] = []  # a heap of the SAMPLE smallest hashes, the largest of them on top
+    base = os.fsencode(folder) + b"/"
+
+    def hashed(chunk: tuple[list[bytes], dict[bytes, Row]]) -> tuple[list[Row], list[Row]]:
+        names, known = chunk
+        rows = [_hashed(base, name, known.get(name)) for name in names]
+        return rows, [row for row in rows if known.get(row.name) is not row]
+
+    with _Memory(memory) as seen, progress(f"reading {folder}", None) as advance:
+        chunks = ((names, seen.rows(names)) for names in _chunks(list_images(folder), CHUNK))
+        for rows, new in in_order(hashed, chunks):
+            seen.remember(new)
+            for row in rows:
+                total.update(len(row.name).to_bytes(4, "big") + row.name + row.sha256)
+                place = (-int.from_bytes(row.sha256[:8], "big"), row.name)
+                if len(smallest) < SAMPLE:
+                    heapq.heappush(smallest, place)
+                elif place > smallest[0]:
+                    heapq.heapreplace(smallest, place)
+            images += len(rows)
+            advance(len(rows), "images")
+    sample = tuple(folder / os.fsdecode(name) for _, name in sorted(smallest, reverse=True))
+    return Fingerprint(total.hexdigest(), images, sample)
+
+
+class Row(NamedTuple):
+    """An image as it was when it was read."""
+
+    name: bytes
+    size_bytes: int
+    modified_ns: int
+    sha256: bytes
+
+
+def _hashed(base: bytes, name: bytes, known: Row | None) -> Row:
+    try:
+        status = os.stat(base + name)  # noqa: PTH116 (bytes)
+        if known is not None and (known.size_bytes, known.modified_ns) == (status.st_size, status.st_mtime_ns):
+            return known
+        with open(base + name, "rb") as stream:  # noqa: PTH123 (bytes)
+            digest = hashlib.file_digest(stream, "sha256").digest()
+    except OSError as error:
+        raise UserError(f"cannot read image {os.fsdecode(base + name)} ({error.strerror}): remove it") from None
+    return Row(name, status.st_size, status.st_mtime_ns, digest)
+
+
+def _chunks(names: Iterator[bytes], size: int) -> Iterator[list[bytes]]:
+    while chunk := list(itertools.islice(names, size)):
+        yield chunk
+
+
+class _Memory:
+    """Rows of images that were read before, in a file that survives a kill; without a file nothing is remembered.
+
+    It only saves time: what cannot be written down (a full disk, another process at it) is read again next time.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._rows: sqlite3.Connection | None = None
+        self._uncommitted = 0
+
+    def __enter__(self) -> _Memory:
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(sqlite3.OperationalError):
+                try:
+                    self._rows = _opened(self._path)
+                except sqlite3.OperationalError:
+                    raise
+                except sqlite3.DatabaseError:  # no such file of ours, or a torn one
+                    self._path.unlink()
+                    self._rows = _opened(self._path)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._rows is not None:
+            with contextlib.suppress(sqlite3.OperationalError):
+                self._rows.commit()
+            self._rows.close()
+
+    def rows(self, names: Sequence[bytes]) -> dict[bytes, Row]:
+        """What is remembered of ``names``."""
+        if self._rows is None:
+            return {}
+        wanted = f"SELECT * FROM images WHERE name IN ({','.join('?' * len(names))})"
+        return {row[0]: Row(*row) for row in self._rows.execute(wanted, names)}
+
+    def remember(self, rows: Sequence[Row]) -> None:
+        if self._rows is not None and rows:
+            with contextlib.suppress(sqlite3.OperationalError):
+                self._rows.executemany("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?)", rows)
+                self._uncommitted += len(rows)
+                if self._uncommitted >= COMMITTED:  # a kill loses no more, and another process waits no longer
+                    self._rows.commit()
+                    self._uncommitted = 0
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    rows = sqlite3.connect(path, timeout=PATIENCE_SECONDS)
+    columns = "name BLOB PRIMARY KEY, size_bytes INTEGER, modified_ns INTEGER, sha256 BLOB"
+    rows.execute(f"CREATE TABLE IF NOT EXISTS images ({columns}) WITHOUT ROWID")
+    rows.execute("SELECT name, size_bytes, modified_ns, sha256 FROM images LIMIT 1").fetchall()
+    return rows

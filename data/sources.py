@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,8 +16,22 @@ from ..core.errors import UserError
 from ..core.proc import first_line
 from ..core.progress import track
 from .dataset import Dataset
+from .fingerprints import list_images
 
-Split = list[tuple[str, int]]  # file below the root, label
+
+class Split(NamedTuple):
+    """Images of one split of a source."""
+
+    names: np.ndarray  # of the files below the root, bytes [N]
+    labels: np.ndarray  # int32 [N]
+
+    @classmethod
+    def of(cls, names: Sequence[bytes], labels: Sequence[int] | np.ndarray) -> Split:
+        return cls(np.array(names, bytes), np.asarray(labels, np.int32))
+
+    def at(self, positions: np.ndarray) -> Split:
+        """Those at ``positions`` [M]."""
+        return Split(self.names[positions], self.labels[positions])
 
 
 def digits(draft: Draft[Dataset], config: DataPlan) -> tuple[None, list[str], dict[str, Split]]:
@@ -29,14 +44,15 @@ def digits(draft: Draft[Dataset], config: DataPlan) -> tuple[None, list[str], di
             "data.test_split: the digits have no test split, wanted null (it is cut from the training part)"
         )
     digits = load_digits()
-    split = []
+    names, labels = [], []
     for index, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         name = f"images/{label}/{index:04d}.png"
         path = draft.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8)).save(path)
-        split.append((name, int(label)))
-    return None, [str(digit) for digit in range(10)], {config.train_split: split}
+        names.append(name.encode())
+        labels.append(int(label))
+    return None, [str(digit) for digit in range(10)], {config.train_split: Split.of(names, labels)}
 
 
 def _wanted_splits(config: DataPlan) -> list[str]:
@@ -45,8 +61,6 @@ def _wanted_splits(config: DataPlan) -> list[str]:
 
 def folder(config: DataPlan) -> tuple[Path, list[str], dict[str, Split]]:
     """``source/<split>/<class>/*``; the classes are those listed, or the training folders in name order."""
-    from timm.data.readers import create_reader
-
     root = Path(config.source)
     splits: dict[str, Split] = {}
     classes: list[str] = [] if config.classes is None else _listed(config.classes)
@@ -66,15 +80,19 @@ def folder(config: DataPlan) -> tuple[Path, list[str], dict[str, Split]]:
             known = config.classes or root / config.train_split
             raise UserError(f"{place} has classes that {known} lacks: {extra}")
         classes = classes or named
-        try:
-            found = create_reader("", root=str(place), class_map={name: at for at, name in enumerate(classes)})
-        except RuntimeError:
-            raise UserError(f"no images in {place}: wanted .jpg, .jpeg or .png files in its class folders") from None
-        splits[split] = [
-            (f"{split}/{name}", label)
-            for name, (_, label) in zip(found.filenames(absolute=False), found.samples, strict=True)
-        ]
+        found = [_images_of(place, split, name) for name in classes]
+        if not any(map(len, found)):
+            raise UserError(f"no images in {place}: wanted .jpg, .jpeg or .png files in its class folders")
+        counts = [len(names) for names in found]
+        splits[split] = Split(np.concatenate(found), np.repeat(np.arange(len(classes), dtype=np.int32), counts))
     return root, classes, splits
+
+
+def _images_of(place: Path, split: str, name: str) -> np.ndarray:
+    """Names below the source of one class's images, bytes [N]; none where the class has no folder."""
+    below = os.fsencode(f"{split}/{name}/")
+    there = list_images(place / name) if (place / name).is_dir() else ()
+    return np.array([below + image for image in there], bytes)
 
 
 def _listed(path: Path) -> list[str]:
@@ -105,7 +123,8 @@ def reader(draft: Draft[Dataset], config: DataPlan) -> tuple[None, list[str], di
             raise UserError(f"cannot open {config.source}, split '{split}': {first_line(error)}") from error
         known = getattr(dataset.reader, "class_to_idx", None) or {}
         names.update({label: str(name) for name, label in known.items()})
-        rows: Split = []
+        written: list[bytes] = []
+        labels: list[int] = []
         items = _raw_items(dataset)
         for index, (image, label) in enumerate(track(items, f"copying {split}", len(dataset))):
             content, suffix = _encoded(image)
@@ -113,9 +132,10 @@ def reader(draft: Draft[Dataset], config: DataPlan) -> tuple[None, list[str], di
             path = draft.path / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-            rows.append((name, int(label)))
-        splits[split] = rows
-    count = 1 + max(label for rows in splits.values() for _, label in rows)
+            written.append(name.encode())
+            labels.append(int(label))
+        splits[split] = Split.of(written, labels)
+    count = 1 + max(int(split.labels.max()) for split in splits.values())
     return None, [names.get(label, str(label)) for label in range(count)], splits
 
 

@@ -14,9 +14,8 @@ from ..core.config import PackageConfig
 from ..core.errors import GateFailed, UserError
 from ..core.kinds import Bundle, BundleFacts, Model
 from ..core.proc import first_line, quiet
-from ..data.dataset import Dataset
+from ..data.dataset import Dataset, load_images
 from ..runtime.bundle import GOLDEN, BundleError, replay_golden
-from ..runtime.preprocess import load_images
 
 # Largest difference of a golden output, over the spread of the logits. INT8 kernels differ between
 # instruction sets by a few steps of 1/256 of the range.
@@ -37,7 +36,7 @@ def package(order: Order[PackageConfig], model: Model, dataset: Dataset, out: Pa
                 shutil.copy(model.file(name), draft.path / name)
         copy_runner(draft.path / Bundle.RUNNER)
         samples = dataset.balanced("test", order.config.golden_images, seed=0)
-        images = load_images((sample.path for sample in samples), facts.input.model_dump())
+        images = load_images(samples, facts.input.model_dump())
         with quiet():
             session = runtime.open_session(draft.path, facts.for_runtime(), stand_in=facts.stand_in is not None)
             logits = runtime.predict(session, images)

@@ -19,9 +19,8 @@ from ..core.kinds import BatchOne, Bundle, Measurement, MeasurementFacts, Predic
 from ..core.proc import first_line
 from ..core.progress import note, progress
 from ..core.stats import Interval, median_interval, percentile_interval, ratio_interval
-from ..data.dataset import Dataset
+from ..data.dataset import Dataset, write_images
 from ..runtime.measure import longest_seconds
-from ..runtime.preprocess import load_images
 from ..runtime.task import TASKS
 from . import Device, find_device, opened
 from .journal import Accuracy, Journal
@@ -91,20 +90,21 @@ def bench(order: Order[BenchConfig], bundles: Mapping[str, Bundle], dataset: Dat
                     results[name] = _accuracy(run, name, bundle)
                     advance(1, "")
                 timed = [name for name in installed if not results[name].failed]
-                _measure_rounds(run, timed, advance)
+                repeated = {CONTROL: timed[0]} if timed else {}
+                _measure_rounds(run, timed, repeated, advance)
         for name in bundles:
             for file in (Measurement.outputs_name(name), Measurement.samples_name(name)):
                 (draft.path / file).parent.mkdir(exist_ok=True)
             if journal.accuracy(name) is not None:
                 journal.outputs(name).rename(draft.path / Measurement.outputs_name(name))
         runs: dict[str, list[Samples]] = {}
-        for name in [*timed, CONTROL] if timed else []:
+        for name in [*timed, *repeated]:
             repeats = [journal.runs[at, name] for at in range(config.rounds) if (at, name) in journal.runs]
             write_json(draft.path / Measurement.samples_name(name), [samples.model_dump() for samples in repeats])
-            failure = journal.failed.get(timed[0] if name == CONTROL else name)
+            failure = journal.failed.get(repeated.get(name, name))
             if failure is None:
                 runs[name] = repeats
-            if name != CONTROL:
+            if name in results:
                 found = summary(repeats) if failure is None else _failed(failure)
                 results[name] = results[name].model_copy(update=found)
         failures = [f"{name} {result.status}" for name, result in results.items() if result.failed]
@@ -125,17 +125,23 @@ def bench(order: Order[BenchConfig], bundles: Mapping[str, Bundle], dataset: Dat
     return draft.artifact
 
 
-def _measure_rounds(run: _Run, timed: Sequence[str], advance: Callable[[int, str], None]) -> None:
-    """Measure what the journal lacks of every round, each process into the journal as it ends."""
+def _measure_rounds(
+    run: _Run, timed: Sequence[str], repeated: Mapping[str, str], advance: Callable[[int, str], None]
+) -> None:
+    """Measure what the journal lacks of every round, each process into the journal as it ends.
+
+    Args:
+        repeated: the controls, each by the bundle that it measures again.
+    """
     journal, settings = run.journal, MeasureSettings.of(run.config)
     forgotten = journal.begin(timed)
     if forgotten:
         note(f"{forgotten} processes are of another session (too long ago, or other bundles): measuring them again")
     elif journal.runs:
         note(f"{len(journal.runs)} processes were measured before, going on")
-    for at, names in enumerate(turns(timed, run.config.rounds, journal.order_seed)):
+    for at, names in enumerate(turns([*timed, *repeated], run.config.rounds, journal.order_seed)):
         for name in names:
-            measured = timed[0] if name == CONTROL else name
+            measured = repeated.get(name, name)
             advance(0, f"round {at + 1}, {name}")
             if measured not in journal.failed and (at, name) not in journal.runs:
                 limit = _time_limit(run, measured)
@@ -187,13 +193,10 @@ def turns(names: Sequence[str], rounds: int, seed: int) -> list[list[str]]:
     Backwards, so that a drift hits all alike (hence an even number of ``rounds``); shuffled anew (by ``seed``),
     because a process is slowed by what ran just before it, and must not always follow the same one.
     """
-    if not names:
-        return []
-    everyone = [*names, CONTROL]
     generator = np.random.default_rng(seed)
     planned: list[list[str]] = []
     for _ in range(rounds // 2):
-        shuffled = [everyone[at] for at in generator.permutation(len(everyone))]
+        shuffled = [names[at] for at in generator.permutation(len(names))]
         planned += [shuffled, shuffled[::-1]]
     return planned
 
@@ -203,7 +206,7 @@ def _push_inputs(
 ) -> dict[str, str]:
     """Put bundles and test images onto the device; images are decoded once per kind of input."""
     samples = dataset.samples("test")
-    np.save(draft / Measurement.LABELS, np.array([sample.label for sample in samples]))
+    np.save(draft / Measurement.LABELS, samples.labels)
     pushed: dict[str, str] = {}
     images = {}
     for name, bundle in bundles.items():
@@ -212,8 +215,11 @@ def _push_inputs(
         kind = repr(sorted(spec.items()))
         if kind not in pushed:
             pushed[kind] = f"images-{len(pushed)}.npy"
-            np.save(scratch / pushed[kind], load_images((sample.path for sample in samples), spec))
-            device.push(scratch / pushed[kind], pushed[kind])
+            ready = dataset.fitted_file("test", spec)
+            if ready is None:
+                ready = scratch / pushed[kind]
+                write_images(ready, samples, spec)
+            device.push(ready, pushed[kind])
         images[name] = pushed[kind]
     return images
 
@@ -231,13 +237,13 @@ def _push_timing_images(
     A file of their own, in the order of their positions: a process that times opens nothing else.
     """
     samples = dataset.samples("test")
-    chosen = [samples[at].path for at in _timing_positions(dataset, count)]
+    chosen = [samples[int(at)] for at in _timing_positions(dataset, count)]
     pushed: dict[str, str] = {}
     for name, bundle in bundles.items():
         if images[name] not in pushed:
             pushed[images[name]] = f"timing-{images[name]}"
             file = scratch / pushed[images[name]]
-            np.save(file, load_images(chosen, bundle.facts.input.model_dump()))
+            write_images(file, chosen, bundle.facts.input.model_dump())
             device.push(file, file.name)
     return {name: pushed[images[name]] for name in bundles}
 
@@ -260,7 +266,7 @@ def _accuracy(run: _Run, name: str, bundle: Bundle) -> Result:
             return Result(**_failed(str(error)))
         run.journal.add_accuracy(name, found)
     outputs = np.load(run.journal.outputs(name), allow_pickle=False)
-    labels = np.array([sample.label for sample in run.dataset.samples("test")])
+    labels = run.dataset.samples("test").labels
     task, apart = TASKS[bundle.facts.task], found.batch_one
     if not apart.within_tolerance:
         note(

@@ -228,11 +228,12 @@ class Forecast:
     break_even_epochs: float  # of all students together
 
     def as_dict(self) -> dict[str, Any]:
+        """The fields by name, for JSON."""
         return dict(vars(self))
 
 
 def build(order: Order[CacheConfig], dataset: Dataset, teacher: Checkpoint, out: Path) -> Cache:
-    """Ask the teacher about every view and seal the answers. Killed, it goes on with the view it was at.
+    """Ask the teacher about every view and seal its outputs. Killed, it goes on with the view it was at.
 
     Under torchrun every process calls this and asks about views of its own; the folder must be shared.
 
@@ -250,7 +251,7 @@ def build(order: Order[CacheConfig], dataset: Dataset, teacher: Checkpoint, out:
         ranks.from_leader(None)  # all of them are written
         if draft is not None:
             assert draft.resume is not None
-            for shard in sorted(draft.resume.glob("view-*.bin")):
+            for shard in job.shards(draft.resume):
                 shard.rename(draft.path / shard.name)
             np.save(draft.path / Cache.IMAGES, job.images)
             draft.facts = CacheFacts(
@@ -278,7 +279,7 @@ def verify(cache: Cache, dataset: Dataset, teacher: Checkpoint, share: float, se
     """Ask the teacher again about a random ``share`` of the records.
 
     Raises:
-        GateFailed: an answer that is not the stored one, beyond rounding.
+        GateFailed: an output that is not the stored one, beyond rounding.
     """
     config = CacheConfig.model_validate(cache.manifest.config)
     job = _Job(config, dataset, teacher, Ranks())
@@ -288,12 +289,12 @@ def verify(cache: Cache, dataset: Dataset, teacher: Checkpoint, share: float, se
     addresses = [(int(at) // len(job.images), int(job.images[at % len(job.images)])) for at in chosen]
     cached = CachedTeacher(cache)
     task, worst, agree = TASKS[teacher.facts.task], 0.0, 0
-    for address, output in job.answers(addresses, "asking again"):
+    for address, output in job.outputs(addresses, "asking again"):
         stored = cached(output.logits, address).logits
         again = decode(encode(output.logits, job.kind), job.classes)
         worst = max(worst, float(((stored - again).abs() / again.abs().clamp(min=1)).max()))
         agree += round(task.agreement(stored.numpy(), again.numpy()) * len(again))
-    found = {"checked": count, "of": total, "largest_relative_difference": worst, "top1_agreement": agree / count}
+    found = {"checked": count, "of": total, "largest_relative_difference": worst, "agreement": agree / count}
     if worst > AGREES:
         raise GateFailed(
             f"{cache.path} is not what its teacher says: of {count} records one differs by {worst:.2g} of its logit "
@@ -321,21 +322,25 @@ class _Job:
     def bytes(self) -> int:
         return self.config.views * len(self.images) * int(self.kind.itemsize)
 
+    def shards(self, folder: Path) -> list[Path]:
+        """The files of all views in ``folder``."""
+        return [folder / Cache.shard_name(view) for view in range(self.config.views)]
+
     def write_shards(self, folder: Path) -> None:
-        """This process's share of the files ``view-NUMBER.bin``; those that are there are whole."""
+        """Write this process's share of the views' files into ``folder``; those that are there are whole."""
         mine = range(self.ranks.rank, self.config.views, self.ranks.count)
         missing = [view for view in mine if not (folder / Cache.shard_name(view)).is_file()]
         for done, view in enumerate(missing):
             addresses = [(view, int(image)) for image in self.images]
             draft = folder / f"{Cache.shard_name(view)}.new"
             with draft.open("wb") as stream:
-                for _, output in self.answers(addresses, f"asking the teacher, view {done + 1} of {len(missing)}"):
+                for _, output in self.outputs(addresses, f"asking the teacher, view {done + 1} of {len(missing)}"):
                     stream.write(encode(output.logits, self.kind).tobytes())
                 stream.flush()
                 os.fsync(stream.fileno())
             draft.replace(folder / Cache.shard_name(view))
 
-    def answers(self, addresses: Sequence[tuple[int, int]], what: str) -> Iterator[tuple[Address, TeacherOutput]]:
+    def outputs(self, addresses: Sequence[tuple[int, int]], what: str) -> Iterator[tuple[Address, TeacherOutput]]:
         """The teacher's outputs for these views, batch by batch, with their numbers."""
         batches = [list(addresses[at : at + BATCH]) for at in range(0, len(addresses), BATCH)]
         loader = DataLoader(self.views, batch_sampler=batches, num_workers=self.config.workers)
@@ -366,7 +371,7 @@ class _Job:
 
 def _check_room(job: _Job, draft: Draft[Cache]) -> None:
     assert draft.resume is not None
-    written = sum(path.stat().st_size for path in draft.resume.glob("view-*.bin"))
+    written = sum(path.stat().st_size for path in job.shards(draft.resume) if path.is_file())
     free = shutil.disk_usage(draft.path).free
     if job.bytes - written > free:
         raise UserError(

@@ -62,6 +62,11 @@ class Batch:
         """Numbers of the images [B]."""
         return self._address[1]
 
+    @property
+    def known(self) -> Tensor:
+        """Which images have a label, bool [B]."""
+        return (self.label >= 0).reshape(len(self.label), -1).any(1)
+
     def image(self, precision: Precision) -> Tensor:
         """The views [B, 3, H, W] in the layout of ``precision``."""
         if precision.channels_last not in self._images:
@@ -177,7 +182,7 @@ class Run:
         images = self._sums["images"]
         speed = (images - self._began_images) / (time.monotonic() - self._began)
         accuracy = self._sums["right"] / max(1.0, self._sums["judged"])
-        return f"loss {self._sums['loss'] / images:.3f}, top-1 {accuracy:.1%}, {speed:.0f} images/s"
+        return f"loss {self._sums['loss'] / images:.3f}, {self._task.metric} {accuracy:.1%}, {speed:.0f} images/s"
 
     @contextlib.contextmanager
     def _memory_watched(self, images: int) -> Iterator[None]:
@@ -203,10 +208,11 @@ class Run:
         count = len(batch.label)
         sums = {"images": float(count), "loss": float(result["loss"].item()) * count, "judged": 0.0, "right": 0.0}
         if phase.has_accuracy:
-            known = (batch.label >= 0).numpy()
+            known = batch.known.numpy()
             outputs = result["output"].detach().float().cpu().numpy()
             scores = self._task.scores(outputs[known], batch.label.numpy()[known])
-            sums |= {"judged": float(len(scores)), "right": float(scores.sum())}
+            judged = float(len(scores))
+            sums |= {"judged": judged, "right": judged * self._task.summary(scores).value if judged else 0.0}
         sums = self._ranks.total(sums)  # of all processes, so that all of them stop together
         value = sums["loss"] / sums["images"]
         if not math.isfinite(value):
@@ -270,8 +276,9 @@ class Run:
             return
         averaged = self.method.get_trainable_module(ema=True)
         network = self.network if averaged is None else averaged.module.student
-        outputs, labels = evaluate(network, self.spec, self._dataset, "val", self.settings.workers)
-        accuracy = self._task.summary(self._task.scores(outputs, labels)).value
+        batches = evaluate(network, self.spec, self._dataset, "val", self.settings.workers)
+        scores = [self._task.scores(outputs, labels) for outputs, labels in batches]
+        accuracy = self._task.summary(np.concatenate(scores)).value
         self.last_validation = row["validation_accuracy"] = accuracy
         if self.best is None or accuracy > self.best["validation_accuracy"]:
             self.best = {"epoch": row["epoch"], "validation_accuracy": accuracy}
@@ -491,17 +498,15 @@ def _schedule(settings: TrainSettings, optimizer: torch.optim.Optimizer, phase: 
     return schedule
 
 
-@torch.inference_mode()
 def evaluate(
     network: nn.Module, spec: InputSpec, dataset: Dataset, part: Part, workers: int, batch_size: int = 256
-) -> tuple[np.ndarray, np.ndarray]:
-    """Float32 logits [N, K] and labels [N] of one part, through the preprocessing the device shares."""
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Float32 outputs [B, ...] and labels [B] of one part batch by batch, by the preprocessing the device shares."""
     device = next(network.parameters()).device
     was_training = network.training
     normalised = Normalise(network, spec).to(device).eval()
-    logits, labels = [], []
     for image, label in DataLoader(EvaluationViews(dataset.samples(part), spec), batch_size, num_workers=workers):
-        logits.append(normalised(image.permute(0, 3, 1, 2).float().to(device)).cpu().numpy())
-        labels.append(label.numpy())
+        with torch.inference_mode():
+            outputs = normalised(image.permute(0, 3, 1, 2).float().to(device)).cpu().numpy()
+        yield outputs, label.numpy()
     network.train(was_training)
-    return np.concatenate(logits), np.concatenate(labels)

@@ -106,6 +106,17 @@ def label_loss(config: DistillSettings) -> Callable[[Tensor, Tensor], Tensor]:
     return loss
 
 
+# By task: the loss between outputs [B, K, ...] and targets, labels or distributions, as a configuration wants it.
+LABEL_LOSSES: dict[str, Callable[[DistillSettings], Callable[[Tensor, Tensor], Tensor]]] = {
+    "classification": label_loss,
+}
+
+
+def by_place(outputs: Tensor) -> Tensor:
+    """Outputs [B, K, ...] as logits [B * ..., K]: each place of an image is a decision of its own."""
+    return outputs.movedim(1, -1).flatten(0, -2)
+
+
 class Method(TrainingTask):  # type: ignore[misc]
     """A way to train the student; this one by the labels alone: the control of all others, and their frame."""
 
@@ -122,8 +133,10 @@ class Method(TrainingTask):  # type: ignore[misc]
         spec: InputSpec,
         teacher: Teacher | CachedTeacher | None,
         name: str = "student",
+        *,
+        task: str,
     ) -> None:
-        """Prepare ``student``, a network of ``spec``; ``teacher`` is looked at here and not kept.
+        """Prepare ``student``, a network of ``spec`` for that task; ``teacher`` is looked at here and not kept.
 
         Raises:
             UserError: no teacher where the method needs one, or a network that the method cannot take.
@@ -135,7 +148,7 @@ class Method(TrainingTask):  # type: ignore[misc]
         self.kd_weight = self.default_weight if config.kd_weight is None else config.kd_weight
         self.epoch = 0  # the trainer's, for losses that grow
         self.teacher_indices: list[int] = []  # of the teacher's maps that the method looks at
-        self._label_loss = label_loss(config)
+        self._label_loss = LABEL_LOSSES[task](config)
         self.trainable_module: nn.Module = self.with_auxiliaries(student, teacher)
 
     def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
@@ -198,7 +211,13 @@ class DistillationMethod(Method, ABC):
 
     @abstractmethod
     def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
-        """The method's own loss, a scalar."""
+        """The method's own loss, a scalar.
+
+        Args:
+            student: its logits by place, [N, K] (``by_place``).
+            teacher: likewise.
+            target: of the places, classes [N] or distributions [N, K].
+        """
         raise NotImplementedError(f"{type(self).__name__} has no loss of its own")
 
     def forward(
@@ -217,15 +236,18 @@ class DistillationMethod(Method, ABC):
         if self.kd_weight:
             if shown is None:
                 raise ValueError(f"method '{self.config.method}' wants the teacher's output of every batch")
-            result["kd_loss"] = self.distillation_loss(output, shown, target)
+            decided = output._replace(logits=by_place(output.logits))
+            places = by_place(target) if target.is_floating_point() else target.flatten()
+            result["kd_loss"] = self.distillation_loss(decided, shown, places)
             loss = loss + self.kd_weight * result["kd_loss"]
         return {"loss": loss, **result}
 
     def _shown(self, teacher: TeacherOutput) -> TeacherOutput:
-        """The teacher's output as the student gets to see it: shuffled, if that control is asked for."""
-        if not self.config.shuffled_teacher:
-            return teacher
-        return TeacherOutput(losses.shuffle_non_maximal(teacher.logits, torch.default_generator), teacher.maps)
+        """The teacher's output as the student gets to see it, by place: shuffled, if that control is asked for."""
+        logits = by_place(teacher.logits)
+        if self.config.shuffled_teacher:
+            logits = losses.shuffle_non_maximal(logits, torch.default_generator)
+        return TeacherOutput(logits, teacher.maps)
 
 
 class LogitMethod(DistillationMethod):

@@ -24,6 +24,7 @@ class Precision:
     seconds_a_step: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
+        """The fields by name, for JSON and the saved state."""
         return dict(vars(self))
 
     def context(self, device: str) -> torch.autocast:
@@ -36,6 +37,7 @@ class Precision:
         return tensor.contiguous(memory_format=torch.channels_last) if self.channels_last else tensor
 
     def prepare(self, module: nn.Module) -> None:
+        """Lay out the weights of ``module`` in this memory format."""
         if self.channels_last:
             module.to(memory_format=torch.channels_last)
 

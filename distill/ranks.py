@@ -28,10 +28,11 @@ class Ranks:
 
     @property
     def device_kind(self) -> str:
+        """``cpu`` or ``cuda``."""
         return self.device.partition(":")[0]
 
     def from_leader(self, value: T) -> T:
-        """What the leader gave as ``value``."""
+        """The leader's ``value``, on every process; what the others give is ignored."""
         if self.count == 1:
             return value
         values = [value]

@@ -21,9 +21,11 @@ class Tracker(Protocol):
 
     needs: ClassVar[tuple[str, ...]]  # packages
 
-    def row(self, epoch: int, numbers: Mapping[str, float]) -> None: ...
+    def row(self, epoch: int, numbers: Mapping[str, float]) -> None:
+        """Losses, accuracies and speed of one epoch, by name."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """The run is over: write what is still held back."""
 
 
 class Nothing:

@@ -17,6 +17,8 @@ from ..core.config import AdoptConfig, CacheConfig, ModelSettings, TrainConfig, 
 from ..core.errors import UserError, choice
 from ..core.inputs import InputSpec
 from ..core.kinds import Cache, Checkpoint, CheckpointFacts
+from ..core.progress import note
+from ..data.copies import side_for
 from ..data.dataset import Dataset
 from ..networks import models
 from ..runtime.task import TASKS
@@ -44,7 +46,7 @@ def cache_config(config: TrainConfig) -> CacheConfig | None:
 
 
 def companions(orders: Mapping[Path, Order[TrainConfig]], dataset: Dataset) -> list[dict[Path, Order[TrainConfig]]]:
-    """Runs parted by what they see: those of one part can share views, batches and the teacher's answers."""
+    """Runs parted by what they see: those of one part can share views, batches and the teacher's outputs."""
     unlabeled = bool(dataset.samples("unlabeled"))
     parts: dict[str, dict[Path, Order[TrainConfig]]] = {}
     for out, order in orders.items():
@@ -121,6 +123,12 @@ def _runs(
         with seeded(config.seed):
             networks[out] = models.create(config, len(dataset.classes))
     spec = networks[next(iter(configs))][1]
+    copies, wanted = dataset.facts.copies, side_for(spec, first.train.augment)
+    if copies is not None and copies.shorter_side < wanted:
+        note(
+            f"{first.model} at {spec.size} pixels wants images of {wanted} pixels, the copies in {dataset.path} have "
+            f"{copies.shorter_side}: its smallest crops are enlarged (data.store_side {wanted} makes others)"
+        )
     taught = [config for config in configs.values() if config.needs_teacher]
     if teacher is not None and cache is not None and taught:
         for config in taught:
@@ -134,16 +142,15 @@ def _runs(
     for out, config in configs.items():
         draft = drafts[out]
         with seeded(config.seed, 4):
-            method = METHODS[config.method](config, networks[out][0], spec, asked, config.model)
+            method = METHODS[config.method](
+                config, networks[out][0], spec, asked, config.model, task=dataset.facts.task
+            )
         if isinstance(asked, Teacher):
             asked.wanted.update(method.teacher_indices)
         resume, shown = (draft.resume, tracker(config, out)) if draft else (None, Nothing())
         runs[out] = Run(config, method, dataset, spec, lockstep.steps_per_epoch, ranks, resume, shown)
         if draft is not None:
-            write_json(
-                draft.path / Checkpoint.IMAGES,
-                {"part": "train", "positions": source.numbers[: source.labeled].tolist()},
-            )
+            np.save(draft.path / Checkpoint.IMAGES, source.numbers[: source.labeled])
     lockstep.train(list(runs.values()))
     return runs
 
@@ -187,7 +194,7 @@ def _write(draft: Draft[Checkpoint], run: Run, dataset: Dataset, cache: Cache | 
         run.spec,
         dataset,
         method=run.config.method,
-        training_images=len(json.loads((draft.path / Checkpoint.IMAGES).read_text())["positions"]),
+        training_images=len(np.load(draft.path / Checkpoint.IMAGES, mmap_mode="r", allow_pickle=False)),
         unlabeled_images=0 if METHODS[run.config.method].needs_labels else len(dataset.samples("unlabeled")),
         epochs=len(run.history),
         selected=run.settings.select,
@@ -234,7 +241,8 @@ def _described(
     """
     models.save_weights(network, folder / Checkpoint.WEIGHTS)
     write_json(folder / Checkpoint.LABELS, dataset.classes)
-    logits, labels = evaluate(network, spec, dataset, "test", workers=0)
+    batches = list(evaluate(network, spec, dataset, "test", workers=0))
+    logits, labels = (np.concatenate(each) for each in zip(*batches, strict=True))
     task = TASKS[dataset.facts.task]
     np.savez(folder / Checkpoint.TEST_OUTPUTS, logits=logits, labels=labels)
     return CheckpointFacts(

@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from ..core.inputs import InputSpec
 from ..core.proc import first_line
 from ..data.dataset import UNLABELED, Dataset, Sample
 from ..data.splits import stratified_fraction
-from ..runtime.preprocess import decode, fit
+from ..runtime.preprocess import fit
 
 
 @contextmanager
@@ -95,7 +95,7 @@ def _small_image_style(config: AugmentSettings, spec: InputSpec) -> Callable[[Im
 class TrainingImages(NamedTuple):
     """The images to learn from. An image's number is its place in the training part, or behind it without label."""
 
-    samples: list[Sample]  # by number
+    samples: Sequence[Sample]  # by number
     numbers: np.ndarray  # of those that are taken
     labeled: int  # of the taken
     unlabeled: int
@@ -103,10 +103,24 @@ class TrainingImages(NamedTuple):
 
 def training_images(dataset: Dataset, fraction: float, seed: int, with_unlabeled: bool) -> TrainingImages:
     """A seeded, stratified ``fraction`` of the training part, and all images without labels if wanted."""
-    labeled, unlabeled = dataset.samples("train"), dataset.samples("unlabeled") if with_unlabeled else []
-    chosen = stratified_fraction([sample.label for sample in labeled], fraction, seed)
+    labeled, unlabeled = dataset.samples("train"), dataset.samples("unlabeled") if with_unlabeled else ()
+    chosen = stratified_fraction(labeled.labels, fraction, seed)
     others = np.arange(len(labeled), len(labeled) + len(unlabeled))
-    return TrainingImages([*labeled, *unlabeled], np.concatenate([chosen, others]), len(chosen), len(unlabeled))
+    numbers = np.concatenate([chosen, others])
+    return TrainingImages(Joined(labeled, unlabeled), numbers, len(chosen), len(unlabeled))
+
+
+class Joined(Sequence[Sample]):
+    """One sequence behind another; neither is copied."""
+
+    def __init__(self, first: Sequence[Sample], second: Sequence[Sample]) -> None:
+        self._first, self._second = first, second
+
+    def __len__(self) -> int:
+        return len(self._first) + len(self._second)
+
+    def __getitem__(self, at: Any) -> Any:
+        return self._first[at] if at < len(self._first) else self._second[at - len(self._first)]
 
 
 class TrainingView(NamedTuple):
@@ -153,7 +167,7 @@ class TrainingViews(TorchDataset[TrainingView]):
 
     def _plain(self, view: int, index: int) -> torch.Tensor:
         with seeded(self._seed, view, index):
-            return self._transform(_decode(self._samples[index]))
+            return self._transform(self._samples[index].image())
 
     def _distribution(self, label: int) -> torch.Tensor:
         """The smoothed label as a distribution [K]; nothing where there is none."""
@@ -208,18 +222,16 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         self._repeats, self._rank, self._ranks = repeats, rank, ranks
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.random.default_rng((self._seed, self.epoch)).permutation(self._images).tolist()
-        views = [
-            (self._view(self.epoch * self._repeats + repeat), index)
-            for index in order[: math.ceil(len(order) / self._repeats)]
-            for repeat in range(self._repeats)
-        ]
+        order = np.random.default_rng((self._seed, self.epoch)).permutation(self._images)
         for step in range(self.skip, len(self)):
             start = step * self._batch_size
-            yield views[start : min(start + self._batch_size, len(order))][self._rank :: self._ranks]
+            places = range(start, min(start + self._batch_size, len(order)))[self._rank :: self._ranks]
+            yield [self._address(order, place) for place in places]
 
-    def _view(self, number: int) -> int:
-        return number if self.views is None else number % self.views
+    def _address(self, order: np.ndarray, place: int) -> tuple[int, int]:
+        image, repeat = divmod(place, self._repeats)
+        view = self.epoch * self._repeats + repeat
+        return view if self.views is None else view % self.views, int(order[image])
 
     def __len__(self) -> int:
         full, rest = divmod(len(self._images), self._batch_size)
@@ -234,16 +246,7 @@ class EvaluationViews(TorchDataset[tuple[torch.Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         sample = self._samples[index]
-        return torch.from_numpy(fit(_decode(sample), self._spec).copy()), sample.label
+        return torch.from_numpy(sample.fitted(self._spec).copy()), sample.label
 
     def __len__(self) -> int:
         return len(self._samples)
-
-
-def _decode(sample: Sample) -> Image.Image:
-    try:
-        return decode(sample.path)
-    except OSError as error:
-        raise UserError(
-            f"cannot read image {sample.path} ({first_line(error)}): the data changed while in use"
-        ) from None

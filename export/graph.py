@@ -17,9 +17,8 @@ from ..core.inputs import InputSpec
 from ..core.kinds import Checkpoint, Graph, GraphFacts, HopParity
 from ..core.proc import first_line, quiet, require
 from ..core.progress import progress
-from ..data.dataset import Dataset
-from ..runtime import open_session, predict, predict_files
-from ..runtime.preprocess import load_images
+from ..data.dataset import Dataset, load_images, predict_samples
+from ..runtime import open_session, predict
 from ..runtime.task import TASKS
 from .onnx import NEEDS, simplify, write_onnx
 from .parity import check, compare, keep_worst
@@ -46,7 +45,7 @@ def trace(order: Order[GraphConfig], student: Checkpoint, dataset: Dataset, out:
             whole = models.Normalise(network, spec).eval()
             samples = dataset.balanced("train", config.parity_images, seed=0)
             paths = [sample.path for sample in samples]
-            images = load_images(paths, spec.model_dump())
+            images = load_images(samples, spec.model_dump())
             with torch.inference_mode():
                 expected = whole(torch.from_numpy(images).permute(0, 3, 1, 2).float()).numpy()
             if not np.isfinite(expected).all():
@@ -68,13 +67,13 @@ def trace(order: Order[GraphConfig], student: Checkpoint, dataset: Dataset, out:
             advance(1, "comparing")
             hops = dataset.positions("test", config.hop_images, seed=0)
             test = dataset.samples("test")
-            tested = [test[at].path for at in hops]
+            tested = [test[at] for at in hops]
             parity, logits = {}, {}
             for hop, file in (("exported", raw), ("simplified", draft.path / Graph.ONNX)):
                 with quiet():
                     session = open_session(file.parent, _as_model(file.name, spec), threads=0)
                     actual = predict(session, images)
-                    logits[hop] = predict_files(session, tested, spec.model_dump())
+                    logits[hop] = predict_samples(session, tested, spec.model_dump())
                 found = compare(TASKS[student.facts.task], expected, actual, paths)
                 parity[hop] = check(found, config, f"{hop} ONNX graph").facts()
                 keep_worst(found, draft.path / EVIDENCE / hop)

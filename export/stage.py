@@ -11,9 +11,8 @@ from ..core.errors import KdpipeError, UserError, choice
 from ..core.kinds import Checkpoint, Graph, Model, ModelFacts
 from ..core.proc import first_line, quiet, require
 from ..core.progress import progress
-from ..data.dataset import Dataset
+from ..data.dataset import Dataset, load_images
 from ..runtime import open_session, predict
-from ..runtime.preprocess import load_images
 from ..runtime.task import TASKS
 from . import TARGETS
 from .parity import check, compare, keep_worst
@@ -40,7 +39,7 @@ def export(order: Order[ExportConfig], source: Checkpoint | Graph, dataset: Data
         samples = dataset.balanced("train", config.parity_images, seed=0)
         paths = [sample.path for sample in samples]
         with progress(f"exporting to {config.target}", 2) as advance:
-            images = load_images(paths, spec.model_dump())
+            images = load_images(samples, spec.model_dump())
             with quiet():
                 try:
                     written = target.write(source, spec, images, draft.path)

@@ -38,6 +38,7 @@ class Correction:
     after_db: float | None = None
 
     def as_dict(self) -> dict[str, float | int | None]:
+        """The decibels and the number of moved layers, for the manifest."""
         return {
             "layers": len(self.shifts),
             "before_db": self.before_db,
@@ -46,35 +47,35 @@ class Correction:
         }
 
 
-def correct(whole: Activations, make: Callable[[Shifts], Activations], images: Sequence[np.ndarray]) -> Correction:
+def correct(float32: Activations, make: Callable[[Shifts], Activations], images: Sequence[np.ndarray]) -> Correction:
     """Move biases, the first layers first, and keep the moves if the outputs come closer to float's on other images.
 
     Args:
-        whole: the float graph.
-        make: the small graph, with these shifts added to its biases.
+        float32: the float graph.
+        make: the quantized graph, with these shifts added to its biases.
         images: inputs; the first few of a long sequence are looked at.
     """
-    layers = [layer for layer in whole.layers if layer.bias is not None]
+    layers = [layer for layer in float32.layers if layer.bias is not None]
     if not layers or len(images) < 4:
         return Correction()
     # Shuffled: classes take turns in what a stage calibrates on, so that every second image would be of every second.
     order = np.random.default_rng(0).permutation(min(IMAGES, len(images)))
     moving, judging = ([images[int(at)] for at in half] for half in np.array_split(order, 2))
-    expected_outputs = _outputs(whole, whole, judging)
-    small = make({})
-    before, without_mean = _decibels(expected_outputs, _outputs(small, whole, judging))
+    expected_outputs = _outputs(float32, float32, judging)
+    quantized = make({})
+    before, without_mean = _decibels(expected_outputs, _outputs(quantized, float32, judging))
     if without_mean - before < WORTH_DB:
         return Correction({}, before, without_mean)
-    expected = _Means.of(whole, moving)
+    expected = _Means.of(float32, moving)
     shifts: Shifts = {}
     for block in np.array_split(np.arange(len(layers)), min(PASSES, len(layers))):
-        found = _Means.of(small, moving)
+        found = _Means.of(quantized, moving)
         for layer in (layers[at] for at in block):
-            shift = _shift(layer, whole, expected, found)
+            shift = _shift(layer, float32, expected, found)
             if shift is not None:
                 shifts[layer.name] = shift.astype(np.float32)
-        small = make(shifts)
-    after, _ = _decibels(expected_outputs, _outputs(small, whole, judging))
+        quantized = make(shifts)
+    after, _ = _decibels(expected_outputs, _outputs(quantized, float32, judging))
     return Correction(shifts if after > before else {}, before, without_mean, after)
 
 
@@ -101,10 +102,10 @@ class _Means:
         return cls(mean, share)
 
 
-def _shift(layer: Layer, whole: Activations, expected: _Means, found: _Means) -> np.ndarray | None:
+def _shift(layer: Layer, float32: Activations, expected: _Means, found: _Means) -> np.ndarray | None:
     if layer.output in found.mean:
         return np.asarray(expected.mean[layer.output] - found.mean[layer.output])
-    followers = (other.output for other in whole.layers if layer.output in other.inputs)
+    followers = (other.output for other in float32.layers if layer.output in other.inputs)
     merged = next((name for name in followers if name in found.mean), None)
     if merged is None:
         return None
@@ -112,8 +113,8 @@ def _shift(layer: Layer, whole: Activations, expected: _Means, found: _Means) ->
     return np.asarray(missing / np.maximum(expected.share[merged], LEAST_SHARE))
 
 
-def _outputs(activations: Activations, whole: Activations, images: Sequence[np.ndarray]) -> np.ndarray:
-    name = whole.layers[-1].output
+def _outputs(activations: Activations, float32: Activations, images: Sequence[np.ndarray]) -> np.ndarray:
+    name = float32.layers[-1].output
     return np.concatenate([activations(image)[name] for image in images])
 
 

@@ -10,11 +10,10 @@ import numpy as np
 from ..core.config import CalibrateSettings
 from ..core.errors import UserError
 from ..core.progress import progress
-from ..data.dataset import Dataset, Sample
+from ..data.dataset import Dataset, Sample, load_images
 from ..runtime.layout import to_input
-from ..runtime.preprocess import load_images
 
-# Logits [N, K] of images uint8 [N, H, W, 3]: the float model's, or the teacher's for its own InputSpec.
+# Outputs [N, K, ...] of samples: the float model's, or the teacher's for its own InputSpec.
 Predict = Callable[[Sequence[Sample]], np.ndarray]
 
 
@@ -37,7 +36,7 @@ class CalibrationInputs(Sequence[np.ndarray]):
     def __getitem__(self, at: int | slice) -> np.ndarray | Sequence[np.ndarray]:
         if isinstance(at, slice):
             return CalibrationInputs(self._samples[at], self._spec, self._what)
-        return to_input(load_images([self._samples[at].path], self._spec), self._spec)
+        return to_input(load_images([self._samples[at]], self._spec), self._spec)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -80,11 +79,11 @@ def choose(config: CalibrateSettings, dataset: Dataset, model: Predict, teacher:
 
 
 def farthest(points: np.ndarray, count: int) -> np.ndarray:
-    """Positions of ``count`` points [N, D] that cover them all: each is the farthest from those before.
+    """Positions of ``count`` points [N, ...] that cover them all: each is the farthest from those before.
 
     Greedy k-centre (Gonzalez 1985), begun with the point nearest to the mean.
     """
-    points = np.asarray(points, dtype=np.float64)
+    points = np.asarray(points, dtype=np.float64).reshape(len(points), -1)
     distances = np.full(len(points), np.inf)
     chosen = [int(np.square(points - points.mean(0)).sum(1).argmin())]
     while len(chosen) < min(count, len(points)):
@@ -95,10 +94,11 @@ def farthest(points: np.ndarray, count: int) -> np.ndarray:
 
 
 def entropy(logits: np.ndarray) -> np.ndarray:
-    """Shannon entropy, in nats, of the softmax of logits [N, K]."""
+    """Shannon entropy [N], in nats, of the softmax of logits [N, K, ...]; the mean over the places of an image."""
     shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
     log_probabilities = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-    return np.asarray(-(np.exp(log_probabilities) * log_probabilities).sum(1))
+    by_place = -(np.exp(log_probabilities) * log_probabilities).sum(1)
+    return np.asarray(by_place.reshape(len(logits), -1).mean(1))
 
 
 def spread(values: np.ndarray, count: int) -> np.ndarray:

@@ -16,9 +16,8 @@ from ..core.errors import GateFailed, UserError
 from ..core.kinds import GuardFacts, Mix, Model, ModelFacts
 from ..core.proc import quiet
 from ..core.progress import progress
-from ..data.dataset import Sample
-from ..runtime import open_session, predict, predict_files
-from ..runtime.preprocess import load_images
+from ..data.dataset import Sample, load_images, predict_samples
+from ..runtime import open_session, predict
 from ..runtime.task import TASKS
 from .calibrate import CalibrationInputs
 from .layers import noise_by_layer, own_noise
@@ -50,10 +49,9 @@ def guarded(
     resume, facts = draft.resume, model.facts
     spec, task = facts.input.model_dump(), TASKS[facts.task]
     labels = np.array([sample.label for sample in held_out])
-    paths = [sample.path for sample in held_out]
-    few = load_images(paths[:RANKING_IMAGES], spec)
+    few = load_images(held_out[:RANKING_IMAGES], spec)
     with quiet():
-        before = task.scores(predict_files(open_checked(model.path, facts), paths, spec), labels)
+        before = task.scores(predict_samples(open_checked(model.path, facts), held_out, spec), labels)
 
     def make(keep_float: Sequence[str], folder: Path) -> Mix:
         shutil.rmtree(folder, ignore_errors=True)
@@ -63,7 +61,7 @@ def guarded(
         as_run = facts.model_copy(update={"runtime": {**facts.runtime, **taken.runtime}})
         with quiet():
             session = open_checked(folder, as_run)
-            outputs = predict_files(session, paths, spec)
+            outputs = predict_samples(session, held_out, spec)
         if not np.isfinite(outputs).all():
             raise GateFailed("the variant's outputs are not finite: it is not sealed")
         found = task.change(before, task.scores(outputs, labels))

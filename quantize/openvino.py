@@ -59,6 +59,8 @@ def _before_fake_quantize(output: Any) -> str:
 
 
 class Nncf(Variant):
+    """OpenVINO's own INT8, by NNCF."""
+
     needs: tuple[str, ...] = ("openvino", "nncf")
     precision = "int8"
     calibrated = True

@@ -164,11 +164,13 @@ class Qdq(Variant):
 
     @cached_property
     def ranges(self) -> Mapping[str, Range]:
+        """Ranges of all activations, by tensor."""
         rule = self._work.config.calibrate.ranges
         return estimate(observe_onnx(self.source, self._work.inputs), rule, self._activations == "int8")
 
     @cached_property
     def correction(self) -> Correction:
+        """The shifts of biases; none where they are not wanted or not worth it."""
         if not self._work.config.correct_biases:
             return Correction()
 
@@ -183,6 +185,7 @@ class Qdq(Variant):
         return self.quantize_as(folder / self._work.model.facts.entry, keep_float)
 
     def quantize_as(self, out: Path, keep_float: Collection[str]) -> Taken:
+        """Write the file ``out``, and tell what was taken."""
         self._write_onnx(out, keep_float, self.correction.shifts)
         return Taken(
             {

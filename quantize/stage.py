@@ -13,9 +13,8 @@ from ..core.config import QuantizeConfig
 from ..core.errors import GateFailed, UserError, choice
 from ..core.kinds import Checkpoint, Damage, Graph, Model, ModelFacts
 from ..core.proc import quiet, require
-from ..data.dataset import Dataset, Sample
-from ..runtime import predict, predict_files
-from ..runtime.preprocess import load_images
+from ..data.dataset import Dataset, Sample, load_images, predict_samples
+from ..runtime import predict
 from ..runtime.task import TASKS, Task
 from . import VARIANTS
 from .calibrate import CalibrationInputs, choose
@@ -111,7 +110,7 @@ def _calibration(
     def by_model(samples: Sequence[Sample]) -> np.ndarray:
         with quiet():
             session = open_checked(model.path, model.facts)
-            return predict_files(session, [sample.path for sample in samples], spec)
+            return predict_samples(session, samples, spec)
 
     def by_teacher(samples: Sequence[Sample]) -> np.ndarray:
         import torch
@@ -124,7 +123,7 @@ def _calibration(
         found = []
         with torch.inference_mode():
             for at in range(0, len(samples), 64):
-                images = load_images((sample.path for sample in samples[at : at + 64]), its_spec.model_dump())
+                images = load_images(samples[at : at + 64], its_spec.model_dump())
                 found.append(whole(torch.from_numpy(images).permute(0, 3, 1, 2).float()).numpy())
         return np.concatenate(found)
 
@@ -146,7 +145,7 @@ def _compare(
     checked = [sample for sample in samples if sample.path not in seen][: config.check_images]
     if not checked:
         return None
-    images = load_images((sample.path for sample in checked), spec)
+    images = load_images(checked, spec)
     with quiet():
         before = predict(open_checked(model.path, model.facts), images)
         after = predict(open_checked(folder, facts), images)

@@ -17,6 +17,8 @@ from .work import Work
 
 
 class ExplicitQdq(Qdq):
+    """INT8 as TensorRT takes it: explicit and symmetric Q/DQ, float biases."""
+
     def __init__(self, work: Work) -> None:
         super().__init__(work)
         self._activations, self._reduce_range = "int8", False

@@ -19,6 +19,8 @@ TRACED_IMAGES = 16  # on which the noise of every layer is measured
 
 @dataclass(frozen=True)
 class Work:
+    """A float32 model that is to become smaller, and what there is to do it with."""
+
     model: Model  # float32, of the target
     graph: Graph | None  # the ONNX it was made from, where it was made from one
     inputs: CalibrationInputs  # calibration images as the float model takes them

@@ -6,16 +6,17 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..core.artifact import AnyArtifact, Provenance, find_ancestors
 from ..core.kinds import BundleFacts, Checkpoint, Graph, Measurement, Model
 from ..data.dataset import Dataset
-from ..runtime.preprocess import decode
 from ..runtime.task import TASKS
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Numbers = dict[str, Any]
 FLIPS = 16
@@ -44,6 +45,7 @@ class Sources:
     dataset: Dataset | None = None
 
     def as_inputs(self) -> dict[str, AnyArtifact]:
+        """What was found, by role, as inputs of the report."""
         found: dict[str, AnyArtifact] = {f"graph-{key[:12]}": graph for key, graph in self.graphs.items()}
         found |= {f"model-{key[:12]}": model for key, model in self.models.items()}
         return found | ({} if self.dataset is None else {"data": self.dataset})
@@ -102,7 +104,7 @@ def guards(bundles: Mapping[str, Packed]) -> list[Numbers]:
 def flips(
     measurement: Measurement, pairs: Sequence[tuple[str, str]], labels: np.ndarray, sources: Sources
 ) -> list[Numbers]:
-    """Up to 16 test images that a variant calls something else than its float32 file, taking turns.
+    """Up to 16 test images of which a variant says something else than its float32 file, taking turns.
 
     Args:
         pairs: names of bundles: the float32 one and the variant.
@@ -120,9 +122,9 @@ def flips(
                     "bundle": after,
                     "image": samples[at].path.name,
                     "position": int(at),
-                    "label": classes[labels[at]],
-                    "float32": classes[first[at]],
-                    "variant": classes[second[at]],
+                    "label": task.tell(labels[at], classes),
+                    "float32": task.tell(first[at], classes),
+                    "variant": task.tell(second[at], classes),
                 }
                 for at in task.differing(*outputs)
             ]
@@ -131,9 +133,8 @@ def flips(
     return turns[:FLIPS]
 
 
-def thumbnail(path: Path) -> str:
+def thumbnail(image: Image.Image) -> str:
     """The image as a data URI, small enough for a page."""
-    image = decode(path)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=80)

@@ -46,18 +46,14 @@ def report(
 def _pictures(numbers: tables.Numbers, sources: Sources) -> list[str]:
     """The flipped images, one for each row of ``numbers["flips"]``."""
     samples = sources.dataset.samples("test") if sources.dataset else []
-    return [thumbnail(samples[flip["position"]].path) for flip in numbers["flips"]]
+    return [thumbnail(samples[flip["position"]].image()) for flip in numbers["flips"]]
 
 
 def render(numbers: tables.Numbers, pictures: Sequence[str]) -> str:
     """The page of ``numbers``; everything is escaped but the figures drawn here."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
 
-    from .plots import figures
-
-    def picture(svg: str) -> Markup:
-        return Markup(svg)
+    from .plots import figures, gain_names
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -66,11 +62,17 @@ def render(numbers: tables.Numbers, pictures: Sequence[str]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(picture=picture, pretty=pretty)
+    environment.filters.update(pretty=pretty)
     return environment.get_template("page.html").render(
-        **numbers, words=words, numbers=numbers, figures=figures(numbers), pictures=pictures
+        **numbers,
+        words=words,
+        numbers=numbers,
+        figures=figures(numbers),
+        gain_names=gain_names(numbers["gains"]),
+        pictures=pictures,
     )
 
 
 def pretty(value: Any) -> str:
+    """A value as indented JSON."""
     return json.dumps(value, indent=1, ensure_ascii=False)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .tables import Numbers
@@ -29,19 +31,47 @@ STYLE: dict[Any, Any] = {
 Box = tuple[float, float, float, float]  # left, bottom, right, top in points
 
 
-def figures(numbers: Numbers) -> dict[str, Any]:
-    """Every figure that has something to show: ``pareto``, ``gains`` (one a method), ``curves``."""
+@dataclass(frozen=True)
+class Figure:
+    """A drawn figure: a notebook and a template show it by themselves, ``save`` writes it."""
+
+    title: str
+    svg: str = field(repr=False)  # the element alone, in the text colour of what is around it
+
+    def _repr_html_(self) -> str:
+        return self.svg
+
+    __html__ = _repr_html_  # for templates: it needs no escaping
+
+    def save(self, path: Path | str) -> None:
+        """Write a file that stands alone. Raises OSError."""
+        Path(path).write_text(f'<?xml version="1.0" encoding="utf-8"?>\n{self.svg}\n', encoding="utf-8")
+
+
+def figures(numbers: Numbers) -> dict[str, Figure]:
+    """Every figure that has something to show: ``pareto``, ``noise``, ``curves``, and ``gain METHOD`` of each gain."""
     import matplotlib
 
+    task, found = numbers["task"], {}
     timed = [row for row in numbers["bundles"] if row["latency_p50_ms"] and row["accuracy"]]
-    paired = [gain if gain["gain_points"] else None for gain in numbers["gains"]]
     with matplotlib.rc_context(STYLE):
-        return {
-            "pareto": accuracy_against_latency(timed) if timed else None,
-            "gains": [gain_by_seed(gain) if gain else None for gain in paired],
-            "noise": noise_by_layer(numbers["noise_by_layer"]) if numbers["noise_by_layer"] else None,
-            "curves": training_curves(numbers["curves"]) if numbers["curves"] else None,
-        }
+        if timed:
+            found["pareto"] = accuracy_against_latency(timed, task)
+        for name, gain in zip(gain_names(numbers["gains"]), numbers["gains"], strict=True):
+            if gain["gain_points"]:
+                found[name] = gain_by_seed(gain, task)
+        if numbers["noise_by_layer"]:
+            found["noise"] = noise_by_layer(numbers["noise_by_layer"])
+        if numbers["curves"]:
+            found["curves"] = training_curves(numbers["curves"], task)
+    return found
+
+
+def gain_names(gains: Sequence[Numbers]) -> list[str]:
+    """What the figure of each gain is called; runs of one method in several settings are counted."""
+    methods = [gain["method"] for gain in gains]
+    counts = [methods[: at + 1].count(method) for at, method in enumerate(methods)]
+    return [f"gain {name}" + (f" {count}" if count > 1 else "") for name, count in zip(methods, counts, strict=True)]
 
 
 def _figure(width: float, height: float, **margins: float) -> Any:
@@ -52,7 +82,7 @@ def _figure(width: float, height: float, **margins: float) -> Any:
     return figure
 
 
-def _svg(figure: Any, salt: str) -> str:
+def _drawn(figure: Any, title: str, salt: str) -> Figure:
     """Only the ``<svg>`` element; ``salt`` keeps ids reproducible and apart from other figures'."""
     import matplotlib
 
@@ -62,11 +92,11 @@ def _svg(figure: Any, salt: str) -> str:
     with matplotlib.rc_context({"svg.hashsalt": salt}):
         figure.savefig(stream, format="svg", metadata={"Date": None})
     text = stream.getvalue()
-    return text[text.index("<svg") :].replace(INK, "currentColor")
+    return Figure(title, text[text.index("<svg") :].rstrip().replace(INK, "currentColor"))
 
 
-def accuracy_against_latency(rows: Sequence[Numbers]) -> str:
-    """Top-1 against median latency with both intervals, a label at each point, and the Pareto front."""
+def accuracy_against_latency(rows: Sequence[Numbers], task: Numbers) -> Figure:
+    """Accuracy against median latency with both intervals, a label at each point, and the Pareto front."""
     figure = _figure(9.4, 4.6, left=0.075, right=0.985, bottom=0.12, top=0.97)
     axes = figure.add_subplot()
     targets = list(dict.fromkeys(row["target"] for row in rows))
@@ -85,8 +115,8 @@ def accuracy_against_latency(rows: Sequence[Numbers]) -> str:
     front = _draw_front(axes, sorted(_point(row) for row in rows if row["pareto"]))
     _draw_labels(axes, rows, front)
     axes.set_xlabel("latency of one image, p50, ms")
-    axes.set_ylabel("top-1 on the test images, %")
-    return _svg(figure, "pareto")
+    axes.set_ylabel(f"{task['metric']} on the test images, {task['unit']}")
+    return _drawn(figure, "Accuracy against latency of every timed bundle", "pareto")
 
 
 def _point(row: Numbers) -> tuple[float, float]:
@@ -157,7 +187,7 @@ def _crowding(box: Box, taken: Sequence[Box], frame: Sequence[float]) -> int:
     return hits + 100 * outside
 
 
-def gain_by_seed(gain: Numbers) -> str:
+def gain_by_seed(gain: Numbers, task: Numbers) -> Figure:
     """One line a seed from the control to the method; the teacher as a dashed line."""
     seeds = [seed for seed in gain["seeds"] if seed["labels_accuracy"] is not None][::-1]
     height = 1.25 + 0.34 * len(seeds)
@@ -173,12 +203,13 @@ def gain_by_seed(gain: Numbers) -> str:
     axes.set_yticks(range(len(seeds)), [f"seed {seed['seed']}" for seed in seeds])
     axes.set_ylim(-0.6, len(seeds) - 0.4)
     axes.margins(x=0.06)
-    axes.set_xlabel("top-1 on the test images, %")
+    axes.set_xlabel(f"{task['metric']} on the test images, {task['unit']}")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, handletextpad=0.5)
-    return _svg(figure, f"gain-{gain['method']}-{gain['label_fraction']}")
+    title = f"Accuracy of {gain['method']} and of labels alone by seed"
+    return _drawn(figure, title, f"gain-{gain['method']}-{gain['label_fraction']}")
 
 
-def noise_by_layer(models: Sequence[Numbers]) -> str:
+def noise_by_layer(models: Sequence[Numbers]) -> Figure:
     """Signal-to-quantisation-noise ratio at each layer's output against its place, one line a variant."""
     figure = _figure(9.4, 3.4, left=0.075, right=0.985, bottom=0.15, top=0.86)
     axes = figure.add_subplot()
@@ -191,10 +222,10 @@ def noise_by_layer(models: Sequence[Numbers]) -> str:
     axes.set_xlabel("place among the layers, % from input to output")
     axes.set_ylabel("signal to noise, dB")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(models), borderaxespad=0.2, handletextpad=0.5)
-    return _svg(figure, "noise")
+    return _drawn(figure, "Signal-to-quantisation-noise ratio by layer", "noise")
 
 
-def training_curves(curves: Sequence[Numbers]) -> str:
+def training_curves(curves: Sequence[Numbers], task: Numbers) -> Figure:
     """Loss and, where there was a validation part, its accuracy; one colour a method, the teacher apart."""
     figure = _figure(9.4, 3.7, left=0.075, right=0.985, bottom=0.15, top=0.88, wspace=0.2)
     groups = sorted({curve["group"] for curve in curves} - {"labels", "teacher"})
@@ -210,11 +241,12 @@ def training_curves(curves: Sequence[Numbers]) -> str:
             accuracy = [100 * value for value in curve["validation_accuracy"]]
             panels[1].plot(curve["validation_epochs"], accuracy, **style)
     panels[0].set_yscale("log")
-    for axes, what in zip(panels, ("training loss (log scale)", "top-1 on the validation images, %"), strict=False):
+    validation = f"{task['metric']} on the validation images, {task['unit']}"
+    for axes, what in zip(panels, ("training loss (log scale)", validation), strict=False):
         axes.set_xlabel("epoch")
         axes.set_ylabel(what)
     figure.legend(
         list(drawn.values()), ["labels alone" if name == "labels" else name for name in drawn],
         loc="upper left", bbox_to_anchor=(0.065, 1), ncols=len(drawn), handletextpad=0.5,
     )  # fmt: skip
-    return _svg(figure, "curves")
+    return _drawn(figure, "Training loss and validation accuracy by epoch", "curves")

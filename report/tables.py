@@ -53,7 +53,7 @@ def collect(config: ReportConfig, measurement: Measurement, checkpoints: Checkpo
     return {
         "schema_version": SCHEMA_VERSION,
         "title": config.title,
-        "task": {"name": task.name, "metric": task.metric, "unit": task.unit},
+        "task": {name: getattr(task, name) for name in ("name", "metric", "unit", "summary_note", "change_note")},
         "measured_utc": measurement.manifest.created_utc,
         "chain": chain(measurement, checkpoints),
         "trust": trust(measurement),
@@ -439,24 +439,25 @@ def summary_table(numbers: Numbers) -> Table:
 
 
 def print_summary(console: Console, numbers: Numbers) -> None:
-    """The report in a terminal: main table, accuracy by hop, gain, and whether to believe the latencies."""
-
-    def say(line: str) -> None:
+    """The report in a terminal: main table and ``summary_lines``."""
+    console.print(summary_table(numbers))
+    for line in summary_lines(numbers):
         console.print(line, markup=False, highlight=False)
 
-    console.print(summary_table(numbers))
+
+def summary_lines(numbers: Numbers) -> Iterator[str]:
+    """What is said below the main table: accuracy by hop, advice, gain, and whether to believe the latencies."""
     if any(row["pareto"] for row in numbers["bundles"]):
-        say("* on the Pareto front of accuracy and p50")
+        yield "* on the Pareto front of accuracy and p50"
     for row in numbers["bundles"]:
         if row["status"] != "measured":
-            say(f"{row['name']}: {row['status']}")
+            yield f"{row['name']}: {row['status']}"
     for hop in numbers["hops"]:
-        for line in words.hop_lines(hop):
-            say(line)
+        yield from words.hop_lines(hop)
     for advised in numbers["advice"]:
-        say(words.advice_sentence(advised))
+        yield words.advice_sentence(advised)
     for gain in numbers["gains"]:
-        say(words.gain_sentence(gain))
-    say(words.trust_sentence(numbers["trust"]))
+        yield words.gain_sentence(gain)
+    yield words.trust_sentence(numbers["trust"])
     if numbers["trust"]["emulated"]:
-        say(words.emulated_sentence(numbers["trust"]))
+        yield words.emulated_sentence(numbers["trust"])

@@ -26,6 +26,7 @@ def tiny(value: float | None) -> str:
 
 
 def p_value(value: float | None) -> str:
+    """Three decimals, or that it is smaller."""
     if value is None:
         return NOTHING
     return "<0.001" if value < 0.001 else f"{value:.3f}"
@@ -41,10 +42,12 @@ def bounds(found: Mapping[str, Any] | None, digits: int = 3) -> str:
 
 
 def interval(found: Mapping[str, Any] | None, digits: int = 3) -> str:
+    """A value and its bounds, or a dash."""
     return NOTHING if found is None else f"{figure(found['value'], digits)} {bounds(found, digits)}"
 
 
 def percent(share: float | None, decimals: int = 2) -> str:
+    """A share in per cent, without the sign."""
     return NOTHING if share is None else f"{100 * share:.{decimals}f}"
 
 
@@ -54,6 +57,7 @@ def share_bounds(found: Mapping[str, Any] | None, decimals: int = 2) -> str:
 
 
 def shares(found: Mapping[str, Any] | None, decimals: int = 2) -> str:
+    """A share and its bounds, in per cent."""
     return NOTHING if found is None else f"{percent(found['value'])} {share_bounds(found, decimals)}"
 
 
@@ -65,6 +69,7 @@ def points(value: float | None, decimals: int = 2) -> str:
 
 
 def point_bounds(found: Mapping[str, Any] | None, scale: float = 1) -> str:
+    """Bounds of a difference in points."""
     if found is None:
         return ""
     if found["low"] is None:
@@ -73,25 +78,27 @@ def point_bounds(found: Mapping[str, Any] | None, scale: float = 1) -> str:
 
 
 def mebibytes(size_bytes: int | None) -> str:
+    """A size in MiB, without the unit."""
     return NOTHING if size_bytes is None else figure(size_bytes / 2**20)
 
 
 def listed(items: list[str]) -> str:
+    """``a, b and c``."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
 def chain_sentence(numbers: Mapping[str, Any]) -> str:
     """What was done, in one sentence."""
     chain, trust, device = numbers["chain"], numbers["trust"], numbers["environment"]["device_before"]
-    students = [_student(student, chain) for student in chain["students"]]
+    students = [_student(student, chain, numbers["task"]) for student in chain["students"]]
     files = f"exported to {listed(chain['targets'])} in {listed(chain['variants'])}"
     machine = f"{device.get('cpu', 'unavailable')}, {device.get('usable_cores', 'unavailable')} usable cores"
     return f"{'; '.join(students) or 'A network'}; {files}; measured on '{trust['device']}' ({machine})."
 
 
-def _student(student: Mapping[str, Any], chain: Mapping[str, Any]) -> str:
-    millions, top1 = figure(student["parameters"] / 1e6), percent(student["accuracy"]["value"])
-    text = f"{student['model']} ({millions} million parameters, top-1 {top1} %)"
+def _student(student: Mapping[str, Any], chain: Mapping[str, Any], task: Mapping[str, Any]) -> str:
+    millions, accuracy = figure(student["parameters"] / 1e6), percent(student["accuracy"]["value"])
+    text = f"{student['model']} ({millions} million parameters, {task['metric']} {accuracy} {task['unit']})"
     if not student["training_images"]:  # adopted, not trained here
         return text
     teachers = [f"{teacher['model']} ({percent(teacher['accuracy']['value'])} %)" for teacher in chain["teachers"]]
@@ -103,6 +110,7 @@ def _student(student: Mapping[str, Any], chain: Mapping[str, Any]) -> str:
 
 
 def training_images(found: Mapping[str, Any]) -> str:
+    """How many training images, and what share of each class where it is not all."""
     share = 100 * found["label_fraction"]
     return f"{found['training_images']} training images" + ("" if share == 100 else f" ({share:g} % of each class)")
 
@@ -133,6 +141,7 @@ def trust_sentence(trust: Mapping[str, Any]) -> str:
 
 
 def emulated_sentence(trust: Mapping[str, Any]) -> str:
+    """What numbers of an emulated device are worth."""
     return (
         f"'{trust['device']}' stands in for the real device: "
         "its accuracies hold, its latencies say nothing about the hardware."
@@ -156,10 +165,10 @@ def gain_sentence(gain: Mapping[str, Any]) -> str:
 def hop_lines(hop: Mapping[str, Any]) -> list[str]:
     """``openvino: torch 97.40 -> float32 97.40 (no flips)`` and below it the variants, in per cent."""
     ran = f" ({hop['ran']})" if hop["ran"] else ""
-    whole = [step for step in hop["steps"] if not step["variant"]]
-    small = [step for step in hop["steps"] if step["variant"]]
-    lines = [f"{hop['target']}{ran}: " + " \N{RIGHTWARDS ARROW} ".join(map(_step, whole))]
-    return lines + ["  against float32: " + "; ".join(map(_step, small))] * bool(small)
+    up_to_float32 = [step for step in hop["steps"] if not step["variant"]]
+    variants = [step for step in hop["steps"] if step["variant"]]
+    lines = [f"{hop['target']}{ran}: " + " \N{RIGHTWARDS ARROW} ".join(map(_step, up_to_float32))]
+    return lines + ["  against float32: " + "; ".join(map(_step, variants))] * bool(variants)
 
 
 def advice_sentence(advised: Mapping[str, Any]) -> str:

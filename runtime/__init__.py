@@ -7,7 +7,6 @@ with the standard library, numpy and the one runtime of the bundle (Pillow only 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +15,6 @@ import numpy as np
 from .installed import installed
 from .onnxruntime import OnnxRuntimeSession
 from .openvino import OpenVinoSession
-from .preprocess import load_images
 from .tensorrt import TensorRtSession
 from .tflite import TfliteSession
 
@@ -81,13 +79,3 @@ def predict(session: Session, images: np.ndarray, batch: int = 64) -> np.ndarray
     return np.concatenate(
         [np.array(session.infer(session.prepare(images[at : at + step]))) for at in range(0, len(images), step)]
     )
-
-
-def predict_files(session: Session, paths: Sequence[Path], spec: Mapping[str, Any], batch: int = 64) -> np.ndarray:
-    """Float32 logits [N, K] of image files, decoded a batch at a time: memory does not grow with their number.
-
-    Raises:
-        OSError: a file that can't be read.
-    """
-    starts = range(0, len(paths), batch)
-    return np.concatenate([predict(session, load_images(paths[at : at + batch], spec), batch) for at in starts])

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import numpy as np
 from . import PROTOCOL_VERSION, open_session, predict
 from .bundle import BundleError, read_facts, replay_golden
 from .measure import measure
+
+BATCH = 64  # images that are run at once, and read at once
 
 
 def main() -> int:
@@ -28,7 +31,7 @@ def main() -> int:
     parser.add_argument("--image-count", type=int, default=64, help="images rotated through (measure)")
     parser.add_argument("--logits", type=Path, help=".npy to write float32 [N, K] to (predict)")
     parser.add_argument(
-        "--batch", type=int, default=64, help="images of one call, where the model takes them (predict)"
+        "--batch", type=int, default=BATCH, help="images of one call, where the model takes them (predict)"
     )
     parser.add_argument("--threads", type=int, default=0, help="0: every core")
     parser.add_argument("--seconds", type=float, default=1.0, help="steady time (measure)")
@@ -55,18 +58,25 @@ def main() -> int:
 
 
 def _predict(args: argparse.Namespace, facts: dict[str, Any], threads: int) -> dict[str, Any]:
-    images = np.load(args.images, mmap_mode="r", allow_pickle=False)
     begun = time.monotonic()
     session = open_session(args.bundle, facts, threads, args.stand_in)
     opened = time.monotonic()
-    np.save(args.logits, predict(session, images, args.batch), allow_pickle=False)
+    outputs = [predict(session, images, args.batch) for images in _batches(args.images)]
+    np.save(args.logits, np.concatenate(outputs), allow_pickle=False)
     return {
-        "images": len(images),
+        "images": sum(map(len, outputs)),
         "open_seconds": opened - begun,
         "predict_seconds": time.monotonic() - opened,
         "session": session.describe(),
         "stand_in": args.stand_in,
     }
+
+
+def _batches(path: Path) -> Iterator[np.ndarray]:
+    """The images of a .npy file, a few at a time: mapped anew, so that what was read does not stay in memory."""
+    count = len(np.load(path, mmap_mode="r", allow_pickle=False))
+    for at in range(0, count, BATCH):
+        yield np.array(np.load(path, mmap_mode="r", allow_pickle=False)[at : at + BATCH])
 
 
 if __name__ == "__main__":

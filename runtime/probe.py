@@ -17,6 +17,7 @@ FLAGS = {
 
 
 def read(path: str) -> str:
+    """The text of a file of the kernel, or that it is unavailable."""
     try:
         return Path(path).read_text().strip("\0\n ") or UNAVAILABLE
     except OSError:

@@ -6,6 +6,7 @@ Needs numpy and the standard library alone, because a device judges too.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 from typing import NamedTuple, Protocol
 
@@ -41,6 +42,8 @@ class Task(Protocol):
     name: str
     metric: str  # name of the figure that ``summary`` gives
     unit: str  # in which a person reads it; the figure itself is a share
+    summary_note: str  # how its interval is made, for the foot of a table
+    change_note: str  # what ``lost`` and ``won`` count, and how interval and p-value of a change are made
 
     def decide(self, outputs: np.ndarray) -> np.ndarray:
         """Outputs [N, ...] to what the network says of each image, as ``labels`` are written."""
@@ -64,6 +67,9 @@ class Task(Protocol):
     def differing(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """Positions of the images about which two outputs say something else, the most different first."""
 
+    def tell(self, decision: np.ndarray, classes: Sequence[str]) -> str:
+        """What ``decide`` gave for one image, or its label, in a few words."""
+
 
 class Classification:
     """One class of K an image: the largest of its logits [K] decides."""
@@ -71,6 +77,10 @@ class Classification:
     name: str = "classification"
     metric: str = "top-1"
     unit: str = "%"
+    summary_note: str = "by Wilson over the test images"
+    change_note: str = (
+        "Lost: right before, wrong after. Intervals of the difference by Agresti and Min, p by McNemar's exact test."
+    )
 
     def decide(self, outputs: np.ndarray) -> np.ndarray:
         """Logits [N, K] to classes [N]."""
@@ -113,6 +123,10 @@ class Classification:
     def differing(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """Positions of the images that the two call something else, in order."""
         return np.flatnonzero(self.decide(first) != self.decide(second))
+
+    def tell(self, decision: np.ndarray, classes: Sequence[str]) -> str:
+        """The name of the class."""
+        return classes[int(decision)]
 
 
 def _normal_quantile() -> float:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
 import kdpipe.distill.cache
 import kdpipe.distill.train
@@ -25,9 +26,11 @@ from kdpipe.chain import Chain, cache_order, train_order
 from kdpipe.cli import main
 from kdpipe.core.artifact import MANIFEST, Order, manifest_digest
 from kdpipe.core.config import CacheConfig, ExportConfig, QuantizeConfig, Recipe, TrainConfig, validated
+from kdpipe.core.inputs import InputSpec
 from kdpipe.core.kinds import Bundle, Cache, Checkpoint, Graph, Measurement, Model, Report
-from kdpipe.data.dataset import Dataset
+from kdpipe.data.dataset import Dataset, Part
 from kdpipe.devices import find_device
+from kdpipe.distill.loop import evaluate
 from kdpipe.export import TARGETS
 from kdpipe.export import stage as export_stage
 from kdpipe.quantize import VARIANTS
@@ -125,6 +128,12 @@ def quantize(
     order = Order("quantize", config, {"model": model, "data": dataset})
     check = TARGETS[model.facts.target].check
     return quantize_stage.quantize(order, model, dataset, out, check, graph, teacher)
+
+
+def evaluated(network: nn.Module, spec: InputSpec, dataset: Dataset, part: Part) -> tuple[np.ndarray, np.ndarray]:
+    """Outputs [N, ...] and labels [N] of a whole part."""
+    batches = list(evaluate(network, spec, dataset, part, workers=0))
+    return np.concatenate([outputs for outputs, _ in batches]), np.concatenate([labels for _, labels in batches])
 
 
 # ---- the command line ---------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from kdpipe.core.config import BenchPlan, DeviceSettings, MeasureSettings, Quant
 from kdpipe.core.errors import KdpipeError, UserError
 from kdpipe.core.kinds import Bundle, Measurement, Probe, RuntimeSession, Samples, WarmUp
 from kdpipe.core.stats import Interval
+from kdpipe.data.dataset import load_images
 from kdpipe.devices import DEVICES, find_device, journal, opened
 from kdpipe.devices.bench import CONTROL, _push_timing_images, bench, comparisons, summary, turns
 from kdpipe.devices.local import LocalDevice
@@ -30,7 +31,6 @@ from kdpipe.devices.session import bench_config
 from kdpipe.quantize import VARIANTS
 from kdpipe.runtime import open_session
 from kdpipe.runtime.measure import longest_seconds, warm_up
-from kdpipe.runtime.preprocess import load_images
 from kdpipe.runtime.probe import UNAVAILABLE, probe, read
 
 LOCAL = DeviceSettings()
@@ -40,14 +40,14 @@ TIMED = [
 
 
 def test_order_is_shuffled_and_then_backwards() -> None:
-    rounds = turns(["a", "b", "c"], 6, seed=3)
+    names = ["a", "b", "c", CONTROL]
+    rounds = turns(names, 6, seed=3)
     assert len(rounds) == 6
-    assert all(sorted(each) == sorted(["a", "b", "c", CONTROL]) for each in rounds)
+    assert all(sorted(each) == sorted(names) for each in rounds)
     assert all(rounds[at + 1] == rounds[at][::-1] for at in (0, 2, 4))
     assert len({tuple(each) for each in rounds}) > 2
-    assert rounds == turns(["a", "b", "c"], 6, seed=3)
-    assert rounds != turns(["a", "b", "c"], 6, seed=4)
-    assert turns([], 4, seed=3) == []
+    assert rounds == turns(names, 6, seed=3)
+    assert rounds != turns(names, 6, seed=4)
 
 
 def test_odd_rounds_are_refused() -> None:
@@ -520,7 +520,7 @@ def test_timing_images_are_spread_over_the_classes(made: Made, tmp_path: Path) -
     chosen = made.dataset.balanced("test", 20, seed=0)
     assert np.bincount([sample.label for sample in chosen]).tolist() == [2] * 10
     spec = made.bundles["tflite-float32"].facts.input.model_dump()
-    expected = load_images((sample.path for sample in chosen), spec)
+    expected = load_images(chosen, spec)
     np.testing.assert_array_equal(np.load(tmp_path / "timing-images-0.npy"), expected)
 
 
@@ -639,8 +639,8 @@ def test_a_board_with_tflite_runtime_alone_has_a_runtime(made: Made, tmp_path: P
         "import sys, json, numpy, importlib.util as u; real = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'ai_edge_litert' else real(name, *a)\n"
         "from pathlib import Path; from kdpipe import doctor; from kdpipe.runtime import open_session, predict\n"
-        "from kdpipe.devices import find_device; assert find_device('local').runs('tflite')\n"
-        "assert doctor.examine_target('tflite').runs\n"
+        "from kdpipe.devices import find_device; local = find_device('local'); assert local.runs('tflite')\n"
+        "assert doctor.examine_target('tflite', local).runs\n"
         "session = open_session(Path(sys.argv[1]), json.loads(sys.argv[2]), 1)\n"
         "print(json.dumps([session.describe(), predict(session, numpy.zeros((2, 32, 32, 3), 'u1')).shape]))"
     )

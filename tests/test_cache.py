@@ -136,7 +136,7 @@ def test_mixed_views_are_cached_too(taught: tuple[Chain, Dataset, Checkpoint], t
     _, dataset, teacher = taught
     mixed = build_cache(config_of(plan(mixup=0.2, cutmix=1.0)), dataset, teacher, tmp_path / "mixed")
     found = verify(mixed, dataset, teacher, 1.0)
-    assert found["checked"] == found["of"] and found["top1_agreement"] == 1
+    assert found["checked"] == found["of"] and found["agreement"] == 1
     train(configuration(train={"mixup": 0.2, "cutmix": 1.0}), dataset, teacher, tmp_path / "student", mixed)
     fewer = configuration(label_fraction=0.05, train={"mixup": 0.2, "cutmix": 1.0})
     with pytest.raises(UserError, match="partners"):

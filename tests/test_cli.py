@@ -160,6 +160,15 @@ def test_verify_and_doctor_as_json(by_hand: dict[str, Path]) -> None:
     assert "pip install" not in tensorrt["cure"]  # nothing to install here: it runs on a device
 
 
+def test_doctor_asks_the_device() -> None:
+    """What can be made is this host's affair, what can be run and how fast is the device's."""
+    found = json.loads(kdpipe("doctor", "--device", "null", "--json").stdout)
+    assert found["device"] == found["machine"]["machine"] == "null"
+    assert all(state["runs"] and not state["cure"] for state in found["targets"])
+    assert found["advice"] == ["CPU flags are unavailable: INT8 may or may not be fast there, measure it"]
+    assert "run on null" in kdpipe("doctor", "--device", "null").stdout
+
+
 def test_doctor_says_what_is_missing() -> None:
     script = (
         "import sys, importlib.util as u; real = u.find_spec\n"
@@ -218,9 +227,11 @@ def test_mistakes_before_any_work(workdir: Path) -> None:
         (["data", "digits", "--test-split", "null", "--val-fraction", "2"], ["val_fraction", "found 2"]),
         (["data", "digits", "--val-fracton", "2"], ["--val-fracton"]),
         (["data", "digits"], ["the digits have no test split"]),
+        (["data", "digits", "--task", "clasification"], ["unknown task", "did you mean 'classification'"]),
         (["verify", "/tmp"], ["not an artifact"]),
         (["bench"], ["Missing argument"]),
         (["doctor", "--target", "tflit"], ["unknown target 'tflit'", "did you mean 'tflite'"]),
+        (["doctor", "--device", "lokal"], ["unknown device 'lokal'", "did you mean 'local'"]),
     ],
     ids=" ".join,
 )

@@ -15,6 +15,14 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, kdpipe
 
+from kdpipe.core.artifact import Artifact
+from kdpipe.core.kinds import Labelled
+from kdpipe.devices import Device
+from kdpipe.export import Target
+from kdpipe.quantize import Variant
+from kdpipe.runtime import Session
+from kdpipe.runtime.task import Task
+
 ROOMS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).glob("*.py"))])
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -74,12 +82,30 @@ def test_every_command_is_in_the_documents() -> None:
 def test_readmes_commands_exist() -> None:
     commands = set(re.findall(r"^  ([a-z]+) ", kdpipe("--help").stdout.partition("Commands:")[2], re.MULTILINE))
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for name in ("README.md", "CONTRIBUTING.md", "docs/guide.md"):
+    for name in ("README.md", "CONTRIBUTING.md", "docs/guide.md", "docs/python.md"):
         text = (ROOT / name).read_text()
         assert set(re.findall(r"^\s*kdpipe ([a-z]+)", text, re.MULTILINE)) <= commands, name
         assert set(re.findall(r"^\s*make ([a-z]+)", text, re.MULTILINE)) <= targets, name
         for link in re.findall(r"\]\((?!http)([^)#]+)", text):
             assert (ROOT / name).parent.joinpath(link).exists(), f"{name} links to {link}"
+
+
+@pytest.mark.parametrize("seam", [Target, Variant, Session, Device, Task], ids=lambda seam: seam.__name__)
+def test_what_a_new_class_must_have_is_written_down(seam: type) -> None:
+    """Every name of a protocol stands in the guide to adding one."""
+    wanted = {name for name in [*seam.__annotations__, *vars(seam)] if not name.startswith("_")} - {"write"}
+    assert wanted
+    text = (ROOT / "CONTRIBUTING.md").read_text().partition("## Adding a target")[2]
+    assert wanted <= set(re.findall(r"`(\w+)`", text))
+
+
+def test_rooms_and_kinds_are_written_down() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for path in [*(f"{room}/" for room in ROOMS if room != "recipes"), *(p.name for p in ROOT.glob("[!_]*.py"))]:
+        assert f"`{path}`" in text, path
+    kinds = [*Artifact.__subclasses__(), *Labelled.__subclasses__()]
+    for kind in (kind for kind in kinds if kind.__module__.startswith("kdpipe.")):
+        assert kind is Labelled or f"`{kind.__name__}`" in text, kind
 
 
 def test_lock_names_no_index_and_every_version() -> None:

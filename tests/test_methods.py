@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 import timm
 import torch
-from conftest import ROOT, SMALL_TRAIN, Made, train
+from conftest import ROOT, SMALL_TRAIN, Made, evaluated, train
 from torch import nn
 
 from kdpipe.core.config import (
@@ -25,11 +25,11 @@ from kdpipe.core.inputs import InputSpec
 from kdpipe.core.kinds import BestEpoch
 from kdpipe.distill import losses
 from kdpipe.distill.features import map_shapes, paired, stage_indices, stage_parameters
-from kdpipe.distill.loop import evaluate
-from kdpipe.distill.methods import METHODS, DistillationMethod, LogitMethod
-from kdpipe.distill.teacher import Teacher
+from kdpipe.distill.methods import LABEL_LOSSES, METHODS, DistillationMethod, LogitMethod, StudentOutput, by_place
+from kdpipe.distill.teacher import Teacher, TeacherOutput
 from kdpipe.networks import models
 from kdpipe.pipeline import student_runs
+from kdpipe.runtime.task import TASKS
 
 SPEC = InputSpec(size=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), crop_fraction=1.0, interpolation="bicubic")
 NETWORKS = ["test_resnet", "test_vit", "resnet8", "test_efficientnet", "test_convnext"]
@@ -50,7 +50,7 @@ class Taught:
 
     def __init__(self, config: DistillSettings, student: nn.Module, teacher: nn.Module | None = None) -> None:
         self.teacher = Teacher(teacher, SPEC, SPEC) if teacher is not None else None
-        self.method = METHODS[config.method](config, student, SPEC, self.teacher, "the student")
+        self.method = METHODS[config.method](config, student, SPEC, self.teacher, "the student", task="classification")
         if self.teacher is not None:
             self.teacher.wanted.update(self.method.teacher_indices)
 
@@ -70,6 +70,34 @@ def batch(count: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
 def test_every_method_is_made() -> None:
     assert set(METHODS) == set(get_args(Method))
     assert len(set(METHODS.values())) == len(METHODS), "no method is another one under its name"
+
+
+def test_every_task_has_a_label_loss() -> None:
+    assert set(LABEL_LOSSES) == set(TASKS)
+
+
+def test_places_of_an_image_are_compared_one_by_one() -> None:
+    """A network that says something of every place is taught as if each were an image."""
+    outputs = torch.arange(2 * 3 * 4 * 5, dtype=torch.float32).reshape(2, 3, 4, 5)
+    places = by_place(outputs)
+    assert places.shape == (40, 3) and torch.equal(places[5 * 2 + 1], outputs[0, :, 2, 1])
+    assert torch.equal(by_place(outputs[..., 0, 0]), outputs[..., 0, 0])
+
+    class Everywhere(nn.Conv2d):
+        num_classes = 10
+
+    torch.manual_seed(0)
+    student, teacher, image = Everywhere(3, 10, 1), nn.Conv2d(3, 10, 1), batch()[0]
+    for name in ("hard", "kd", "bkd", "logit_mse", "dkd"):
+        config = validated(DistillSettings, {"method": name, "label_weight": 0}, "test")
+        method = METHODS[name](config, student, SPEC, Teacher(teacher, SPEC, SPEC), task="classification")
+        target = torch.randint(0, 10, (8, 32, 32))
+        method._label_loss = nn.CrossEntropyLoss()
+        by_image = method(image, target, TeacherOutput(teacher(image)))["kd_loss"]
+        loss = method.distillation_loss(
+            StudentOutput(by_place(student(image)), [], []), TeacherOutput(by_place(teacher(image))), target.flatten()
+        )
+        assert by_image.item() == pytest.approx(loss.item(), rel=1e-6), name
 
 
 @pytest.mark.parametrize("frame", [DistillationMethod, LogitMethod])
@@ -284,10 +312,10 @@ def test_every_method_trains_end_to_end(made: Made, tmp_path: Path, change: dict
     config = validated(TrainConfig, values, "test")
     checkpoint = train(config, made.dataset, made.teacher, tmp_path / "student")
     restored, spec = models.restore(checkpoint)
-    logits, labels = evaluate(restored, spec, made.dataset, "test", workers=0)
+    logits, labels = evaluated(restored, spec, made.dataset, "test")
     assert checkpoint.facts.test_accuracy == pytest.approx((logits.argmax(1) == labels).mean(), abs=1e-6)
     assert sorted(path.name for path in checkpoint.path.iterdir()) == [
-        "history.jsonl", "images.json", "labels.json", "manifest.json", "model.safetensors", "test_logits.npz"
+        "history.jsonl", "images.npy", "labels.json", "manifest.json", "model.safetensors", "test_logits.npz"
     ]  # fmt: skip
     assert checkpoint.facts.last_validation is not None
 
@@ -314,7 +342,7 @@ def test_best_epoch_is_kept_if_asked(made: Made, tmp_path: Path) -> None:
         epoch=best["epoch"], validation_accuracy=best["validation_accuracy"]
     )
     restored, spec = models.restore(checkpoint)
-    logits, labels = evaluate(restored, spec, made.dataset, "val", workers=0)
+    logits, labels = evaluated(restored, spec, made.dataset, "val")
     assert (logits.argmax(1) == labels).mean() == pytest.approx(best["validation_accuracy"])
 
 

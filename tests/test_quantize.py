@@ -22,7 +22,7 @@ from kdpipe.core.config import CalibrateSettings, QuantizeConfig, suited, valida
 from kdpipe.core.errors import UserError
 from kdpipe.core.kinds import Mix, Model
 from kdpipe.core.proc import quiet
-from kdpipe.data.dataset import Dataset
+from kdpipe.data.dataset import Dataset, load_images
 from kdpipe.export import TARGETS
 from kdpipe.export.lint import tensorrt_lint
 from kdpipe.quantize import VARIANTS
@@ -35,7 +35,6 @@ from kdpipe.quantize.search import search
 from kdpipe.quantize.tflite import TfliteActivations
 from kdpipe.quantize.work import Work, open_checked
 from kdpipe.runtime import predict
-from kdpipe.runtime.preprocess import load_images
 
 
 def config(**values: object) -> QuantizeConfig:
@@ -102,6 +101,7 @@ def test_coverage_reaches_every_corner() -> None:
     chosen = farthest(np.concatenate([crowd, corners]), 5)
     assert set(range(200, 204)) <= set(chosen.tolist())
     assert sorted(farthest(crowd[:3], 9).tolist()) == [0, 1, 2]
+    assert chosen.tolist() == farthest(np.concatenate([crowd, corners])[:, :, None], 5).tolist()
 
 
 def test_spread_takes_both_ends() -> None:
@@ -111,6 +111,7 @@ def test_spread_takes_both_ends() -> None:
     assert (np.diff(chosen) > 0).all()
     assert entropy(np.zeros((1, 8)))[0] == pytest.approx(np.log(8))
     assert entropy(np.array([[1000.0, 0.0]]))[0] == pytest.approx(0)
+    assert entropy(np.array([[[0.0, 1000.0], [0.0, 0.0]]])) == pytest.approx([np.log(2) / 2])  # two places of an image
 
 
 def test_one_image_is_not_enough(made: Made) -> None:
@@ -258,7 +259,7 @@ def test_a_moved_bias_moves_the_output(made: Made, tmp_path: Path, target: str, 
         kind.write((), tmp_path / name)
         with quiet():
             session = open_checked(tmp_path / name, model.facts)
-        images = load_images((sample.path for sample in made.dataset.samples("test")[:16]), spec)
+        images = load_images(made.dataset.samples("test")[:16], spec)
         logits.append(predict(session, images))
     # Its range was made for what it gave before: what exceeds that is clipped.
     assert np.median(logits[1] - logits[0]) == pytest.approx(3, abs=0.2)
@@ -375,7 +376,7 @@ def test_the_guilty_layer_stays_float(
 def test_the_guard_wants_held_out_images(made: Made, tmp_path: Path) -> None:
     class NoVal(Dataset):
         def samples(self, part):
-            return [] if part == "val" else super().samples(part)
+            return super().samples("unlabeled" if part == "val" else part)  # there are none of those
 
     with pytest.raises(UserError, match=r"no 'val' part: set data\.val_fraction above 0"):
         quantize(
@@ -456,7 +457,7 @@ from conftest import quantize
 from kdpipe.core.config import QuantizeConfig
 from kdpipe.core.errors import UserError
 from kdpipe.core.kinds import Model
-from kdpipe.data.dataset import Dataset
+from kdpipe.data.dataset import Dataset, load_images
 from kdpipe.quantize import VARIANTS
 class Half(VARIANTS["openvino"]["bf16"]):
     def quantize(self, keep_float, folder):

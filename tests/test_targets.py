@@ -14,6 +14,7 @@ from conftest import EVERY_MODEL, Made, export, quantize
 from kdpipe.core.config import ExportConfig, QuantizeConfig
 from kdpipe.core.errors import GateFailed, UserError
 from kdpipe.core.kinds import Checkpoint, Model
+from kdpipe.data.dataset import load_images
 from kdpipe.export import TARGETS
 from kdpipe.export.parity import compare
 from kdpipe.export.written import Written
@@ -21,7 +22,6 @@ from kdpipe.networks import models
 from kdpipe.quantize import VARIANTS
 from kdpipe.quantize.stage import damage
 from kdpipe.runtime import RUNTIMES, open_session, predict
-from kdpipe.runtime.preprocess import load_images
 from kdpipe.runtime.task import TASKS
 
 TASK = TASKS["classification"]
@@ -33,7 +33,7 @@ def session_of(model: Model, threads: int = 1):
 
 def images_of(made: Made, part: str = "test", count: int = 64) -> np.ndarray:
     samples = made.dataset.balanced(part, count, seed=1)  # type: ignore[arg-type]
-    return load_images((sample.path for sample in samples), made.student.facts.input.model_dump())
+    return load_images(samples, made.student.facts.input.model_dump())
 
 
 def torch_logits(made: Made, images: np.ndarray) -> np.ndarray:

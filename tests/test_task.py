@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from kdpipe.report.page import render
 from kdpipe.runtime.task import TASKS, Classification
 
 TASK = Classification()
@@ -61,6 +62,21 @@ def test_change_by_hand() -> None:
     assert (same.difference, same.p_value) == (0, 1)
     with pytest.raises(ValueError, match="equally long"):
         TASK.change(before, before[1:])
+
+
+def test_a_decision_in_words() -> None:
+    decisions = TASK.decide(np.array([[0.1, 0.9], [2.0, 1.0]]))
+    assert [TASK.tell(decision, ["cat", "dog"]) for decision in decisions] == ["dog", "cat"]
+
+
+def test_the_page_says_the_tasks_own_figure(made: Made) -> None:
+    """Neither the page nor its figures know what is counted."""
+    numbers = made.report.numbers
+    numbers["task"] |= {"metric": "mean overlap", "summary_note": "by hand", "change_note": "Lost: fewer pixels."}
+    page = render(numbers, ["data:,"] * len(numbers["flips"]))
+    assert page.count("mean overlap") >= 6 and "fewer pixels" in page
+    for word in ("top-1", "Wilson", "Agresti", "right before"):
+        assert word not in page.partition("Every version and setting")[0], word
 
 
 def test_every_artifact_knows_its_task(made: Made) -> None:

@@ -48,7 +48,7 @@ def test_together_as_alone(made: Made, tmp_path: Path, monkeypatch: pytest.Monke
     assert len(forwards) == 4 * 2, "the teacher is asked once a batch"
     for at, (out, config) in enumerate(configs.items()):
         alone = train(config, made.dataset, made.teacher, tmp_path / f"alone-{at}")
-        for name in ("model.safetensors", "test_logits.npz", "images.json"):
+        for name in ("model.safetensors", "test_logits.npz", "images.npy"):
             assert together[out].file(name).read_bytes() == alone.file(name).read_bytes(), (config.method, name)
         assert together[out].facts == alone.facts
         assert together[out].key == alone.key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import SMALL_TRAIN, Made, replace_file, train
+from conftest import SMALL_TRAIN, Made, evaluated, replace_file, train
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -31,8 +32,7 @@ from kdpipe.core.errors import UserError
 from kdpipe.core.inputs import InputSpec
 from kdpipe.core.kinds import Checkpoint
 from kdpipe.core.proc import children_signal_kept
-from kdpipe.data.dataset import UNLABELED, Sample
-from kdpipe.distill import loop
+from kdpipe.data.dataset import UNLABELED
 from kdpipe.distill import train as trainer
 from kdpipe.distill.methods import METHODS
 from kdpipe.distill.views import EpochBatches, TrainingImages, TrainingViews, training_images
@@ -89,7 +89,8 @@ def test_views_leave_torchs_generator_alone(made: Made) -> None:
 
 def test_mixed_views_are_what_their_targets_say(made: Made) -> None:
     """Undone by hand: the share of the target is the share of the partner's pixels."""
-    samples = [*made.dataset.samples("train")[:20], Sample(made.dataset.samples("train")[20].path, UNLABELED)]
+    samples = made.dataset.samples("train")[:21]
+    samples[20] = dataclasses.replace(samples[20], label=UNLABELED)
     none = AugmentSettings(crop="none", flip=0)
     source = TrainingImages(samples, np.arange(21), 20, 1)
     plain = TrainingViews(source, TrainSettings(augment=none), SPEC, 10, seed=5)
@@ -203,13 +204,11 @@ def test_same_run_same_weights_in_another_process(made: Made, tmp_path: Path) ->
 
 def test_facts_are_what_the_weights_do(made: Made) -> None:
     network, spec = models.restore(made.student)
-    logits, labels = loop.evaluate(network, spec, made.dataset, "test", workers=0)
+    logits, labels = evaluated(network, spec, made.dataset, "test")
     with np.load(made.student.file("test_logits.npz")) as stored:
         np.testing.assert_allclose(stored["logits"], logits, atol=1e-5)
     assert made.student.facts.test_accuracy == pytest.approx((logits.argmax(1) == labels).mean())
-    assert made.student.facts.training_images == len(
-        json.loads(made.student.file("images.json").read_text())["positions"]
-    )
+    assert made.student.facts.training_images == len(np.load(made.student.file("images.npy")))
 
 
 @pytest.mark.parametrize(("precision", "cure"), [("float32", "lower train.learning_rate"), ("fp16", "bf16")])

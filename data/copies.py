@@ -1,0 +1,150 @@
+"""Images of which every file is decoded once: resized copies to learn from, fitted ones to be evaluated on.
+
+A photograph of 12 megapixels takes a hundred times longer to decode than a network of 224 pixels needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..core.artifact import Order, drafting
+from ..core.config import AugmentSettings, FittedConfig
+from ..core.errors import UserError
+from ..core.inputs import InputSpec
+from ..core.proc import first_line, in_order
+from ..core.progress import note, track
+from ..runtime.preprocess import decode, fit
+from .dataset import CopyFacts, Dataset, Fitted, FittedFacts, Part, Samples, images_shape, write_header
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+FILTER, QUALITY = "bicubic", 95
+STEP = 64  # pixels: sizes of copies are whole multiples
+WORTH_IT = 2.0  # times the copies' shorter side that the images' must be, in the median
+FORECAST = 8  # images, the first ones, by which the size of all copies is told
+HELD_OUT: tuple[Part, ...] = ("val", "test")
+
+
+def are_photographs(sample: Iterable[Path], shorter_side: int) -> bool:
+    """Whether these images are so much larger than copies would be that copies pay. Reads their headers."""
+    from PIL import Image
+
+    sides = []
+    for path in sample:
+        # What cannot be opened is named when it is decoded.
+        unreadable = contextlib.suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+        with unreadable, Image.open(path) as image:
+            sides.append(min(image.size))
+    return bool(sides) and float(np.median(sides)) >= WORTH_IT * shorter_side
+
+
+def side_for(spec: InputSpec, augment: AugmentSettings) -> int:
+    """Shorter side, in pixels, that leaves training crops of this network as sharp as they would be.
+
+    The smallest crop that is drawn is then no smaller than the network's input, or half of it on a side where crops
+    may be smaller still; rounded up, so that networks of nearly one size share their copies.
+    """
+    smallest = math.sqrt(augment.min_scale) if augment.crop == "resized" else spec.crop_fraction
+    return STEP * math.ceil(spec.size / max(0.5, smallest) / STEP)
+
+
+def read(path: Path) -> Image.Image:
+    """Decode an image of the user's. Raises UserError."""
+    try:
+        return decode(path)
+    except OSError as error:
+        raise UserError(f"cannot read image {path} ({first_line(error)}): replace or remove it") from None
+
+
+def write_copies(samples: Samples, shorter_side: int, out: Path) -> tuple[np.ndarray, np.ndarray, CopyFacts]:
+    """Write a copy of every image into ``out``, one behind the other.
+
+    An image that is no larger is kept as it is. All cores decode.
+
+    Returns:
+        Where each begins and how long it is, in bytes [N]; and what was done.
+
+    Raises:
+        UserError: an image that can't be read, or no room.
+    """
+    from PIL import Image
+
+    def copy(at: int) -> tuple[bytes, bool]:
+        path = samples.path(at)
+        image = read(path)
+        scale = shorter_side / min(image.size)
+        if scale >= 1:
+            return path.read_bytes(), False
+        width, height = (max(shorter_side, round(side * scale)) for side in image.size)
+        stream = io.BytesIO()
+        small = image.resize((width, height), Image.Resampling[FILTER.upper()])
+        small.save(stream, "JPEG", quality=QUALITY, subsampling=0)
+        return stream.getvalue(), True
+
+    what = f"copies of {len(samples)} images with a shorter side of {shorter_side} pixels"
+    sizes: list[int] = []
+    resized = 0
+    with out.open("wb") as stream:
+        for content, smaller in track(in_order(copy, range(len(samples))), "copying images", len(samples)):
+            stream.write(content)
+            sizes.append(len(content))
+            resized += smaller
+            if len(sizes) == min(FORECAST, len(samples)):
+                check_room(sum(sizes) * len(samples) // len(sizes), what, out.parent)
+    ends = np.cumsum(sizes, dtype=np.int64)
+    facts = CopyFacts(shorter_side=shorter_side, filter=FILTER, quality=QUALITY, resized=resized, bytes=int(ends[-1]))
+    return ends - sizes, np.asarray(sizes, np.int64), facts
+
+
+def check_room(wanted_bytes: int, what: str, folder: Path) -> None:
+    """Say what a disk is about to take, or refuse. Raises UserError."""
+    free = shutil.disk_usage(folder).free
+    if wanted_bytes > free:
+        raise UserError(
+            f"{what}: they take about {wanted_bytes / 2**20:.0f} MiB and {folder} has {free / 2**20:.0f} MiB left: "
+            "free some, take another folder, or data.store none"
+        )
+    note(f"{what}: about {wanted_bytes / 2**20:.1f} MiB of {free / 2**30:.1f} GiB free")
+
+
+def fit_all(orders: Mapping[Path, Order[FittedConfig]], dataset: Dataset) -> dict[Path, Fitted]:
+    """Seal what networks of each input are shown of the held-out images; every file is decoded once for all of them.
+
+    Raises:
+        UserError: an image that can't be read, or no room.
+    """
+    specs = [order.config.model_dump() for order in orders.values()]
+    parts: dict[Part, Samples] = {part: dataset.samples(part) for part in HELD_OUT}
+    with contextlib.ExitStack() as stack:
+        drafts = {out: stack.enter_context(drafting(Fitted, order, out)) for out, order in orders.items()}
+        images = sum(map(len, parts.values()))
+        sizes = ", ".join(sorted({str(spec["size"]) for spec in specs}))
+        what = f"{images} held-out images as networks of {sizes} pixels see them"
+        check_room(sum(math.prod(images_shape(images, spec)) for spec in specs), what, next(iter(orders)).parent)
+        for part, samples in parts.items():
+
+            def fitted(at: int, samples: Samples = samples) -> list[np.ndarray]:
+                image = read(samples.path(at))
+                return [fit(image, spec) for spec in specs]
+
+            with contextlib.ExitStack() as files:
+                streams = []
+                for spec, draft in zip(specs, drafts.values(), strict=True):
+                    streams.append(files.enter_context((draft.path / Fitted.file_name(part)).open("wb")))
+                    write_header(streams[-1], images_shape(len(samples), spec))
+                for found in track(in_order(fitted, range(len(samples))), f"fitting {part} images", len(samples)):
+                    for stream, pixels in zip(streams, found, strict=True):
+                        stream.write(pixels.tobytes())
+        counts = {part: len(samples) for part, samples in parts.items()}
+        for spec, draft in zip(specs, drafts.values(), strict=True):
+            draft.facts = FittedFacts(size=spec["size"], images=counts)
+    return {out: draft.artifact for out, draft in drafts.items()}

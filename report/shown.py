@@ -1,0 +1,55 @@
+"""A sealed report in a notebook: its table and its figures as objects that show themselves."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass, field
+from io import StringIO
+
+from ..core.errors import choice
+from ..core.kinds import Report
+from ..core.proc import require
+from .plots import Figure, figures
+from .tables import Numbers, print_summary, summary_lines, summary_table
+
+
+@dataclass(frozen=True)
+class Table:
+    """The main table and what is said below it: as HTML in a notebook, by ``print`` as in a terminal."""
+
+    numbers: Numbers = field(repr=False)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(file=StringIO(), width=100)
+        print_summary(console, self.numbers)
+        text: str = console.file.getvalue()  # type: ignore[attr-defined]
+        return "\n".join(line.rstrip() for line in text.splitlines())
+
+    def _repr_html_(self) -> str:
+        columns = summary_table(self.numbers).columns
+        heads = "".join(f"<th>{html.escape(str(column.header))}</th>" for column in columns)
+        rows = zip(*(column.cells for column in columns), strict=True)
+        lines = ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
+        body = "".join(f"<tr>{line}</tr>" for line in lines)
+        said = "<br>".join(html.escape(line) for line in summary_lines(self.numbers))
+        return f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table><p>{said}</p>"
+
+
+def table(report: Report) -> Table:
+    """The table that the command line prints of ``report``."""
+    return Table(report.numbers)
+
+
+def figure(report: Report, name: str) -> Figure:
+    """A figure of ``report``'s page by its name, as ``plots.figures`` calls it.
+
+    Raises:
+        UserError: the report has no such figure, or matplotlib is missing.
+    """
+    require("a figure", ("matplotlib",), "report")
+    drawn = figures(report.numbers)
+    if name not in drawn:
+        raise choice("figure", name, drawn)
+    return drawn[name]
