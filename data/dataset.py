@@ -19,6 +19,7 @@ from ..core.kinds import Labelled
 from ..core.proc import first_line, in_order
 from ..runtime import Session, predict
 from ..runtime.preprocess import decode, fit
+from .labels import LABELS
 from .splits import stratified_count
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Sample:
     part: Samples = field(repr=False, compare=False)
     position: int
     path: Path  # the user's file
-    label: int
+    label: int  # what the index says of it
 
     def image(self) -> Image.Image:
         """RGB; the resized copy where there is one. Raises UserError for a file that can't be read."""
@@ -48,12 +49,17 @@ class Sample:
         """What a network of this InputSpec is shown when it is evaluated, uint8 [size, size, 3]. Raises UserError."""
         return self.part.fitted(self.position, spec)
 
+    def truth(self, spec: Mapping[str, Any]) -> np.ndarray | np.integer[Any]:
+        """What is right of it, as its task judges what a network of this InputSpec says. Raises UserError."""
+        return LABELS[self.part.task].read(self.path, self.label, spec)
+
 
 class Samples(Sequence[Sample]):
     """The images of one part, in the order of the index; memory does not grow with their number."""
 
     def __init__(
         self,
+        task: str,
         root: Path,
         records: np.ndarray,
         copies: np.ndarray | None = None,
@@ -65,7 +71,7 @@ class Samples(Sequence[Sample]):
             copies: uint8 [bytes], where the records say where in it the copies lie.
             fitted: uint8 [N, size, size, 3] by ``geometry``.
         """
-        self._root, self._records, self._copies = root, records, copies
+        self.task, self._root, self._records, self._copies = task, root, records, copies
         self._fitted = {} if fitted is None else fitted
 
     @property
@@ -120,6 +126,11 @@ def load_images(samples: Iterable[Sample], spec: Mapping[str, Any]) -> np.ndarra
     """What a network of this InputSpec is shown, uint8 [N, size, size, 3]. Raises UserError."""
     images = [sample.fitted(spec) for sample in samples]
     return np.stack(images) if images else np.zeros(images_shape(0, spec), np.uint8)
+
+
+def load_labels(samples: Sequence[Sample], spec: Mapping[str, Any]) -> np.ndarray:
+    """What is right of each, as their task judges what a network of this InputSpec says [N, ...]. Raises UserError."""
+    return np.array([sample.truth(spec) for sample in samples])
 
 
 def predict_samples(
@@ -258,7 +269,7 @@ class Dataset(Artifact[DatasetFacts]):
         """The images of one part, in the order of the index."""
         name = self.records_name(part)
         if name not in self.manifest.files:
-            return Samples(self.path, index_records([], [], copied=False))
+            return Samples(self.facts.task, self.path, index_records([], [], copied=False))
         records = np.load(self.file(name), mmap_mode="r", allow_pickle=False)
         folder = self._index["roots"].get(part)
         copies = None
@@ -268,7 +279,8 @@ class Dataset(Artifact[DatasetFacts]):
         for shown, kept in self.fitted.items():
             if part in kept.facts.images:
                 fitted[shown] = kept.array(part, len(records))
-        return Samples(self.path if folder is None else Path(folder), records, copies, fitted)
+        root = self.path if folder is None else Path(folder)
+        return Samples(self.facts.task, root, records, copies, fitted)
 
     def fitted_file(self, part: Part, spec: Mapping[str, Any]) -> Path | None:
         """The file of what a network of this InputSpec is shown of a part, as ``write_images`` writes it, if kept."""

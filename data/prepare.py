@@ -16,7 +16,8 @@ from ..core.progress import note, progress
 from .copies import HELD_OUT, read, write_copies
 from .dataset import UNLABELED, CopyFacts, Dataset, DatasetFacts, Part, Samples, index_records
 from .fingerprints import list_images
-from .sources import Split, digits, folder, reader
+from .labels import LABELS
+from .sources import Split, digits, reader
 from .splits import stratified_fraction
 
 SAMPLED = 1000  # images of a part that ``check: sample`` decodes
@@ -42,7 +43,7 @@ def prepare(order: Order[DataConfig], out: Path, held_out_later: bool = False) -
         if config.source == "digits":
             root, classes, splits = digits(draft, config)
         elif Path(config.source).is_dir():
-            root, classes, splits = folder(config)
+            root, classes, splits = LABELS[config.task].folder(config)
         else:
             root, classes, splits = reader(draft, config)
         learn = splits[config.train_split]
@@ -61,7 +62,7 @@ def prepare(order: Order[DataConfig], out: Path, held_out_later: bool = False) -
         if config.copies_side is not None:
             copied = tuple(part for part in parts if part not in HELD_OUT)
         checked = [part for part in parts if part not in copied and not (held_out_later and part in HELD_OUT)]
-        _check_images(config, {part: Samples(roots[part], _records(parts[part])) for part in checked})
+        _check_images(config, {part: Samples(config.task, roots[part], _records(parts[part])) for part in checked})
         copies = [_write_part(draft, part, roots[part], split, config, part in copied) for part, split in parts.items()]
         write_json(
             draft.path / Dataset.INDEX,
@@ -151,7 +152,7 @@ def _write_part(
     records, facts = _records(split, copied), None
     if copied and len(split.names):
         assert config.copies_side is not None
-        samples = Samples(root, records)
+        samples = Samples(config.task, root, records)
         out = draft.path / Dataset.copies_name(part)
         records["start"], records["size"], facts = write_copies(samples, config.copies_side, out)
     np.save(draft.path / Dataset.records_name(part), records)

@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -15,8 +15,10 @@ from ..core.config import DataPlan
 from ..core.errors import UserError
 from ..core.proc import first_line
 from ..core.progress import track
-from .dataset import Dataset
 from .fingerprints import list_images
+
+if TYPE_CHECKING:
+    from .dataset import Dataset
 
 
 class Split(NamedTuple):

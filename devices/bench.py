@@ -19,7 +19,7 @@ from ..core.kinds import BatchOne, Bundle, Measurement, MeasurementFacts, Predic
 from ..core.proc import first_line
 from ..core.progress import note, progress
 from ..core.stats import Interval, median_interval, percentile_interval, ratio_interval
-from ..data.dataset import Dataset, write_images
+from ..data.dataset import Dataset, load_labels, write_images
 from ..runtime.measure import longest_seconds
 from ..runtime.task import TASKS
 from . import Device, find_device, opened
@@ -206,7 +206,8 @@ def _push_inputs(
 ) -> dict[str, str]:
     """Put bundles and test images onto the device; images are decoded once per kind of input."""
     samples = dataset.samples("test")
-    np.save(draft / Measurement.LABELS, samples.labels)
+    spec = next(iter(bundles.values())).facts.input.model_dump()
+    np.save(draft / Measurement.LABELS, load_labels(samples, spec))
     pushed: dict[str, str] = {}
     images = {}
     for name, bundle in bundles.items():
@@ -266,7 +267,7 @@ def _accuracy(run: _Run, name: str, bundle: Bundle) -> Result:
             return Result(**_failed(str(error)))
         run.journal.add_accuracy(name, found)
     outputs = np.load(run.journal.outputs(name), allow_pickle=False)
-    labels = run.dataset.samples("test").labels
+    labels = load_labels(run.dataset.samples("test"), bundle.facts.input.model_dump())
     task, apart = TASKS[bundle.facts.task], found.batch_one
     if not apart.within_tolerance:
         note(

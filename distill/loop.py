@@ -50,8 +50,8 @@ class Batch:
 
     def __init__(self, view: TrainingView, ranks: Ranks, teacher: Teacher | CachedTeacher | None) -> None:
         """``view``: of a batch; what it holds has the batch as its first dimension."""
-        self.label = cast("Tensor", view.label)
-        self.target = cast("Tensor", view.target).to(ranks.device)
+        self.label = view.label
+        self.target = view.target.to(ranks.device)
         self._address = cast("Address", tuple(view.address))
         self._device, self._teacher = ranks.device_kind, teacher
         self._images = {False: view.image.to(ranks.device)}

@@ -127,8 +127,8 @@ class TrainingView(NamedTuple):
     """One random view; in a batch, a batch of each."""
 
     image: torch.Tensor  # float32 [3, size, size], normalised
-    label: int | torch.Tensor  # of the image itself; UNLABELED where it has none
-    target: int | torch.Tensor  # the label, or after mixing a distribution [K], nothing for what has no label
+    label: torch.Tensor  # what is right of the image itself; UNLABELED where nobody knows
+    target: torch.Tensor  # the label, or after mixing a distribution [K], nothing for what has no label
     address: tuple[int, int] | list[torch.Tensor]  # view number and image number
 
 
@@ -142,11 +142,13 @@ class TrainingViews(TorchDataset[TrainingView]):
     def __init__(self, source: TrainingImages, config: TrainSettings, spec: InputSpec, classes: int, seed: int) -> None:
         self.images = source.numbers
         self._samples, self._config, self._classes, self._seed = source.samples, config, classes, seed
+        self._fitting = spec.model_dump()
         self._transform = training_transform(config.augment, spec)
 
     def __getitem__(self, address: tuple[int, int]) -> TrainingView:
         view, index = address
-        label = self._samples[index].label
+        sample = self._samples[index]
+        label = torch.as_tensor(sample.truth(self._fitting))
         if not (self._config.mixup or self._config.cutmix):
             return TrainingView(self._plain(view, index), label, label, address)
         generator = np.random.default_rng((self._seed, view, index))
@@ -159,7 +161,8 @@ class TrainingViews(TorchDataset[TrainingView]):
             share = _paste(image, other, share, generator)
         else:
             image.mul_(share).add_(other, alpha=1 - share)
-        target = share * self._distribution(label) + (1 - share) * self._distribution(self._samples[partner].label)
+        target = share * self._distribution(sample.label)
+        target += (1 - share) * self._distribution(self._samples[partner].label)
         return TrainingView(image, label, target, address)
 
     def __len__(self) -> int:
@@ -238,15 +241,15 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         return full + (rest >= 2 * self._ranks)  # BatchNorm can't train on a single image
 
 
-class EvaluationViews(TorchDataset[tuple[torch.Tensor, int]]):
+class EvaluationViews(TorchDataset[tuple[torch.Tensor, torch.Tensor]]):
     """Each image once, by ``runtime.preprocess``, as uint8 [size, size, 3]."""
 
     def __init__(self, samples: Sequence[Sample], spec: InputSpec) -> None:
         self._samples, self._spec = samples, spec.model_dump()
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         sample = self._samples[index]
-        return torch.from_numpy(sample.fitted(self._spec).copy()), sample.label
+        return torch.from_numpy(sample.fitted(self._spec).copy()), torch.as_tensor(sample.truth(self._spec))
 
     def __len__(self) -> int:
         return len(self._samples)

@@ -16,7 +16,7 @@ from ..core.errors import GateFailed, UserError
 from ..core.kinds import GuardFacts, Mix, Model, ModelFacts
 from ..core.proc import quiet
 from ..core.progress import progress
-from ..data.dataset import Sample, load_images, predict_samples
+from ..data.dataset import Sample, load_images, load_labels, predict_samples
 from ..runtime import open_session, predict
 from ..runtime.task import TASKS
 from .calibrate import CalibrationInputs
@@ -48,7 +48,7 @@ def guarded(
     assert draft.resume is not None  # the draft was begun as a resumable one
     resume, facts = draft.resume, model.facts
     spec, task = facts.input.model_dump(), TASKS[facts.task]
-    labels = np.array([sample.label for sample in held_out])
+    labels = load_labels(held_out, spec)
     few = load_images(held_out[:RANKING_IMAGES], spec)
     with quiet():
         before = task.scores(predict_samples(open_checked(model.path, facts), held_out, spec), labels)
