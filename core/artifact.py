@@ -42,8 +42,8 @@ EVIDENCE = "evidence"  # subfolder of what a stage looked at: kept, not shipped
 # Versions written into every manifest, where installed: the tools that can change a number.
 TOOLS = (
     "kdpipe", "torch", "torchvision", "timm", "safetensors", "onnx", "onnxscript", "onnxruntime", "openvino",
-    "nncf", "litert-torch", "litert-converter", "ai-edge-quantizer", "ai-edge-litert", "tensorrt", "numpy",
-    "onnxslim", "pillow", "scikit-learn",
+    "nncf", "litert-torch", "litert-converter", "ai-edge-quantizer", "ai-edge-litert", "tflite-runtime",
+    "tensorrt", "numpy", "onnxslim", "pillow", "scikit-learn",
 )  # fmt: skip
 
 

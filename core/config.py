@@ -475,16 +475,27 @@ class MeasureSettings(Config):
     """How one bundle is measured once, in one process."""
 
     threads: int = Field(0, ge=0, description="threads of the runtime; 0 takes every core of the device")
-    seconds: float = Field(0.5, gt=0, description="steady time of one measurement")
-    min_samples: int = Field(64, ge=1, description="inferences of one measurement, at least")
-    images: int = Field(64, ge=1, description="test images rotated through while timing")
+    seconds: float = Field(0.5, gt=0, le=86_400, description="steady time of one measurement")
+    min_samples: int = Field(64, ge=1, le=1_000_000, description="inferences of one measurement, at least")
+    warm_up_seconds: float = Field(
+        1.0, ge=0, le=3600, description="warm-up before one measurement, at least; and ten calls"
+    )
+    images: int = Field(
+        64, ge=1, le=1_000_000, description="test images rotated through while timing, spread over the classes"
+    )
 
 
 class BenchPlan(MeasureSettings):
     """One measuring session: every bundle in a fresh process each time, interleaved."""
 
     device: str = Field("local", description="name of the device: local, or null for what measuring itself costs")
-    rounds: int = Field(6, ge=2, description="fresh processes for each bundle; intervals need 6")
+    rounds: int = Field(
+        6,
+        ge=2,
+        multiple_of=2,
+        description="fresh processes for each bundle, an even number (every second round runs backwards); "
+        "intervals need 6",
+    )
     resolution: float = Field(
         0.1, gt=0, lt=1, description="share within which a latency must be known to be trusted; else it is called noisy"
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
@@ -410,16 +410,20 @@ class Probe(Record):
 
 
 class Prediction(Record):
-    """That so many images were run, and by what."""
+    """That so many images were run, by what, and how long it took: opening, and all the images together."""
 
-    images: int
+    images: int = Field(ge=0)
+    open_seconds: float = Field(ge=0, allow_inf_nan=False)
+    predict_seconds: float = Field(ge=0, allow_inf_nan=False)
     session: RuntimeSession
 
 
 class WarmUp(Record):
-    """Medians of windows of inferences until three agree, or not within the limit."""
+    """Medians of windows of inferences until three agree, or not within the limit (not ``settled``)."""
 
     window_median_ns: list[float]
+    calls: int
+    seconds: float
     settled: bool
 
 
@@ -429,12 +433,25 @@ class Samples(Record):
     import_ns: int
     load_ns: int
     first_ns: int
-    prepare_ns: list[int]
+    prepare_ns: list[int] = Field(min_length=1)
     warm_up: WarmUp
-    latency_ns: list[int]
+    latency_ns: list[Annotated[int, Field(gt=0)]] = Field(min_length=1)
     peak_memory_bytes: int
     memory_before_open_bytes: int
     session: RuntimeSession
+
+
+class BatchOne(Record):
+    """Outputs of the timing images one at a time, as they are timed, against those of the accuracy's batches.
+
+    ``tolerance`` is the bundle's own, of its precision: beyond it what is timed is not what is judged.
+    """
+
+    images: int
+    max_difference: float
+    tolerance: float
+    agreement: float  # of what both say of an image, 0 to 1
+    within_tolerance: bool
 
 
 # Of every latency. Trusted: known as well as was asked for. Noisy: not so well, and measuring again may cure it.
@@ -463,11 +480,17 @@ class Comparison(Record):
 
 
 class Result(Record):
-    """What was measured of one bundle; None where it was not."""
+    """What was measured of one bundle; None where it was not.
+
+    ``failed``: a process of it failed twice, ``status`` says why. Its accuracy stands if it was measured before;
+    latencies of its processes that ended are among the samples, no figure is made of them.
+    """
 
     status: str
+    failed: bool = False
     accuracy: Interval | None = None
     accuracy_by: str | None = None  # the runtime that ran the test images
+    batch_one: BatchOne | None = None
     session: RuntimeSession | None = None
     latency_p50_ms: Interval | None = None
     latency_p90_ms: Interval | None = None
@@ -480,7 +503,9 @@ class Result(Record):
     prepare_ms: float | None = None
     peak_memory_bytes: int | None = None
     memory_before_open_bytes: int | None = None
-    warm_up_settled: bool | None = None
+    memory_growth_bytes: int | None = None  # from before opening to the peak, the largest of the processes
+    warm_up_settled: bool | None = None  # in every process
+    warm_up_settled_by_process: list[bool] | None = None
     over_float32: Interval | None = None  # latency over that of the same target's float32, paired by round
     trust: Trust | None = None
 
@@ -489,7 +514,8 @@ class MeasurementFacts(Record):
     """One session on one device: results by bundle, A/A controls, and which bundles differ in latency.
 
     A control is a bundle over itself, measured twice in every round. ``resolution`` is the share within which a
-    latency had to be known.
+    latency had to be known. ``order_seed`` drew who was measured when. ``pauses_seconds``: the session was stopped and
+    went on after so long.
     """
 
     task: str
@@ -501,6 +527,8 @@ class MeasurementFacts(Record):
     resolution: float
     controls: dict[str, Interval]
     comparisons: list[Comparison]
+    order_seed: int
+    pauses_seconds: list[float]
 
     @property
     def untrusted(self) -> dict[str, Trust]:

@@ -123,6 +123,18 @@ def percentile_interval(samples: Sequence[float] | np.ndarray, percent: float) -
     return Interval(value, low, high, n)
 
 
+def median_interval(values: Sequence[float] | np.ndarray) -> Interval:
+    """The median (of an even number: the mean of the two middle ones) with ``percentile_interval``'s bounds.
+
+    For few values: the lower of the two middle ones would lie below the median more often than above it.
+
+    Raises:
+        ValueError: no values.
+    """
+    found = percentile_interval(values, 50)
+    return Interval(float(np.median(np.asarray(values, dtype=np.float64))), found.low, found.high, found.n)
+
+
 def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
     """A mean with Student's 95 % interval; no interval for a single value. Raises ValueError for none."""
     from scipy.stats import t

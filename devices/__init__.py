@@ -34,17 +34,29 @@ class Device(Protocol):
     def push(self, source: Path, name: str) -> None:
         """Put a file or folder of this host into the working folder as ``name``."""
 
-    def predict(self, bundle: str, images: str, outputs: Path, stand_in: bool = False) -> Prediction:
+    def predict(
+        self,
+        bundle: str,
+        images: str,
+        outputs: Path,
+        timeout_seconds: float,
+        *,
+        stand_in: bool = False,
+        batch: int = 64,
+        threads: int = 0,
+    ) -> Prediction:
         """Run the pushed ``bundle`` on the pushed images and write its outputs [N, ...] to ``outputs`` (.npy), here.
 
         Args:
             stand_in: open it with the runtime that reads the same file: right for accuracy, not for latency.
+            batch: images of one call, where the model takes several.
+            threads: of the runtime; 0 takes every core of the device.
 
         Raises:
             KdpipeError: it failed, did not end in time, or answered something else.
         """
 
-    def measure(self, bundle: str, images: str, settings: MeasureSettings) -> Samples:
+    def measure(self, bundle: str, images: str, settings: MeasureSettings, timeout_seconds: float) -> Samples:
         """Time single-image inference of the pushed ``bundle`` in a fresh process. Raises as ``predict`` does."""
 
     def close(self) -> None:

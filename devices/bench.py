@@ -2,24 +2,62 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
 from ..core.artifact import Order, drafting, write_json
 from ..core.config import MeasureSettings
-from ..core.errors import UserError
-from ..core.kinds import Bundle, Measurement, MeasurementFacts, Result, Samples, float32_by_bundle
+from ..core.errors import KdpipeError, UserError
+from ..core.kinds import (
+    BatchOne,
+    Bundle,
+    Measurement,
+    MeasurementFacts,
+    Prediction,
+    Result,
+    Samples,
+    float32_by_bundle,
+)
+from ..core.proc import first_line
 from ..core.progress import note, progress
-from ..core.stats import Interval, percentile_interval
+from ..core.stats import Interval, median_interval, percentile_interval
 from ..data.dataset import Dataset, load_labels, write_images
+from ..runtime.measure import longest_seconds
 from ..runtime.task import TASKS
 from . import Device, find_device, opened
+from .journal import Accuracy, Journal
 from .session import BenchConfig
 from .trust import assess, control_name, controlled
+
+SLACK, SLACK_SECONDS = 10, 60.0  # a process that takes so many times what it should, and a minute, hangs
+FIRST_SECONDS = 3600.0  # of the first process of a bundle, of which nothing is known
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One session: where it runs, what the bundles are asked about, what is known so far."""
+
+    device: Device
+    dataset: Dataset
+    config: BenchConfig
+    journal: Journal
+    images: Mapping[str, str]  # by bundle: the pushed file of its test images
+    timing: Mapping[str, str]  # by bundle: that of the images that are timed
+
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """Where the timing images are among the test images, in their order."""
+        return _timing_positions(self.dataset, self.config.images)
 
 
 def bench(order: Order[BenchConfig], bundles: Mapping[str, Bundle], dataset: Dataset, out: Path) -> Measurement:
@@ -27,10 +65,11 @@ def bench(order: Order[BenchConfig], bundles: Mapping[str, Bundle], dataset: Dat
 
     Each round measures all bundles and, as A/A controls, the float32 one of each target again (see ``turns``). A
     bundle whose runtime is not installed gets its accuracy from a stand-in where one reads the same file, and no
-    latency.
+    latency. A process that fails is started once more, then its bundle is marked as failed and the others go on.
+    What was measured outlives a kill: the same call goes on from there (see ``Journal``).
 
     Raises:
-        UserError: no bundles, bundles of other data, or a runner that fails.
+        UserError: no bundles, bundles of other data, or whatever can be run failed.
     """
     config = order.config
     if not bundles:
@@ -38,63 +77,137 @@ def bench(order: Order[BenchConfig], bundles: Mapping[str, Bundle], dataset: Dat
     for bundle in bundles.values():
         dataset.check_classes_of(bundle, "the bundle")
     device = find_device(config.device)
-    timed = [name for name, bundle in bundles.items() if device.runs(bundle.facts.target)]
-    for name in bundles.keys() - set(timed):
+    installed = [name for name, bundle in bundles.items() if device.runs(bundle.facts.target)]
+    for name in bundles.keys() - set(installed):
         note(f"{name}: {bundles[name].facts.target} is not installed on '{config.device}': no latency")
     float32 = float32_by_bundle({name: bundle.manifest for name, bundle in bundles.items()})
-    controls = controlled({name: bundles[name].facts.target for name in timed}, float32)
-    repeated = {control_name(name): name for name in controls.values()}
     with (
-        drafting(Measurement, order, out) as draft,
+        drafting(Measurement, order, out, resumable=True) as draft,
         tempfile.TemporaryDirectory() as scratch,
     ):
-        for name in bundles:
-            for file in (Measurement.outputs_name(name), Measurement.samples_name(name)):
-                (draft.path / file).parent.mkdir(exist_ok=True)
+        assert draft.resume is not None  # the draft was begun as a resumable one
+        journal = Journal(draft.resume)
         before = device.probe()
         with opened(device, Path(scratch)):
             images = _push_inputs(device, bundles, dataset, Path(scratch), draft.path)
-            rounds = turns([*timed, *repeated], config.rounds)
-            with progress("measuring", len(bundles) + sum(map(len, rounds))) as advance:
+            timing = _push_timing_images(device, bundles, images, dataset, config.images, Path(scratch))
+            run = _Run(device, dataset, config, journal, images, timing)
+            with progress("measuring", len(bundles) + config.rounds * len(installed)) as advance:
                 results: dict[str, Result] = {}
                 for name, bundle in bundles.items():
                     advance(0, f"accuracy of {name}")
-                    results[name] = _accuracy(device, name, bundle, images[name], dataset, draft.path)
+                    results[name] = _accuracy(run, name, bundle)
                     advance(1, "")
-                runs: dict[str, list[Samples]] = {}
-                for at, names in enumerate(rounds):
-                    for name in names:
-                        advance(0, f"round {at + 1}, {name}")
-                        measured = repeated.get(name, name)
-                        samples = device.measure(measured, images[measured], MeasureSettings.of(config))
-                        runs.setdefault(name, []).append(samples)
-                        advance(1, "")
-        for name, repeats in runs.items():
+                timed = [name for name in installed if not results[name].failed]
+                controls = controlled({name: bundles[name].facts.target for name in timed}, float32)
+                repeated = {control_name(name): name for name in controls.values()}
+                _measure_rounds(run, timed, repeated, advance)
+        for name in bundles:
+            for file in (Measurement.outputs_name(name), Measurement.samples_name(name)):
+                (draft.path / file).parent.mkdir(exist_ok=True)
+            if journal.accuracy(name) is not None:
+                journal.outputs(name).rename(draft.path / Measurement.outputs_name(name))
+        runs: dict[str, list[Samples]] = {}
+        for name in [*timed, *repeated]:
+            repeats = [journal.runs[at, name] for at in range(config.rounds) if (at, name) in journal.runs]
             write_json(draft.path / Measurement.samples_name(name), [samples.model_dump() for samples in repeats])
+            failure = journal.failed.get(repeated.get(name, name))
+            if failure is None:
+                runs[name] = repeats
             if name in results:
-                results[name] = results[name].model_copy(update=summary(repeats))
+                found = summary(repeats) if failure is None else _failed(failure)
+                results[name] = results[name].model_copy(update=found)
+        failures = [f"{name} {result.status}" for name, result in results.items() if result.failed]
+        if failures and not any(result.accuracy for result in results.values()):
+            shutil.rmtree(draft.resume)  # nothing to go on from
+            raise UserError(f"no bundle could be run: {failures[0]}")
         draft.facts = MeasurementFacts(
             task=dataset.facts.task,
             device=config.device,
             emulated=device.emulated,
             probe_before=before,
             probe_after=device.probe(),
+            order_seed=journal.order_seed,
+            pauses_seconds=journal.pauses_seconds,
             **assess(by_round(runs), results, controls, float32, config.resolution, emulated=device.emulated),
         )
     return draft.artifact
 
 
-def turns(names: Sequence[str], rounds: int) -> list[list[str]]:
+def _measure_rounds(
+    run: _Run, timed: Sequence[str], repeated: Mapping[str, str], advance: Callable[[int, str], None]
+) -> None:
+    """Measure what the journal lacks of every round, each process into the journal as it ends.
+
+    Args:
+        repeated: the controls, each by the bundle that it measures again.
+    """
+    journal, settings = run.journal, MeasureSettings.of(run.config)
+    forgotten = journal.begin(timed)
+    if forgotten:
+        note(f"{forgotten} processes are of another session (too long ago, or other bundles): measuring them again")
+    elif journal.runs:
+        note(f"{len(journal.runs)} processes were measured before, going on")
+    for at, names in enumerate(turns([*timed, *repeated], run.config.rounds, journal.order_seed)):
+        for name in names:
+            measured = repeated.get(name, name)
+            advance(0, f"round {at + 1}, {name}")
+            if measured not in journal.failed and (at, name) not in journal.runs:
+                limit = _time_limit(run, measured)
+                try:
+                    samples = _twice(name, run.device.measure, measured, run.timing[measured], settings, limit)
+                except KdpipeError as error:
+                    note(f"{measured}: given up in round {at + 1}: {error}")
+                    journal.give_up(at, measured, str(error))
+                else:
+                    journal.add(at, name, samples)
+            advance(1, "")
+
+
+def _twice(what: str, call: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+    """A process may fail for a reason that is gone at once: the second failure counts. Raises KdpipeError."""
+    try:
+        return call(*arguments, **options)
+    except KdpipeError as error:
+        note(f"{what}: {error}; once more")
+        return call(*arguments, **options)
+
+
+def _failed(reason: str) -> dict[str, Any]:
+    """The fields of the ``Result`` of a bundle that was given up."""
+    return {"status": f"failed: {reason}", "failed": True}
+
+
+def _time_limit(run: _Run, name: str) -> float:
+    """Seconds after which a process that measures hangs: by how long the timing images took, one at a time."""
+    found, config = run.journal.accuracy(name), run.config
+    assert found is not None  # only what was run is timed
+    return SLACK_SECONDS + SLACK * longest_seconds(
+        found.alone.open_seconds,
+        _image_seconds(found.alone),
+        config.images,
+        config.seconds,
+        config.min_samples,
+        config.warm_up_seconds,
+    )
+
+
+def _image_seconds(alone: Prediction) -> float:
+    return alone.predict_seconds / max(1, alone.images)
+
+
+def turns(names: Sequence[str], rounds: int, seed: int) -> list[list[str]]:
     """Who is measured when: a shuffled round, the same backwards, another shuffled one, ...
 
-    Backwards, so that a drift hits all alike; shuffled anew (seeded), because a process is slowed by what ran
-    just before it, and must not always follow the same one.
+    Backwards, so that a drift hits all alike (hence an even number of ``rounds``); shuffled anew (by ``seed``),
+    because a process is slowed by what ran just before it, and must not always follow the same one.
     """
+    generator = np.random.default_rng(seed)
     planned: list[list[str]] = []
-    for pair in range((rounds + 1) // 2):
-        shuffled = [names[at] for at in np.random.default_rng(pair).permutation(len(names))]
+    for _ in range(rounds // 2):
+        shuffled = [names[at] for at in generator.permutation(len(names))]
         planned += [shuffled, shuffled[::-1]]
-    return planned[:rounds]
+    return planned
 
 
 def _push_inputs(
@@ -121,24 +234,102 @@ def _push_inputs(
     return images
 
 
-def _accuracy(device: Device, name: str, bundle: Bundle, images: str, dataset: Dataset, draft: Path) -> Result:
-    stand_in = not device.runs(bundle.facts.target)
+def _push_timing_images(
+    device: Device,
+    bundles: Mapping[str, Bundle],
+    images: Mapping[str, str],
+    dataset: Dataset,
+    count: int,
+    scratch: Path,
+) -> dict[str, str]:
+    """Put the images that are timed onto the device, once per kind of input: seeded, spread over the classes.
+
+    A file of their own, in the order of their positions: a process that times opens nothing else.
+    """
+    samples = dataset.samples("test")
+    chosen = [samples[int(at)] for at in _timing_positions(dataset, count)]
+    pushed: dict[str, str] = {}
+    for name, bundle in bundles.items():
+        if images[name] not in pushed:
+            pushed[images[name]] = f"timing-{images[name]}"
+            file = scratch / pushed[images[name]]
+            write_images(file, chosen, bundle.facts.input.model_dump())
+            device.push(file, file.name)
+    return {name: pushed[images[name]] for name in bundles}
+
+
+def _timing_positions(dataset: Dataset, count: int) -> np.ndarray:
+    return dataset.positions("test", count, seed=0)
+
+
+def _accuracy(run: _Run, name: str, bundle: Bundle) -> Result:
+    """What a bundle says of the test images, kept in the journal, and how right that is."""
+    stand_in = not run.device.runs(bundle.facts.target)
     if stand_in and bundle.facts.stand_in is None:
         return Result(status=f"{bundle.facts.target} is not installed on this device")
-    written = draft / Measurement.outputs_name(name)
-    answer = device.predict(name, images, written, stand_in)
-    outputs = np.load(written, allow_pickle=False)
-    labels = load_labels(dataset.samples("test"), bundle.facts.input.model_dump())
-    wanted = (len(labels), len(bundle.labels))
-    if outputs.shape[:2] != wanted or not np.isfinite(outputs).all():
-        raise UserError(f"{bundle.path} gives outputs of shape {outputs.shape}: wanted {wanted}, of finite numbers")
-    task = TASKS[bundle.facts.task]
+    found = run.journal.accuracy(name)
+    if found is None:
+        try:
+            found = _twice(name, _predict, run, name, bundle, stand_in)
+        except KdpipeError as error:
+            note(f"{name}: given up: {error}")
+            return Result(**_failed(str(error)))
+        run.journal.add_accuracy(name, found)
+    outputs = np.load(run.journal.outputs(name), allow_pickle=False)
+    labels = load_labels(run.dataset.samples("test"), bundle.facts.input.model_dump())
+    task, apart = TASKS[bundle.facts.task], found.batch_one
+    if not apart.within_tolerance:
+        note(
+            f"{name}: one image at a time its outputs are off by {apart.max_difference:.3g} from those in batches, "
+            f"allowed {apart.tolerance:.3g}: its accuracy may not be that of what is timed"
+        )
     return Result(
         status="not built here" if stand_in else "measured",
-        accuracy_by=answer.session.runtime,
+        accuracy_by=found.answer.session.runtime,
         accuracy=Interval(*task.summary(task.scores(outputs, labels))),
-        session=answer.session,
+        batch_one=apart,
+        session=found.answer.session,
     )
+
+
+def _predict(run: _Run, name: str, bundle: Bundle, stand_in: bool) -> Accuracy:
+    """Outputs of the test images into the journal; before, those of the timing images one at a time, as they are timed.
+
+    How long one image takes alone bounds how long all may take. Raises KdpipeError.
+    """
+    device, written, count = run.device, run.journal.outputs(name), run.dataset.facts.images["test"]
+    threads = run.config.threads
+    alone = device.predict(name, run.timing[name], written, FIRST_SECONDS, stand_in=stand_in, batch=1, threads=threads)
+    one_by_one = _read_outputs(written, name, len(run.positions), bundle)
+    limit = SLACK_SECONDS + SLACK * (alone.open_seconds + count * _image_seconds(alone))
+    answer = device.predict(name, run.images[name], written, limit, stand_in=stand_in)
+    batched = _read_outputs(written, name, count, bundle)[run.positions]
+    difference, tolerance = float(np.abs(one_by_one - batched).max()), bundle.facts.golden_tolerance
+    return Accuracy(
+        answer=answer,
+        alone=alone,
+        batch_one=BatchOne(
+            images=len(run.positions),
+            max_difference=difference,
+            tolerance=tolerance,
+            agreement=TASKS[bundle.facts.task].agreement(one_by_one, batched),
+            within_tolerance=difference <= tolerance,
+        ),
+    )
+
+
+def _read_outputs(path: Path, name: str, count: int, bundle: Bundle) -> np.ndarray:
+    """Outputs [N, ...] as a device wrote them. Raises UserError for anything else."""
+    try:
+        outputs = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the outputs of {name} are no array ({first_line(error)})") from None
+    if len(outputs.shape) < 2 or outputs.shape[:2] != (count, len(bundle.labels)) or outputs.dtype != np.float32:
+        wanted = f"float32 [{count}, {len(bundle.labels)}, ...]"
+        raise UserError(f"the outputs of {name} are {outputs.dtype} {list(outputs.shape)}, wanted {wanted}")
+    if not np.isfinite(outputs).all():
+        raise UserError(f"the outputs of {name} are not all finite")
+    return np.asarray(outputs)
 
 
 def summary(repeats: Sequence[Samples]) -> dict[str, Any]:
@@ -151,7 +342,7 @@ def summary(repeats: Sequence[Samples]) -> dict[str, Any]:
     numbers: dict[str, Any] = {}
     for percent in (50, 90):
         by_process = [percentile_interval(values, percent).value for values in milliseconds]
-        numbers[f"latency_p{percent}_ms"] = percentile_interval(by_process, 50)
+        numbers[f"latency_p{percent}_ms"] = median_interval(by_process)
         numbers[f"latency_p{percent}_by_process_ms"] = by_process
     return {
         **numbers,
@@ -162,7 +353,9 @@ def summary(repeats: Sequence[Samples]) -> dict[str, Any]:
         "prepare_ms": float(np.median(np.concatenate([samples.prepare_ns for samples in repeats]))) / 1e6,
         "peak_memory_bytes": max(samples.peak_memory_bytes for samples in repeats),
         "memory_before_open_bytes": max(samples.memory_before_open_bytes for samples in repeats),
+        "memory_growth_bytes": max(each.peak_memory_bytes - each.memory_before_open_bytes for each in repeats),
         "warm_up_settled": all(samples.warm_up.settled for samples in repeats),
+        "warm_up_settled_by_process": [samples.warm_up.settled for samples in repeats],
         "session": repeats[0].session,
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -38,23 +39,32 @@ class LocalDevice(RunnerDevice):
         (self._folder / name).symlink_to(source.absolute())
 
     def pull(self, name: str, target: Path) -> None:
-        shutil.move(self._folder / name, target)
+        try:
+            shutil.move(self._folder / name, target)
+        except FileNotFoundError:
+            raise UserError(f"the runner on 'local' wrote no '{name}'") from None
 
-    def run(self, arguments: Sequence[str], timeout_seconds: float) -> str:
+    def run(self, arguments: Sequence[str], timeout_seconds: float) -> bytes:
         command = [sys.executable, "-m", "runtime", *arguments]
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COV"))}
         try:
             done = subprocess.run(
-                command, cwd=self._folder, env=environment, capture_output=True, text=True, timeout=timeout_seconds
+                command, cwd=self._folder, env=environment, capture_output=True, timeout=timeout_seconds
             )
         except subprocess.TimeoutExpired:
             raise KdpipeError(
                 f"the runner did not end in {timeout_seconds:.0f} s: is the machine overloaded?"
             ) from None
         if done.returncode != 0:
-            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise UserError(f"the runner failed on 'local': {lines[-1]}")
+            raise UserError(f"the runner failed on 'local': {_reason(done.returncode, done.stderr)}")
         return done.stdout
 
     def close(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _reason(returncode: int, stderr: bytes) -> str:
+    if returncode < 0:  # what it printed before is not why
+        return f"killed by signal {-returncode} ({signal.strsignal(-returncode)})"
+    lines = stderr.decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else f"exit code {returncode}"

@@ -53,13 +53,23 @@ class NullDevice:
             raise UserError(f"nothing at {source}: wanted a file or folder to push")
         self._pushed[name] = source
 
-    def predict(self, bundle: str, images: str, outputs: Path, stand_in: bool = False) -> Prediction:
+    def predict(
+        self,
+        bundle: str,
+        images: str,
+        outputs: Path,
+        timeout_seconds: float,
+        *,
+        stand_in: bool = False,
+        batch: int = 64,
+        threads: int = 0,
+    ) -> Prediction:
         classes = len(Bundle.open(self._found(bundle)).labels)
         count = len(np.load(self._found(images), mmap_mode="r", allow_pickle=False))
         np.save(outputs, np.zeros((count, classes), np.float32))
-        return Prediction(images=count, session=SESSION)
+        return Prediction(images=count, open_seconds=0, predict_seconds=0, session=SESSION)
 
-    def measure(self, bundle: str, images: str, settings: MeasureSettings) -> Samples:
+    def measure(self, bundle: str, images: str, settings: MeasureSettings, timeout_seconds: float) -> Samples:
         self._found(bundle)
         latency_ns: list[int] = []
         begun = time.monotonic()
@@ -72,7 +82,7 @@ class NullDevice:
             load_ns=0,
             first_ns=latency_ns[0],
             prepare_ns=[0],
-            warm_up=WarmUp(window_median_ns=[], settled=True),
+            warm_up=WarmUp(window_median_ns=[], calls=0, seconds=0, settled=True),
             latency_ns=latency_ns,
             peak_memory_bytes=memory,
             memory_before_open_bytes=memory,

@@ -58,8 +58,9 @@ def correct(float32: Activations, make: Callable[[Shifts], Activations], images:
     layers = [layer for layer in float32.layers if layer.bias is not None]
     if not layers or len(images) < 4:
         return Correction()
-    chosen = [images[at] for at in range(min(IMAGES, len(images)))]
-    moving, judging = chosen[::2], chosen[1::2]
+    # Shuffled: classes take turns in what a stage calibrates on, so that every second image would be of every second.
+    order = np.random.default_rng(0).permutation(min(IMAGES, len(images)))
+    moving, judging = ([images[int(at)] for at in half] for half in np.array_split(order, 2))
     expected_outputs = _outputs(float32, float32, judging)
     quantized = make({})
     before, without_mean = _decibels(expected_outputs, _outputs(quantized, float32, judging))

@@ -6,33 +6,36 @@ with the standard library, numpy and the one runtime of the bundle (Pillow only 
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from .installed import installed
 from .onnxruntime import OnnxRuntimeSession
 from .openvino import OpenVinoSession
 from .tensorrt import TensorRtSession
 from .tflite import TfliteSession
+
+PROTOCOL_VERSION = 2  # of what ``python -m runtime`` takes and answers
 
 
 class Session(Protocol):
     """An opened model."""
 
     needs: tuple[str, ...]  # distributions that open it
-    modules: tuple[str, ...]  # what importing them means
+    modules: tuple[tuple[str, ...], ...]  # what importing them means: one of each of these
     batched: bool  # whether one call takes any number of images
 
     def __init__(self, folder: Path, facts: dict[str, Any], threads: int) -> None:
         """Open the model in ``folder`` as its ``facts`` (of the manifest) say."""
 
-    def prepare(self, images: np.ndarray) -> np.ndarray:
-        """uint8 [N, H, W, 3] in RGB to the model's own input (layout, dtype, scale)."""
+    def prepare(self, images: np.ndarray) -> Any:
+        """uint8 [N, H, W, 3] in RGB to the model's own input (layout, dtype, scale) as the runtime holds it."""
 
-    def infer(self, prepared: np.ndarray) -> np.ndarray:
-        """The model's own input to float32 logits [N, K]."""
+    def infer(self, prepared: Any) -> np.ndarray:
+        """The model's own input to float32 logits [N, K], which stand until the next call."""
 
     def describe(self) -> dict[str, Any]:
         """Runtime, version and settings that were really taken."""
@@ -48,7 +51,9 @@ RUNTIMES: dict[str, type[Session]] = {
 
 def is_available(target: str) -> bool:
     """Whether the runtime of ``target`` is installed on this machine; imports nothing. Raises KeyError."""
-    return all(importlib.util.find_spec(module.partition(".")[0]) for module in RUNTIMES[target].modules)
+    with contextlib.suppress(ImportError):
+        return bool([installed(alternatives) for alternatives in RUNTIMES[target].modules])
+    return False
 
 
 def open_session(folder: Path, facts: dict[str, Any], threads: int = 1, stand_in: bool = False) -> Session:
@@ -72,5 +77,5 @@ def predict(session: Session, images: np.ndarray, batch: int = 64) -> np.ndarray
     """Float32 logits [N, K] for uint8 images [N, H, W, 3], in batches where the model takes them."""
     step = batch if session.batched else 1
     return np.concatenate(
-        [session.infer(session.prepare(images[at : at + step])) for at in range(0, len(images), step)]
+        [np.array(session.infer(session.prepare(images[at : at + step]))) for at in range(0, len(images), step)]
     )

@@ -10,20 +10,20 @@ import json
 import os
 import resource
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import open_session, predict
+from . import PROTOCOL_VERSION, open_session, predict
 from .bundle import BundleError, read_facts, replay_golden
 from .measure import measure
 from .sealed import printable
 from .weights import ModelFileError
 
-PROTOCOL_VERSION = 1
-BATCH = 64  # images that are run at once
+BATCH = 64  # images that are run at once, and read at once
 
 
 def main() -> int:
@@ -33,9 +33,13 @@ def main() -> int:
     parser.add_argument("--images", type=Path, help=".npy of uint8 [N, H, W, 3] (predict, measure)")
     parser.add_argument("--image-count", type=int, default=64, help="images rotated through (measure)")
     parser.add_argument("--logits", type=Path, help=".npy to write float32 [N, K] to (predict)")
+    parser.add_argument(
+        "--batch", type=int, default=BATCH, help="images of one call, where the model takes them (predict)"
+    )
     parser.add_argument("--threads", type=int, default=0, help="0: every core")
     parser.add_argument("--seconds", type=float, default=1.0, help="steady time (measure)")
     parser.add_argument("--min-samples", type=int, default=64, help="inferences at least (measure)")
+    parser.add_argument("--warm-up-seconds", type=float, default=1.0, help="warm-up at least (measure)")
     parser.add_argument("--stand-in", action="store_true", help="open with the runtime that reads the same file")
     parser.add_argument("--memory-bytes", type=int, default=0, help="end where it wants more memory; 0: no limit")
     args = parser.parse_args()
@@ -51,7 +55,7 @@ def main() -> int:
             result = _predict(args, facts, threads)
         else:
             images = np.load(args.images, mmap_mode="r", allow_pickle=False)[: args.image_count]
-            result = measure(args.bundle, facts, images, threads, args.seconds, args.min_samples)
+            result = measure(args.bundle, facts, images, threads, args.seconds, args.min_samples, args.warm_up_seconds)
     except Exception as error:  # every runtime raises its own for a model that it cannot run
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         whose = "" if isinstance(error, (BundleError, ModelFileError)) else f"{type(error).__name__}: "
@@ -62,10 +66,18 @@ def main() -> int:
 
 
 def _predict(args: argparse.Namespace, facts: dict[str, Any], threads: int) -> dict[str, Any]:
+    begun = time.monotonic()
     session = open_session(args.bundle, facts, threads, args.stand_in)
-    outputs = [predict(session, images) for images in _batches(args.images)]
+    opened = time.monotonic()
+    outputs = [predict(session, images, args.batch) for images in _batches(args.images)]
     np.save(args.logits, np.concatenate(outputs), allow_pickle=False)
-    return {"images": sum(map(len, outputs)), "session": session.describe(), "stand_in": args.stand_in}
+    return {
+        "images": sum(map(len, outputs)),
+        "open_seconds": opened - begun,
+        "predict_seconds": time.monotonic() - opened,
+        "session": session.describe(),
+        "stand_in": args.stand_in,
+    }
 
 
 def _batches(path: Path) -> Iterator[np.ndarray]:

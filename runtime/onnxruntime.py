@@ -12,7 +12,7 @@ from .layout import to_input
 
 class OnnxRuntimeSession:
     needs: tuple[str, ...] = ("onnxruntime",)
-    modules: tuple[str, ...] = ("onnxruntime",)
+    modules: tuple[tuple[str, ...], ...] = (("onnxruntime",),)
     batched: bool = True
 
     def __init__(self, folder: Path, facts: dict[str, Any], threads: int) -> None:

@@ -16,31 +16,46 @@ from .layout import to_input
 
 class OpenVinoSession:
     needs: tuple[str, ...] = ("openvino",)
-    modules: tuple[str, ...] = ("openvino",)
+    modules: tuple[tuple[str, ...], ...] = (("openvino",),)
     batched: bool = True
 
     def __init__(self, folder: Path, facts: dict[str, Any], threads: int) -> None:
         import openvino
 
         self._spec = facts["input"]
-        self._compiled = openvino.Core().compile_model(
-            folder / facts["entry"],
-            "CPU",
-            {
-                "INFERENCE_PRECISION_HINT": facts["runtime"]["inference_precision"],
-                "INFERENCE_NUM_THREADS": str(threads),
-                "PERFORMANCE_HINT": "LATENCY",
-            },
-        )
-        self._request = self._compiled.create_infer_request()
+        self._core, self._file = openvino.Core(), folder / facts["entry"]
+        self._settings = {
+            "INFERENCE_PRECISION_HINT": facts["runtime"]["inference_precision"],
+            "INFERENCE_NUM_THREADS": str(threads),
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        self._tensor = openvino.Tensor
         self._version = openvino.__version__
+        # One image at a time is what a device does: known to be one, it costs less than a batch that may change.
+        model = self._core.read_model(self._file)
+        shape = model.input().partial_shape
+        shape[0] = 1
+        model.reshape(shape)
+        self._compiled = self._core.compile_model(model, "CPU", self._settings)
+        self._one = self._compiled.create_infer_request()
+        self._size_of_one = self._one.get_input_tensor().size
+        self._several: Any = None
 
-    def prepare(self, images: np.ndarray) -> np.ndarray:
-        return to_input(images, self._spec)
+    def prepare(self, images: np.ndarray) -> Any:
+        """A tensor over the array that it keeps alive: at each call it is set, never copied."""
+        return self._tensor(to_input(images, self._spec), shared_memory=True)
 
-    def infer(self, prepared: np.ndarray) -> np.ndarray:
-        self._request.infer([prepared], share_inputs=True)
-        return np.array(self._request.get_output_tensor(0).data, dtype=np.float32)
+    def infer(self, prepared: Any) -> np.ndarray:
+        request = self._one if prepared.size == self._size_of_one else self._any_batch()
+        request.set_input_tensor(prepared)
+        # Shared: else every output is copied into an array of its own.
+        return np.asarray(request.infer(share_outputs=True).to_tuple()[0], dtype=np.float32)
+
+    def _any_batch(self) -> Any:
+        """Compiled when first wanted: a process that times never does."""
+        if self._several is None:
+            self._several = self._core.compile_model(self._file, "CPU", self._settings).create_infer_request()
+        return self._several
 
     def describe(self) -> dict[str, Any]:
         precision = self._compiled.get_property("INFERENCE_PRECISION_HINT")

@@ -21,7 +21,7 @@ def engine_of(folder: Path) -> Path:
 
 class TensorRtSession:
     needs: tuple[str, ...] = ("tensorrt", "cuda-python")
-    modules: tuple[str, ...] = ("tensorrt", "cuda.bindings.runtime")
+    modules: tuple[tuple[str, ...], ...] = (("tensorrt",), ("cuda.bindings.runtime",))
     batched: bool = False
 
     def __init__(self, folder: Path, facts: dict[str, Any], threads: int) -> None:
@@ -65,7 +65,7 @@ class TensorRtSession:
         to_host = (self._device_logits, self._logits.nbytes, kinds.cudaMemcpyDeviceToHost)
         self._checked(copy(self._logits.ctypes.data, *to_host, self._stream))
         self._checked(self._cuda.cudaStreamSynchronize(self._stream))
-        return self._logits.copy()
+        return self._logits
 
     def describe(self) -> dict[str, Any]:
         return {"runtime": "tensorrt", "version": self._version, "threads": 1}

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .installed import installed
 from .layout import to_input
 
 
 class TfliteSession:
     needs: tuple[str, ...] = ("ai-edge-litert",)
-    modules: tuple[str, ...] = ("ai_edge_litert.interpreter",)
+    modules: tuple[tuple[str, ...], ...] = (("ai_edge_litert.interpreter", "tflite_runtime.interpreter"),)
     batched: bool = False
 
     def __init__(self, folder: Path, facts: dict[str, Any], threads: int) -> None:
-        try:
-            from ai_edge_litert.interpreter import Interpreter
-
-            self._distribution = "ai-edge-litert"
-        except ImportError:
-            from tflite_runtime.interpreter import Interpreter
-
-            self._distribution = "tflite-runtime"
+        module = installed(self.modules[0])
+        self._distribution = module.partition(".")[0].replace("_", "-")
         self._spec = facts["input"]
         self._threads = threads
-        self._interpreter = Interpreter(str(folder / facts["entry"]), num_threads=threads)
+        self._interpreter = importlib.import_module(module).Interpreter(
+            str(folder / facts["entry"]), num_threads=threads
+        )
         self._interpreter.allocate_tensors()
         self._input = self._interpreter.get_input_details()[0]
         self._output = self._interpreter.get_output_details()[0]

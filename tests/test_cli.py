@@ -204,6 +204,8 @@ def by_hand(made: Made, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
         2,
         "--seconds",
         0.1,
+        "--warm-up-seconds",
+        0.1,
         "--threads",
         1,
     )

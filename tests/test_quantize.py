@@ -229,6 +229,22 @@ def test_biases_are_moved_where_that_helps() -> None:
     assert worse.shifts == {} and worse.after_db is not None and worse.after_db < found.before_db
 
 
+@pytest.mark.parametrize("classes", [2, 4])
+def test_biases_are_judged_on_images_of_every_class(classes: int) -> None:
+    """Classes take turns in what is calibrated on: every second image would be of every second class."""
+    judged: set[float] = set()
+
+    class Noting(TwoLayers):
+        def __call__(self, image: np.ndarray) -> dict[str, np.ndarray]:
+            judged.add(float(image[0, 0]))
+            return super().__call__(image)
+
+    images = [np.full((1, 8), float(1 + at % classes)) for at in range(32)]
+    # Worth nothing, so that only the images that judge are looked at.
+    assert correct(Noting(0, {}), lambda shifts: TwoLayers(0, shifts), images).after_db is None
+    assert judged == {float(1 + label) for label in range(classes)}
+
+
 @pytest.mark.parametrize(
     ("target", "variant"),
     [("onnxruntime", "int8"), ("openvino", "int8-qdq"), ("tensorrt", "int8"), ("tflite", "int8")],

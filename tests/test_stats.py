@@ -51,6 +51,26 @@ def test_percentile_refuses(samples: list[float], percent: float) -> None:
         stats.percentile_interval(samples, percent)
 
 
+def test_median_of_few_lies_in_the_middle() -> None:
+    """Of an even number the lower of the two middle ones is too small on the average."""
+    assert stats.median_interval([6.0, 1.0, 5.0, 2.0, 4.0, 3.0]) == stats.Interval(3.5, 1.0, 6.0, 6)
+    assert stats.median_interval([3.0, 1.0, 2.0]) == stats.Interval(2.0, None, None, 3)
+    generator = np.random.default_rng(0)
+    medians = [stats.median_interval(generator.normal(size=6)).value for _ in range(300)]
+    assert abs(np.mean(medians)) < 4 * np.std(medians) / math.sqrt(len(medians))
+    with pytest.raises(ValueError, match="samples"):
+        stats.median_interval([])
+
+
+@pytest.mark.parametrize(("n", "quantile"), [(2, 12.7062), (31, 2.0423), (61, 2.0003), (121, 1.9799), (1001, 1.9623)])
+def test_students_t_stays_wider_than_the_normal(n: int, quantile: float) -> None:
+    """Table values of t for 97.5 %: 1.96 is the limit, not what 32 values have."""
+    values = np.arange(n, dtype=float)
+    found = stats.mean_interval(values)
+    half = (found.high - found.low) / 2
+    assert half / (values.std(ddof=1) / math.sqrt(n)) == pytest.approx(quantile, abs=6e-5)
+
+
 def test_mean_and_ratio_by_hand() -> None:
     found = stats.mean_interval([1.0, 2.0, 3.0])
     assert found.value == 2

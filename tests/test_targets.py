@@ -64,8 +64,9 @@ def test_raw_images_go_in(made: Made, target: str, variant: str) -> None:
     assert model.facts.input.layout == TARGETS[target].layout
     session = session_of(model)
     black, white = (np.full((1, 32, 32, 3), value, np.uint8) for value in (0, 255))
-    assert session.prepare(white).max() in (255, 127)  # float as it is, or the top of int8
-    assert np.abs(session.infer(session.prepare(black)) - session.infer(session.prepare(white))).max() > 0.1
+    # Float as it is, or the top of int8.
+    assert np.asarray(session.prepare(white).data).max() in (255, 127)
+    assert np.abs(predict(session, black) - predict(session, white)).max() > 0.1
 
 
 @pytest.mark.parametrize(("target", "variant"), EVERY_MODEL)
@@ -90,8 +91,8 @@ def test_int8_is_smaller_and_different(made: Made, target: str) -> None:
 def test_batch_is_free(made: Made, name: str) -> None:
     session = session_of(made.models[name])
     images = images_of(made, count=5)
-    together = session.infer(session.prepare(images))
-    apart = np.concatenate([session.infer(session.prepare(image[None])) for image in images])
+    together = predict(session, images)
+    apart = predict(session, images, batch=1)
     np.testing.assert_allclose(together, apart, atol=1e-4 * float(apart.std()) + 1e-5)
 
 

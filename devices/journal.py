@@ -1,0 +1,157 @@
+"""What a measuring session has so far, on disk process by process: stopped or killed, it goes on from there."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from ..core.artifact import Record
+from ..core.kinds import BatchOne, Prediction, Samples
+
+# A session that stood still for longer is not one: the machine is another by then (its load, clock, heat), and
+# rounds of before and after must not be pooled. Outputs do not depend on when they were made.
+PAUSE_LIMIT_SECONDS = 600.0
+
+R = TypeVar("R", bound=Record)
+
+
+class Accuracy(Record):
+    """What came with the outputs of a bundle, which lie in the journal."""
+
+    answer: Prediction
+    alone: Prediction  # of the timing images, one at a time
+    batch_one: BatchOne
+
+
+class _Session(Record):
+    """What all processes of a session share."""
+
+    order_seed: int
+    timed: list[str]
+    pauses_seconds: list[float]
+
+
+class _Process(Record):
+    """One line of the journal: a process that was measured, or why one failed for good."""
+
+    ended_unix: float
+    round: int
+    name: str
+    samples: Samples | None = None
+    failure: str | None = None
+
+
+class Journal:
+    """The folder in which a session is kept until it is sealed.
+
+    After ``begin``: ``order_seed`` draws who is measured when, ``runs`` holds what was measured by (round, name),
+    ``failed`` why a bundle was given up, ``pauses_seconds`` how long the session stood still.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._session, self._processes = folder / "session.json", folder / "processes.jsonl"
+        self._accuracy, self._outputs = folder / "accuracy", folder / "outputs"
+        self.runs: dict[tuple[int, str], Samples] = {}
+        self.failed: dict[str, str] = {}
+        self.pauses_seconds: list[float] = []
+        self.order_seed = secrets.randbits(32)
+
+    def begin(self, timed: Sequence[str]) -> int:
+        """Go on with the session of these bundles if it is still one, else begin anew.
+
+        After a pause of more than ten minutes times are taken anew, in another order.
+
+        Returns:
+            How many processes were measured in a session that is none any more.
+        """
+        session, kept = self._read()
+        pause = max(0.0, time.time() - kept[-1].ended_unix) if kept else 0.0
+        if session is None or session.timed != list(timed) or pause > PAUSE_LIMIT_SECONDS:
+            self._processes.unlink(missing_ok=True)
+            self._write_session(timed)
+            return len(kept)
+        self.order_seed, self.pauses_seconds = session.order_seed, session.pauses_seconds
+        if kept:
+            self.pauses_seconds = [*self.pauses_seconds, round(pause, 3)]
+        self._write_session(timed)
+        # A line that a kill cut short goes: the next one must begin on a line of its own.
+        _replace(self._processes, "".join(process.model_dump_json() + "\n" for process in kept))
+        for process in kept:
+            self._take(process)
+        return 0
+
+    def add(self, at: int, name: str, samples: Samples) -> None:
+        """Keep what one process measured in round ``at``."""
+        self._append(_Process(ended_unix=time.time(), round=at, name=name, samples=samples))
+
+    def give_up(self, at: int, name: str, failure: str) -> None:
+        """Keep why a bundle failed for good in round ``at``."""
+        self._append(_Process(ended_unix=time.time(), round=at, name=name, failure=failure))
+
+    def outputs(self, name: str) -> Path:
+        """Where a bundle's outputs are put; they count once ``add_accuracy`` was called."""
+        self._outputs.mkdir(exist_ok=True)
+        return self._outputs / f"{name}.npy"
+
+    def add_accuracy(self, name: str, found: Accuracy) -> None:
+        """Keep what came with a bundle's outputs, once these are safe."""
+        self._accuracy.mkdir(exist_ok=True)
+        with self.outputs(name).open("rb") as stream:
+            os.fsync(stream.fileno())
+        _replace(self._accuracy / f"{name}.json", found.model_dump_json())
+
+    def accuracy(self, name: str) -> Accuracy | None:
+        """What came with a bundle's outputs, if they lie here."""
+        if not self.outputs(name).is_file():
+            return None
+        return _load(Accuracy, self._accuracy / f"{name}.json")
+
+    def _take(self, process: _Process) -> None:
+        if process.samples is not None:
+            self.runs[process.round, process.name] = process.samples
+        if process.failure is not None:
+            self.failed[process.name] = process.failure
+
+    def _append(self, process: _Process) -> None:
+        with self._processes.open("a") as stream:
+            stream.write(process.model_dump_json() + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        self._take(process)
+
+    def _write_session(self, timed: Sequence[str]) -> None:
+        session = _Session(order_seed=self.order_seed, timed=list(timed), pauses_seconds=self.pauses_seconds)
+        _replace(self._session, session.model_dump_json())
+
+    def _read(self) -> tuple[_Session | None, list[_Process]]:
+        """The session, and every whole line up to the first that is not."""
+        found: list[_Process] = []
+        written = self._processes.read_bytes() if self._processes.is_file() else b""
+        for line in written.split(b"\n"):
+            try:
+                found.append(_Process.model_validate_json(line))
+            except ValueError:
+                break
+        return _load(_Session, self._session), found
+
+
+def _load(kind: type[R], path: Path) -> R | None:
+    """A record that ``_replace`` wrote; None where there is none, or one of another version of kdpipe."""
+    try:
+        return kind.model_validate_json(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write all of a file or nothing."""
+    ready = path.with_name(path.name + ".new")
+    with ready.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    ready.replace(path)
