@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, VARIANTS_HERE, Made, assert_one_line, command, kdpipe, quantize
+import yaml
+from conftest import ROOT, SMALL_RECIPE, VARIANTS_HERE, Made, assert_one_line, command, kdpipe, quantize
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -481,6 +482,17 @@ def test_what_cannot_be_told_is_sealed_and_marked(made: Made, tmp_path: Path) ->
     assert guard.confirmed.images_needed > len(made.dataset.samples("test"))
     told = json.loads((tmp_path / "q" / "manifest.json").read_text())["facts"]["guard"]
     assert told["shown"] is False and told["confirmed"]["possible_points"] > 0.1
+
+
+def test_a_run_goes_on_with_what_cannot_be_told_and_says_so(made: Made, tmp_path: Path) -> None:
+    quantization = {"variants": ["int8"], "calibrate": {"images": 48}, "max_drop": 0.1, "guard_steps": 1}
+    recipe = {**SMALL_RECIPE, "export": {"targets": ["onnxruntime"]}, "quantize": quantization}
+    (tmp_path / "guarded.yaml").write_text(yaml.safe_dump(recipe))
+    done = kdpipe("run", tmp_path / "guarded.yaml", "--artifacts", made.chain.folder, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "onnxruntime int8 is not shown to lose at most 0.1 points: " in done.stderr
+    [guard] = json.loads(done.stdout[done.stdout.index("{") :])["numbers"]["guards"]
+    assert guard["shown"] is False and guard["confirmed"]["images_needed"] > 1000
 
 
 def test_what_surely_loses_more_is_not_sealed(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
