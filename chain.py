@@ -572,7 +572,7 @@ def with_fitted(dataset: Dataset) -> Dataset:
     if dataset.facts.copies is None:
         return dataset
     found = {
-        geometry(fitted.manifest.config): fitted
+        geometry(fitted.settings): fitted
         for fitted in beside(dataset, Fitted, None).values()
         if fitted.manifest.inputs["data"].key == dataset.key
     }

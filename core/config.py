@@ -501,6 +501,16 @@ class BenchPlan(MeasureSettings):
     )
 
 
+class BenchConfig(BenchPlan):
+    """A session on the device as it is now, and which attempt at it this is: a measurement is an event.
+
+    Another machine, kernel, governor or version of a runtime makes another session, another attempt another key.
+    """
+
+    device_fingerprint: dict[str, Any]
+    attempt: int = Field(0, ge=0, description="from 1 on; 0 names the session itself")
+
+
 class ReportConfig(Config):
     """What the page is called, and what it advises."""
 

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 
 from .artifact import EVIDENCE, Artifact, Provenance, Record, find_ancestors
-from .config import AdoptConfig, BenchPlan, CacheConfig, TrainConfig
+from .config import AdoptConfig, BenchConfig, CacheConfig, TrainConfig
 from .errors import UserError
 from .inputs import InputSpec
 from .sealed import LARGEST_MODEL_BYTES
@@ -548,7 +548,7 @@ class Measurement(Artifact[MeasurementFacts]):
 
     kind = "measurement"
     Facts = MeasurementFacts
-    Configs: ClassVar = {"bench": BenchPlan}
+    Configs: ClassVar = {"bench": BenchConfig}
     LABELS = "labels.npy"  # of the test part
 
     @property

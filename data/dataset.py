@@ -9,12 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, overload
 
 import numpy as np
 from pydantic import ValidationError
 
 from ..core.artifact import Artifact, Record
+from ..core.config import FittedConfig
 from ..core.errors import UserError
 from ..core.kinds import Labelled
 from ..core.proc import first_line, in_order
@@ -216,6 +217,8 @@ class Fitted(Artifact[FittedFacts]):
 
     kind = "fitted"
     Facts = FittedFacts
+    Configs: ClassVar = {"fitted": FittedConfig}
+    roles = frozenset({"data"})
 
     @staticmethod
     def file_name(part: Part) -> str:

@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 
 from ..core.artifact import Order, drafting, write_json
-from ..core.config import MeasureSettings
+from ..core.config import BenchConfig, MeasureSettings
 from ..core.errors import KdpipeError, UserError
 from ..core.kinds import (
     BatchOne,
@@ -33,7 +33,6 @@ from ..runtime.measure import longest_seconds
 from ..runtime.task import TASKS
 from . import Device, find_device, opened
 from .journal import Accuracy, Journal
-from .session import BenchConfig
 from .trust import assess, control_name, controlled
 
 SLACK, SLACK_SECONDS = 10, 60.0  # a process that takes so many times what it should, and a minute, hangs
