@@ -47,6 +47,7 @@ from .core.progress import progress
 from .data.copies import are_photographs
 from .data.dataset import Dataset, Fitted, geometry
 from .data.fingerprints import Fingerprint, fingerprint_folder
+from .deploy.bundle import check_known, check_task, try_model
 from .runtime.preprocess import DECODING
 from .runtime.task import TASKS
 
@@ -355,6 +356,7 @@ class Chain:
         self, config: QuantizeConfig, model: Model, dataset: Dataset, device: Probe, out: Path | None = None
     ) -> Model:
         """One variant for that device, which decides what the configuration leaves to it."""
+        check_known(model)
         suitable = suited(config, device.machine, device.known_flags)
         order = Order("quantize", suitable, {"model": model, "data": dataset})
 
@@ -362,6 +364,7 @@ class Chain:
             from .export import TARGETS
             from .quantize.stage import quantize
 
+            self._try(model)
             check = TARGETS[model.facts.target].check
             return quantize(order, model, dataset, path, check, self._nearest(model, Graph), self._teacher_of(model))
 
@@ -371,6 +374,7 @@ class Chain:
         """Every variant of the plan that ``model``'s target has; with auto, those that could be the best there."""
         from .quantize import VARIANTS
 
+        check_known(model)
         made = []
         for name, kind in VARIANTS[model.facts.target].items():
             if kind.suits(model.facts, device.known_flags) if plan.variants == "auto" else name in plan.variants:
@@ -390,12 +394,19 @@ class Chain:
             return None
         return next(iter(beside(model, Checkpoint, {student.inputs["teacher"].key}).values()), None)
 
+    def _try(self, model: Model) -> None:
+        """Open a model in another process first, unless it was made here and now. Raises KdpipeError."""
+        if not any(step.path == model.path and not step.sealed_before for step in self.steps):
+            try_model(model)
+
     def package(self, config: PackageConfig, model: Model, dataset: Dataset, out: Path | None = None) -> Bundle:
+        check_known(model)
         order = Order("package", config, {"model": model, "data": dataset})
 
         def make(path: Path) -> Bundle:
             from .deploy.bundle import package
 
+            self._try(model)
             return package(order, model, dataset, path)
 
         return self.step(f"bundle-{model.facts.target}-{model.facts.variant}", Bundle, order, make, out)
@@ -405,6 +416,8 @@ class Chain:
     ) -> Measurement:
         from .devices.session import bench_config
 
+        for bundle in bundles.values():
+            check_known(bundle)
         order = Order("bench", bench_config(plan), {**bundles, "data": dataset})
 
         def make(path: Path) -> Measurement:
@@ -421,6 +434,9 @@ class Chain:
         checkpoints: Mapping[str, Checkpoint],
         out: Path | None = None,
     ) -> Report:
+        check_task(measurement.path, measurement.facts.task)
+        for checkpoint in checkpoints.values():
+            check_task(checkpoint.path, checkpoint.facts.task)
         sources = self._sources(measurement)
         order = Order("report", config, {"measurement": measurement, **checkpoints, **sources.as_inputs()})
 
@@ -466,9 +482,7 @@ def train_order(
     if teacher is not None and config.needs_teacher:
         inputs["teacher"] = teacher
         usual = CacheSettings()
-        if cache is not None and any(
-            cache.manifest.config[name] != getattr(usual, name) for name in ("precision", "top")
-        ):
+        if cache is not None and any(cache.settings[name] != getattr(usual, name) for name in ("precision", "top")):
             inputs["cache"] = cache
     return Order("train", config, inputs)
 

@@ -21,6 +21,7 @@ from .core.config import (
     TrainConfig,
 )
 from .core.errors import KdpipeError
+from .core.sealed import printable
 from .options import configured
 
 if TYPE_CHECKING:
@@ -234,7 +235,7 @@ def distill(
     remembered = None
     if cache is not None:
         remembered = _cache_at(cache, chain, settings, dataset, guide)
-        seen = remembered.manifest.config
+        seen = remembered.settings
         as_stored = {"cache_views": seen["views"], "view_seed": seen["view_seed"]}
         left_out = {name: value for name, value in as_stored.items() if getattr(settings, name) is None}
         settings = settings.model_copy(update=left_out)
@@ -368,7 +369,7 @@ def verify(
         return
     by = f" (by {found['session']['runtime']} in its place)" if found["stand_in"] else ""
     typer.echo(
-        f"{bundle}: whole; {found['golden_images']} golden images within {found['max_difference']:.2g} "
+        f"{printable(str(bundle))}: whole; {found['golden_images']} golden images within {found['max_difference']:.2g} "
         f"(tolerance {found['tolerance']:.2g}){by}"
     )
 
@@ -443,23 +444,23 @@ def _print_artifact(artifact: AnyArtifact, as_json: bool) -> None:
     if as_json:
         _print_json(artifact=str(artifact.path), kind=artifact.kind, key=artifact.key, facts=artifact.manifest.facts)
     else:
-        typer.echo(artifact.path)
+        typer.echo(printable(str(artifact.path)))
 
 
 def _print_summary(numbers: dict[str, Any]) -> None:
-    from rich.console import Console
-
     from .report.tables import print_summary
+    from .terminal import console
 
     # A pipe has no width of its own; the tables need a hundred columns.
-    print_summary(Console() if sys.stdout.isatty() else Console(width=100), numbers)
+    print_summary(console() if sys.stdout.isatty() else console(width=100), numbers)
 
 
 def _print_doctor(found: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    from .terminal import console as plain_console
+
+    console = plain_console()
     runs = "run here" if found["device"] == "local" else f"run on {found['device']}"
     table = Table("target", "export", "INT8", runs, "what to do", box=None, header_style="bold")
     for state in found["targets"]:
@@ -548,17 +549,21 @@ def main() -> None:
     try:
         code = app(prog_name="kdpipe", standalone_mode=False)
     except KdpipeError as error:
-        typer.echo(f"kdpipe: {error}", err=True)
+        typer.echo(printable(f"kdpipe: {error}"), err=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.exit(141)
+    except OSError as error:  # a path that the system refuses, such as one that is too long
+        where = "" if error.filename is None else f": {error.filename}"
+        typer.echo(printable(f"kdpipe: {error.strerror or error}{where}", 500), err=True)
+        sys.exit(2)
     except Exception as error:
         message = getattr(error, "format_message", None)  # Typer's usage errors
         if message is None:
             raise
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "kdpipe"
-        typer.echo(f"{command}: {message()} (see {command} --help)", err=True)
+        typer.echo(printable(f"{command}: {message()} (see {command} --help)"), err=True)
         sys.exit(2)
     if code == INTERRUPTED:  # what Typer makes of Ctrl-C
         typer.echo("kdpipe: interrupted; what was sealed stays, nothing half-written is left", err=True)

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from .core.config import nested, validated
+from .core.config import nested, parse_yaml, validated
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -45,14 +45,12 @@ def metavar(annotation: Any) -> str:
     return getattr(annotation, "__name__", str(annotation)).upper() if origin is None else "{...}"
 
 
-def _parse(text: str, info: FieldInfo) -> Any:
+def _parse(text: str, info: FieldInfo, option: str) -> Any:
     """The text of an option as YAML would read it; fields of plain text take it as it is."""
     may_be_null = get_origin(info.annotation) in (types.UnionType, Union) and str in get_args(info.annotation)
     if info.annotation is str or (may_be_null and text.lower() != "null"):
         return text
-    import yaml
-
-    return yaml.safe_load(text)
+    return parse_yaml(text, option)
 
 
 def configured(kind: type[BaseModel], leave_out: tuple[str, ...] = ()) -> Callable[[F], F]:
@@ -76,7 +74,7 @@ def configured(kind: type[BaseModel], leave_out: tuple[str, ...] = ()) -> Callab
                     place = values
                     for part in path[:-1]:
                         place = place.setdefault(part, {})
-                    place[path[-1]] = _parse(text, info)
+                    place[path[-1]] = _parse(text, info, "--" + ".".join(path))
             return command(config=functools.partial(_complete, kind, values), **arguments)
 
         made = [_parameter(name, path, info) for name, (path, info) in leaves.items()]

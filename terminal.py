@@ -8,12 +8,22 @@ import time
 from typing import TYPE_CHECKING, Any, TextIO
 
 from .core.progress import Listener, Silence
+from .core.sealed import printable
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from .chain import Step
     from .distill.cache import Forecast
 
 PLAIN_INTERVAL_SECONDS = 10.0
+
+
+def console(stream: TextIO | None = None, **settings: Any) -> Console:
+    """A console that shows texts as they are: brackets are no markup, and words no emoji."""
+    from rich.console import Console
+
+    return Console(file=stream, markup=False, emoji=False, highlight=False, **settings)
 
 
 class Lines:
@@ -39,7 +49,7 @@ class Lines:
         self._open.pop()
 
     def note(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        print(printable(text), file=self._stream, flush=True)
 
 
 class Bars:
@@ -51,26 +61,25 @@ class Bars:
         self._stream = _own_stream()
 
     def begin(self, what: str, total: int | None) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         if not self._open:
             self._bars = Progress(
-                TextColumn("  {task.description}"),
+                TextColumn("  {task.description}", markup=False),
                 BarColumn(bar_width=30),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-                TextColumn("[dim]{task.fields[detail]}"),
-                console=Console(file=self._stream, force_terminal=True),
+                TextColumn("{task.fields[detail]}", style="dim", markup=False),
+                console=console(self._stream, force_terminal=True),
                 transient=True,
                 redirect_stdout=False,
                 redirect_stderr=False,
             )
             self._bars.start()
-        self._open.append(self._bars.add_task(what, total=total, detail=""))
+        self._open.append(self._bars.add_task(printable(what), total=total, detail=""))
 
     def advance(self, steps: int, detail: str) -> None:
-        self._bars.update(self._open[-1], advance=steps, detail=detail)
+        self._bars.update(self._open[-1], advance=steps, detail=printable(detail))
 
     def end(self) -> None:
         self._bars.remove_task(self._open.pop())
@@ -78,7 +87,7 @@ class Bars:
             self._bars.stop()
 
     def note(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        print(printable(text), file=self._stream, flush=True)
 
 
 def _own_stream() -> TextIO:
@@ -110,7 +119,7 @@ def tell_step(step: Step) -> None:
     """One line a step: what it made, how long it took or that it was there already."""
     if process_number():
         return
-    sys.stderr.write(f"{step}\n")
+    sys.stderr.write(printable(str(step)) + "\n")
 
 
 def tell_forecast(forecast: Forecast) -> None:

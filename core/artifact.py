@@ -17,20 +17,25 @@ import json
 import os
 import platform
 import shutil
-import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar, Generic, Self, TypeVar, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from . import sealed
 from .errors import KdpipeError, UserError
+from .sealed import MANIFEST as MANIFEST  # the rooms know one place
+from .sealed import SCHEMA_VERSION
+from .sealed import canonical as canonical
+from .sealed import sha256_file as sha256_file
 
-SCHEMA_VERSION = 2
-MANIFEST = "manifest.json"
+if TYPE_CHECKING:
+    import numpy as np
+
 RESUME = "resume"
 EVIDENCE = "evidence"  # subfolder of what a stage looked at: kept, not shipped
 
@@ -77,16 +82,6 @@ class Manifest(Provenance):
         return Provenance.model_validate({name: getattr(self, name) for name in Provenance.model_fields})
 
 
-def canonical(value: Any) -> bytes:
-    """One spelling of a JSON value, for hashing. Raises ValueError for NaN and infinities."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def sha256_file(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def tool_versions() -> dict[str, str]:
     versions = {}
     for name in TOOLS:
@@ -113,6 +108,7 @@ def host_record() -> dict[str, Any]:
 
 
 F = TypeVar("F", bound=Record)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -124,8 +120,15 @@ class Artifact(Generic[F]):
 
     kind: ClassVar[str]
     Facts: ClassVar[type[Record]]
+    Configs: ClassVar[Mapping[str, type[BaseModel]]] = {}  # by stage, of what is read again later
+    roles: ClassVar[frozenset[str]] = frozenset()  # inputs that every one of the kind has
+    largest_bytes: ClassVar[int] = sealed.LARGEST_BYTES  # of all files together
     path: Path
     manifest: Manifest = field(repr=False)  # pages of it
+
+    def __init_subclass__(cls) -> None:
+        if "kind" in vars(cls):
+            KINDS[cls.kind] = cls
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
@@ -138,18 +141,10 @@ class Artifact(Generic[F]):
         manifest = read_manifest(path)
         if manifest.kind != cls.kind:
             raise UserError(f"{path} is a {manifest.kind}, wanted a {cls.kind}: give the folder of a {cls.kind}")
-        check_files(path, manifest)
-        artifact = cls(path, manifest)
-        try:
-            _ = artifact.facts
-        except ValidationError as error:
-            fault = error.errors()[0]
-            where = ".".join(str(part) for part in fault["loc"])
-            raise UserError(
-                f"{path / MANIFEST}: what it says of '{where}' is not what this version of kdpipe writes "
-                f"({fault['msg'].lower()}): make the artifact again"
-            ) from None
-        return artifact
+        with unsound_is_users():
+            sealed.check_files(path, {name: vars(file) for name, file in manifest.files.items()}, cls.largest_bytes)
+        check_provenance(path, manifest)
+        return cls(path, manifest)
 
     @property
     def key(self) -> str:
@@ -160,13 +155,14 @@ class Artifact(Generic[F]):
         """What the stage found out."""
         return self.facts_of(self.manifest)
 
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The configuration, checked; what this version has beyond it stands at its default."""
+        return settings_of(self.manifest)
+
     @classmethod
     def facts_of(cls, provenance: Provenance) -> F:
-        """What the stage of an ancestor of this kind found out.
-
-        Raises:
-            ValidationError: the manifest says something else than ``Facts`` wants.
-        """
+        """What the stage of an ancestor of this kind found out (``open`` has checked the whole lineage)."""
         return cast("F", cls.Facts.model_validate(provenance.facts))
 
     def file(self, name: str) -> Path:
@@ -175,9 +171,55 @@ class Artifact(Generic[F]):
             raise UserError(f"{self.path} has no file '{name}': make the artifact again")
         return self.path / name
 
+    def json(self, name: str) -> Any:
+        """The JSON value in a file of it, as untrusted as the rest. Raises UserError."""
+        with unsound_is_users():
+            return sealed.read_json(self.file(name))
+
+    def rows(self, name: str, kind: type[T]) -> list[T]:
+        """The list in a JSON file of it, every row a ``kind``. Raises UserError."""
+        return self._rows(name, kind, self.json(name))
+
+    def lines(self, name: str, kind: type[T]) -> list[T]:
+        """The rows of a file of it with one JSON value a line, every row a ``kind``. Raises UserError."""
+        with unsound_is_users():
+            text = sealed.read_file(self.file(name), sealed.LARGEST_JSON_BYTES)
+            return self._rows(name, kind, [sealed.parse_json(line) for line in text.splitlines()])
+
+    def _rows(self, name: str, kind: type[T], values: Any) -> list[T]:
+        try:
+            return TypeAdapter(list[kind]).validate_python(values)  # type: ignore[valid-type]
+        except ValidationError as error:
+            fault = error.errors()[0]
+            raise UserError(f"{self.path / name} is broken ({fault['msg'].lower()}): make the artifact again") from None
+
+    def array(self, name: str, dtype: str, dimensions: int) -> np.ndarray:
+        """The array in an ``.npy`` file of it, mapped; arguments as ``sealed.load_array``. Raises UserError."""
+        with unsound_is_users():
+            return sealed.load_array(self.file(name), dtype, dimensions)
+
+    def arrays(self, name: str, **wanted: tuple[str, int]) -> dict[str, np.ndarray]:
+        """The arrays in an ``.npz`` file of it, each with dtype and dimensions. Raises UserError."""
+        with unsound_is_users():
+            return sealed.load_arrays(self.file(name), wanted)
+
+
+KINDS: dict[str, type[Artifact[Any]]] = {}  # filled by the classes themselves: a lineage names its kinds
+
 
 class OtherVersion(UserError):
     """An artifact that another version of kdpipe wrote."""
+
+
+@contextlib.contextmanager
+def unsound_is_users() -> Iterator[None]:
+    """What is not as it was sealed is told in one line, as a user's mistake."""
+    try:
+        yield
+    except sealed.OtherVersion as error:
+        raise OtherVersion(str(error)) from None
+    except sealed.Unsound as error:
+        raise UserError(str(error)) from None
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -187,57 +229,52 @@ def read_manifest(path: Path) -> Manifest:
         UserError: none there, or a broken or edited one.
         OtherVersion: one of another version.
     """
-    if not path.is_dir():
-        raise UserError(f"no artifact at {path}: the folder does not exist")
+    with unsound_is_users():
+        value = sealed.read_manifest(path)
     try:
-        text = (path / MANIFEST).read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path} has no {MANIFEST}: it is not an artifact, or was never finished") from None
-    try:
-        value = json.loads(text)
-        version = value.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise OtherVersion(f"{path} has schema version {version}, wanted {SCHEMA_VERSION}: make it again")
-        manifest = Manifest.model_validate(value)
-    except (ValueError, AttributeError, ValidationError):
+        return Manifest.model_validate(value)
+    except ValidationError:
         raise UserError(f"{path / MANIFEST} is not a manifest (broken or edited): make the artifact again") from None
-    if manifest_digest(value) != manifest.digest:
-        raise UserError(f"{path / MANIFEST} was edited after sealing: make the artifact again")
-    return manifest
 
 
-def manifest_digest(value: dict[str, Any]) -> str:
-    return hashlib.sha256(canonical({name: item for name, item in value.items() if name != "digest"})).hexdigest()
+def check_provenance(path: Path, provenance: Provenance) -> None:
+    """See that facts, configuration and inputs of an artifact and of all before it are what their kinds have.
+
+    Raises:
+        UserError: a field that is missing, of another type or out of bounds.
+    """
+    kind = KINDS.get(provenance.kind)
+    if kind is not None:
+        try:
+            kind.Facts.model_validate(provenance.facts)
+            settings_of(provenance)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = ".".join(str(part) for part in fault["loc"])
+            raise UserError(
+                f"{path / MANIFEST}: what it says of '{where}' is not what this version of kdpipe writes "
+                f"({fault['msg'].lower()}): make the artifact again"
+            ) from None
+        if kind.Configs and provenance.stage not in kind.Configs:
+            raise UserError(f"{path / MANIFEST}: no {kind.kind} is made by '{provenance.stage}': make it again")
+        if missing := kind.roles - provenance.inputs.keys():
+            raise UserError(f"{path / MANIFEST} names no '{min(missing)}' of a {kind.kind}: make the artifact again")
+    for source in provenance.inputs.values():
+        check_provenance(path, source)
 
 
-def list_files(path: Path) -> dict[str, os.stat_result]:
-    """Every file below ``path`` by POSIX name. Raises UserError on a link or a special file."""
-    found: dict[str, os.stat_result] = {}
-    for folder, folders, names in os.walk(path):
-        for name in [*folders, *names]:
-            member = Path(folder) / name
-            status = member.lstat()
-            if stat.S_ISREG(status.st_mode):
-                found[member.relative_to(path).as_posix()] = status
-            elif not stat.S_ISDIR(status.st_mode):
-                raise UserError(f"{member} is a link or a special file: an artifact holds plain files only")
-    return found
+def settings_of(provenance: Provenance) -> dict[str, Any]:
+    """The configuration of a stage; of one that is read again, the fields that this version knows, all of them.
 
-
-def check_files(path: Path, manifest: Manifest) -> None:
-    """Compare the files below ``path`` with the manifest: names, sizes, hashes. Raises UserError."""
-    found = list_files(path)
-    found.pop(MANIFEST, None)
-    for name, record in manifest.files.items():
-        pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts:
-            raise UserError(f"{path} names a file outside itself ('{name}'): do not use it")
-        if name not in found:
-            raise UserError(f"{path} lacks '{name}': make the artifact again")
-        if found[name].st_size != record.size_bytes or sha256_file(path / name) != record.sha256:
-            raise UserError(f"{path / name} differs from its manifest (corrupted or edited): make the artifact again")
-    for name in found.keys() - manifest.files.keys():
-        raise UserError(f"{path} holds '{name}', which its manifest does not name: remove it or make it again")
+    Raises:
+        ValidationError: a field of another type or out of bounds.
+    """
+    kind = KINDS.get(provenance.kind)
+    config = None if kind is None else kind.Configs.get(provenance.stage)
+    if config is None:
+        return provenance.config
+    known = {name: provenance.config[name] for name in config.model_fields if name in provenance.config}
+    return config.model_validate(known).model_dump(mode="json")
 
 
 AnyArtifact = Artifact[Any]
@@ -352,7 +389,7 @@ def _seal(kind: type[A], draft: Draft[A], order: Order[Any], seconds: float) -> 
     if not isinstance(draft.facts, kind.Facts):
         raise TypeError(f"a {kind.kind} is sealed with {kind.Facts.__name__}, found {type(draft.facts).__name__}")
     files = {}
-    for name, status in sorted(list_files(draft.path).items()):
+    for name, status in sorted(sealed.list_files(draft.path)):
         with (draft.path / name).open("rb") as stream:
             os.fsync(stream.fileno())
         files[name] = FileRecord(sha256=sha256_file(draft.path / name), size_bytes=status.st_size)
@@ -370,12 +407,12 @@ def _seal(kind: type[A], draft: Draft[A], order: Order[Any], seconds: float) -> 
         "created_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 3),
     }
-    value["digest"] = manifest_digest(value)
+    value["digest"] = sealed.digest(value)
     with (draft.path / MANIFEST).open("w") as stream:
         json.dump(value, stream, indent=1, allow_nan=False)
         stream.flush()
         os.fsync(stream.fileno())
-    return Manifest.model_validate(value)
+    return read_manifest(draft.path)  # what could not be read back, such as a title with control characters, is refused
 
 
 def _clear(folder: Path, keep: str = "") -> None:

@@ -8,6 +8,7 @@ it is what the artifact's key is made of.
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import UserError, did_you_mean
 from .inputs import InputSpec
+from .sealed import LONGEST_NUMBER, printable
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Method = Literal[
@@ -26,7 +28,7 @@ Method = Literal[
 class Config(BaseModel):
     """The base of every configuration: frozen, and it refuses unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @classmethod
     def of(cls, *others: BaseModel, **more: Any) -> Self:
@@ -521,7 +523,7 @@ def validated(kind: type[C], values: Any, where: str) -> C:
             raise UserError(
                 f"{where}: unknown key '{path}'{did_you_mean(word, known)} (known: {', '.join(known)})"
             ) from None
-        found = "nothing" if first["type"] == "missing" else repr(first["input"])
+        found = "nothing" if first["type"] == "missing" else _shown(first["input"])
         raise UserError(f"{where}: '{path}': {_lower_first(first['msg'])}, found {found}") from None
 
 
@@ -536,6 +538,18 @@ def changed(config: C, changes: Any, where: str) -> C:
             change = changed(section, change, f"{where}.{name}")
         values[name] = change
     return validated(type(config), values, where)
+
+
+def _shown(value: Any) -> str:
+    """A value as an error shows it: its beginning, however much it holds."""
+    shown = reprlib.Repr()
+    shown.maxstring = shown.maxother = shown.maxlong = 80
+    return printable(shown.repr(value), 200)
+
+
+def first_of(error: BaseException) -> str:
+    """The first line of an error's text."""
+    return str(error).partition("\n")[0][:200]
 
 
 def _lower_first(text: str) -> str:
@@ -556,20 +570,66 @@ def _fields_at(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[s
     return list(kind.model_fields)
 
 
-def read_recipe(path: Path) -> Recipe:
-    """Read ``kdpipe.yaml``; relative paths in it are taken from its own folder. Raises UserError."""
+LARGEST_RECIPE_BYTES = 2**20
+MOST_VALUES = 100_000  # of a YAML text, each counted as often as aliases repeat it
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text. Raises UserError for what is no YAML, or would unfold to a value without end."""
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text())
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count_values(node, {})
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}: not YAML ({getattr(error, 'problem', None) or first_of(error)})") from None
+    except RecursionError:
+        raise UserError(f"{where}: not YAML that is read here (too many levels inside each other)") from None
+    except (ValueError, AttributeError) as error:  # a date or a number that is none
+        raise UserError(f"{where}: not YAML ({first_of(error)})") from None
+
+
+def _count_values(node: Any, known: dict[int, int]) -> int:
+    """How many values a YAML node holds when its aliases are written out.
+
+    Raises:
+        ValueError: too many, or a number that is not finite or endless.
+    """
+    text = getattr(node, "value", "")
+    if isinstance(text, str) and node.tag.endswith((":int", ":float")):
+        if len(text) > LONGEST_NUMBER:
+            raise ValueError(f"a number of {len(text)} digits")
+        if text.lower().endswith((".inf", ".nan")):
+            raise ValueError(f"a number that is not finite ({text})")
+    if id(node) not in known:
+        known[id(node)] = MOST_VALUES + 1  # until it is counted: a node inside itself has no end
+        inside = text if isinstance(text, list) else []
+        parts = [part for item in inside for part in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_count_values(part, known) for part in parts)
+    if known[id(node)] > MOST_VALUES:
+        raise ValueError(f"more than {MOST_VALUES} values, aliases written out")
+    return known[id(node)]
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read ``kdpipe.yaml``; relative paths in it are taken from its own folder. Raises UserError."""
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(LARGEST_RECIPE_BYTES + 1)
+        if len(content) > LARGEST_RECIPE_BYTES:
+            raise UserError(f"{path} is larger than {LARGEST_RECIPE_BYTES} bytes: wanted a recipe")
+        text = content.decode()
     except FileNotFoundError:
         raise UserError(f"no recipe at {path}: wanted a YAML file such as recipes/digits.yaml") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} ({error}): wanted a YAML file") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not YAML ({getattr(error, 'problem', None) or error})") from None
+    values = parse_yaml(text, str(path))
     recipe = validated(Recipe, values, str(path))
     return _resolve_paths(recipe, path.parent)
 
@@ -579,11 +639,18 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     data, teacher = recipe.data, recipe.teacher
     # A source is a path when it looks like one; 'digits' and 'hfds/name' are names.
     if source.startswith((".", "~", os.sep)) or (folder / source).exists():
-        data = data.model_copy(update={"source": str((folder / Path(source).expanduser()).absolute())})
+        data = data.model_copy(update={"source": str(_absolute(folder, Path(source)))})
     if data.unlabeled is not None:
-        data = data.model_copy(update={"unlabeled": (folder / data.unlabeled.expanduser()).absolute()})
+        data = data.model_copy(update={"unlabeled": _absolute(folder, data.unlabeled)})
     if data.classes is not None:
-        data = data.model_copy(update={"classes": (folder / data.classes.expanduser()).absolute()})
+        data = data.model_copy(update={"classes": _absolute(folder, data.classes)})
     if checkpoint is not None:
-        teacher = teacher.model_copy(update={"checkpoint": (folder / checkpoint.expanduser()).absolute()})
+        teacher = teacher.model_copy(update={"checkpoint": _absolute(folder, checkpoint)})
     return recipe.model_copy(update={"data": data, "teacher": teacher})
+
+
+def _absolute(folder: Path, path: Path) -> Path:
+    try:
+        return (folder / path.expanduser()).absolute()
+    except RuntimeError as error:  # ~name of nobody
+        raise UserError(f"{path}: {_lower_first(str(error).rstrip('.'))}") from None

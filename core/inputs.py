@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from .artifact import Record
+
+LARGEST_SIDE = 8192  # pixels
 
 
 class InputSpec(Record):
@@ -13,10 +17,10 @@ class InputSpec(Record):
     ``mean`` and ``std`` (of RGB in 0..1) are folded into every exported graph: a device feeds 0..255.
     """
 
-    size: int
+    size: int = Field(ge=1, le=LARGEST_SIDE)
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    crop_fraction: float
+    crop_fraction: float = Field(gt=0, le=1)
     interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"]
     antialias: Literal[True] = True
     colour_order: Literal["RGB"] = "RGB"

@@ -5,16 +5,18 @@ The record of an artifact's findings is the ``facts`` of its manifest, validated
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
-from pydantic import ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 
 from .artifact import EVIDENCE, Artifact, Record
+from .config import AdoptConfig, BenchPlan, CacheConfig, TrainConfig
+from .errors import UserError
 from .inputs import InputSpec
+from .sealed import LARGEST_MODEL_BYTES
 from .stats import Interval
 
 F = TypeVar("F", bound=Record)
@@ -33,6 +35,16 @@ class RuntimeSession(Record):
     inference_precision: str | None = None
 
 
+MOST_CLASSES = 10**6
+
+
+def same_length(path: Path, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two arrays of as many images. Raises UserError."""
+    if len(first) != len(second):
+        raise UserError(f"{path} is of {len(first)} images, wanted {len(second)}: make the artifact again")
+    return first, second
+
+
 class Labelled(Artifact[F]):
     """What knows the names of its outputs."""
 
@@ -41,7 +53,7 @@ class Labelled(Artifact[F]):
     @property
     def labels(self) -> list[str]:
         """The classes, in the order of the outputs."""
-        return [str(name) for name in json.loads(self.file(self.LABELS).read_text())]
+        return self.rows(self.LABELS, str)
 
 
 # ---- checkpoint ------------------------------------------------------------------------------------------
@@ -84,15 +96,38 @@ class CheckpointFacts(Record):
     cache: str | None = None  # key of the cache it learned from
 
 
+class Epoch(BaseModel):
+    """One row of a training's history, of which there is more; None where the validation part was not looked at."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+
+    epoch: int
+    loss: float
+    validation_accuracy: float | None = None
+
+
 class Checkpoint(Labelled[CheckpointFacts]):
     """Weights of a teacher or a student, with its InputSpec and labels."""
 
     kind = "checkpoint"
     Facts = CheckpointFacts
+    Configs: ClassVar = {"train": TrainConfig, "adopt": AdoptConfig}
+    roles = frozenset({"data"})
     WEIGHTS = "model.safetensors"
     HISTORY = "history.jsonl"  # one row an epoch
     IMAGES = "images.npy"  # which training images it learned from: positions in the training part, ascending
     TEST_OUTPUTS = "test_logits.npz"  # ``logits`` [N, K] and ``labels`` [N] of the test part
+
+    @property
+    def tested(self) -> tuple[np.ndarray, np.ndarray]:
+        """Outputs [N, ...] and labels [N, ...] of the test part. Raises UserError."""
+        found = self.arrays(self.TEST_OUTPUTS, logits=("f", 2), labels=("iu", 1))
+        return same_length(self.path / self.TEST_OUTPUTS, found["logits"], found["labels"])
+
+    @property
+    def history(self) -> list[Epoch]:
+        """Every epoch of its training; none where it was not trained here. Raises UserError."""
+        return self.lines(self.HISTORY, Epoch) if self.HISTORY in self.manifest.files else []
 
 
 # ---- cache -----------------------------------------------------------------------------------------------
@@ -101,12 +136,12 @@ class Checkpoint(Labelled[CheckpointFacts]):
 class CacheFacts(Record):
     """How much a teacher was asked, and how its outputs are stored (``top`` None: all of them)."""
 
-    views: int
-    images: int
-    classes: int
-    top: int | None
-    bytes: int
-    record_bytes: int
+    views: int = Field(ge=1)
+    images: int = Field(ge=1)
+    classes: int = Field(ge=1, le=MOST_CLASSES)
+    top: int | None = Field(ge=1, le=MOST_CLASSES)
+    bytes: int = Field(ge=0)
+    record_bytes: int = Field(ge=1)
 
 
 class Cache(Artifact[CacheFacts]):
@@ -114,6 +149,8 @@ class Cache(Artifact[CacheFacts]):
 
     kind = "cache"
     Facts = CacheFacts
+    Configs: ClassVar = {"cache": CacheConfig}
+    roles = frozenset({"data", "teacher"})
     IMAGES = "images.npy"  # numbers of the images, ascending: a record each in every shard
 
     def shard(self, view: int) -> Path:
@@ -165,10 +202,23 @@ class Graph(Labelled[GraphFacts]):
 
     kind = "graph"
     Facts = GraphFacts
+    largest_bytes = LARGEST_MODEL_BYTES
     ONNX = "model.onnx"
     # Accuracy by hop: ``positions`` of test images, and what the graph says of them, ``exported`` and ``simplified``.
     HOPS = "hops.npz"
     PARITY_OUTPUTS = "torch_logits.npy"  # torch's of the parity images
+
+    @property
+    def hops(self) -> dict[str, np.ndarray]:
+        """``positions`` [N] among the test images, outputs [N, ...] ``exported`` and ``simplified``.
+
+        Raises:
+            UserError: other arrays, or of different lengths.
+        """
+        found = self.arrays(self.HOPS, positions=("iu", 1), exported=("f", 2), simplified=("f", 2))
+        for name in ("exported", "simplified"):
+            same_length(self.path / self.HOPS, found[name], found["positions"])
+        return found
 
 
 # ---- model -----------------------------------------------------------------------------------------------
@@ -225,7 +275,7 @@ class ModelFacts(Record):
     target: str
     variant: str
     precision: Precision
-    entry: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")  # the file that the runtime opens
+    entry: str  # the file that the runtime opens
     input: InputSpec
     model: str
     nodes_by_kind: dict[str, int]
@@ -248,6 +298,7 @@ class Model(Labelled[ModelFacts]):
 
     kind = "model"
     Facts = ModelFacts
+    largest_bytes = LARGEST_MODEL_BYTES
     BUILD_SCRIPT = "build_engine.sh"  # of a target whose engine is built on the device
     NOISE_BY_LAYER = f"{EVIDENCE}/layers.json"
     CALIBRATION = f"{EVIDENCE}/calibration.json"
@@ -268,7 +319,7 @@ class Model(Labelled[ModelFacts]):
         """Noise of every layer in the order they run; none where the target has no single layers."""
         if self.NOISE_BY_LAYER not in self.manifest.files:
             return []
-        return [LayerNoise.model_validate(row) for row in json.loads(self.file(self.NOISE_BY_LAYER).read_text())]
+        return self.rows(self.NOISE_BY_LAYER, LayerNoise)
 
 
 # ---- bundle ----------------------------------------------------------------------------------------------
@@ -287,6 +338,8 @@ class Bundle(Labelled[BundleFacts]):
 
     kind = "bundle"
     Facts = BundleFacts
+    largest_bytes = LARGEST_MODEL_BYTES
+    roles = frozenset({"model"})
     RUNNER = "runtime"  # folder of the runner's sources
 
 
@@ -382,8 +435,8 @@ class Result(Record):
     session: RuntimeSession | None = None
     latency_p50_ms: Interval | None = None
     latency_p90_ms: Interval | None = None
-    latency_p50_by_process_ms: list[float] | None = None
-    latency_p90_by_process_ms: list[float] | None = None
+    latency_p50_by_process_ms: list[PositiveFloat] | None = None
+    latency_p90_by_process_ms: list[PositiveFloat] | None = None
     inferences: int | None = None
     import_ms: list[float] | None = None
     load_ms: list[float] | None = None
@@ -422,16 +475,18 @@ class Measurement(Artifact[MeasurementFacts]):
 
     kind = "measurement"
     Facts = MeasurementFacts
+    Configs: ClassVar = {"bench": BenchPlan}
     LABELS = "labels.npy"  # of the test part
 
     @property
     def labels(self) -> np.ndarray:
         """Of the test part, in its order."""
-        return np.asarray(np.load(self.file(self.LABELS), allow_pickle=False))
+        return np.asarray(self.array(self.LABELS, "iu", 1))
 
     def outputs(self, bundle: str) -> np.ndarray:
         """What a bundle said of the test part, float32 [N, ...]."""
-        return np.asarray(np.load(self.file(self.outputs_name(bundle)), allow_pickle=False))
+        outputs = np.asarray(self.array(self.outputs_name(bundle), "f", 2))
+        return same_length(self.path / self.outputs_name(bundle), outputs, self.labels)[0]
 
     def all_outputs(self, bundles: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
         """Those of ``bundles`` that were run at all, one at a time."""
@@ -485,4 +540,4 @@ class Report(Artifact[ReportFacts]):
     @property
     def numbers(self) -> dict[str, Any]:
         """Every number of the page, as ``report.tables.collect`` describes them."""
-        return dict(json.loads(self.file(self.NUMBERS).read_text()))
+        return dict(self.json(self.NUMBERS))

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from .errors import UserError
+from .errors import GateFailed, UserError
+from .sealed import printable
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -110,9 +113,38 @@ def children_signal_kept() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before)
 
 
+RUNNER_SECONDS = 600.0
+
+
+def ask_runner(arguments: Sequence[str], seconds: float = RUNNER_SECONDS) -> dict[str, Any]:
+    """What ``python -m kdpipe.runtime *arguments`` answers: in a process of its own, limited in time and memory.
+
+    A stranger's model may crash the runtime that opens it, run for ever or want all memory; then that process ends,
+    not this one. It may take as much memory as the machine has, in place of all that other processes have too.
+
+    Raises:
+        GateFailed: it failed, crashed, or did not end in time.
+    """
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    module = f"{__name__.partition('.')[0]}.runtime"
+    # -P: no module is imported from the folder where the command was given.
+    command = [sys.executable, "-P", "-m", module, *arguments, "--memory-bytes", str(memory_bytes * 3 // 4)]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        raise GateFailed(f"the runtime that opened it did not end in {seconds:.0f} s") from None
+    if done.returncode < 0:
+        raise GateFailed(f"the runtime that opened it crashed ({signal.Signals(-done.returncode).name})")
+    if done.returncode != 0:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"]
+        raise GateFailed(printable(lines[-1].removeprefix("runtime: "), 500))
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text that says something, or its type."""
     for line in str(error).splitlines():
         if line.strip(" =-*#"):
-            return line.strip()[:300]
+            return printable(line.strip(), 300)
     return type(error).__name__

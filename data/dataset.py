@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, overload
 
 import numpy as np
+from pydantic import ValidationError
 
 from ..core.artifact import Artifact, Record
 from ..core.errors import UserError
@@ -196,6 +197,13 @@ class DatasetFacts(Record):
     copies: CopyFacts | None = None
 
 
+class Index(Record):
+    """The names of the outputs, and by part the folder below which its files lie (None: the artifact itself)."""
+
+    classes: tuple[str, ...]
+    roots: dict[str, str | None]
+
+
 class FittedFacts(Record):
     """What the images were fitted to, and how many there are by part."""
 
@@ -214,9 +222,11 @@ class Fitted(Artifact[FittedFacts]):
         """The file of one part: uint8 [N, size, size, 3]."""
         return f"{part}.npy"
 
-    def array(self, part: Part, images: int) -> np.ndarray:
+    def pixels(self, part: Part, images: int) -> np.ndarray:
         """Those of one part, memory-mapped. Raises UserError unless there are so many ``images``."""
-        array: np.ndarray = np.load(self.file(self.file_name(part)), mmap_mode="r", allow_pickle=False)
+        if not images:
+            return np.zeros(images_shape(0, {"size": self.facts.size}), np.uint8)
+        array = self.array(self.file_name(part), "u", 4)
         if array.shape != images_shape(images, {"size": self.facts.size}) or array.dtype != np.uint8:
             raise UserError(f"{self.path} holds '{part}' as {array.dtype} {array.shape}: make it again")
         return array
@@ -226,8 +236,8 @@ class Fitted(Artifact[FittedFacts]):
 class Dataset(Artifact[DatasetFacts]):
     """Images by reference (a user's folder) or by value (everything else), split once and for all.
 
-    ``index.json`` holds the classes and by part the folder below which its files lie (null: the artifact itself);
-    ``PART.npy`` what ``index_records`` makes; ``PART.copies``, where there are any, resized copies end to end.
+    ``index.json`` holds an ``Index``, ``PART.npy`` what ``index_records`` makes; ``PART.copies``, where there are any,
+    resized copies end to end.
     """
 
     kind = "dataset"
@@ -246,13 +256,17 @@ class Dataset(Artifact[DatasetFacts]):
         return f"{part}.copies"
 
     @cached_property
-    def _index(self) -> dict[str, Any]:
-        index: dict[str, Any] = json.loads(self.file(self.INDEX).read_text())
-        return index
+    def index(self) -> Index:
+        """The names of the outputs and where files lie. Raises UserError."""
+        try:
+            return Index.model_validate(self.json(self.INDEX))
+        except ValidationError:
+            raise UserError(f"{self.path / self.INDEX} is not what kdpipe writes: make the data again") from None
 
     @property
     def classes(self) -> list[str]:
-        return list(self._index["classes"])
+        """The names of the outputs, in their order."""
+        return list(self.index.classes)
 
     def check_classes_of(self, artifact: Labelled[Any], what: str) -> None:
         """Refuse a checkpoint, model or bundle whose outputs mean something else. Raises UserError."""
@@ -270,17 +284,35 @@ class Dataset(Artifact[DatasetFacts]):
         name = self.records_name(part)
         if name not in self.manifest.files:
             return Samples(self.facts.task, self.path, index_records([], [], copied=False))
-        records = np.load(self.file(name), mmap_mode="r", allow_pickle=False)
-        folder = self._index["roots"].get(part)
         copies = None
         if self.copies_name(part) in self.manifest.files:
             copies = np.memmap(self.file(self.copies_name(part)), np.uint8, "r")
+        records = self._records(name, copies)
+        folder = self.index.roots.get(part)
         fitted = {}
         for shown, kept in self.fitted.items():
             if part in kept.facts.images:
-                fitted[shown] = kept.array(part, len(records))
+                fitted[shown] = kept.pixels(part, len(records))
         root = self.path if folder is None else Path(folder)
         return Samples(self.facts.task, root, records, copies, fitted)
+
+    def _records(self, name: str, copies: np.ndarray | None) -> np.ndarray:
+        """The records of one part, checked as a stranger's: what they point to is there. Raises UserError."""
+        try:
+            records: np.ndarray = np.load(self.file(name), mmap_mode="r", allow_pickle=False)
+            wanted = index_records([], [], copied=copies is not None).dtype
+            kinds = [(column, records.dtype[column].kind) for column in records.dtype.names or ()]
+            fits = records.ndim == 1 and kinds == [(column, wanted[column].kind) for column in wanted.names or ()]
+            if fits and len(records):
+                fits = records["label"].min() >= UNLABELED and records["label"].max() < len(self.index.classes)
+            if fits and len(records) and copies is not None:
+                ends = records["start"] + records["size"]
+                fits = records["start"].min() >= 0 and records["size"].min() > 0 and ends.max() <= len(copies)
+        except (ValueError, EOFError, TypeError, OverflowError, SyntaxError):
+            fits = False
+        if not fits:
+            raise UserError(f"{self.path / name} is not what kdpipe writes: make the data again")
+        return records
 
     def fitted_file(self, part: Part, spec: Mapping[str, Any]) -> Path | None:
         """The file of what a network of this InputSpec is shown of a part, as ``write_images`` writes it, if kept."""

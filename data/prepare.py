@@ -14,7 +14,7 @@ from ..core.errors import UserError
 from ..core.proc import in_order
 from ..core.progress import note, progress
 from .copies import HELD_OUT, read, write_copies
-from .dataset import UNLABELED, CopyFacts, Dataset, DatasetFacts, Part, Samples, index_records
+from .dataset import UNLABELED, CopyFacts, Dataset, DatasetFacts, Index, Part, Samples, index_records
 from .fingerprints import list_images
 from .labels import LABELS
 from .sources import Split, digits, reader
@@ -64,12 +64,9 @@ def prepare(order: Order[DataConfig], out: Path, held_out_later: bool = False) -
         checked = [part for part in parts if part not in copied and not (held_out_later and part in HELD_OUT)]
         _check_images(config, {part: Samples(config.task, roots[part], _records(parts[part])) for part in checked})
         copies = [_write_part(draft, part, roots[part], split, config, part in copied) for part, split in parts.items()]
+        places = {part: None if place == draft.path else str(place) for part, place in roots.items()}
         write_json(
-            draft.path / Dataset.INDEX,
-            {
-                "classes": classes,
-                "roots": {part: None if place == draft.path else str(place) for part, place in roots.items()},
-            },
+            draft.path / Dataset.INDEX, Index(classes=tuple(classes), roots=dict(places)).model_dump(mode="json")
         )
         draft.facts = DatasetFacts(
             task=config.task,

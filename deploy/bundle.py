@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,16 @@ import numpy as np
 from .. import runtime
 from ..core.artifact import EVIDENCE, Order, drafting
 from ..core.config import PackageConfig
-from ..core.errors import GateFailed, UserError
+from ..core.errors import GateFailed, UserError, choice
 from ..core.kinds import Bundle, BundleFacts, Model
-from ..core.proc import first_line, quiet
+from ..core.proc import RUNNER_SECONDS, ask_runner, quiet
 from ..data.dataset import Dataset, load_images
-from ..runtime.bundle import GOLDEN, BundleError, replay_golden
+from ..runtime.bundle import GOLDEN, TOLERANCES
+from ..runtime.task import TASKS
 
-# Largest difference of a golden output, over the spread of the logits. INT8 kernels differ between
-# instruction sets by a few steps of 1/256 of the range.
-TOLERANCES = {"float32": 1e-3, "float16": 0.01, "bf16": 0.05, "int8": 0.05}
+# A file of this name lies where Python would make a folder for compiled modules: so running the bundle's own runner
+# writes nothing into the sealed folder, whatever the device's environment says.
+NO_COMPILED_MODULES = ("__pycache__", "Nothing is written into a sealed folder.\n")
 
 
 def package(order: Order[PackageConfig], model: Model, dataset: Dataset, out: Path) -> Bundle:
@@ -50,31 +53,76 @@ def package(order: Order[PackageConfig], model: Model, dataset: Dataset, out: Pa
     return draft.artifact
 
 
+def check_known(model: Model | Bundle) -> None:
+    """Refuse a model of a target, stand-in or task that this version does not know. Raises UserError."""
+    for name in (model.facts.target, model.facts.stand_in):
+        if name is not None and name not in runtime.RUNTIMES:
+            raise choice(f"target of {model.path}", name, runtime.RUNTIMES)
+    check_task(model.path, model.facts.task)
+
+
+def check_task(path: Path, task: str) -> None:
+    """Refuse an artifact of a task that this version does not know. Raises UserError."""
+    if task not in TASKS:
+        raise choice(f"task of {path}", task, TASKS)
+
+
 def copy_runner(folder: Path) -> None:
     """Copy the sources of ``kdpipe.runtime``, which run anywhere as ``python -m runtime``."""
     folder.mkdir()
     for source in sorted(Path(runtime.__file__).parent.glob("*.py")):
         shutil.copyfile(source, folder / source.name)
+    name, text = NO_COMPILED_MODULES
+    (folder / name).write_text(text)
 
 
-def verify(path: Path) -> tuple[Bundle, dict[str, Any]]:
-    """Check hashes, open the model, replay the golden inputs; nothing of the bundle is executed.
+def verify(path: Path, seconds: float = RUNNER_SECONDS) -> tuple[Bundle, dict[str, Any]]:
+    """Check hashes, open the model and replay the golden inputs, in a process of its own.
+
+    Nothing of the bundle is executed: the runner is this package's.
+
+    Args:
+        seconds: after which that process is ended.
 
     Returns:
         The bundle and what the replay found; ``stand_in`` says that another runtime replayed it.
 
     Raises:
         UserError: an altered bundle, or no runtime to open it with.
-        GateFailed: the golden outputs are off.
+        GateFailed: the model cannot be opened and run, or its golden outputs are off.
     """
     bundle = Bundle.open(path)
-    stand_in = bundle.facts.stand_in is not None and not runtime.is_available(bundle.facts.target)
+    check_known(bundle)
+    return bundle, _ask("verify", bundle, (), seconds)
+
+
+def try_model(model: Model) -> None:
+    """Open and run a model in a process of its own, so that one that crashes its runtime does not crash this one.
+
+    Raises:
+        UserError: no runtime to open it with.
+        GateFailed: it cannot be opened and run, or answers something else than one output a class.
+    """
+    size = model.facts.input.size
+    with tempfile.TemporaryDirectory() as scratch:
+        images, outputs = Path(scratch) / "images.npy", Path(scratch) / "outputs.npy"
+        np.save(images, np.zeros((1, size, size, 3), np.uint8))
+        _ask("predict", model, ("--images", str(images), "--logits", str(outputs)))
+        found, wanted = np.load(outputs, allow_pickle=False), (1, len(model.labels))
+    if found.shape[:2] != wanted or not np.isfinite(found).all():
+        raise GateFailed(f"{model.path} gives outputs of shape {found.shape}: wanted {wanted}, of finite numbers")
+
+
+def _ask(what: str, model: Model | Bundle, more: Sequence[str], seconds: float = RUNNER_SECONDS) -> dict[str, Any]:
+    target, stand_in = model.facts.target, model.facts.stand_in
+    arguments = [what, str(model.path.absolute()), "--threads", "1", *more]
+    if not runtime.is_available(target):
+        if stand_in is None or not runtime.is_available(stand_in):
+            needs = " and ".join(runtime.RUNTIMES[target].needs)
+            raise UserError(f"{model.kind} {model.path} needs {needs}: pip install 'kdpipe[{target}]'")
+        arguments.append("--stand-in")
     try:
-        with quiet():
-            return bundle, replay_golden(bundle.path, bundle.facts.for_runtime(), stand_in=stand_in)
-    except BundleError as error:
-        raise GateFailed(f"{path}: {error}") from None
-    except ImportError as error:
-        raise UserError(f"bundle {path} needs {error.name}: pip install 'kdpipe[{bundle.facts.target}]'") from None
-    except Exception as error:  # runtimes raise their own
-        raise GateFailed(f"{path}: the model cannot be opened and run: {first_line(error)}") from error
+        return ask_runner(arguments, seconds)
+    except GateFailed as error:
+        named = str(model.path) in str(error)
+        raise error if named else GateFailed(f"{model.path}: {error}") from None

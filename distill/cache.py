@@ -21,13 +21,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..core.artifact import MANIFEST, Draft, Order, drafting, read_manifest, sha256_file, tool_versions
+from ..core.artifact import (
+    MANIFEST,
+    Draft,
+    Order,
+    check_provenance,
+    drafting,
+    read_manifest,
+    sha256_file,
+    tool_versions,
+)
 from ..core.config import CacheConfig, CachePlan, TrainConfig
 from ..core.errors import GateFailed, UserError
 from ..core.inputs import InputSpec
 from ..core.kinds import Cache, CacheFacts, Checkpoint
 from ..core.proc import children_signal_kept, first_line
 from ..core.progress import note, progress
+from ..core.sealed import LARGEST_JSON_BYTES
 from ..data.dataset import Dataset
 from ..networks.models import input_spec
 from ..runtime.task import TASKS
@@ -95,7 +105,7 @@ class RemoteCache(Cache):
             raise UserError(f"{self.url} has no file '{name}': build the cache again")
         if not local.is_file():
             fetched = local.with_name(f"{name}.{os.getpid()}.new")
-            _fetch(f"{self.url}/{name}", fetched)
+            _fetch(f"{self.url}/{name}", fetched, record.size_bytes)
             if sha256_file(fetched) != record.sha256:
                 fetched.unlink()
                 raise UserError(f"{self.url}/{name} differs from its manifest (corrupted or edited): build it again")
@@ -114,10 +124,13 @@ def open_cache(location: str, mirrors: Path) -> Cache:
     url = location.rstrip("/")
     folder = mirrors / hashlib.sha256(url.encode()).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
-    _fetch(f"{url}/{MANIFEST}", folder / MANIFEST)  # each time: what was fetched of another one is refused
+    _fetch(
+        f"{url}/{MANIFEST}", folder / MANIFEST, LARGEST_JSON_BYTES
+    )  # each time: what was fetched of another one is refused
     manifest = read_manifest(folder)
     if manifest.kind != Cache.kind:
         raise UserError(f"{url} is a {manifest.kind}, wanted a cache")
+    check_provenance(folder, manifest)
     for path in folder.iterdir():
         record = manifest.files.get(path.name)
         if path.name != MANIFEST and (record is None or sha256_file(path) != record.sha256):
@@ -125,12 +138,18 @@ def open_cache(location: str, mirrors: Path) -> Cache:
     return RemoteCache(folder, manifest, url)
 
 
-def _fetch(url: str, path: Path) -> None:
+def _fetch(url: str, path: Path, most_bytes: int) -> None:
+    """Copy what is at ``url``. Raises UserError for what cannot be read or is longer than it may be."""
     import fsspec
 
     try:
         with fsspec.open(url, "rb") as source, path.open("wb") as target:
-            shutil.copyfileobj(source, target, 1 << 20)
+            left = most_bytes
+            while block := source.read(1 << 20):
+                left -= len(block)
+                if left < 0:
+                    raise ValueError(f"more than {most_bytes} bytes")
+                target.write(block)
     except Exception as error:  # every file system raises its own
         path.unlink(missing_ok=True)
         raise UserError(f"cannot read {url}: {first_line(error)}") from error
@@ -145,17 +164,21 @@ class CachedTeacher(nn.Module):
         self.views = facts.views
         self._classes, self._kind = facts.classes, record_type(facts.classes, facts.top)
         self._cache = cache
-        self._images = np.load(cache.file(cache.IMAGES), mmap_mode="r", allow_pickle=False)  # ascending
+        self._images = image_numbers(cache)
         self._shards: dict[int, np.memmap[Any, Any]] = {}
 
     def forward(self, view: Tensor, address: Address) -> TeacherOutput:
         """The output for the views [B, 3, H, W] of these numbers, on their device; the pixels are not looked at."""
         views, images = address
         records = np.empty(len(images), self._kind)
-        rows = np.searchsorted(self._images, images.numpy())
+        rows = np.minimum(np.searchsorted(self._images, images.numpy()), len(self._images) - 1)
+        if not np.array_equal(self._images[rows], images.numpy()):
+            raise UserError(f"{self._cache.path} knows nothing of some of the images: build it again")
         for number in np.unique(views.numpy()).tolist():
             here = views.numpy() == number
             records[here] = self._shard(int(number))[rows[here]]
+        if "classes" in (self._kind.names or ()) and (records["classes"] >= self._classes).any():
+            raise UserError(f"{self._cache.path} has records of classes that it has not: build it again")
         return TeacherOutput(decode(records, self._classes).to(view.device))
 
     def _shard(self, view: int) -> np.memmap[Any, Any]:
@@ -165,6 +188,19 @@ class CachedTeacher(nn.Module):
                 raise UserError(f"{path} has {path.stat().st_size} bytes, wanted {wanted}: build the cache again")
             self._shards[view] = np.memmap(path, self._kind, "r", shape=(len(self._images),))
         return self._shards[view]
+
+
+def image_numbers(cache: Cache) -> np.ndarray:
+    """The numbers of the images [N], ascending, of which every shard has a record. Raises UserError."""
+    facts, images = cache.facts, np.asarray(cache.array(cache.IMAGES, "iu", 1))
+    record_bytes = record_type(facts.classes, facts.top).itemsize
+    if images.shape != (facts.images,) or (np.diff(images.astype(np.int64)) <= 0).any() or images[0] < 0:
+        raise UserError(f"{cache.path / cache.IMAGES} is not the {facts.images} ascending numbers: build it again")
+    config = CacheConfig.model_validate(cache.settings)
+    promised = (config.views, top_count(config, facts.classes), record_bytes)
+    if (facts.views, facts.top, facts.record_bytes) != promised:
+        raise UserError(f"{cache.path} does not hold the views and records that its settings promise: build it again")
+    return images
 
 
 def config_for(run: TrainConfig, spec: InputSpec) -> CacheConfig:
@@ -193,7 +229,7 @@ def check_fit(
     cache: Cache, run: TrainConfig, spec: InputSpec, images: np.ndarray, dataset: Dataset, teacher: Checkpoint
 ) -> None:
     """Refuse a cache of anything else than what ``run`` will see of ``images``. Raises UserError."""
-    config, wanted = CacheConfig.model_validate(cache.manifest.config), config_for(run, spec)
+    config, wanted = CacheConfig.model_validate(cache.settings), config_for(run, spec)
     inputs = cache.manifest.inputs
     others = [role for role, key in (("teacher", teacher.key), ("data", dataset.key)) if inputs[role].key != key]
     others += [
@@ -203,7 +239,9 @@ def check_fit(
     ]
     here, there = wanted.versions, config.versions
     others += [f"{name} ({there.get(name)}, not {here[name]})" for name in here if here[name] != there.get(name)]
-    stored = np.load(cache.file(cache.IMAGES), allow_pickle=False)
+    stored = image_numbers(cache)
+    if cache.facts.classes != len(dataset.classes):
+        others.append(f"number of classes ({cache.facts.classes}, not {len(dataset.classes)})")
     if np.setdiff1d(images, stored).size:
         others.append("share of the images")
     elif (config.mixup or config.cutmix) and not np.array_equal(images, stored):
@@ -281,7 +319,7 @@ def verify(cache: Cache, dataset: Dataset, teacher: Checkpoint, share: float, se
     Raises:
         GateFailed: an output that is not the stored one, beyond rounding.
     """
-    config = CacheConfig.model_validate(cache.manifest.config)
+    config = CacheConfig.model_validate(cache.settings)
     job = _Job(config, dataset, teacher, Ranks())
     total = config.views * len(job.images)
     count = max(1, round(share * total))

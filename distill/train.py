@@ -243,6 +243,8 @@ def _described(
     write_json(folder / Checkpoint.LABELS, dataset.classes)
     batches = list(evaluate(network, spec, dataset, "test", workers=0))
     logits, labels = (np.concatenate(each) for each in zip(*batches, strict=True))
+    if not np.isfinite(logits).all():
+        raise UserError(f"'{config.model}' gives outputs that are not finite on the test images: train it again")
     task = TASKS[dataset.facts.task]
     np.savez(folder / Checkpoint.TEST_OUTPUTS, logits=logits, labels=labels)
     return CheckpointFacts(

@@ -96,7 +96,7 @@ def trace(order: Order[GraphConfig], student: Checkpoint, dataset: Dataset, out:
 
 def of_graph(graph: Graph) -> Written:
     """What is known of every model that is made from ``graph``."""
-    return Written(np.load(graph.file(graph.PARITY_OUTPUTS), allow_pickle=False), graph.facts.nodes_by_kind)
+    return Written(np.asarray(graph.array(graph.PARITY_OUTPUTS, "f", 2)), graph.facts.nodes_by_kind)
 
 
 def _as_model(entry: str, spec: InputSpec) -> dict[str, Any]:

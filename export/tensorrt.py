@@ -26,25 +26,25 @@ if TYPE_CHECKING:
 # 11.x has no --stronglyTyped (it always is), and its timing defaults are others; both only matter to who times.
 BUILD_SCRIPT = """\
 #!/bin/sh
-# Builds model.engine on this device with TensorRT's own trtexec (10.x or 11.x). An engine fits only the
-# device and the version that built it. Environment:
+# Builds FOLDER.engine beside this folder, which is sealed, with TensorRT's own trtexec (10.x or 11.x). An engine
+# fits only the device and the version that built it. Environment:
 #   TRTEXEC           trtexec, where it is not on the PATH
 #   WORKSPACE_MIB     scratch memory that the builder may take (default 1024; 256 for small boards)
 #   MAX_BATCH         largest batch of the engine (default 1)
-#   TIMING_CACHE      file that remembers which kernels were fast (default timing.cache)
+#   TIMING_CACHE      file that remembers which kernels were fast (default FOLDER.timing)
 #   OPTIMIZATION      builder effort 0..5 (default 3)
 set -eu
-cd "$(dirname "$0")"
+folder="$(CDPATH= cd "$(dirname "$0")" && pwd -P)"
 trtexec="${{TRTEXEC:-trtexec}}"
 batch="${{MAX_BATCH:-1}}"
 options="$("$trtexec" --help 2>&1 || true)"
 typed=""
 # Precision stands in the graph: 11.x knows nothing else, 10.x must be told.
 case "$options" in *--stronglyTyped*) typed="--stronglyTyped" ;; esac
-exec "$trtexec" --onnx=model.onnx --saveEngine=model.engine $typed \\
+exec "$trtexec" --onnx="$folder/model.onnx" --saveEngine="$folder.engine" $typed \\
   --minShapes={name}:1x3x{size}x{size} --optShapes={name}:1x3x{size}x{size} \\
   --maxShapes={name}:"$batch"x3x{size}x{size} \\
-  --memPoolSize=workspace:"${{WORKSPACE_MIB:-1024}}" --timingCacheFile="${{TIMING_CACHE:-timing.cache}}" \\
+  --memPoolSize=workspace:"${{WORKSPACE_MIB:-1024}}" --timingCacheFile="${{TIMING_CACHE:-$folder.timing}}" \\
   --builderOptimizationLevel="${{OPTIMIZATION:-3}}" --skipInference
 """
 

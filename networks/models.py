@@ -57,6 +57,8 @@ def create(config: ModelSettings, classes: int) -> tuple[nn.Module, InputSpec]:
     base = timm.models.get_pretrained_cfg(config.model)
     overlay = {"mean": spec.mean, "std": spec.std, "input_size": (3, spec.size, spec.size)}
     arguments = dict(config.model_args)
+    if own := sorted(arguments.keys() & _OWN_ARGUMENTS):
+        raise UserError(f"model_args: '{own[0]}' is not one of the network's own: weights come by the checkpoint alone")
     if base and base.fixed_input_size:
         arguments.setdefault("img_size", spec.size)
     try:
@@ -81,6 +83,10 @@ def create(config: ModelSettings, classes: int) -> tuple[nn.Module, InputSpec]:
     return network, spec
 
 
+# Of create_model itself: a stranger's checkpoint must not say which files are read.
+_OWN_ARGUMENTS = frozenset(
+    ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "num_classes")
+)
 _NO_PRETRAINED_CFG = {"input_size": (3, 224, 224), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
@@ -104,6 +110,8 @@ def load_weights(network: nn.Module, path: Path) -> None:
             found, want = tuple(state[name].shape), tuple(tensor.shape)
             hint = "another class count" if found[1:] == want[1:] else "another architecture"
             raise UserError(f"{path}: '{name}' has shape {found}, wanted {want} ({hint})")
+        if state[name].is_complex():
+            raise UserError(f"{path}: '{name}' is not of numbers like a network's ({state[name].dtype})")
     network.load_state_dict(state)
 
 
@@ -124,8 +132,13 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     for wrapper in ("state_dict", "model", "model_state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
         raise UserError(f"{path} holds no state dict: wanted a mapping from names to tensors")
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
+            raise UserError(f"{path}: '{name}' is no plain tensor with values of its own: wanted dense weights")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 

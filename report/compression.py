@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.artifact import AnyArtifact, Provenance, find_ancestors
+from ..core.errors import UserError
 from ..core.kinds import BundleFacts, Checkpoint, Graph, Measurement, Model
+from ..core.sealed import printable
 from ..data.dataset import Dataset
 from ..runtime.task import TASKS
 
@@ -111,16 +113,21 @@ def flips(
     """
     if sources.dataset is None:
         return []
-    task, classes, samples = TASKS[measurement.facts.task], sources.dataset.classes, sources.dataset.samples("test")
+    task, samples = TASKS[measurement.facts.task], sources.dataset.samples("test")
+    classes = [printable(name) for name in sources.dataset.classes]
+    if len(samples) != len(labels) or not 0 <= labels.min() <= labels.max() < len(classes):
+        raise UserError(f"{measurement.path} measured other images than those of {sources.dataset.path}")
     queues = []
     for before, after in pairs:
         outputs = [measurement.outputs(name) for name in (before, after)]
+        if any(each.shape[1] != len(classes) for each in outputs):
+            raise UserError(f"{measurement.path} has outputs of other classes than {sources.dataset.path}")
         first, second = (task.decide(each) for each in outputs)
         queues.append(
             [
                 {
                     "bundle": after,
-                    "image": samples[at].path.name,
+                    "image": printable(samples[at].path.name),
                     "position": int(at),
                     "label": task.tell(labels[at], classes),
                     "float32": task.tell(first[at], classes),

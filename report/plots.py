@@ -27,6 +27,7 @@ STYLE: dict[Any, Any] = {
     "grid.color": INK,
     "grid.alpha": 0.13,
     "legend.frameon": False,
+    "text.parse_math": False,  # a name with dollars is a name
 }
 Box = tuple[float, float, float, float]  # left, bottom, right, top in points
 

@@ -41,6 +41,7 @@ def collect(config: ReportConfig, measurement: Measurement, checkpoints: Checkpo
     Raises:
         UserError: a checkpoint that was tested on other images than the bundles.
     """
+    check_results(measurement)
     task, bundles, rows = TASKS[measurement.facts.task], bundles_of(measurement), bundle_rows(measurement)
     hops = accuracy_hops(measurement, checkpoints, sources.graphs)
     labels = measurement.labels
@@ -79,6 +80,19 @@ def bundles_of(measurement: Measurement) -> dict[str, Packed]:
     }
 
 
+def check_results(measurement: Measurement) -> None:
+    """See that there is a result of every bundle, and that they can be paired by process. Raises UserError."""
+    results, bundles = measurement.facts.results, bundles_of(measurement)
+    if not bundles:
+        raise UserError(f"{measurement.path} was made from no bundle: nothing to report")
+    for name in bundles:
+        if name not in results:
+            raise UserError(f"{measurement.path} has no result of '{name}': measure again")
+    timed = [results[name].latency_p50_by_process_ms for name in bundles]
+    if len({len(processes) for processes in timed if processes}) > 1:
+        raise UserError(f"{measurement.path} timed its bundles in different numbers of processes: measure again")
+
+
 def teacher_names(checkpoints: Checkpoints) -> set[str]:
     """Checkpoints that taught another one, and the one that is called so."""
     taught_by = {
@@ -103,7 +117,7 @@ def chain(measurement: Measurement, checkpoints: Checkpoints) -> Numbers:
 
 
 def network(name: str, checkpoint: Checkpoint) -> Numbers:
-    facts, config = checkpoint.facts, checkpoint.manifest.config
+    facts, config = checkpoint.facts, checkpoint.settings
     return {
         "name": name,
         "model": facts.model,
@@ -118,13 +132,12 @@ def network(name: str, checkpoint: Checkpoint) -> Numbers:
 
 def _torch_accuracy(checkpoint: Checkpoint) -> Numbers:
     task = TASKS[checkpoint.facts.task]
-    with np.load(checkpoint.file(checkpoint.TEST_OUTPUTS), allow_pickle=False) as saved:
-        return task.summary(task.scores(saved["logits"], saved["labels"]))._asdict()
+    return task.summary(task.scores(*checkpoint.tested))._asdict()
 
 
 def trust(measurement: Measurement) -> Numbers:
     """The A/A control: the reference bundle measured against itself in every round."""
-    facts, config = measurement.facts, measurement.manifest.config
+    facts, config = measurement.facts, measurement.settings
     control, resolution = facts.control, None
     if control is not None and control.low is not None and control.high is not None:
         # Whatever differs by less could be the machine: a wide interval holds 1 easily.
@@ -246,22 +259,25 @@ def accuracy_hops(measurement: Measurement, checkpoints: Checkpoints, graphs: Ma
 
 def _graph_steps(task: Task, graph: Graph, torch_scores: np.ndarray, labels: np.ndarray) -> list[Numbers]:
     steps, parity = [], graph.facts.parity
-    with np.load(graph.file(graph.HOPS), allow_pickle=False) as hops:
-        before = torch_scores[hops["positions"]]
-        for name, found in (("exported", parity.exported), ("simplified", parity.simplified)):
-            after = task.scores(hops[name], labels[hops["positions"]])
-            steps.append(_step(task, name, before, after, found))
-            before = after
+    hops = graph.hops
+    positions = hops["positions"]
+    if positions.min() < 0 or positions.max() >= len(labels):
+        raise UserError(f"{graph.path} was tested on other images than the bundles: make it again")
+    before = torch_scores[positions]
+    for name, found in (("exported", parity.exported), ("simplified", parity.simplified)):
+        after = task.scores(hops[name], labels[positions])
+        steps.append(_step(task, name, before, after, found))
+        before = after
     return steps
 
 
 def _torch_scores(task: Task, student: Checkpoint, labels: np.ndarray) -> np.ndarray:
-    with np.load(student.file(student.TEST_OUTPUTS), allow_pickle=False) as saved:
-        if not np.array_equal(saved["labels"], labels):
-            raise UserError(
-                f"{student.path} was tested on other images than the bundles: give the measurement's own student"
-            )
-        return task.scores(saved["logits"], labels)
+    outputs, tested = student.tested
+    if not np.array_equal(tested, labels):
+        raise UserError(
+            f"{student.path} was tested on other images than the bundles: give the measurement's own student"
+        )
+    return task.scores(outputs, labels)
 
 
 def _where_run(measurement: Measurement, name: str, bundle: Packed) -> str:
@@ -314,7 +330,7 @@ def distillation_gains(checkpoints: Checkpoints) -> list[Numbers]:
     groups: dict[str, list[Checkpoint]] = {}
     for run in runs:
         if run.facts.method != "labels":
-            settings = {name: value for name, value in run.manifest.config.items() if name != "seed"}
+            settings = {name: value for name, value in run.settings.items() if name != "seed"}
             groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
     return [_gain(_student_name(names[group[0].key], group[0]), group, controls) for group in groups.values()]
 
@@ -326,7 +342,7 @@ def _student_name(name: str, run: Checkpoint) -> str:
 
 
 def _setting(run: Checkpoint) -> str:
-    return json.dumps([run.manifest.config[name] for name in SHARED_BY_CONTROL], sort_keys=True)
+    return json.dumps([run.settings[name] for name in SHARED_BY_CONTROL], sort_keys=True)
 
 
 def _gain(name: str, runs: Sequence[Checkpoint], controls: Mapping[str, Checkpoint]) -> Numbers:
@@ -335,7 +351,7 @@ def _gain(name: str, runs: Sequence[Checkpoint], controls: Mapping[str, Checkpoi
         control = controls.get(_setting(run))
         accuracy, alone = run.facts.test_accuracy, control.facts.test_accuracy if control else None
         points = None if alone is None else 100 * (accuracy - alone)
-        seed = run.manifest.config["seed"]
+        seed = run.settings["seed"]
         seeds.append({"seed": seed, "accuracy": accuracy, "labels_accuracy": alone, "gain_points": points})
     gains = [seed["gain_points"] for seed in seeds if seed["gain_points"] is not None]
     teacher = runs[0].manifest.inputs.get("teacher")
@@ -343,7 +359,7 @@ def _gain(name: str, runs: Sequence[Checkpoint], controls: Mapping[str, Checkpoi
         "method": name,
         "model": runs[0].facts.model,
         "training_images": runs[0].facts.training_images,
-        "label_fraction": runs[0].manifest.config["label_fraction"],
+        "label_fraction": runs[0].settings["label_fraction"],
         "test_images": runs[0].facts.test_images,
         "teacher_accuracy": Checkpoint.facts_of(teacher).test_accuracy if teacher else None,
         "seeds": sorted(seeds, key=lambda seed: seed["seed"]),
@@ -356,18 +372,18 @@ def curves(checkpoints: Checkpoints) -> list[Numbers]:
     teachers = teacher_names(checkpoints)
     found = []
     for name, checkpoint in checkpoints.items():
-        if checkpoint.HISTORY not in checkpoint.manifest.files:
+        rows = checkpoint.history
+        if not rows:
             continue
-        rows = [json.loads(line) for line in checkpoint.file(checkpoint.HISTORY).read_text().splitlines()]
-        looked = [row for row in rows if "validation_accuracy" in row]
+        looked = [row for row in rows if row.validation_accuracy is not None]
         found.append(
             {
                 "name": name,
                 "group": "teacher" if name in teachers else checkpoint.facts.method,
-                "epochs": [row["epoch"] for row in rows],
-                "loss": [row["loss"] for row in rows],
-                "validation_epochs": [row["epoch"] for row in looked],
-                "validation_accuracy": [row["validation_accuracy"] for row in looked],
+                "epochs": [row.epoch for row in rows],
+                "loss": [row.loss for row in rows],
+                "validation_epochs": [row.epoch for row in looked],
+                "validation_accuracy": [row.validation_accuracy for row in looked],
             }
         )
     return found

@@ -50,7 +50,7 @@ RUNTIMES: dict[str, type[Session]] = {
 
 
 def is_available(target: str) -> bool:
-    """Whether the runtime of ``target`` is installed on this machine; imports nothing."""
+    """Whether the runtime of ``target`` is installed on this machine; imports nothing. Raises KeyError."""
     with contextlib.suppress(ImportError):
         return bool([installed(alternatives) for alternatives in RUNTIMES[target].modules])
     return False

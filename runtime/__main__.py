@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ import numpy as np
 from . import PROTOCOL_VERSION, open_session, predict
 from .bundle import BundleError, read_facts, replay_golden
 from .measure import measure
+from .sealed import printable
+from .weights import ModelFileError
 
 BATCH = 64  # images that are run at once, and read at once
 
@@ -38,7 +41,11 @@ def main() -> int:
     parser.add_argument("--min-samples", type=int, default=64, help="inferences at least (measure)")
     parser.add_argument("--warm-up-seconds", type=float, default=1.0, help="warm-up at least (measure)")
     parser.add_argument("--stand-in", action="store_true", help="open with the runtime that reads the same file")
+    parser.add_argument("--memory-bytes", type=int, default=0, help="end where it wants more memory; 0: no limit")
     args = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a fault of a runtime leaves no file behind
+    if args.memory_bytes:
+        resource.setrlimit(resource.RLIMIT_DATA, (args.memory_bytes, args.memory_bytes))
     threads = args.threads or len(os.sched_getaffinity(0))
     try:
         facts = read_facts(args.bundle)
@@ -49,9 +56,10 @@ def main() -> int:
         else:
             images = np.load(args.images, mmap_mode="r", allow_pickle=False)[: args.image_count]
             result = measure(args.bundle, facts, images, threads, args.seconds, args.min_samples, args.warm_up_seconds)
-    except (BundleError, ImportError, OSError, KeyError, ValueError, RuntimeError) as error:
+    except Exception as error:  # every runtime raises its own for a model that it cannot run
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"runtime: {type(error).__name__}: {text}", file=sys.stderr)
+        whose = "" if isinstance(error, (BundleError, ModelFileError)) else f"{type(error).__name__}: "
+        print(f"runtime: {whose}{printable(text, 500)}", file=sys.stderr)
         return 1
     print(json.dumps({"protocol_version": PROTOCOL_VERSION, **result}))
     return 0

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import open_session, predict
+from . import RUNTIMES, open_session, predict, sealed
+from .weights import refuse_files_elsewhere
 
 GOLDEN = "golden.npz"  # ``images`` uint8 [N, H, W, 3] and the ``logits`` that they gave where the bundle was packed
+LARGEST_SIDE = 8192  # pixels
+# Largest difference of a golden output, over the spread of the logits. INT8 kernels differ between
+# instruction sets by a few steps of 1/256 of the range.
+TOLERANCES = {"float32": 1e-3, "float16": 0.01, "bf16": 0.05, "int8": 0.05}
+# What opening a model reads of its facts, and of what type.
+WANTED: dict[str, Any] = {
+    "target": str,
+    "precision": str,
+    "entry": str,
+    "input": {"size": int, "layout": str, "dtype": str},
+    "runtime": {},
+}
 
 
 class BundleError(Exception):
@@ -19,48 +30,85 @@ class BundleError(Exception):
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """The bundle's facts (target, entry, input, golden tolerance) after checking every file's hash.
+    """The facts of a bundle (or of the model it is made from): target, entry, input, golden tolerance.
 
     Raises:
-        BundleError: a file is missing, added, changed or outside the folder.
+        BundleError: an edited manifest; a file that is missing, added, changed or outside the folder; a name, number
+            or setting that no bundle has; a model that keeps weights elsewhere.
     """
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for name, record in manifest["files"].items():
-        pure = PurePosixPath(name)
-        path = folder / name
-        if pure.is_absolute() or ".." in pure.parts or path.is_symlink() or not path.is_file():
-            raise BundleError(f"bundle {folder}: '{name}' is missing or not a plain file inside it")
-        if _sha256(path) != record["sha256"]:
-            raise BundleError(f"bundle {folder}: '{name}' differs from its manifest")
+    try:
+        manifest = sealed.read_manifest(folder)
+        sealed.check_files(folder, manifest["files"], sealed.LARGEST_MODEL_BYTES)
+    except sealed.Unsound as error:
+        raise BundleError(str(error)) from None
+    if manifest["kind"] not in ("bundle", "model"):
+        raise BundleError(f"{folder} is a {manifest['kind']}, wanted a bundle")
     facts: dict[str, Any] = manifest["facts"]
+    check_facts(facts, WANTED, "")
+    if facts["target"] not in RUNTIMES or facts.get("stand_in") not in (None, *RUNTIMES):
+        raise BundleError(f"unknown runtime '{facts['target']}', wanted {', '.join(RUNTIMES)}")
+    if facts["precision"] not in TOLERANCES:
+        raise BundleError(f"unknown precision '{facts['precision']}', wanted {', '.join(TOLERANCES)}")
+    given = facts["input"]
+    if not 1 <= given["size"] <= LARGEST_SIDE or given["layout"] not in ("NCHW", "NHWC") or given["dtype"] != "float32":
+        raise BundleError(f"no input is like that: {sealed.printable(repr(given), 200)}")
+    if facts["entry"] not in manifest["files"]:
+        raise BundleError(f"bundle {folder} has no file '{facts['entry']}' to open")
+    refuse_files_elsewhere(folder / facts["entry"])
     return facts
 
 
-def _sha256(path: Path) -> str:
-    """In chunks: a whole file in memory would raise the peak that ``measure`` reads."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        for chunk in iter(lambda: stream.read(2**20), b""):
-            digest.update(chunk)
-    return digest.hexdigest()
+def check_facts(facts: Any, wanted: dict[str, Any], where: str) -> None:
+    """See that a mapping has these members, of these types. Raises BundleError."""
+    if not isinstance(facts, dict):
+        raise BundleError(f"its manifest says nothing of '{where.rstrip('.')}'")
+    for name, kind in wanted.items():
+        value = facts.get(name)
+        if isinstance(kind, dict):
+            check_facts(value, kind, f"{where}{name}.")
+        elif type(value) is not kind:
+            raise BundleError(f"its manifest says {sealed.printable(repr(value), 80)} of '{where}{name}'")
+
+
+def read_golden(folder: Path, facts: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The golden images uint8 [N, H, W, 3] and the outputs float32 [N, ...] that they gave. Raises BundleError."""
+    try:
+        golden = sealed.load_arrays(folder / GOLDEN, {"images": ("u", 4), "logits": ("f", 2)})
+    except sealed.Unsound as error:
+        raise BundleError(str(error)) from None
+    images, outputs = golden["images"], golden["logits"]
+    size, count = facts["input"]["size"], facts.get("golden_images")
+    whole = images.shape == (count, size, size, 3) and len(outputs) == count
+    if not whole or images.dtype != np.uint8 or outputs.dtype != np.float32:
+        raise BundleError(
+            f"golden images of shape {images.shape} with outputs of shape {outputs.shape} are not the {count} "
+            f"of {size} pixels that the manifest promises"
+        )
+    return images, outputs
 
 
 def replay_golden(folder: Path, facts: dict[str, Any], threads: int = 1, stand_in: bool = False) -> dict[str, Any]:
-    """Run the golden inputs and compare with the logits computed where the bundle was packed.
+    """Run the golden inputs and compare with the outputs computed where the bundle was packed.
 
     Returns:
         images, largest absolute difference, the tolerance, and the runtime's own description.
 
     Raises:
-        BundleError: an output further off than the tolerance, or not finite.
+        BundleError: an output of another shape, not finite or further off than the tolerance; a tolerance wider
+            than the precision's own.
     """
-    with np.load(folder / GOLDEN, allow_pickle=False) as golden:
-        images, expected = golden["images"], golden["logits"]
+    images, expected = read_golden(folder, facts)
+    spread = float(expected.std(dtype=np.float64))
+    tolerance, widest = facts.get("golden_tolerance"), TOLERANCES[facts["precision"]] * spread
+    # The narrowest comparison that a stranger cannot widen: "not <=" is also true of what is no number.
+    if not isinstance(tolerance, (int, float)) or not 0 < tolerance <= widest * (1 + 1e-5):
+        raise BundleError(f"a tolerance of {tolerance} for {facts['precision']}: wanted at most {widest:.3g}")
     session = open_session(folder, facts, threads, stand_in)
     actual = predict(session, images)
+    if actual.shape != expected.shape:
+        raise BundleError(f"golden outputs are of shape {expected.shape}, the model gives {actual.shape}")
     difference = float(np.abs(actual - expected).max())
-    tolerance = float(facts["golden_tolerance"])
-    if not np.isfinite(actual).all() or difference > tolerance:
+    if not difference <= tolerance:
         raise BundleError(f"golden outputs are off by {difference:.3g}, tolerance {tolerance:.3g}")
     return {
         "golden_images": len(images),

@@ -31,7 +31,7 @@ def decode(source: Path | BinaryIO) -> Image.Image:
     other colour spaces are converted. Upright 8-bit RGB and grey pixels are what the file says.
 
     Raises:
-        OSError: the file is missing, truncated or no image.
+        OSError: the file is missing, truncated, no image, or unpacks to more than Pillow allows.
     """
     from PIL import Image, ImageOps
 
@@ -46,7 +46,9 @@ def decode(source: Path | BinaryIO) -> Image.Image:
                 white = Image.new("RGBA", image.size, "white")
                 return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
             return image.convert("RGB")
-    except (SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # every format's reader raises its own for a broken file
         raise OSError(str(error) or type(error).__name__) from error
 
 

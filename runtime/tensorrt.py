@@ -1,4 +1,4 @@
-"""TensorRT: an engine that was built on the device itself (``build_engine.sh`` in the bundle).
+"""TensorRT: an engine that was built on the device itself (``build_engine.sh`` in the bundle) and lies beside it.
 
 Never exercised on hardware by this project's tests: no TensorRT can be had where they run.
 """
@@ -12,7 +12,11 @@ import numpy as np
 
 from .layout import to_input
 
-ENGINE = "model.engine"
+
+def engine_of(folder: Path) -> Path:
+    """Where ``build_engine.sh`` puts the engine of the bundle in ``folder``: beside it, since a bundle is sealed."""
+    folder = folder.resolve()
+    return folder.with_name(folder.name + ".engine")
 
 
 class TensorRtSession:
@@ -24,9 +28,9 @@ class TensorRtSession:
         import tensorrt
         from cuda.bindings import runtime as cuda
 
-        engine = folder / ENGINE
+        engine = engine_of(folder)
         if not engine.is_file():
-            raise FileNotFoundError(f"no {ENGINE} in {folder}: run build_engine.sh on this device first")
+            raise FileNotFoundError(f"no engine at {engine}: run {folder}/build_engine.sh on this device first")
         self._spec = facts["input"]
         self._cuda = cuda
         self._version = tensorrt.__version__

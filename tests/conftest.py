@@ -24,7 +24,8 @@ import kdpipe.distill.train
 from kdpipe import distill, pipeline
 from kdpipe.chain import Chain, cache_order, train_order
 from kdpipe.cli import main
-from kdpipe.core.artifact import MANIFEST, Order, manifest_digest
+from kdpipe.core import sealed
+from kdpipe.core.artifact import MANIFEST, Order
 from kdpipe.core.config import CacheConfig, ExportConfig, QuantizeConfig, Recipe, TrainConfig, validated
 from kdpipe.core.inputs import InputSpec
 from kdpipe.core.kinds import Bundle, Cache, Checkpoint, Graph, Measurement, Model, Report
@@ -222,7 +223,7 @@ def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -
     """Edit a manifest as a stranger could: the digest fits again."""
     value = json.loads((folder / MANIFEST).read_text())
     change(value)
-    value["digest"] = manifest_digest(value)
+    value["digest"] = sealed.digest(value)
     (folder / MANIFEST).write_text(json.dumps(value))
 
 

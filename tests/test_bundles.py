@@ -107,7 +107,7 @@ def test_pickles_are_never_loaded(copy: Path, tmp_path: Path) -> None:
 
     np.savez(copy / "golden.npz", images=np.array([Evil()], dtype=object), logits=np.zeros((1, 10)))
     replace_file(copy, "golden.npz", (copy / "golden.npz").read_bytes())
-    assert_one_line(kdpipe("verify", copy), 1, "cannot be opened and run")
+    assert_one_line(kdpipe("verify", copy), 1, "golden.npz", "is not what its header says")
     assert not (tmp_path / "owned").exists()
 
 
@@ -124,5 +124,5 @@ def test_runner_refuses_a_changed_bundle(copy: Path) -> None:
         [sys.executable, "-m", "runtime", "verify", "."], cwd=copy, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert "'model.onnx' differs from its manifest" in done.stderr
+    assert "model.onnx differs from its manifest" in done.stderr
     assert "Traceback" not in done.stderr

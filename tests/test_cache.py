@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from conftest import (
     flip_a_byte,
     kdpipe,
     kdpipe_process,
+    replace_file,
+    rewrite_manifest,
     train,
     train_together,
 )
@@ -250,6 +254,62 @@ def test_a_damaged_cache_is_refused(cache: Cache, tmp_path: Path, damage: str) -
         (broken / Cache.shard_name(7)).write_bytes(b"x")
     with pytest.raises(UserError, match=r"view-0000[17]\.bin"):
         Cache.open(broken)
+
+
+def numbers(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], object]:
+    def alter(folder: Path) -> None:
+        stream = io.BytesIO()
+        np.save(stream, change(np.load(folder / Cache.IMAGES)))
+        replace_file(folder, Cache.IMAGES, stream.getvalue())
+
+    return alter
+
+
+def said(**change: Any) -> Callable[[Path], object]:
+    return lambda folder: rewrite_manifest(folder, lambda value: value["facts"].update(change))
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        said(views=3),
+        said(views=0),
+        said(views=10**9),
+        said(classes=11),
+        said(classes=10**12),
+        said(images=7),
+        said(top=3),
+        said(record_bytes=1),
+        said(views="two"),
+        numbers(lambda images: images[::-1]),
+        numbers(lambda images: images[1:]),
+        numbers(lambda images: images - images[0] - 1),
+        numbers(lambda images: images + 10**6),
+        numbers(lambda images: images.astype(np.float32)),
+        numbers(lambda images: images.astype(str)),
+        numbers(lambda images: images[:, None]),
+        numbers(lambda images: images[:0]),
+        numbers(lambda images: images[0]),
+        lambda folder: replace_file(folder, Cache.IMAGES, b"\x93NUMPY"),
+        lambda folder: replace_file(folder, Cache.shard_name(1), b"x"),
+        lambda folder: rewrite_manifest(folder, lambda value: value["config"].update(views="two")),
+        lambda folder: rewrite_manifest(folder, lambda value: value["config"].pop("versions")),
+        lambda folder: rewrite_manifest(folder, lambda value: value["inputs"].pop("teacher")),
+        lambda folder: rewrite_manifest(folder, lambda value: value.update(stage="magic")),
+    ],
+)
+def test_caches_of_strangers(
+    taught: tuple[Chain, Dataset, Checkpoint], cache: Cache, tmp_path: Path, alter: Callable[[Path], object]
+) -> None:
+    """They can recompute every hash: it is one line whatever they write, for training and for verifying."""
+    _, dataset, teacher = taught
+    copy = Path(shutil.copytree(cache.path, tmp_path / "cache"))
+    alter(copy)
+    with pytest.raises(UserError) as caught:
+        train(configuration(train={"epochs": 1}), dataset, teacher, tmp_path / "student", Cache.open(copy))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError):
+        verify(Cache.open(copy), dataset, teacher, 0.5)
 
 
 def test_changed_images_are_another_data_set(photos: Path, tmp_path: Path) -> None:

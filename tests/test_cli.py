@@ -179,6 +179,16 @@ def test_doctor_says_what_is_missing() -> None:
     assert_one_line(done, 1, "cannot be made here", "lacks openvino, nncf", "pip install 'kdpipe[openvino]'")
 
 
+def test_doctor_shows_the_extra_in_its_brackets() -> None:
+    script = (
+        "import sys, importlib.util as u; real = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'ai_edge_quantizer' else real(name, *a)\n"
+        "sys.argv = ['kdpipe', 'doctor']\nfrom kdpipe.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "pip install 'kdpipe[tflite]'" in done.stdout
+
+
 def recipe(folder: Path, **change: object) -> Path:
     path = folder / "my.yaml"
     path.write_text(yaml.safe_dump({**SMALL_RECIPE, **change}))
@@ -196,6 +206,9 @@ def recipe(folder: Path, **change: object) -> Path:
         ({"teacher": {"model": "test_resnet", "checkpoint": "no.pth"}}, ["teacher.checkpoint", "no.pth"]),
         ({"distill": {"train": {"optimizer": "adamm"}}}, ["unknown optimiser 'adamm'", "did you mean"]),
         ({"bench": {"device": "pi5"}}, ["unknown device 'pi5'"]),
+        ({"data": {"source": "~nosuchuser/photos"}}, ["~nosuchuser/photos", "home directory"]),
+        ({"teacher": {"model": "x", "checkpoint": "~nosuchuser/a.pth"}}, ["~nosuchuser/a.pth", "home directory"]),
+        ({"data": {"source": "x" * 5000}}, ["File name too long"]),
         (
             {"distill": {"train": {"augment": {"auto_augment": "nonsense"}}}},
             ["train.augment.auto_augment", "'nonsense'"],
@@ -207,6 +220,43 @@ def test_mistakes_in_a_recipe(workdir: Path, change: dict[str, object], words: l
     done = kdpipe("run", recipe(workdir, **change))
     assert_one_line(done, 2, *words)
     assert not list(workdir.glob("artifacts/*.part"))
+
+
+def laughs(levels: int) -> str:
+    """Ten lines that stand for 9^levels values: aliases of aliases."""
+    lines = ["- &a0 [x, x, x, x, x, x, x, x, x]"]
+    return "\n".join(lines + [f"- &a{at} [{', '.join([f'*a{at - 1}'] * 9)}]" for at in range(1, levels)])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (laughs(12), ["more than 100000 values"]),
+        ("&a [*a]", ["more than 100000 values"]),
+        (laughs(4), ["wanted a mapping"]),
+        ("name: 2026-99-99", ["not YAML", "month must be in 1..12"]),
+        ("name: " + "9" * 6000, ["6000 digits"]),
+        ("name: " + "[" * 5_000, ["too many levels"]),
+        ("name: \x07", ["not YAML"]),
+        ("#" * 2**21, ["larger than"]),
+        ("", ["wanted a mapping"]),
+    ],
+    ids=lambda value: value[:12] if isinstance(value, str) else None,
+)
+def test_recipes_of_strangers(workdir: Path, text: str, words: list[str]) -> None:
+    (workdir / "my.yaml").write_text(text)
+    begun = time.monotonic()
+    done = kdpipe("run", "my.yaml")
+    assert_one_line(done, 2, "my.yaml", *words)
+    assert len(done.stderr) < 2100
+    assert time.monotonic() - begun < 20
+
+
+def test_a_value_is_shown_by_its_beginning(workdir: Path) -> None:
+    """Within the limit of values, but 59,049 words long: the message is not."""
+    done = kdpipe("run", recipe(workdir, name=yaml.safe_load(laughs(4))))
+    assert_one_line(done, 2, "'name'", "...")
+    assert len(done.stderr) < 400
 
 
 def test_mistakes_before_any_work(workdir: Path) -> None:
@@ -232,8 +282,16 @@ def test_mistakes_before_any_work(workdir: Path) -> None:
         (["bench"], ["Missing argument"]),
         (["doctor", "--target", "tflit"], ["unknown target 'tflit'", "did you mean 'tflite'"]),
         (["doctor", "--device", "lokal"], ["unknown device 'lokal'", "did you mean 'local'"]),
+        (["data", "digits", "--seed", "2026-99-99"], ["--seed: not YAML", "month must be in 1..12"]),
+        (["data", "digits", "--seed", "9" * 6000], ["--seed: not YAML", "6000 digits"]),
+        (["data", "digits", "--val-fraction", ".inf"], ["--val_fraction: not YAML", "not finite"]),
+        (["data", "digits", "--val-fraction", "1e999"], ["val_fraction", "finite number"]),
+        (["data", "digits", "--seed", "[" * 5_000], ["--seed: not YAML", "too many levels"]),
+        (["verify", "x" * 5000], ["File name too long"]),
+        (["verify", "a\x1b]0;owned\x07b"], ["no artifact at a\\x1b]0;owned\\x07b"]),
+        (["data", "a\x1b[2Jb"], ["no data at 'a\\x1b[2Jb'"]),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value)[:40],
 )
 def test_mistakes_on_the_command_line(workdir: Path, arguments: list[str], words: list[str]) -> None:
     assert_one_line(kdpipe(*arguments), 2, *words)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Made
+from conftest import Made, replace_file
 
 from kdpipe.chain import Chain, Wants, with_fitted
 from kdpipe.core.config import DataPlan
@@ -435,3 +435,37 @@ def test_what_was_read_is_remembered_through_faults(photos: Path, tmp_path: Path
             [sys.executable, "-c", REMEMBER, photos, memory], capture_output=True, text=True, check=True, timeout=120
         )
     assert other.stdout.strip() == first.sha256
+
+
+def as_npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("train.npy", lambda records: b"junk"),
+        ("train.npy", lambda records: as_npy(np.zeros(3))),
+        ("train.npy", lambda records: as_npy(records[["file", "label", "start"]])),
+        ("train.npy", lambda records: as_npy(records[["file", "label"]])),
+        ("train.npy", lambda records: edited(records, "label", 2)),
+        ("train.npy", lambda records: edited(records, "label", -2)),
+        ("train.npy", lambda records: edited(records, "start", -1)),
+        ("train.npy", lambda records: edited(records, "size", 10**9)),
+        ("train.npy", lambda records: edited(records, "size", 0)),
+        ("index.json", lambda records: b'{"classes": 7, "roots": {}}'),
+        ("index.json", lambda records: b'["dark", "light"]'),
+    ],
+)
+def test_a_strangers_index_is_one_line(photos: Path, tmp_path: Path, name: str, change) -> None:
+    dataset = prepared(tmp_path, source=str(photos), store="resized", store_side=24)
+    replace_file(dataset.path, name, change(np.load(dataset.file("train.npy"))))
+    with pytest.raises(UserError, match="make the data again"):
+        Dataset.open(dataset.path).samples("train")
+
+
+def edited(records: np.ndarray, column: str, value: int) -> bytes:
+    records[column][1] = value
+    return as_npy(records)

@@ -135,9 +135,8 @@ def test_lock_satisfies_the_project() -> None:
             assert requirement.specifier.contains(pinned[requirement.name.lower()]), requirement
 
 
-def test_wheel_is_complete_and_works_without_the_sources(tmp_path: Path) -> None:
-    """Built from what git would clone, installed into an empty venv, run from an empty folder."""
-    clone = tmp_path / "anything"
+def clone_to(clone: Path) -> None:
+    """What git would clone, with what is not committed yet."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -149,6 +148,27 @@ def test_wheel_is_complete_and_works_without_the_sources(tmp_path: Path) -> None
         if (ROOT / name).is_file():
             (clone / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, clone / name)
+
+
+@pytest.mark.parametrize("name", ["kdpipe-main", "kdpipe 1.0", "1.2-kd.pipe"])
+def test_lint_passes_whatever_the_checkout_is_called(tmp_path: Path, name: str) -> None:
+    """An archive of a release unpacks to a folder that could be no module."""
+    clone_to(tmp_path / name)
+    for command in (["check"], ["format", "--check"]):
+        done = subprocess.run(
+            [Path(sys.executable).with_name("ruff"), *command, "--no-cache"],
+            cwd=tmp_path / name,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+
+
+def test_wheel_is_complete_and_works_without_the_sources(tmp_path: Path) -> None:
+    """Built from what git would clone, installed into an empty venv, run from an empty folder."""
+    clone = tmp_path / "anything"
+    clone_to(clone)
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "wheels", clone]
     subprocess.run(build, check=True, capture_output=True)
     shutil.rmtree(clone)

@@ -177,7 +177,8 @@ def test_tensorrt_build_script_calls_trtexec(made: Made, tmp_path: Path) -> None
             text=True,
             check=True,
         )
-        assert "--onnx=model.onnx --saveEngine=model.engine" in done.stdout
+        assert f"--onnx={folder}/model.onnx --saveEngine={folder}.engine" in done.stdout
+        assert f"--timingCacheFile={folder}.timing" in done.stdout
         assert "--minShapes=image:1x3x32x32" in done.stdout
         assert ("--stronglyTyped" in done.stdout) == bool(flag)
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -298,6 +299,7 @@ def test_fewer_images_than_a_batch(made: Made, tmp_path: Path) -> None:
     [
         (ModelSettings(model="resnet19"), "unknown model 'resnet19'.*did you mean 'resnet"),
         (ModelSettings(model="resnet18", model_args={"nonsense": 1}), "cannot make 'resnet18'"),
+        (ModelSettings(model="resnet18", model_args={"checkpoint_path": "x.pth"}), "model_args: 'checkpoint_path'"),
         (ModelSettings(model="vit_tiny_patch16_224", input=InputSettings(size=8)), "cannot (make|take)"),
     ],
 )
@@ -317,6 +319,17 @@ class Evil:
         return (Path.touch, (Path("owned"),))
 
 
+def altered(change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A fitting state dict but for one of its tensors."""
+    state = timm.create_model("test_resnet", num_classes=10).state_dict()
+    name = next(name for name, value in state.items() if value.ndim == 4)
+    return {**state, name: change(state[name])}
+
+
+def quantized(value: torch.Tensor) -> torch.Tensor:
+    return torch.quantize_per_tensor(value, 0.1, 0, torch.qint8)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -332,6 +345,19 @@ class Evil:
             "another class count",
         ),
         (lambda path: torch.save([1, 2], path), "no state dict"),
+        (lambda path: torch.save(altered(lambda value: value.to_sparse()), path), "no plain tensor"),
+        (lambda path: torch.save(altered(lambda value: value.to("meta")), path), "no plain tensor"),
+        (lambda path: torch.save(altered(quantized), path), "(no plain tensor|cannot read weights)"),
+        (
+            lambda path: torch.save(altered(lambda value: torch.nested.nested_tensor([value])), path),
+            "(no plain tensor|cannot read weights)",
+        ),
+        (lambda path: torch.save({1: torch.zeros(1)}, path), "no state dict"),
+        (lambda path: torch.save({"model": {("a",): torch.zeros(1)}}, path), "no state dict"),
+        (lambda path: torch.save(altered(lambda value: value.to(torch.complex64)), path), "not of numbers like"),
+        (lambda path: torch.save(altered(lambda value: value * torch.nan), path), "not finite"),
+        (lambda path: torch.save({}, path), "another architecture"),
+        (lambda path: path.mkdir(), "no checkpoint at"),
     ],
 )
 def test_checkpoints_that_do_not_fit(made: Made, workdir: Path, make, message: str) -> None:
