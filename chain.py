@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from pydantic import ValidationError
+
 from .core.artifact import (
     MANIFEST,
     AnyArtifact,
+    Manifest,
     Order,
     OtherVersion,
     find_ancestors,
@@ -55,6 +58,7 @@ if TYPE_CHECKING:
     from .report.compression import Sources
 
 A = TypeVar("A", bound=AnyArtifact)
+PRECISIONS = ".precisions"  # what train.precision auto took, so that a network and its controls take one
 TRAIN_NEEDS = ("torch", "torchvision", "timm", "safetensors")
 SMALLEST_SIDE, USUAL_SIDE = 256, 512  # pixels: of copies for small networks; of those for networks not known yet
 
@@ -140,9 +144,9 @@ class Chain:
         self.tell(self.steps[-1])
         return artifact
 
-    def path(self, name: str, order: Order[Any]) -> Path:
-        """Where the artifact of ``order`` lies."""
-        return self.folder / f"{name}-{order.key[:12]}"
+    def path(self, name: str, order: Order[Any], attempt: int | None = None) -> Path:
+        """Where the artifact of ``order`` lies; of an event, which attempt at it."""
+        return self.folder / (f"{name}-{order.key[:12]}" + ("" if attempt is None else f"-{attempt}"))
 
     def data(self, plan: DataPlan, out: Path | None = None, wants: Callable[[], Wants] | None = None) -> Dataset:
         """The images of a source, checked and split.
@@ -274,8 +278,9 @@ class Chain:
             require("training", TRAIN_NEEDS, "train")
             from .distill.train import train
 
+            remembered = cache or self._cache_of(config, dataset, teacher)
             shown = self.shown(dataset, config)
-            return train(order, shown, teacher, path, cache or self._cache_of(config, dataset, teacher))
+            return train(order, shown, teacher, path, remembered, self.folder / PRECISIONS)
 
         return self.step(name, Checkpoint, order, make, out)
 
@@ -296,7 +301,8 @@ class Chain:
             part = next(part for part in parts if path in part)
             made.update(dict.fromkeys(part, path.name))
             taught = next((each for each in part.values() if each.config.needs_teacher), missing[path])
-            return train_together(part, dataset, teacher, self._cache_of(taught.config, dataset, teacher))[path]
+            remembered = self._cache_of(taught.config, dataset, teacher)
+            return train_together(part, dataset, teacher, remembered, self.folder / PRECISIONS)[path]
 
         return {name: self.step(name, Checkpoint, order, make, companions=made) for name, order in orders.items()}
 
@@ -412,20 +418,42 @@ class Chain:
         return self.step(f"bundle-{model.facts.target}-{model.facts.variant}", Bundle, order, make, out)
 
     def bench(
-        self, plan: BenchPlan, bundles: Mapping[str, Bundle], dataset: Dataset, out: Path | None = None
+        self,
+        plan: BenchPlan,
+        bundles: Mapping[str, Bundle],
+        dataset: Dataset,
+        out: Path | None = None,
+        again: bool = True,
     ) -> Measurement:
+        """Measure: every call is an attempt of its own, ``NAME-KEY-ATTEMPT``, KEY being that of the session.
+
+        Args:
+            again: False takes what was measured before, if anything was: see ``believed``.
+
+        Raises:
+            UserError: ``out`` exists, or as ``devices.bench`` does.
+        """
         from .devices.session import bench_config
 
         for bundle in bundles.values():
             check_known(bundle)
-        order = Order("bench", bench_config(plan), {**bundles, "data": dataset})
+        if out is not None and out.exists():
+            raise UserError(f"{out} exists already: each measurement gets a folder of its own, choose another --out")
+        inputs: dict[str, AnyArtifact] = {**bundles, "data": dataset}
+        session = Order("bench", bench_config(plan), inputs)
+        keys = {role: artifact.key for role, artifact in inputs.items()}
+        earlier = attempts(out.parent if out else self.folder, session.config.model_dump(mode="json"), keys)
+        taken = None if again or not earlier else believed(earlier)
+        number = 1 + max(map(attempt_of, earlier.values()), default=0) if taken is None else attempt_of(earlier[taken])
+        path = taken or out or self.path("measurement", session, number)
+        order = Order("bench", session.config.model_copy(update={"attempt": number}), inputs)
 
         def make(path: Path) -> Measurement:
             from .devices.bench import bench
 
             return bench(order, bundles, dataset, path)
 
-        return self.step("measurement", Measurement, order, make, out)
+        return self.step("measurement", Measurement, order, make, path)
 
     def report(
         self,
@@ -438,6 +466,7 @@ class Chain:
         for checkpoint in checkpoints.values():
             check_task(checkpoint.path, checkpoint.facts.task)
         sources = self._sources(measurement)
+        config = config.model_copy(update={"attempts": len(attempts_beside(measurement))})
         order = Order("report", config, {"measurement": measurement, **checkpoints, **sources.as_inputs()})
 
         def make(path: Path) -> Report:
@@ -463,6 +492,53 @@ class Chain:
             {model.key: model for model in found(Model)},
             next(iter(found(Dataset)), None),
         )
+
+
+def attempts(folder: Path, config: Mapping[str, Any], input_keys: Mapping[str, str]) -> dict[Path, Manifest]:
+    """Every measurement in ``folder`` of one session: the attempts at it, in their order.
+
+    Args:
+        config: of any attempt.
+        input_keys: of what was measured, by role.
+    """
+    session = {**config, "attempt": None}
+    found = {
+        path: manifest
+        for path, manifest in sealed(folder, skip=UserError)  # --out may be anywhere, beside anything
+        if manifest.kind == Measurement.kind
+        and isinstance(manifest.config.get("attempt"), int)
+        and {**manifest.config, "attempt": None} == session
+        and {role: source.key for role, source in manifest.inputs.items()} == dict(input_keys)
+    }
+    return dict(sorted(found.items(), key=lambda item: attempt_of(item[1])))
+
+
+def attempts_beside(measurement: Measurement) -> dict[Path, Manifest]:
+    """``measurement`` and the other attempts at its session in the same folder."""
+    keys = {role: source.key for role, source in measurement.manifest.inputs.items()}
+    return attempts(measurement.path.absolute().parent, measurement.manifest.config, keys)
+
+
+def attempt_of(measurement: Manifest) -> int:
+    return int(measurement.config["attempt"])
+
+
+def believed(found: Mapping[Path, Manifest]) -> Path:
+    """The last trusted attempt, else the last: a rule, so that nobody chooses the one that pleases."""
+
+    def trusted(manifest: Manifest) -> bool:
+        try:
+            return Measurement.facts_of(manifest).trust == "trusted"
+        except ValidationError:
+            return False
+
+    return ([path for path, manifest in found.items() if trusted(manifest)] or list(found))[-1]
+
+
+def believed_beside(measurement: Measurement) -> Measurement:
+    """The attempt at the session of ``measurement`` that is to be reported."""
+    path = believed(attempts_beside(measurement))
+    return measurement if path == measurement.path.absolute() else Measurement.open(path)
 
 
 def cache_order(config: CacheConfig, dataset: Dataset, teacher: Checkpoint) -> Order[CacheConfig]:
@@ -531,14 +607,24 @@ def open_checkpoints(paths: Sequence[Path]) -> dict[str, Checkpoint]:
 
 def beside(artifact: AnyArtifact, kind: type[A], keys: set[str] | None) -> dict[Path, A]:
     """Sealed artifacts of ``kind`` in the same folder (only those with one of ``keys``, if given)."""
-    found = {}
-    for path in artifact.path.absolute().parent.iterdir():
+    return {
+        path: kind.open(path)
+        for path, manifest in sealed(artifact.path.absolute().parent)
+        if manifest.kind == kind.kind and (keys is None or manifest.key in keys)
+    }
+
+
+def sealed(folder: Path, skip: type[UserError] = OtherVersion) -> Iterator[tuple[Path, Manifest]]:
+    """What lies whole in ``folder``, by manifest; not what an upgrade left behind: nothing was made from it.
+
+    Raises:
+        UserError: a manifest that cannot be read, unless it is to be skipped.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
         if not (path / MANIFEST).is_file() or path.name.endswith(".part"):
             continue
         try:
             manifest = read_manifest(path)
-        except OtherVersion:  # left behind by an upgrade: nothing was made from it
+        except skip:
             continue
-        if manifest.kind == kind.kind and (keys is None or manifest.key in keys):
-            found[path] = kind.open(path)
-    return found
+        yield path, manifest

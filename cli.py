@@ -20,7 +20,7 @@ from .core.config import (
     TeacherPlan,
     TrainConfig,
 )
-from .core.errors import KdpipeError
+from .core.errors import ExitCode, KdpipeError
 from .core.sealed import printable
 from .options import configured
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from .data.dataset import Dataset
 
 JSON_VERSION = 1
-INTERRUPTED = 130
 
 app = typer.Typer(
     name="kdpipe",
@@ -54,6 +53,9 @@ DataOption = Annotated[
     Path | None, typer.Option("--data", help="folder of the dataset artifact [default: looked up beside the input]")
 ]
 ArtifactsOption = Annotated[Path, typer.Option("--artifacts", help="folder that holds the artifacts")]
+AgainOption = Annotated[
+    str | None, typer.Option("--again", metavar="bench", help="measure again, though there is a measurement")
+]
 ARTIFACTS = Path("artifacts")
 
 
@@ -77,40 +79,50 @@ def _root(
 def run(
     recipe: Annotated[Path, typer.Argument(help="a recipe, such as recipes/digits.yaml")],
     artifacts: ArtifactsOption = ARTIFACTS,
+    again: AgainOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Run a recipe, from teacher to report.
 
     Stages: data, teacher, students, export, INT8, bundles, measurement, report. What is sealed already is not
-    done again.
+    done again. Exits 75 when the advice rests on latencies that are not to be trusted.
 
     Example: kdpipe run my.yaml
     """
-    _run(recipe, artifacts, as_json)
+    from .core.errors import Untrusted
+
+    doubt = _run(recipe, artifacts, again, as_json)
+    if doubt is not None:
+        raise Untrusted(f"{doubt}; measure again on a quiet machine: kdpipe run {recipe} --again bench")
 
 
 @app.command()
-def demo(artifacts: ArtifactsOption = ARTIFACTS, as_json: JsonFlag = False) -> None:
+def demo(artifacts: ArtifactsOption = ARTIFACTS, again: AgainOption = None, as_json: JsonFlag = False) -> None:
     """Run recipes/digits.yaml: everything for real, in minutes."""
-    _run(Path(__file__).parent / "recipes" / "digits.yaml", artifacts, as_json)
+    doubt = _run(Path(__file__).parent / "recipes" / "digits.yaml", artifacts, again, as_json)
+    if doubt is not None:
+        typer.echo(f"{doubt}; measure again on a quiet machine: kdpipe demo --again bench", err=True)
 
 
-def _run(recipe_path: Path, artifacts: Path, as_json: bool) -> None:
+def _run(recipe_path: Path, artifacts: Path, again: str | None, as_json: bool) -> str | None:
+    """Run and print; returns which latencies that the advice rests on are not to be trusted."""
     from . import pipeline
     from .core.config import read_recipe
+    from .report.words import shaky_advice
 
     recipe = read_recipe(recipe_path)
     chain = _chain(artifacts)
-    outcome = pipeline.run(recipe, chain)
+    outcome = pipeline.run(recipe, chain, again)
     numbers, page = outcome.report.numbers, outcome.report.page
     if as_json:
         bundles = {name: str(bundle.path) for name, bundle in outcome.bundles.items()}
         _print_json(report=str(page), bundles=bundles, seconds=_seconds(chain), numbers=numbers)
-        return
+        return shaky_advice(numbers)
     _print_summary(numbers)
     done = [step for step in chain.steps if not step.sealed_before]
     typer.echo(f"{len(chain.steps)} stages, {len(done)} done now in {sum(step.seconds for step in done):.0f} s")
     typer.echo(f"report: {page}")
+    return shaky_advice(numbers)
 
 
 # ---- one stage at a time ---------------------------------------------------------------------------------
@@ -277,25 +289,28 @@ def quantize(
 ) -> None:
     """Make a smaller variant of a model: INT8 calibrated on training images, bf16, float16.
 
-    --variant auto makes every one that could be the best on this machine: bench them to know which is.
+    --variant auto makes every one that could be the best on this machine: bench them to know which is. With
+    --max-drop it exits 1 if more is surely lost (nothing is sealed), and 75 if the held-out images cannot tell.
 
     Example: kdpipe quantize MODEL --max-drop 0.5
     """
     from .core.config import QuantizePlan
-    from .core.errors import UserError
-    from .core.kinds import Model
+    from .core.errors import Untrusted, UserError
+    from .core.kinds import Model, unshown
     from .devices import find_device
 
     settings, opened, chain = config(), Model.open(model), _chain(model.parent)
     dataset, probe = _dataset_of(opened, data), find_device(device).probe()
     if settings.variant != "auto":
-        _print_artifact(chain.quantize(settings, opened, dataset, probe, out), as_json)
-        return
-    if out is not None:
+        made = [chain.quantize(settings, opened, dataset, probe, out)]
+    elif out is not None:
         raise UserError("--variant auto makes several artifacts: leave --out away, they go beside the model")
-    plan = QuantizePlan.of(settings)
-    for made in chain.variants(plan, opened, dataset, probe):
-        _print_artifact(made, as_json)
+    else:
+        made = chain.variants(QuantizePlan.of(settings), opened, dataset, probe)
+    for each in made:
+        _print_artifact(each, as_json)
+    if told := unshown(made):
+        raise Untrusted(told)
 
 
 @app.command()
@@ -321,7 +336,7 @@ def package(
 @app.command()
 @configured(BenchPlan)
 def bench(
-    bundles: Annotated[list[Path], typer.Argument(help="folders of bundles; latency ratios are against the first")],
+    bundles: Annotated[list[Path], typer.Argument(help="folders of bundles, float32 ones among them to compare with")],
     data: DataOption = None,
     out: OutOption = None,
     as_json: JsonFlag = False,
@@ -330,13 +345,14 @@ def bench(
 ) -> None:
     """Measure accuracy and latency of bundles.
 
-    All in one session, interleaved, each time in a fresh process. Exits 75 when the A/A control says that the
-    machine was too noisy.
+    All in one session, interleaved, each time in a fresh process. Every call is an attempt of its own. Exits 75 when
+    a latency cannot be trusted.
 
     Example: kdpipe bench BUNDLE BUNDLE
     """
     from .core.errors import Untrusted
     from .core.kinds import Bundle
+    from .report.words import untrusted_lines
 
     opened = [Bundle.open(path) for path in bundles]
     named = {f"{bundle.facts.target}-{bundle.facts.variant}": bundle for bundle in opened}
@@ -345,8 +361,9 @@ def bench(
     dataset = _dataset_of(opened[0], data)
     measurement = _chain(bundles[0].parent).bench(config(), named, dataset, out)
     _print_artifact(measurement, as_json)
-    if measurement.facts.trusted is False:
-        raise Untrusted("the A/A control differs from itself: too noisy a machine, measure again when it is quiet")
+    doubted = [{"name": name, **trust.model_dump()} for name, trust in measurement.facts.untrusted.items()]
+    if doubted:
+        raise Untrusted("; ".join(untrusted_lines(doubted)) + "; measure again when the machine is quiet")
 
 
 @app.command()
@@ -387,13 +404,17 @@ def report(
 ) -> None:
     """Write the page from what was measured.
 
+    Of several attempts at one session the last trusted one is taken, else the last, and the page says of how many.
+
     Example: kdpipe report artifacts/measurement-1a2b
     """
-    from .chain import checkpoints_beside, open_checkpoints
+    from .chain import believed_beside, checkpoints_beside, open_checkpoints
     from .core.config import ReportConfig
     from .core.kinds import Measurement
 
-    opened = Measurement.open(measurement)
+    opened = believed_beside(Measurement.open(measurement))
+    if opened.path.absolute() != measurement.absolute():
+        typer.echo(f"of these attempts {opened.path} is taken: the last trusted one, else the last", err=True)
     found = open_checkpoints(checkpoints) if checkpoints else checkpoints_beside(opened)
     made = _chain(measurement.parent).report(ReportConfig(title=title), opened, found, out)
     if not as_json:
@@ -451,8 +472,8 @@ def _print_summary(numbers: dict[str, Any]) -> None:
     from .report.tables import print_summary
     from .terminal import console
 
-    # A pipe has no width of its own; the tables need a hundred columns.
-    print_summary(console() if sys.stdout.isatty() else console(width=100), numbers)
+    # A pipe has no width of its own; the tables need this many columns.
+    print_summary(console() if sys.stdout.isatty() else console(width=110), numbers)
 
 
 def _print_doctor(found: dict[str, Any]) -> None:
@@ -552,11 +573,11 @@ def main() -> None:
         typer.echo(printable(f"kdpipe: {error}"), err=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:
-        sys.exit(141)
+        sys.exit(ExitCode.PIPE_CLOSED)
     except OSError as error:  # a path that the system refuses, such as one that is too long
         where = "" if error.filename is None else f": {error.filename}"
         typer.echo(printable(f"kdpipe: {error.strerror or error}{where}", 500), err=True)
-        sys.exit(2)
+        sys.exit(ExitCode.MISTAKE)
     except Exception as error:
         message = getattr(error, "format_message", None)  # Typer's usage errors
         if message is None:
@@ -564,7 +585,7 @@ def main() -> None:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "kdpipe"
         typer.echo(printable(f"{command}: {message()} (see {command} --help)"), err=True)
-        sys.exit(2)
-    if code == INTERRUPTED:  # what Typer makes of Ctrl-C
+        sys.exit(ExitCode.MISTAKE)
+    if code == ExitCode.INTERRUPTED:  # what Typer makes of Ctrl-C
         typer.echo("kdpipe: interrupted; what was sealed stays, nothing half-written is left", err=True)
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(code if isinstance(code, int) else ExitCode.DONE)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .chain import TRAIN_NEEDS, Chain, Wants
+from .chain import TRAIN_NEEDS, Chain, Wants, believed_beside
 from .core.config import (
     DistillPlan,
+    DistillSettings,
     ExportConfig,
     ModelSettings,
     Recipe,
@@ -17,9 +18,11 @@ from .core.config import (
     control_of,
 )
 from .core.errors import UserError, choice
-from .core.kinds import Bundle, Graph, Measurement, Report
+from .core.kinds import Bundle, Graph, Measurement, Report, unshown
 from .core.proc import require
 from .core.progress import note
+
+AGAIN = ("bench",)  # events: other stages give the same when they are done again
 
 if TYPE_CHECKING:
     from .report.plots import Figure
@@ -59,28 +62,38 @@ def check_recipe(recipe: Recipe) -> None:
 
         require(f"tracker '{recipe.distill.tracker}'", TRACKERS[recipe.distill.tracker].needs, recipe.distill.tracker)
     of_one_seed = recipe.distill.model_copy(update={"seeds": recipe.distill.seeds[:1]})  # the others are like it
-    for config in student_runs(recipe.student, of_one_seed).values():
+    for config in student_runs(recipe.student, of_one_seed, recipe.data.unlabeled is not None).values():
         check_run(config, config.train)
 
 
-def student_runs(student: ModelSettings, plan: DistillPlan) -> dict[str, TrainConfig]:
+def student_runs(student: ModelSettings, plan: DistillPlan, unlabeled: bool = False) -> dict[str, TrainConfig]:
     """Every run of the plan by name: per seed the method, each of ``plan.students``, and their controls.
 
-    A control has its student's network and training, and the labels alone at full weight. Raises UserError.
+    A student that changes the method has that method's own weights unless it names others. A control has its
+    student's network and training, and the labels alone at full weight; with images that are ``unlabeled`` a second
+    one makes as many steps as the student that sees them too. Raises UserError.
     """
     main = TrainConfig.of(student, plan)
     students: dict[str, TrainConfig] = {plan.method: main}
     for name, change in plan.students.items():
-        if name in students or name == "labels":
+        # A student's control is called labels-NAME, and with unlabelled images labels-steps-NAME.
+        if name in students or name == "labels" or name.partition("-")[0] == "steps":
             raise UserError(f"distill.students: the name '{name}' is taken, choose another")
         students[name] = changed(main, change, f"distill.students.{name}")
+        if students[name].method != plan.method:
+            own = {field: getattr(DistillSettings(), field) for field in ("label_weight", "kd_weight")}
+            students[name] = students[name].model_copy(update={k: v for k, v in own.items() if k not in change})
     runs: dict[str, TrainConfig] = {}
     for seed in plan.seeds:
         for name, config in students.items():
             seeded = config.model_copy(update={"seed": seed})
-            control = control_of(seeded)
-            if plan.control and seeded.needs_teacher and control not in runs.values():
-                runs[f"student-labels{'' if name == plan.method else '-' + name}-seed{seed}"] = control
+            suffix = "" if name == plan.method else f"-{name}"
+            controls = {f"student-labels{suffix}-seed{seed}": control_of(seeded, plan.control_epochs)}
+            if unlabeled:
+                matched = control_of(seeded).model_copy(update={"steps_as_unlabeled": True})
+                controls[f"student-labels-steps{suffix}-seed{seed}"] = matched
+            if plan.control and seeded.needs_teacher:
+                runs |= {its: control for its, control in controls.items() if control not in runs.values()}
             runs[f"student-{name}-seed{seed}"] = seeded
     return runs
 
@@ -121,22 +134,24 @@ class Outcome:
         return figure(self.report, name)
 
 
-def run(recipe: Recipe, chain: Chain) -> Outcome:
+def run(recipe: Recipe, chain: Chain, again: str | None = None) -> Outcome:
     """The whole chain of ``recipe``.
 
     The shipped student is the one of the first seed by the method: chosen beforehand, never by its test
-    accuracy.
+    accuracy. The measurement is the last trusted one, else the last; with ``again="bench"`` there is a new one too.
 
     Raises:
         KdpipeError: as its stages do.
     """
     from .devices import find_device
 
+    if again not in (None, *AGAIN):
+        raise choice("stage to do again", again, AGAIN)
     chain.check = lambda: check_recipe(recipe)
     dataset = chain.data(recipe.data, wants=lambda: wants(recipe))
     teacher = chain.teacher(recipe.teacher, dataset)
     checkpoints = {"teacher": teacher}
-    runs = student_runs(recipe.student, recipe.distill)
+    runs = student_runs(recipe.student, recipe.distill, recipe.data.unlabeled is not None)
     checkpoints |= chain.train_all(runs, dataset, teacher, recipe.distill.together)
     shipped = checkpoints[f"student-{recipe.distill.method}-seed{recipe.distill.seeds[0]}"]
 
@@ -145,12 +160,13 @@ def run(recipe: Recipe, chain: Chain) -> Outcome:
     for target in recipe.export.targets:
         models = [chain.export(ExportConfig.of(recipe.export, target=target), shipped, dataset)]
         if recipe.quantize is not None:
-            models += chain.variants(recipe.quantize, models[0], dataset, device)
+            variants = chain.variants(recipe.quantize, models[0], dataset, device)
+            if told := unshown(variants):
+                note(told)
+            models += variants
         for model in models:
             bundles[f"{target}-{model.facts.variant}"] = chain.package(recipe.package, model, dataset)
-    measurement = chain.bench(recipe.bench, bundles, dataset)
-    if measurement.facts.trusted is False:
-        note("the A/A control could not tell a model from itself: too noisy a machine to rank by these latencies")
+    measurement = believed_beside(chain.bench(recipe.bench, bundles, dataset, again=again == "bench"))
     page = ReportConfig(title=recipe.name)
     if recipe.quantize is not None and recipe.quantize.max_drop is not None:
         page = page.model_copy(update={"max_drop": recipe.quantize.max_drop})

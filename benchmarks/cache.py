@@ -91,10 +91,10 @@ def main(
             live = open_teacher(teacher, dataset, spec) if teacher and not cache else None
             asked = CachedTeacher(cache) if cache else live
             made = METHODS[method](run_config, copy.deepcopy(network), spec, asked, task=dataset.facts.task)
-            run = Run(run_config, made, dataset, spec, 10**6, Ranks(), None, Nothing())
-            run.begin(Batch(view, Ranks(), asked))
+            run = Run(run_config, made, dataset, spec, 10**6, 10**6, Ranks(), None, Nothing())
+            run.begin()
             run.begin_epoch()
-            return lambda: run.learn(Batch(view, Ranks(), asked))
+            return lambda: run.learn(Batch(view, len(view.image), Ranks(), asked))
 
         steps = {"labels alone": stepper("labels", None, None)}
         look_up: CachedTeacher | None = None

@@ -142,15 +142,15 @@ def ours(student: nn.Module, teacher: nn.Module, image: Tensor, label: Tensor, b
         dataset = Chain(Path(folder)).data(DataPlan(source="digits", test_split=None, val_fraction=0.1))
         asked = Teacher(teacher, spec, spec)
         method = METHODS["kd"](config, student, spec, asked, task=dataset.facts.task)
-        run = Run(config, method, dataset, spec, 10**6, Ranks(), None, Nothing())
+        run = Run(config, method, dataset, spec, 10**6, 10**6, Ranks(), None, Nothing())
     view = TrainingView(image, label, label, [torch.zeros_like(label), torch.arange(len(label))])
-    run.begin(Batch(view, Ranks(), asked))
+    run.begin()
     run.begin_epoch()
     before = 0.0
 
     def step() -> float:
         nonlocal before
-        run.learn(Batch(view, Ranks(), asked))
+        run.learn(Batch(view, len(view.image), Ranks(), asked))
         total, before = run._sums["loss"] - before, run._sums["loss"]
         return total / len(label)
 

@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -79,9 +80,9 @@ def main(
             images = folder / "images.npy"
             np.save(images, np.random.default_rng(0).integers(0, 256, (64, size, size, 3), dtype=np.uint8))
             calls = {
-                "kdpipe": lambda b=bundle, i=images, f=folder: by_runner(b, i, seconds, f),
-                TOOL: lambda b=bundle: by_tool(b, seconds, "-data_shape"),
-                FIXED: lambda b=bundle: by_tool(b, seconds, "-shape"),
+                "kdpipe": partial(by_runner, bundle, images, seconds, folder),
+                TOOL: partial(by_tool, bundle, seconds, "-data_shape"),
+                FIXED: partial(by_tool, bundle, seconds, "-shape"),
             }
             for turn in range(pairs):
                 for name in list(calls)[:: -1 if turn % 2 else 1]:

@@ -168,8 +168,10 @@ def stage_bundle(_root: Path, artifacts: Path) -> None:
 def stage_bench(root: Path, artifacts: Path) -> None:
     """The accuracy of one bundle on all test images, by the runner, in a process of its own."""
     from kdpipe.core.kinds import Bundle
+    from kdpipe.data.dataset import load_labels
     from kdpipe.devices import bench, find_device
     from kdpipe.devices import opened as device_opened
+    from kdpipe.runtime.task import TASKS
 
     bundle, everything = Bundle.open(root.parent.parent / "bundle" / "bundle"), opened(artifacts)
     with (
@@ -177,9 +179,12 @@ def stage_bench(root: Path, artifacts: Path) -> None:
         device_opened(find_device("local"), Path(name)) as device,
     ):
         scratch = Path(name)
-        (scratch / "logits").mkdir()
         images = bench._push_inputs(device, {"one": bundle}, everything, scratch, scratch)
-        bench._accuracy(device, "one", bundle, images["one"], everything, scratch)
+        outputs = scratch / "outputs.npy"
+        device.predict("one", images["one"], outputs, 3600)
+        labels = load_labels(everything.samples("test"), bundle.facts.input.model_dump())
+        task = TASKS[bundle.facts.task]
+        print(task.summary(task.scores(np.load(outputs), labels)))
 
 
 RUNS: dict[str, Callable[[Path, Path], None]] = {

@@ -143,7 +143,8 @@ class TrainSettings(Config):
     )
     optimizer: str = Field("adamw", description="any optimiser of timm")
     learning_rate: float = Field(2e-3, gt=0, description="peak learning rate")
-    weight_decay: float = Field(0.05, ge=0, description="weight decay (not on biases and norms)")
+    weight_decay: float = Field(0.05, ge=0, description="weight decay (not on biases and norms, see decay_all)")
+    decay_all: bool = Field(False, description="decay biases and norms too, as the CIFAR literature does")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="momentum of the optimisers that have one")
     layer_decay: Fraction | None = Field(
         None, description="factor of the learning rate from each layer to the one below"
@@ -151,7 +152,7 @@ class TrainSettings(Config):
     schedule: Literal["cosine", "multistep", "constant"] = Field("cosine", description="of the learning rate")
     milestones: tuple[int, ...] = Field((), description="epochs after which schedule=multistep lowers the rate")
     decay_rate: Fraction = Field(0.1, description="factor of schedule=multistep")
-    warmup_epochs: int = Field(4, ge=0, description="epochs of linear warm-up (at most a quarter of all)")
+    warmup_epochs: int = Field(4, ge=0, description="epochs of linear warm-up (at most a quarter of the steps)")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="label smoothing of the label loss")
     mixup: float = Field(0.0, ge=0, description="alpha of Mixup; 0 is off")
     cutmix: float = Field(0.0, ge=0, description="alpha of CutMix; 0 is off")
@@ -161,7 +162,8 @@ class TrainSettings(Config):
     )
     precision: Literal["float32", "bf16", "fp16", "auto"] = Field(
         "float32",
-        description="auto times float32 and bf16, with and without channels-last, and takes the fastest",
+        description="auto times float32 and bf16, with and without channels-last, and takes the fastest: once for a "
+        "network on a data set, its controls included",
     )
     select: Literal["last", "best"] = Field("last", description="keep the last epoch, or the best by validation")
     validate_every: int = Field(1, ge=1, description="epochs between two looks at the validation part")
@@ -225,7 +227,7 @@ class StagewiseSettings(Config):
     """How method stagewise goes: one stage after another learns the teacher's features, then the head the labels."""
 
     epochs: int | None = Field(
-        None, ge=1, description="epochs a stage; left out, all stages and the head share train.epochs"
+        None, ge=1, description="epochs a stage; left out, all stages and the head share the steps of train.epochs"
     )
     learning_rate: float | None = Field(None, gt=0, description="of the stages; left out, train.learning_rate")
     frozen_batchnorm: Literal["eval", "train"] = Field(
@@ -262,6 +264,10 @@ class DistillSettings(Config):
         "students; left out, every epoch has new views and the teacher is asked in training",
     )
     view_seed: int | None = Field(None, description="seed of the views; left out, seed, or 0 with cache_views")
+    steps_as_unlabeled: bool = Field(
+        False,
+        description="labels: repeat the images until there were as many steps as with those of data.unlabeled too",
+    )
     tracker: Literal["none", "tensorboard", "wandb", "mlflow"] = Field(
         "none", exclude=True, description="where else the curves are shown while they grow"
     )
@@ -286,10 +292,15 @@ class TrainConfig(DistillSettings, ModelSettings):
         return self.seed if self.cache_views is None else 0
 
 
-def control_of(config: TrainConfig) -> TrainConfig:
-    """The same network trained as ``config`` is, on the labels alone."""
+def control_of(config: TrainConfig, epochs: int | None = None) -> TrainConfig:
+    """The same network trained as ``config`` is, on the labels alone; for so many ``epochs``, if given.
+
+    What a control shares with it stands here.
+    """
     kept = ("label_loss", "label_fraction", "cache_views", "view_seed", "tracker", "train", "seed")
     settings = {name: getattr(config, name) for name in kept}
+    if epochs is not None:
+        settings["train"] = config.train.model_copy(update={"epochs": epochs})
     return TrainConfig.of(ModelSettings.of(config), method="labels", **settings)
 
 
@@ -328,12 +339,19 @@ class CacheConfig(CacheSettings):
 class DistillPlan(DistillSettings):
     """The student runs of a recipe: the method and its control, each with every seed."""
 
-    control: bool = Field(True, description="also train on the labels alone, so that the gain is measured")
+    control: bool = Field(
+        True,
+        description="also train on the labels alone, so that the gain is measured; with data.unlabeled twice: for as "
+        "many epochs of its images, and for as many steps",
+    )
+    control_epochs: int | None = Field(None, ge=1, description="epochs of the control; left out, those of the method")
     seeds: tuple[int, ...] = Field(
         (0,), min_length=1, description="one pair of runs each; the first seed's student is shipped"
     )
     students: dict[str, dict[str, Any]] = Field(
-        {}, description="further students by name, each with what differs from student and distill"
+        {},
+        description="further students by name, each with what differs from student and distill; one of another method "
+        "has that method's own weights unless it names some",
     )
     together: bool = Field(
         True, description="train students that see the same views side by side, from one forward of the teacher"
@@ -400,8 +418,8 @@ class QuantizeSettings(Config):
     )
     max_drop: float | None = Field(
         None,
-        ge=0,
-        description="points of accuracy that may be lost on held-out images; layers stay float until it holds",
+        gt=0,
+        description="points of accuracy that may be lost on held-out images, surely; layers stay float until it holds",
     )
     guard_part: Literal["val", "test"] = Field(
         "val", description="held-out images of max_drop: the test part makes its own accuracy look better than it is"
@@ -478,13 +496,17 @@ class BenchPlan(MeasureSettings):
         description="fresh processes for each bundle, an even number (every second round runs backwards); "
         "intervals need 6",
     )
+    resolution: float = Field(
+        0.1, gt=0, lt=1, description="share within which a latency must be known to be trusted; else it is called noisy"
+    )
 
 
 class ReportConfig(Config):
     """What the page is called, and what it advises."""
 
     title: str = Field("kdpipe", description="title of the page")
-    max_drop: float = Field(0.5, ge=0, description="points of accuracy that an advised variant may lose to float32")
+    max_drop: float = Field(0.5, gt=0, description="points of accuracy that an advised variant may lose to float32")
+    attempts: int = Field(1, ge=1, description="how often this session was measured: counted, not chosen")
 
 
 class Recipe(Config):

@@ -1,4 +1,4 @@
-"""The three ways a command may fail, each with its exit code; anything else is a bug of ours.
+"""How a command may end, each way with its exit code; anything else is a bug of ours.
 
 Every message is one line: what was wanted, what was found, what to do.
 """
@@ -7,30 +7,42 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What a command says to the one that called it."""
+
+    DONE = 0
+    REFUSED = 1  # the work was done, its result is not good enough
+    MISTAKE = 2  # in what was given, or something is missing
+    UNTRUSTED = 75  # a number that can't be trusted: measure again, or with more (EX_TEMPFAIL of sysexits.h)
+    INTERRUPTED = 130
+    PIPE_CLOSED = 141  # by whoever read what was printed
 
 
 class KdpipeError(Exception):
     """Base of every failure that is told to the user without a traceback."""
 
-    exit_code = 2
+    exit_code = ExitCode.MISTAKE
 
 
 class UserError(KdpipeError):
     """Something the user gave is wrong or missing (exit 2)."""
 
-    exit_code = 2
+    exit_code = ExitCode.MISTAKE
 
 
 class GateFailed(KdpipeError):
     """The work was done and its result was refused (exit 1)."""
 
-    exit_code = 1
+    exit_code = ExitCode.REFUSED
 
 
 class Untrusted(KdpipeError):
     """A number was measured under conditions that forbid believing it (exit 75)."""
 
-    exit_code = 75
+    exit_code = ExitCode.UNTRUSTED
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

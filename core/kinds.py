@@ -5,19 +5,19 @@ The record of an artifact's findings is the ``facts`` of its manifest, validated
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 
-from .artifact import EVIDENCE, Artifact, Record
+from .artifact import EVIDENCE, Artifact, Provenance, Record, find_ancestors
 from .config import AdoptConfig, BenchPlan, CacheConfig, TrainConfig
 from .errors import UserError
 from .inputs import InputSpec
 from .sealed import LARGEST_MODEL_BYTES
-from .stats import Interval
+from .stats import Interval, NoWorse, no_worse
 
 F = TypeVar("F", bound=Record)
 
@@ -89,6 +89,7 @@ class CheckpointFacts(Record):
     training_images: int
     unlabeled_images: int = 0
     epochs: int
+    steps: int = 0  # of the optimiser
     selected: str
     best_validation: BestEpoch | None = None
     last_validation: float | None = None
@@ -246,17 +247,24 @@ class Mix(Record):
     over_float32: float | None
     size_bytes: int
 
-    def holds(self, max_drop: float) -> bool:
-        """Whether no more than ``max_drop`` points are lost, by the point value."""
-        return self.drop_points <= max_drop
+    def verdict(self, max_drop: float) -> NoWorse:
+        """Whether these images show that it loses at most so many points."""
+        low, high = (None if drop is None else -drop / 100 for drop in (self.drop_high, self.drop_low))
+        return no_worse(Interval(-self.drop_points / 100, low, high, self.images), max_drop)
 
 
 class GuardFacts(Record):
-    """The drop that was allowed, every mix that was tried, and the layers that stayed float."""
+    """The drop that was allowed, every mix that was tried, the layers that stayed float, and how sure that is.
+
+    ``confirmed`` is what the mix that was taken loses on images that the search did not use; the images that it
+    needs are counted with those to search on.
+    """
 
     max_drop_points: float
     curve: tuple[Mix, ...]
     kept_float: tuple[str, ...]
+    shown: bool  # that it loses at most so much
+    confirmed: NoWorse
 
 
 class LayerNoise(Record):
@@ -322,6 +330,16 @@ class Model(Labelled[ModelFacts]):
         return self.rows(self.NOISE_BY_LAYER, LayerNoise)
 
 
+def unshown(models: Iterable[Model]) -> str:
+    """Which guarded models are not shown to keep their accuracy, and what would show it; empty if there are none."""
+    return "; ".join(
+        f"{model.facts.target} {model.facts.variant} is not shown to lose at most "
+        f"{guard.max_drop_points:g} points: {guard.confirmed.words()}"
+        for model in models
+        if (guard := model.facts.guard) is not None and not guard.shown
+    )
+
+
 # ---- bundle ----------------------------------------------------------------------------------------------
 
 
@@ -343,6 +361,20 @@ class Bundle(Labelled[BundleFacts]):
     RUNNER = "runtime"  # folder of the runner's sources
 
 
+def student_of(bundle: Provenance) -> str | None:
+    """Key of the checkpoint that ``bundle`` was made from."""
+    nearest = next(iter(find_ancestors(bundle, Checkpoint)), None)
+    return nearest.key if nearest else None
+
+
+def float32_by_bundle(bundles: Mapping[str, Provenance]) -> dict[str, str]:
+    """For each bundle the float32 one of the same target and student, itself perhaps; none where there is none."""
+    facts = {name: Bundle.facts_of(source) for name, source in bundles.items()}
+    kinds = {name: (facts[name].target, student_of(source)) for name, source in bundles.items()}
+    whole = {kind: name for name, kind in reversed(kinds.items()) if facts[name].precision == "float32"}
+    return {name: whole[kind] for name, kind in kinds.items() if kind in whole}
+
+
 # ---- measurement -----------------------------------------------------------------------------------------
 
 
@@ -360,6 +392,7 @@ class Probe(Record):
     flags: dict[str, bool] | Unavailable  # of the CPU, that decide how fast small precisions run
     memory_bytes: int | Unavailable
     governor: str
+    runtimes: dict[str, str] | Unavailable  # versions of those installed
     current_khz: str
     temperatures_millicelsius: dict[str, str] | Unavailable
     load_average: list[float] | Unavailable
@@ -371,8 +404,9 @@ class Probe(Record):
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """The part that names the device: the same tomorrow, other on another machine."""
-        return self.model_dump(include={"machine", "cpu", "cores", "usable_cores", "flags", "memory_bytes"})
+        """The part that names the device and what runs on it: other on another machine, or after an update."""
+        lasting = {"machine", "cpu", "cores", "usable_cores", "flags", "memory_bytes", "system", "governor", "runtimes"}
+        return self.model_dump(include=lasting)
 
 
 class Prediction(Record):
@@ -420,6 +454,31 @@ class BatchOne(Record):
     within_tolerance: bool
 
 
+# Of every latency. Trusted: known as well as was asked for. Noisy: not so well, and measuring again may cure it.
+# Invalid: not a latency of this device, however often it is measured.
+TrustWord = Literal["trusted", "noisy", "invalid"]
+
+
+class Trust(Record):
+    """Whether a latency is to be believed, and if not, why."""
+
+    word: TrustWord
+    reason: str = ""
+
+
+class Comparison(Record):
+    """Two bundles of one session, paired by round.
+
+    ``ratio`` is the first one's latency over the second's, its interval at the level of its step in Holm's
+    correction over all pairs; they differ where it lies beyond what the session's controls leave open.
+    """
+
+    first: str
+    second: str
+    ratio: Interval
+    differ: bool
+
+
 class Result(Record):
     """What was measured of one bundle; None where it was not.
 
@@ -447,12 +506,16 @@ class Result(Record):
     memory_growth_bytes: int | None = None  # from before opening to the peak, the largest of the processes
     warm_up_settled: bool | None = None  # in every process
     warm_up_settled_by_process: list[bool] | None = None
+    over_float32: Interval | None = None  # latency over that of the same target's float32, paired by round
+    trust: Trust | None = None
 
 
 class MeasurementFacts(Record):
-    """One session on one device: results by bundle, latency ratios against ``reference``, and the A/A control.
+    """One session on one device: results by bundle, A/A controls, and which bundles differ in latency.
 
-    ``order_seed`` drew who was measured when. ``pauses_seconds``: the session was stopped and went on after so long.
+    A control is a bundle over itself, measured twice in every round. ``resolution`` is the share within which a
+    latency had to be known. ``order_seed`` drew who was measured when. ``pauses_seconds``: the session was stopped and
+    went on after so long.
     """
 
     task: str
@@ -460,14 +523,30 @@ class MeasurementFacts(Record):
     emulated: bool
     probe_before: Probe
     probe_after: Probe
-    reference: str | None
     results: dict[str, Result]
-    ratios: dict[str, Interval]
-    control: Interval | None
-    control_limit: float
-    trusted: bool | None  # None: nothing was timed
+    resolution: float
+    controls: dict[str, Interval]
+    comparisons: list[Comparison]
     order_seed: int
     pauses_seconds: list[float]
+
+    @property
+    def untrusted(self) -> dict[str, Trust]:
+        """The bundles whose latencies are not to be believed."""
+        found = {name: result.trust for name, result in self.results.items()}
+        return {name: trust for name, trust in found.items() if trust is not None and trust.word != "trusted"}
+
+    @property
+    def trust(self) -> TrustWord | None:
+        """The worst word of any bundle; None where nothing was timed."""
+        words = {result.trust.word for result in self.results.values() if result.trust is not None}
+        return next((word for word in get_args(TrustWord)[::-1] if word in words), None)
+
+
+class Attempt(BenchPlan):
+    """What is read again of a session's configuration: the plan, and which attempt at it this was."""
+
+    attempt: int = Field(0, ge=0)
 
 
 class Measurement(Artifact[MeasurementFacts]):
@@ -475,7 +554,7 @@ class Measurement(Artifact[MeasurementFacts]):
 
     kind = "measurement"
     Facts = MeasurementFacts
-    Configs: ClassVar = {"bench": BenchPlan}
+    Configs: ClassVar = {"bench": Attempt}
     LABELS = "labels.npy"  # of the test part
 
     @property
@@ -516,11 +595,11 @@ class GainFacts(Record):
 
 
 class ReportFacts(Record):
-    """The report in a few words."""
+    """The report in a few words; each of ``pareto`` is one place on the front, with those that tie for it."""
 
-    trusted: bool | None
+    trust: TrustWord | None
     bundles: int
-    pareto: list[str]
+    pareto: list[list[str]]
     gains: list[GainFacts]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -22,6 +23,77 @@ class Interval:
 
     def as_dict(self) -> dict[str, float | int | None]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class NoWorse:
+    """Whether the second of two networks is shown to lose at most ``max_drop_points`` on the same images.
+
+    All drops are in points; a negative one is a gain. ``possible_points`` is the largest that the interval of the
+    difference holds, ``detectable_points`` half its width: the smallest drop that so many images tell from none.
+    ``images_needed`` is about how many would tell a drop of ``max_drop_points``; None where it is told already, or
+    where there is no interval.
+    """
+
+    answer: Literal["holds", "fails", "cannot tell"]
+    max_drop_points: float
+    drop_points: float
+    possible_points: float | None
+    detectable_points: float | None
+    images: int
+    images_needed: int | None
+
+    def words(self) -> str:
+        """The figures behind the answer, as in "0.20 points by the point value, up to 1.90 possible"."""
+        lost = f"{_plain(self.drop_points)} points by the point value"
+        if self.possible_points is not None:
+            lost += f", up to {_plain(self.possible_points)} possible"
+        if self.answer == "fails":
+            return f"{lost}, surely above {self.max_drop_points:g}"
+        return lost if self.images_needed is None else f"{lost}, about {self.images_needed:,} images would tell"
+
+    def as_dict(self) -> dict[str, float | int | str | None]:
+        """The fields by name, for JSON."""
+        return asdict(self)
+
+
+def no_worse(difference: Interval, max_drop_points: float) -> NoWorse:
+    """Non-inferiority by the interval of a paired difference: the whole of it decides, never the point value.
+
+    It holds where the lower bound does, fails where even the upper bound lies beyond the limit, and cannot be told
+    otherwise. One true drop at the limit is let through with the probability that the interval misses it on that
+    side, 2.5 % of a 95 % interval. The interval's width shrinks with the root of the number of images as long as
+    as many of a hundred change.
+
+    Args:
+        difference: the second network's figure less the first one's, as a share, with its two-sided interval.
+        max_drop_points: above 0; no number of images shows a loss of nothing.
+
+    Source: the confidence interval approach to non-inferiority (Blackwelder 1982).
+    """
+    limit, low, high = max_drop_points / 100, difference.low, difference.high
+    if low is None or high is None:
+        return NoWorse("cannot tell", max_drop_points, -100 * difference.value, None, None, difference.n, None)
+    answer: Literal["holds", "fails", "cannot tell"] = (
+        "holds" if low >= -limit else "fails" if high < -limit else "cannot tell"
+    )
+    half = (high - low) / 2
+    needed = None
+    if answer == "cannot tell" and limit > 0:
+        # Also a drop that lies near the limit may stay untold: never fewer than there are.
+        needed = rounded_up(max(difference.n * (half / limit) ** 2, difference.n + 1))
+    return NoWorse(answer, max_drop_points, -100 * difference.value, -100 * low, 100 * half, difference.n, needed)
+
+
+def _plain(points: float) -> str:
+    """Two decimals, and no sign before a zero."""
+    return f"{round(points, 2) + 0.0:.2f}"
+
+
+def rounded_up(count: float) -> int:
+    """The next number of two significant digits: a forecast has no more."""
+    unit = int(10 ** max(0, math.floor(math.log10(count)) - 1))
+    return math.ceil(count / unit) * unit
 
 
 def percentile_interval(samples: Sequence[float] | np.ndarray, percent: float) -> Interval:
@@ -92,3 +164,23 @@ def ratio_interval(numerators: Sequence[float] | np.ndarray, denominators: Seque
     logs = mean_interval(np.log(top / bottom))
     low, high = (None if end is None else math.exp(end) for end in (logs.low, logs.high))
     return Interval(math.exp(logs.value), low, high, logs.n)
+
+
+def holm_levels(p_values: Sequence[float] | np.ndarray, level: float = 1 - CONFIDENCE) -> tuple[np.ndarray, np.ndarray]:
+    """Which of several hypotheses are rejected when none of the true ones may be with more than ``level``.
+
+    Holm's step-down procedure (Holm 1979): the smallest p-value against level / m, the next against
+    level / (m - 1) and so on, up to the first that stays; whatever the dependence between them. NaN stays.
+
+    Returns:
+        ``rejected`` [m], and the levels [m] that each was held against (the last step's, from where it stopped).
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    steps = level / (len(p) - np.arange(len(p)))
+    order = np.argsort(p, kind="stable")
+    kept = np.flatnonzero(~(p[order] <= steps))
+    stop = int(kept[0]) if len(kept) else len(p)
+    rejected, levels = np.zeros(len(p), dtype=bool), np.empty(len(p))
+    rejected[order[:stop]] = True
+    levels[order] = steps[np.minimum(np.arange(len(p)), min(stop, len(p) - 1))]
+    return rejected, levels

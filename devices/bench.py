@@ -15,21 +15,29 @@ import numpy as np
 from ..core.artifact import Order, drafting, write_json
 from ..core.config import MeasureSettings
 from ..core.errors import KdpipeError, UserError
-from ..core.kinds import BatchOne, Bundle, Measurement, MeasurementFacts, Prediction, Result, Samples
+from ..core.kinds import (
+    BatchOne,
+    Bundle,
+    Measurement,
+    MeasurementFacts,
+    Prediction,
+    Result,
+    Samples,
+    float32_by_bundle,
+)
 from ..core.proc import first_line
 from ..core.progress import note, progress
-from ..core.stats import Interval, median_interval, percentile_interval, ratio_interval
+from ..core.stats import Interval, median_interval, percentile_interval
 from ..data.dataset import Dataset, load_labels, write_images
 from ..runtime.measure import longest_seconds
 from ..runtime.task import TASKS
 from . import Device, find_device, opened
 from .journal import Accuracy, Journal
 from .session import BenchConfig
+from .trust import assess, control_name, controlled
 
-CONTROL_LIMIT = 1.25  # a session that can't tell a model from itself within this factor ranks nothing
 SLACK, SLACK_SECONDS = 10, 60.0  # a process that takes so many times what it should, and a minute, hangs
 FIRST_SECONDS = 3600.0  # of the first process of a bundle, of which nothing is known
-CONTROL = "control"  # the reference measured a second time in every round: the A/A control
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -55,10 +63,10 @@ class _Run:
 def bench(order: Order[BenchConfig], bundles: Mapping[str, Bundle], dataset: Dataset, out: Path) -> Measurement:
     """Measure accuracy on the test part and single-image latency of every bundle.
 
-    Each round measures all bundles and, as A/A control, the first one again (see ``turns``). A bundle whose
-    runtime is not installed gets its accuracy from a stand-in where one reads the same file, and no latency.
-    A process that fails is started once more, then its bundle is marked as failed and the others go on. What was
-    measured outlives a kill: the same call goes on from there (see ``Journal``).
+    Each round measures all bundles and, as A/A controls, the float32 one of each target again (see ``turns``). A
+    bundle whose runtime is not installed gets its accuracy from a stand-in where one reads the same file, and no
+    latency. A process that fails is started once more, then its bundle is marked as failed and the others go on.
+    What was measured outlives a kill: the same call goes on from there (see ``Journal``).
 
     Raises:
         UserError: no bundles, bundles of other data, or whatever can be run failed.
@@ -72,6 +80,7 @@ def bench(order: Order[BenchConfig], bundles: Mapping[str, Bundle], dataset: Dat
     installed = [name for name, bundle in bundles.items() if device.runs(bundle.facts.target)]
     for name in bundles.keys() - set(installed):
         note(f"{name}: {bundles[name].facts.target} is not installed on '{config.device}': no latency")
+    float32 = float32_by_bundle({name: bundle.manifest for name, bundle in bundles.items()})
     with (
         drafting(Measurement, order, out, resumable=True) as draft,
         tempfile.TemporaryDirectory() as scratch,
@@ -83,14 +92,16 @@ def bench(order: Order[BenchConfig], bundles: Mapping[str, Bundle], dataset: Dat
             images = _push_inputs(device, bundles, dataset, Path(scratch), draft.path)
             timing = _push_timing_images(device, bundles, images, dataset, config.images, Path(scratch))
             run = _Run(device, dataset, config, journal, images, timing)
-            with progress("measuring", len(bundles) + config.rounds * (len(installed) + 1)) as advance:
+            processes = len(installed) + len({bundles[name].facts.target for name in installed})  # and the controls
+            with progress("measuring", len(bundles) + config.rounds * processes) as advance:
                 results: dict[str, Result] = {}
                 for name, bundle in bundles.items():
                     advance(0, f"accuracy of {name}")
                     results[name] = _accuracy(run, name, bundle)
                     advance(1, "")
                 timed = [name for name in installed if not results[name].failed]
-                repeated = {CONTROL: timed[0]} if timed else {}
+                controls = controlled({name: bundles[name].facts.target for name in timed}, float32)
+                repeated = {control_name(name): name for name in controls.values()}
                 _measure_rounds(run, timed, repeated, advance)
         for name in bundles:
             for file in (Measurement.outputs_name(name), Measurement.samples_name(name)):
@@ -117,10 +128,9 @@ def bench(order: Order[BenchConfig], bundles: Mapping[str, Bundle], dataset: Dat
             emulated=device.emulated,
             probe_before=before,
             probe_after=device.probe(),
-            results=results,
             order_seed=journal.order_seed,
             pauses_seconds=journal.pauses_seconds,
-            **comparisons(runs, timed),
+            **assess(by_round(runs), results, controls, float32, config.resolution, emulated=device.emulated),
         )
     return draft.artifact
 
@@ -351,19 +361,6 @@ def summary(repeats: Sequence[Samples]) -> dict[str, Any]:
     }
 
 
-def comparisons(runs: Mapping[str, Sequence[Samples]], timed: Sequence[str]) -> dict[str, Any]:
-    """Latency of every bundle over the reference, paired by round, and the A/A control's verdict.
-
-    Trusted means that the control's interval holds 1 and is narrow enough to tell models apart; None that
-    nothing was timed. ``runs`` holds those of ``timed`` that did not fail.
-    """
-    nothing: dict[str, Any] = {"reference": None, "ratios": {}, "control": None, "control_limit": CONTROL_LIMIT}
-    if CONTROL not in runs:  # nothing was timed, or the reference itself failed
-        return {**nothing, "trusted": False if timed else None}
-    reference = timed[0]
-    medians = {name: [float(np.median(samples.latency_ns)) for samples in repeats] for name, repeats in runs.items()}
-    ratios = {name: ratio_interval(medians[name], medians[reference]) for name in medians}
-    control = ratios.pop(CONTROL)
-    low, high = control.low, control.high
-    trusted = low is not None and high is not None and 1 / CONTROL_LIMIT <= low <= 1 <= high <= CONTROL_LIMIT
-    return {**nothing, "reference": reference, "ratios": ratios, "control": control, "trusted": trusted}
+def by_round(runs: Mapping[str, Sequence[Samples]]) -> dict[str, list[float | None]]:
+    """The median latency of every process in ms, which bundles are compared by."""
+    return {name: [float(np.median(samples.latency_ns)) / 1e6 for samples in each] for name, each in runs.items()}

@@ -36,6 +36,7 @@ class NullDevice:
             flags=UNAVAILABLE,
             memory_bytes=UNAVAILABLE,
             governor=UNAVAILABLE,
+            runtimes=UNAVAILABLE,
             current_khz=UNAVAILABLE,
             temperatures_millicelsius=UNAVAILABLE,
             load_average=UNAVAILABLE,

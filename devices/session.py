@@ -9,9 +9,13 @@ from . import find_device
 
 
 class BenchConfig(BenchPlan):
-    """The configuration with the device that it was run on: another machine makes another key."""
+    """The configuration with the device as it is now, and which attempt at it this is: a measurement is an event.
+
+    Another machine, kernel, governor or version of a runtime makes another session, another attempt another key.
+    """
 
     device_fingerprint: dict[str, Any]
+    attempt: int = 0  # from 1 on; 0 names the session itself
 
 
 def bench_config(config: BenchPlan) -> BenchConfig:

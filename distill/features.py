@@ -13,11 +13,11 @@ from ..core.errors import UserError
 STAGES = 4  # most that are compared
 
 
-def stage_indices(network: nn.Module, name: str) -> list[int]:
+def stage_indices(network: nn.Module, name: str, with_stem: bool = False) -> list[int]:
     """Indices into timm's ``forward_intermediates`` of at most four stages, shallow to deep.
 
     The last feature of each resolution; where a network has fewer than three resolutions (ViTs), blocks
-    evenly spaced up to the last.
+    evenly spaced up to the last. ``with_stem``: a fifth in front of four, where the network gives one.
 
     Raises:
         UserError: the network gives no intermediate features.
@@ -28,7 +28,7 @@ def stage_indices(network: nn.Module, name: str) -> list[int]:
     reductions = [entry["reduction"] for entry in info]
     if len(set(reductions)) >= 3:
         ends = [at for at, (here, after) in enumerate(pairwise([*reductions, None])) if here != after]
-        return ends[-STAGES:]
+        return ends[-(STAGES + with_stem) :]
     count = min(STAGES, len(reductions))
     return [round((at + 1) * len(reductions) / count) - 1 for at in range(count)]
 
@@ -58,7 +58,10 @@ def map_shapes(network: nn.Module, size: int, indices: list[int]) -> list[tuple[
     """(channels, height, width) of the maps at ``indices`` for one image of ``size`` pixels."""
     was_training = network.training
     with torch.no_grad():
-        maps, _ = maps_and_logits(network.eval(), torch.zeros(1, 3, size, size), indices)
+        image = torch.zeros(
+            1, 3, size, size, device=next(network.parameters()).device
+        )  # a teacher is on its own already
+        maps, _ = maps_and_logits(network.eval(), image, indices)
     network.train(was_training)
     return [(features.shape[1], features.shape[2], features.shape[3]) for features in maps]
 

@@ -13,13 +13,15 @@ import io
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -31,16 +33,17 @@ from ..core.proc import children_signal_kept, first_line
 from ..core.progress import note, progress
 from ..data.dataset import Dataset, Part
 from ..networks.models import Normalise
-from ..runtime.task import TASKS
+from ..runtime.task import TASKS, Task
 from .cache import CachedTeacher
 from .methods import Method, Phase
-from .precision import Precision, fastest
+from .precision import Choices, Precision, fastest
 from .ranks import Ranks
 from .teacher import Address, Teacher, TeacherOutput
 from .trackers import Tracker
 from .views import EpochBatches, EvaluationViews, TrainingView, TrainingViews, seeded
 
 STATE = "state.pt"
+READ_EVERY = 16  # steps on a device that works on while nobody asks it
 
 
 class Batch:
@@ -48,13 +51,14 @@ class Batch:
     for each precision.
     """
 
-    def __init__(self, view: TrainingView, ranks: Ranks, teacher: Teacher | CachedTeacher | None) -> None:
-        """``view``: of a batch; what it holds has the batch as its first dimension."""
+    def __init__(self, view: TrainingView, images: int, ranks: Ranks, teacher: Teacher | CachedTeacher | None) -> None:
+        """``view``: of a batch; what it holds has the batch as its first dimension. ``images``: of all processes."""
+        self.images = images
         self.label = view.label
-        self.target = view.target.to(ranks.device)
+        self.target = view.target.to(ranks.device, non_blocking=True)
         self._address = cast("Address", tuple(view.address))
         self._device, self._teacher = ranks.device_kind, teacher
-        self._images = {False: view.image.to(ranks.device)}
+        self._images = {False: view.image.to(ranks.device, non_blocking=True)}
         self._outputs: dict[tuple[str, bool], TeacherOutput] = {}
 
     @property
@@ -88,6 +92,46 @@ class Batch:
         return self._outputs[known]
 
 
+class Tally:
+    """What the last steps gave, left on the device until it is read: reading waits for the device.
+
+    On a CPU every step is read, before its gradient is taken.
+    """
+
+    def __init__(self, task: Task, ranks: Ranks) -> None:
+        self._task, self._ranks = task, ranks
+        self._interval = 1 if ranks.device_kind == "cpu" else READ_EVERY
+        self._steps: list[tuple[tuple[int, int], Tensor, Tensor | None, Tensor]] = []
+
+    def add(self, at: tuple[int, int], loss: Tensor, outputs: Tensor | None, labels: Tensor) -> None:
+        """One step, by epoch and number: its mean loss, outputs [B, ...] where they mean something, and labels [B]."""
+        self._steps.append((at, loss.detach(), None if outputs is None else outputs.detach(), labels))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether everything was read."""
+        return not self._steps
+
+    @property
+    def is_due(self) -> bool:
+        """Whether so many steps wait that they should be read: the same on every process."""
+        return len(self._steps) >= self._interval
+
+    def read(self) -> list[tuple[tuple[int, int], dict[str, float]]]:
+        """The sums of each step that waits, over the images of all processes, in order."""
+        rows = []
+        for at, loss, outputs, labels in self._steps:
+            sums = {"images": float(len(labels)), "loss": float(loss.item()) * len(labels), "judged": 0.0, "right": 0.0}
+            if outputs is not None:
+                known = (labels >= 0).reshape(len(labels), -1).any(1).numpy()
+                scores = self._task.scores(outputs.float().cpu().numpy()[known], labels.numpy()[known])
+                judged = float(len(scores))
+                sums |= {"judged": judged, "right": judged * self._task.summary(scores).value if judged else 0.0}
+            rows.append((at, self._ranks.total(sums)))  # of all processes, so that all of them stop together
+        self._steps = []
+        return rows
+
+
 class Run:
     """One student's training.
 
@@ -104,11 +148,13 @@ class Run:
         method: Method,
         dataset: Dataset,
         spec: InputSpec,
+        steps: int,
         steps_per_epoch: int,
         ranks: Ranks,
         resume: Path | None,
         tracker: Tracker,
     ) -> None:
+        """``steps`` in all, unless the method's phases have a length of their own. Raises UserError."""
         self.config, self.settings, self.method, self.spec, self._dataset = config, config.train, method, spec, dataset
         self.network = method.student.student
         self._task = TASKS[dataset.facts.task]
@@ -118,18 +164,22 @@ class Run:
         self.precision = Precision("float32")
         self.failure: KdpipeError | None = None
         self.steps_per_epoch, self._ranks, self._resume, self._tracker = steps_per_epoch, ranks, resume, tracker
-        self._phases = method.phases()
-        self.epochs = sum(phase.epochs for phase in self._phases)
+        self._phases = method.phases(steps, steps_per_epoch)
+        self._ends = list(accumulate(phase.steps for phase in self._phases))
+        self.steps = self._ends[-1]
+        self.epochs = math.ceil(self.steps / steps_per_epoch)
         method.to(ranks.device)
         self._has_validation = bool(dataset.samples("val"))
         if self.settings.select == "best" and not self._has_validation:
             raise UserError("train.select is 'best' but there is no validation part: set data.val_fraction above 0")
         self._saved = time.monotonic()
-        self.epoch = self.step = 0  # where it is; the epoch counts through all phases
-        self._sums = _nothing()
+        self.epoch = self.step = 0  # where it is; the epoch counts through all phases, which may end within one
+        self._phase_number = 0
+        self._sums, self._tally = _nothing(), Tally(self._task, ranks)
         self._best_weights: dict[str, Tensor] | None = None
         self._lowest = math.inf  # loss of the best epoch of a phase that hands over its best
         self._began = 0.0
+        self._state: dict[str, Any] | None = None
         self._optimizer: torch.optim.Optimizer
         self._schedule: Any
         self._scaler: torch.amp.GradScaler | None = None
@@ -142,15 +192,20 @@ class Run:
         return self.epoch * self.steps_per_epoch + self.step
 
     @property
-    def steps(self) -> int:
-        return self.epochs * self.steps_per_epoch
+    def chooses_precision(self) -> bool:
+        """Whether it has none yet, and is to find the fastest."""
+        return self.settings.precision == "auto" and self._state is None
 
-    def begin(self, first: Batch) -> None:
-        """Read the state of a killed run, or choose the precision by timing steps on ``first``."""
-        state = self._load()
+    @property
+    def is_done(self) -> bool:
+        """Whether all its steps are made."""
+        return self.position >= self.steps
+
+    def begin(self, precision: Precision | None = None) -> None:
+        """Go on from the state that ``load`` found, or begin in this precision."""
+        state, self._state = self._state, None
         if state is None:
-            chosen = self._choose_precision(first) if self._ranks.leads else self.precision
-            self.precision = self._ranks.from_leader(chosen)
+            self.precision = precision or Precision(self.settings.precision)
         for row in self.history:
             self._tell(row)
         self.precision.prepare(self.method)
@@ -164,8 +219,7 @@ class Run:
                 self._scaler.load_state_dict(state["scaler"])
 
     def begin_epoch(self) -> None:
-        _, before = self._phase()
-        self.method.epoch = self.epoch - before
+        self.method.epoch = self.epoch
         self.method.train()
         self._began, self._began_images = time.monotonic(), self._sums["images"]
 
@@ -177,9 +231,16 @@ class Run:
                 torch.cuda.manual_seed(torch.initial_seed())
             self._learn(batch)
         self.step += 1
-        if self.settings.checkpoint_seconds <= time.monotonic() - self._saved:
+        if self._phase_is_over and self.step < self.steps_per_epoch and not self.is_done:
+            self._end_part()
+            self._next_phase()
+            self._began, self._began_images = time.monotonic(), 0.0
+        # What waits to be read is in no state, and may not be finite.
+        if self._tally.is_empty and self.settings.checkpoint_seconds <= time.monotonic() - self._saved:
             self._save()
         images = self._sums["images"]
+        if not images:
+            return ""
         speed = (images - self._began_images) / (time.monotonic() - self._began)
         accuracy = self._sums["right"] / max(1.0, self._sums["judged"])
         return f"loss {self._sums['loss'] / images:.3f}, {self._task.metric} {accuracy:.1%}, {speed:.0f} images/s"
@@ -199,30 +260,18 @@ class Run:
             raise
 
     def _learn(self, batch: Batch) -> None:
-        phase, before = self._phase()
-        self._schedule.step_update((self.epoch - before) * self.steps_per_epoch + self.step)
+        phase = self._phase
+        self._schedule.step_update(self.position - self._ends[self._phase_number] + phase.steps)
         # The teacher first: the student's activations are then still in the cache when its backward wants them.
         teacher = batch.teacher_output(self.precision) if self.method.asks_teacher else None
         with self.precision.context(self._ranks.device_kind):
             result = self.method(batch.image(self.precision), batch.target, teacher, batch.numbers)
-        count = len(batch.label)
-        sums = {"images": float(count), "loss": float(result["loss"].item()) * count, "judged": 0.0, "right": 0.0}
-        if phase.has_accuracy:
-            known = batch.known.numpy()
-            outputs = result["output"].detach().float().cpu().numpy()
-            scores = self._task.scores(outputs[known], batch.label.numpy()[known])
-            judged = float(len(scores))
-            sums |= {"judged": judged, "right": judged * self._task.summary(scores).value if judged else 0.0}
-        sums = self._ranks.total(sums)  # of all processes, so that all of them stop together
-        value = sums["loss"] / sums["images"]
-        if not math.isfinite(value):
-            cure = "take train.precision bf16 or float32" if self._scaler else "lower train.learning_rate"
-            raise UserError(
-                f"the loss became {value} in epoch {self.epoch + 1}, batch {self.step + 1}: {cure} "
-                "(the last good state is kept)"
-            )
+        outputs = result["output"] if phase.has_accuracy else None
+        self._tally.add((self.epoch, self.step), result["loss"], outputs, batch.label)
+        if self._tally.is_due:
+            self._read()
         # The mean over all ranks' images, whatever their shares: DDP takes the mean of the ranks' gradients.
-        loss = result["loss"] * (count * self._ranks.count / sums["images"])
+        loss = result["loss"] * (len(batch.label) * self._ranks.count / batch.images)
         self._optimizer.zero_grad()
         if self._scaler is None:
             loss.backward()
@@ -237,13 +286,32 @@ class Run:
             self._scaler.step(self._optimizer)
             self._scaler.update()
         self.method.update_ema()
-        self._sums = {name: total + sums[name] for name, total in self._sums.items()}
+
+    def _read(self) -> None:
+        """Add what the tally holds to the sums. Raises UserError for a loss that is not finite."""
+        for (epoch, step), sums in self._tally.read():
+            value = sums["loss"] / sums["images"]
+            if not math.isfinite(value):
+                cure = "take train.precision bf16 or float32" if self._scaler else "lower train.learning_rate"
+                raise UserError(
+                    f"the loss became {value} in epoch {epoch + 1}, batch {step + 1}: {cure} "
+                    "(the last good state is kept)"
+                )
+            self._sums = {name: total + sums[name] for name, total in self._sums.items()}
 
     def end_epoch(self) -> None:
-        """Add a row to the history, validate, hand over from one phase to the next."""
-        speed = (self._sums["images"] - self._began_images) / (time.monotonic() - self._began)
-        phase, before = self._phase()
-        sums = self._sums
+        """End the row of the epoch, and the phase if it ends here too. Raises UserError when it can't go on."""
+        self._end_part()
+        over = self._phase_is_over
+        self.epoch, self.step = self.epoch + 1, 0
+        if over and self.epoch < self.epochs:
+            self._next_phase()
+
+    def _end_part(self) -> None:
+        """Add a row to the history for what an epoch had of this phase, validate, and hand over if it is over."""
+        self._read()
+        sums, self._sums, phase = self._sums, _nothing(), self._phase
+        speed = (sums["images"] - self._began_images) / (time.monotonic() - self._began)
         row: dict[str, Any] = {"epoch": self.epoch + 1, "phase": phase.name, "loss": sums["loss"] / sums["images"]}
         if sums["judged"]:
             row["train_accuracy"] = sums["right"] / sums["judged"]
@@ -251,22 +319,19 @@ class Run:
             "images_per_second": speed,
             "learning_rate": self._optimizer.param_groups[0]["lr"],
         }
-        self.epoch, self.step, self._sums = self.epoch + 1, 0, _nothing()
-        done = self.epoch - before
-        last = done == phase.epochs
-        if self._has_validation and phase.has_accuracy and (last or done % self.settings.validate_every == 0):
+        over = self._phase_is_over
+        looks = over or (self.epoch + 1) % self.settings.validate_every == 0
+        if self._has_validation and phase.has_accuracy and looks:
             self._validate(row)
         elif phase.handover == "best" and row["loss"] < self._lowest:
             self._lowest, self._best_weights = row["loss"], copy.deepcopy(self.network.state_dict())
         self.history.append(row)
         self._tell(row)
-        if last:
+        if over:
             if phase.handover == "best" and self._best_weights is not None:
                 self.network.load_state_dict(self._best_weights)
             if not phase.has_accuracy:
                 self._lowest, self._best_weights = math.inf, None
-            if self.epoch < self.epochs:
-                self._enter_phase()
 
     def _tell(self, row: dict[str, Any]) -> None:
         self._tracker.row(row["epoch"], {key: value for key, value in row.items() if isinstance(value, float)})
@@ -297,25 +362,31 @@ class Run:
 
     # ---- phases ----------------------------------------------------------------------------------------
 
-    def _phase(self) -> tuple[Phase, int]:
-        """The phase of this epoch, and the epochs before it."""
-        before = 0
-        for phase in self._phases:
-            if self.epoch < before + phase.epochs:
-                break
-            before += phase.epochs
-        return phase, before
+    @property
+    def _phase(self) -> Phase:
+        return self._phases[self._phase_number]
+
+    @property
+    def _phase_is_over(self) -> bool:
+        return self.position == self._ends[self._phase_number]
+
+    def _next_phase(self) -> None:
+        self._phase_number += 1
+        self._enter_phase()
 
     def _enter_phase(self) -> None:
-        phase, _ = self._phase()
-        self.method.enter(self._phases.index(phase))
+        phase = self._phase
+        self.method.enter(self._phase_number)
         if self._ranks.count > 1:  # anew: DDP looks at what learns only when it wraps
             self.method.prepare_distributed(device_ids=_device_ids(self._ranks))
         self._optimizer = self._new_optimizer(phase)
-        self._schedule = _schedule(self.settings, self._optimizer, phase, self.steps_per_epoch)
+        self._schedule = _schedule(self.settings, self._optimizer, phase)
 
     def _new_optimizer(self, phase: Phase) -> torch.optim.Optimizer:
-        """Timm's optimiser over what learns in this phase; biases, norms and what the network names get no decay."""
+        """Timm's optimiser over what learns in this phase, of the network and beside it, by one rule of decay.
+
+        Biases, norms and what the network names get none, unless ``decay_all``.
+        """
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             self.network,
             opt=self.settings.optimizer,
@@ -324,16 +395,16 @@ class Run:
             momentum=self.settings.momentum,
             layer_decay=self.settings.layer_decay,
         )
-        auxiliaries = [each for each in self.method.student.auxiliaries.parameters() if each.requires_grad]
-        if auxiliaries:
-            optimizer.add_param_group({"params": auxiliaries, "weight_decay": self.settings.weight_decay})
+        for group in param_groups_weight_decay(self.method.student.auxiliaries, self.settings.weight_decay):
+            optimizer.add_param_group(group)
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", phase.learning_rate)
+            if self.settings.decay_all:
+                group["weight_decay"] = self.settings.weight_decay
         return optimizer
 
-    def _choose_precision(self, batch: Batch) -> Precision:
-        if self.settings.precision != "auto":
-            return Precision(self.settings.precision)
+    def fastest_precision(self, batch: Batch) -> Precision:
+        """The one in which a step on ``batch`` takes the least time."""
 
         def step(method: nn.Module, precision: Precision) -> None:
             # Of a step's time is what the teacher takes in this precision, so it is asked anew.
@@ -346,7 +417,7 @@ class Run:
         self.method.enter(0)
         self.method.train()
         with seeded(self.config.seed, 3), self._memory_watched(len(batch.label)):
-            return fastest(self.method, step)
+            return fastest(self.method, step, self._ranks.device_kind)
 
     # ---- state -----------------------------------------------------------------------------------------
 
@@ -362,6 +433,7 @@ class Run:
             "optimizer": self._optimizer.state_dict(),
             "scaler": None if self._scaler is None else self._scaler.state_dict(),
             "position": [self.epoch, self.step],
+            "phase": self._phase_number,
             "sums": self._sums,
             "history": self.history,
             "best": self.best,
@@ -377,39 +449,48 @@ class Run:
             os.fsync(stream.fileno())
         draft.replace(self._resume / STATE)
 
-    def _load(self) -> dict[str, Any] | None:
+    def load(self) -> None:
+        """Read the state of a killed run, if there is one."""
         saved = self._resume / STATE if self._resume is not None else None
         content = self._ranks.from_leader(saved.read_bytes() if saved is not None and saved.is_file() else None)
         if content is None:
-            return None
+            return
         state: dict[str, Any] = torch.load(io.BytesIO(content), map_location=self._ranks.device, weights_only=True)
         self.method.student.load_state_dict(state["weights"])
         averaged = self.method.get_trainable_module(ema=True)
         if averaged is not None:
             averaged.load_state_dict(state["averaged"])
-        self.epoch, self.step = state["position"]
+        (self.epoch, self.step), self._phase_number = state["position"], state["phase"]
         self._sums, self.history, self.best = state["sums"], state["history"], state["best"]
         self._best_weights, self._lowest = state["best_weights"], state["lowest"]
         self.last_validation, self.precision = state["last_validation"], Precision(**state["precision"])
-        return state
+        self._state = state
 
 
 class Lockstep:
     """Runs that see the same views, side by side: each view is made once, and one teacher's answer serves all."""
 
     def __init__(
-        self, views: TrainingViews, config: TrainConfig, ranks: Ranks, teacher: Teacher | CachedTeacher | None
+        self,
+        views: TrainingViews,
+        config: TrainConfig,
+        ranks: Ranks,
+        teacher: Teacher | CachedTeacher | None,
+        choices: Choices,
     ) -> None:
-        settings, self._ranks, self._teacher = config.train, ranks, teacher
-        self._batches = EpochBatches(
-            views.images,
-            settings.batch_size,
-            config.seed,
-            settings.repeats,
-            ranks.rank,
-            ranks.count,
-            config.cache_views,
+        """``choices``: what ``precision: auto`` took before."""
+        settings, self._ranks, self._teacher, self._choices = config.train, ranks, teacher, choices
+        self._images, self._batch_size = len(views.images), settings.batch_size
+        self._batches_of = partial(
+            EpochBatches,
+            batch_size=settings.batch_size,
+            seed=config.seed,
+            repeats=settings.repeats,
+            rank=ranks.rank,
+            ranks=ranks.count,
+            views=config.cache_views,
         )
+        self._batches = self._batches_of(views.images)
         self.steps_per_epoch = len(self._batches)
         self._loader = DataLoader(
             views,
@@ -417,7 +498,12 @@ class Lockstep:
             num_workers=settings.workers,
             persistent_workers=settings.workers > 0,
             generator=torch.Generator(),  # its own: starting an epoch again must not move torch's
+            pin_memory=ranks.device_kind != "cpu",  # from where a device fetches by itself
         )
+
+    def steps_of(self, images: int) -> int:
+        """Steps of an epoch of so many images."""
+        return len(self._batches_of(range(images)))
 
     def train(self, runs: Sequence[Run]) -> None:
         """Take every run from where it is to its end, or to its ``failure``. Raises the failure of a lone run."""
@@ -434,36 +520,61 @@ class Lockstep:
                     run.begin_epoch()
                 for step, batch in self._epoch(epoch, min(run.step for run in learners)):
                     for run in learners:
-                        if run.step == step and run.failure is None:
-                            advance(1, self._learn(run, batch, alone=len(runs) == 1))
+                        if run.step == step and run.failure is None and not run.is_done:
+                            advance(1, self._guarded(run, partial(run.learn, batch), alone=len(runs) == 1))
+                    if all(run.is_done or run.failure is not None for run in learners):
+                        break
                 for run in learners:
                     if run.failure is None:
-                        run.end_epoch()
+                        self._guarded(run, run.end_epoch, alone=len(runs) == 1)
         for run in runs:
             run.finish()
 
     def _begin(self, runs: Sequence[Run]) -> None:
         _, first = next(self._epoch(0, 0))
         for run in runs:
-            run.begin(first)
+            run.load()
+        chosen = iter(self._ranks.from_leader(self._choose(runs, first) if self._ranks.leads else []))
+        for run in runs:
+            run.begin(next(chosen) if run.chooses_precision else None)
             if self._teacher is not None:
                 run.precision.prepare(self._teacher)
 
-    def _learn(self, run: Run, batch: Batch, alone: bool) -> str:
+    def _choose(self, runs: Sequence[Run], first: Batch) -> list[Precision]:
+        """What each run that chooses its precision is to take: what is remembered of its network, or one for all.
+
+        That one is what another of these runs has taken already, or timed now: with the teacher, if any run asks it.
+        """
+        choosing = [run for run in runs if run.chooses_precision]
+        if not choosing:
+            return []
+        known = [self._choices.of(run.config) for run in choosing]
+        taken = [run.precision for run in runs if run.settings.precision == "auto" and run not in choosing]
+        common = next((each for each in (*taken, *known) if each is not None), None)
+        if common is None:
+            common = max(choosing, key=lambda run: run.method.asks_teacher).fastest_precision(first)
+        for run, own in zip(choosing, known, strict=True):
+            if own is None:
+                self._choices.keep(run.config, common)
+        return [own or common for own in known]
+
+    def _guarded(self, run: Run, work: Callable[[], str | None], alone: bool) -> str:
+        """Do a part of a run's work: a lone run's failure is raised, one of several is kept."""
         try:
-            told = run.learn(batch)
+            told = work()
         except KdpipeError as error:
             if alone:
                 raise
             run.failure = error
             note(f"{run.config.model} by {run.config.method} is given up, the others go on: {error}")
             return ""
-        return told if alone else f"{run.config.method}: {told}"
+        return told or "" if alone else f"{run.config.method}: {told}"
 
     def _epoch(self, epoch: int, skip: int) -> Iterator[tuple[int, Batch]]:
         self._batches.epoch, self._batches.skip = epoch, skip
         for step, view in enumerate(self._loader, skip):
-            yield step, Batch(view, self._ranks, self._teacher)
+            images = min(self._batch_size, self._images - step * self._batch_size)
+            yield step, Batch(view, images, self._ranks, self._teacher)
 
 
 def _title(runs: Sequence[Run]) -> str:
@@ -480,19 +591,24 @@ def _device_ids(ranks: Ranks) -> list[int] | None:
     return [torch.device(ranks.device).index] if ranks.device_kind == "cuda" else None
 
 
-def _schedule(settings: TrainSettings, optimizer: torch.optim.Optimizer, phase: Phase, updates_per_epoch: int) -> Any:
-    """Timm's schedule over the updates of a phase; a function of the update's number alone."""
+def _schedule(settings: TrainSettings, optimizer: torch.optim.Optimizer, phase: Phase) -> Any:
+    """Timm's schedule over the steps of a phase; a function of the step's number alone.
+
+    What the settings say in epochs is a share of ``epochs``, and so of any phase, however short.
+    """
+    milestones = [milestone * phase.steps // settings.epochs for milestone in settings.milestones]
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched={"cosine": "cosine", "multistep": "multistep", "constant": "multistep"}[settings.schedule],
-        num_epochs=phase.epochs,
-        decay_milestones=settings.milestones if settings.schedule == "multistep" else (phase.epochs + 1,),
+        num_epochs=phase.steps,
+        # Timm lowers the rate a step before its milestone.
+        decay_milestones=[at + 1 for at in (milestones if settings.schedule == "multistep" else [phase.steps + 1])],
         decay_rate=settings.decay_rate,
-        warmup_epochs=min(settings.warmup_epochs, phase.epochs // 4),
+        warmup_epochs=min(settings.warmup_epochs * phase.steps // settings.epochs, phase.steps // 4),
         warmup_lr=phase.learning_rate / 100,
         warmup_prefix=False,
         step_on_epochs=False,
-        updates_per_epoch=updates_per_epoch,
+        updates_per_epoch=1,
         min_lr=0.0,
     )
     return schedule

@@ -25,6 +25,7 @@ from ..core.inputs import InputSpec
 from . import losses
 from .cache import CachedTeacher
 from .features import (
+    STAGES,
     Adapter,
     AuxiliaryHead,
     map_shapes,
@@ -43,7 +44,7 @@ class Phase:
     """A part of the training with its own optimiser and schedule."""
 
     name: str
-    epochs: int
+    steps: int
     learning_rate: float
     has_accuracy: bool = True  # whether the network's logits mean something yet
     handover: str = "last"
@@ -81,11 +82,12 @@ class StudentWithAuxiliaries(nn.Module):
         return StudentOutput(logits, maps, auxiliary)
 
 
-def label_loss(config: DistillSettings) -> Callable[[Tensor, Tensor], Tensor]:
+def label_loss(config: DistillSettings, all_labeled: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
     """Cross-entropy or BCE (mean over B * K, as timm), smoothed if asked, in float32.
 
     The target is a class [B], or a distribution [B, K] after mixing. An image without label, whose class is
-    ``UNLABELED`` or whose distribution is nothing, adds nothing to the sum over the batch's images.
+    ``UNLABELED`` or whose distribution is nothing, adds nothing to the sum over the batch's images. Looking for
+    such images waits for the device: with ``all_labeled`` nobody looks.
     """
     smoothing = config.train.label_smoothing
     if config.label_loss == "bce":
@@ -97,7 +99,7 @@ def label_loss(config: DistillSettings) -> Callable[[Tensor, Tensor], Tensor]:
 
     def loss(logits: Tensor, target: Tensor) -> Tensor:
         criterion, known = (hard, target >= 0) if target.ndim == 1 else (soft, target.sum(1) > 0)
-        if known.all():
+        if all_labeled or known.all():
             return cast("Tensor", criterion(logits.float(), target))
         if not known.any():
             return 0 * logits.float().sum()
@@ -106,8 +108,9 @@ def label_loss(config: DistillSettings) -> Callable[[Tensor, Tensor], Tensor]:
     return loss
 
 
-# By task: the loss between outputs [B, K, ...] and targets, labels or distributions, as a configuration wants it.
-LABEL_LOSSES: dict[str, Callable[[DistillSettings], Callable[[Tensor, Tensor], Tensor]]] = {
+# By task: the loss between outputs [B, K, ...] and targets, labels or distributions, as a configuration wants it; told
+# whether every image has a label.
+LABEL_LOSSES: dict[str, Callable[[DistillSettings, bool], Callable[[Tensor, Tensor], Tensor]]] = {
     "classification": label_loss,
 }
 
@@ -135,8 +138,11 @@ class Method(TrainingTask):  # type: ignore[misc]
         name: str = "student",
         *,
         task: str,
+        all_labeled: bool = False,
     ) -> None:
         """Prepare ``student``, a network of ``spec`` for that task; ``teacher`` is looked at here and not kept.
+
+        ``all_labeled``: no image is without a label, so that none has to be looked for.
 
         Raises:
             UserError: no teacher where the method needs one, or a network that the method cannot take.
@@ -148,7 +154,7 @@ class Method(TrainingTask):  # type: ignore[misc]
         self.kd_weight = self.default_weight if config.kd_weight is None else config.kd_weight
         self.epoch = 0  # the trainer's, for losses that grow
         self.teacher_indices: list[int] = []  # of the teacher's maps that the method looks at
-        self._label_loss = LABEL_LOSSES[task](config)
+        self._label_loss = LABEL_LOSSES[task](config, all_labeled)
         self.trainable_module: nn.Module = self.with_auxiliaries(student, teacher)
 
     def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
@@ -166,10 +172,9 @@ class Method(TrainingTask):  # type: ignore[misc]
         self.trainable_module = DistributedDataParallel(self.student, device_ids=device_ids, **named)
         return self
 
-    def phases(self) -> list[Phase]:
-        """The parts of the training, in order."""
-        train = self.config.train
-        return [Phase("all", train.epochs, train.learning_rate)]
+    def phases(self, steps: int, steps_per_epoch: int) -> list[Phase]:
+        """The parts of a training of so many ``steps``, in order. Raises UserError when they are too few."""
+        return [Phase("all", steps, self.config.train.learning_rate)]
 
     def enter(self, phase: int) -> None:
         """Prepare for phase number ``phase``: what learns, what is frozen."""
@@ -326,6 +331,7 @@ class FeatureMethod(DistillationMethod):
 
     looks_at_maps = True
     stages: ClassVar[slice] = slice(None)  # which of the paired stages
+    with_stem: ClassVar[bool] = False  # whether what comes before the first stage counts as one
 
     def teacher_maps(self, teacher: TeacherOutput) -> list[Tensor]:
         """The teacher's maps [B, C, H, W] at the paired stages."""
@@ -338,7 +344,10 @@ class FeatureMethod(DistillationMethod):
             UserError: one network has no stages.
         """
         assert isinstance(teacher, Teacher)
-        students, teachers = paired(stage_indices(student, self.name), stage_indices(teacher.network, "the teacher"))
+        students, teachers = paired(
+            stage_indices(student, self.name, self.with_stem),
+            stage_indices(teacher.network, "the teacher", self.with_stem),
+        )
         self.teacher_indices = teachers[self.stages]
         return students[self.stages]
 
@@ -426,12 +435,13 @@ class DeepSupervision(DistillationMethod):
 class Stagewise(FeatureMethod):
     """One stage after another learns the teacher's features, the rest frozen; then the head learns the labels.
 
-    After Kulkarni et al. (2019), without selection on the test set. A stage's loss is the MSE to the teacher's
-    map, through an adapter only where the widths differ. The head's loss is the labels', and KD's if
-    ``kd_weight`` is given.
+    After Kulkarni et al. (2019), without selection on the test set. The stem is the first stage where both networks
+    give its map. A stage's loss is the MSE to the teacher's map, through an adapter only where the widths differ.
+    The head's loss is the labels', and KD's if ``kd_weight`` is given.
     """
 
     teaches_outputs = True  # its head, if kd_weight is given
+    with_stem = True
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -443,14 +453,24 @@ class Stagewise(FeatureMethod):
         indices = self.pair_stages(student, teacher)
         return StudentWithAuxiliaries(student, indices, self.adapters(student, indices, teacher, where_equal=False))
 
-    def phases(self) -> list[Phase]:
+    def phases(self, steps: int, steps_per_epoch: int) -> list[Phase]:
+        """One a stage and one of the head: equal shares of ``steps``, or ``stagewise.epochs`` each."""
         settings, train = self.config.stagewise, self.config.train
         count = len(self._stages)
-        epochs = settings.epochs or max(1, train.epochs // count)
-        head = settings.epochs or max(1, train.epochs - epochs * (count - 1))
-        rate = settings.learning_rate or train.learning_rate
-        stages = [Phase(f"stage {at + 1}", epochs, rate, False, settings.handover) for at in range(count - 1)]
-        return [*stages, Phase("head", head, train.learning_rate)]
+        if settings.epochs is not None:
+            steps = count * settings.epochs * steps_per_epoch
+        if steps < count:
+            raise UserError(
+                f"method 'stagewise' shares {steps} step(s) between {count} phases: wanted one each, "
+                "take more train.epochs or a smaller train.batch_size"
+            )
+        ends = [steps * (at + 1) // count for at in range(count)]
+        shares = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+        rate, has_stem = settings.learning_rate or train.learning_rate, len(self.student.indices) > STAGES
+        names = [f"stage {at + 1 - has_stem}" if at or not has_stem else "stem" for at in range(count - 1)]
+        parts = zip(names, shares, strict=False)  # the last share is the head's
+        stages = [Phase(name, share, rate, False, settings.handover) for name, share in parts]
+        return [*stages, Phase("head", shares[-1], train.learning_rate)]
 
     def enter(self, phase: int) -> None:
         self._phase = phase

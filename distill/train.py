@@ -25,6 +25,7 @@ from ..runtime.task import TASKS
 from .cache import CachedTeacher, check_fit, config_for
 from .loop import Lockstep, Run, evaluate
 from .methods import METHODS
+from .precision import Choices
 from .ranks import Ranks, join
 from .teacher import Teacher, open_teacher
 from .trackers import Nothing, tracker
@@ -32,10 +33,15 @@ from .views import TrainingViews, seeded, training_images, training_transform
 
 
 def train(
-    order: Order[TrainConfig], dataset: Dataset, teacher: Checkpoint | None, out: Path, cache: Cache | None = None
+    order: Order[TrainConfig],
+    dataset: Dataset,
+    teacher: Checkpoint | None,
+    out: Path,
+    cache: Cache | None = None,
+    choices: Path | None = None,
 ) -> Checkpoint:
     """Train the order's network on the training part by its method; see ``train_together``."""
-    return train_together({out: order}, dataset, teacher, cache)[out]
+    return train_together({out: order}, dataset, teacher, cache, choices)[out]
 
 
 def cache_config(config: TrainConfig) -> CacheConfig | None:
@@ -65,18 +71,23 @@ def companions(orders: Mapping[Path, Order[TrainConfig]], dataset: Dataset) -> l
 
 
 def train_together(
-    orders: Mapping[Path, Order[TrainConfig]], dataset: Dataset, teacher: Checkpoint | None, cache: Cache | None = None
+    orders: Mapping[Path, Order[TrainConfig]],
+    dataset: Dataset,
+    teacher: Checkpoint | None,
+    cache: Cache | None = None,
+    choices: Path | None = None,
 ) -> dict[Path, Checkpoint]:
     """Train runs that see the same views side by side (``companions``); each ends as it would have ended alone.
 
     The validation part only selects (``train.select``); the test part is evaluated once, at the end. Killed at
     any moment and called again, it goes on where it was. Under torchrun every process calls this; the first
     writes. A run that fails does not stop the others: they are sealed before its error is raised. With ``cache``
-    the teacher is not asked: what it said beforehand is looked up.
+    the teacher is not asked: what it said beforehand is looked up. What ``precision: auto`` takes is one for all
+    of a network's runs, remembered in the folder ``choices``.
 
     Raises:
         UserError: an unknown model or optimiser, a teacher of other classes, a cache of something else, no memory,
-            a loss that stopped being finite.
+            a loss that stopped being finite, fewer steps than the method has phases.
     """
     ranks = join()
     with contextlib.ExitStack() as stack:
@@ -85,7 +96,7 @@ def train_together(
             for out, order in orders.items()
         }
         configs = {out: order.config for out, order in orders.items()}
-        runs = _runs(configs, drafts, dataset, teacher, cache, ranks)
+        runs = _runs(configs, drafts, dataset, teacher, cache, choices, ranks)
         for out, run in runs.items():
             draft = drafts[out]
             if draft is None:
@@ -107,6 +118,7 @@ def _runs(
     dataset: Dataset,
     teacher: Checkpoint | None,
     cache: Cache | None,
+    choices: Path | None,
     ranks: Ranks,
 ) -> dict[Path, Run]:
     """Every run, trained."""
@@ -137,18 +149,27 @@ def _runs(
     elif teacher is not None and taught:
         asked = open_teacher(teacher, dataset, spec).to(ranks.device)
     views = TrainingViews(source, first.train, spec, len(dataset.classes), first.views_by)
-    lockstep = Lockstep(views, first, ranks, asked)
+    lockstep = Lockstep(views, first, ranks, asked, Choices(choices, dataset.key, ranks.device))
+    whole = source.labeled + len(dataset.samples("unlabeled"))
     runs = {}
     for out, config in configs.items():
         draft = drafts[out]
         with seeded(config.seed, 4):
             method = METHODS[config.method](
-                config, networks[out][0], spec, asked, config.model, task=dataset.facts.task
+                config,
+                networks[out][0],
+                spec,
+                asked,
+                config.model,
+                task=dataset.facts.task,
+                all_labeled=not source.unlabeled,
             )
         if isinstance(asked, Teacher):
             asked.wanted.update(method.teacher_indices)
         resume, shown = (draft.resume, tracker(config, out)) if draft else (None, Nothing())
-        runs[out] = Run(config, method, dataset, spec, lockstep.steps_per_epoch, ranks, resume, shown)
+        of_all = lockstep.steps_of(whole) if config.steps_as_unlabeled else lockstep.steps_per_epoch
+        steps = config.train.epochs * of_all
+        runs[out] = Run(config, method, dataset, spec, steps, lockstep.steps_per_epoch, ranks, resume, shown)
         if draft is not None:
             np.save(draft.path / Checkpoint.IMAGES, source.numbers[: source.labeled])
     lockstep.train(list(runs.values()))
@@ -196,7 +217,8 @@ def _write(draft: Draft[Checkpoint], run: Run, dataset: Dataset, cache: Cache | 
         method=run.config.method,
         training_images=len(np.load(draft.path / Checkpoint.IMAGES, mmap_mode="r", allow_pickle=False)),
         unlabeled_images=0 if METHODS[run.config.method].needs_labels else len(dataset.samples("unlabeled")),
-        epochs=len(run.history),
+        epochs=run.epochs,
+        steps=run.steps,
         selected=run.settings.select,
         best_validation=run.best,
         last_validation=run.last_validation,

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,12 @@ from ..core.artifact import Draft, write_json
 from ..core.errors import GateFailed, UserError
 from ..core.kinds import GuardFacts, Mix, Model, ModelFacts
 from ..core.proc import quiet
-from ..core.progress import progress
+from ..core.progress import note, progress
+from ..core.stats import Interval, NoWorse, no_worse
 from ..data.dataset import Sample, load_images, load_labels, predict_samples
+from ..data.splits import stratified_fraction
 from ..runtime import open_session, predict
-from ..runtime.task import TASKS
+from ..runtime.task import TASKS, Change, Task
 from .calibrate import CalibrationInputs
 from .layers import noise_by_layer, own_noise
 from .search import mix_name, search
@@ -36,35 +39,47 @@ def guarded(
 ) -> tuple[Taken, GuardFacts]:
     """Write the mix with the fewest float layers that keeps the drop into the draft.
 
+    One half of the held-out images searches, the other confirms what was found.
+
     Returns:
         What the quantiser did for it, and every mix that was tried.
 
     Every mix and what was measured of it lie in the draft's ``resume`` until it is sealed.
 
     Raises:
-        UserError: no mix keeps the drop, or the target cannot mix.
-        GateFailed: a mix whose outputs are not finite.
+        UserError: too few images to part.
+        GateFailed: the best mix surely loses more, or one whose outputs are not finite.
     """
     assert draft.resume is not None  # the draft was begun as a resumable one
     resume, facts = draft.resume, model.facts
     spec, task = facts.input.model_dump(), TASKS[facts.task]
-    labels = load_labels(held_out, spec)
-    few = load_images(held_out[:RANKING_IMAGES], spec)
-    with quiet():
-        before = task.scores(predict_samples(open_checked(model.path, facts), held_out, spec), labels)
+    searching, confirming = parted(held_out)
+    few = load_images(searching[:RANKING_IMAGES], spec)
+
+    def scores(folder: Path, as_run: ModelFacts, samples: Sequence[Sample]) -> np.ndarray:
+        with quiet():
+            outputs = predict_samples(open_checked(folder, as_run), samples, spec)
+        if not np.isfinite(outputs).all():
+            raise GateFailed("the variant's outputs are not finite: it is not sealed")
+        return task.scores(outputs, load_labels(samples, spec))
+
+    before = scores(model.path, facts, searching)
+
+    def as_run(taken: Taken) -> ModelFacts:
+        return facts.model_copy(update={"runtime": {**facts.runtime, **taken.runtime}})
+
+    def confirm(folder: Path) -> NoWorse:
+        after = scores(folder, as_run(_taken(folder)), confirming)
+        found = kept_accuracy(task.change(scores(model.path, facts, confirming), after), max_drop)
+        # Of all held-out images, of which the other half searches.
+        return replace(found, images_needed=None if found.images_needed is None else 2 * found.images_needed)
 
     def make(keep_float: Sequence[str], folder: Path) -> Mix:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         taken = variant.write(keep_float, folder)
         write_json(folder / SETTINGS, taken._asdict())
-        as_run = facts.model_copy(update={"runtime": {**facts.runtime, **taken.runtime}})
-        with quiet():
-            session = open_checked(folder, as_run)
-            outputs = predict_samples(session, held_out, spec)
-        if not np.isfinite(outputs).all():
-            raise GateFailed("the variant's outputs are not finite: it is not sealed")
-        found = task.change(before, task.scores(outputs, labels))
+        found = task.change(before, scores(folder, as_run(taken), searching))
         size = sum(path.stat().st_size for path in folder.glob(f"{Path(facts.entry).stem}.*"))
         return Mix(
             kept=len(keep_float),
@@ -72,19 +87,16 @@ def guarded(
             drop_low=-100 * found.high,
             drop_high=-100 * found.low,
             images=found.n,
-            over_float32=_over_float32(model, folder, as_run, few),
+            over_float32=_over_float32(model, folder, as_run(taken), few),
             size_bytes=size,
         )
 
     def ranked() -> list[str]:
         quantized = variant.activations(resume / mix_name(0) / facts.entry)
         float32 = variant.activations(model.entry)
-        if float32 is None or quantized is None:
-            raise UserError(
-                f"{facts.target} cannot keep single layers of this variant in float, and it loses more than "
-                f"{max_drop:g} points: choose another variant"
-            )
-        traced = CalibrationInputs(held_out[:TRACED_IMAGES], spec, "tracing layers")
+        if float32 is None or quantized is None:  # no single layer of this variant can stay float
+            return []
+        traced = CalibrationInputs(searching[:TRACED_IMAGES], spec, "tracing layers")
         with quiet():
             found = noise_by_layer(float32, quantized, traced)
         names = [layer.name for layer in sorted(found, key=own_noise, reverse=True)]
@@ -108,14 +120,57 @@ def guarded(
                     error[name] = float(np.square(predict(open_checked(Path(scratch), facts), few) - expected).mean())
         return [*sorted(tried, key=lambda name: -error[name]), *names[RANKED:]]
 
-    mixes, folder, kept = search(ranked, make, max_drop, limit, resume)
+    can_show = enough_to_show(task, before[: min(len(searching), len(confirming))], max_drop)
+    mixes, folder, kept, confirmed = search(ranked, make, confirm, max_drop, limit, resume, can_show)
+    note(_told(confirmed, facts.target))
     for path in folder.iterdir():
         if path.name != SETTINGS:
             shutil.copyfile(path, draft.path / path.name)
             shutil.copymode(path, draft.path / path.name)
     curve = tuple(sorted(mixes, key=lambda mix: mix.kept))
-    chosen = Taken(**json.loads((folder / SETTINGS).read_text()))
-    return chosen, GuardFacts(max_drop_points=max_drop, curve=curve, kept_float=tuple(kept))
+    found = GuardFacts(
+        max_drop_points=max_drop,
+        curve=curve,
+        kept_float=tuple(kept),
+        shown=confirmed.answer == "holds",
+        confirmed=confirmed,
+    )
+    return _taken(folder), found
+
+
+def parted(held_out: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """Half of the images of each class to search on, the others to confirm on, in their order. Raises UserError."""
+    first = set(stratified_fraction([sample.label for sample in held_out], 0.5, seed=0).tolist())
+    searching = [sample for at, sample in enumerate(held_out) if at in first]
+    confirming = [sample for at, sample in enumerate(held_out) if at not in first]
+    if not confirming:
+        raise UserError(
+            f"max_drop searches on one half of the held-out images and confirms on the other: wanted two of a class "
+            f"at least, found {len(held_out)} images; raise data.val_fraction, or set guard_part test"
+        )
+    return searching, confirming
+
+
+def kept_accuracy(change: Change, max_drop: float) -> NoWorse:
+    """Whether a change of accuracy is shown to be a loss of at most ``max_drop`` points."""
+    return no_worse(Interval(change.difference, change.low, change.high, change.n), max_drop)
+
+
+def enough_to_show(task: Task, scores: np.ndarray, max_drop: float) -> bool:
+    """Whether so many images would show a loss of at most ``max_drop`` points if not one of them changed."""
+    return kept_accuracy(task.change(scores, scores), max_drop).answer == "holds"
+
+
+def _told(confirmed: NoWorse, target: str) -> str:
+    text = (
+        f"the mix for {target} loses {confirmed.words()} (on {confirmed.images} images that the search did not use, "
+        f"which can tell a drop of {confirmed.detectable_points:.2f})"
+    )
+    return text if confirmed.answer == "holds" else f"{text}; not shown to lose at most {confirmed.max_drop_points:g}"
+
+
+def _taken(folder: Path) -> Taken:
+    return Taken(**json.loads((folder / SETTINGS).read_text()))
 
 
 def _over_float32(model: Model, folder: Path, facts: ModelFacts, images: np.ndarray) -> float | None:

@@ -35,8 +35,9 @@ def quantize(
 ) -> Model:
     """Make the variant of a float32 model; ranges come from training images, never from random data.
 
-    With ``config.max_drop`` layers are kept in float, the most damaging first, until the variant loses no more
-    than that on held-out images.
+    With ``config.max_drop`` layers are kept in float, the most damaging first, until the variant is shown to lose no
+    more than that on held-out images. One of which these images cannot tell is sealed all the same: ``guard.shown``
+    says so.
 
     Args:
         order: its configuration as ``suited`` to a machine.
@@ -46,8 +47,8 @@ def quantize(
 
     Raises:
         UserError: not a float32 model, an unknown variant, images of other classes, too few images, a missing
-            package, an operator the quantiser lacks, a drop that no mix keeps.
-        GateFailed: the variant's outputs are not finite or do not depend on the image.
+            package, an operator the quantiser lacks.
+        GateFailed: the variant's outputs are not finite or do not depend on the image, or no mix keeps the drop.
     """
     config, target = order.config, model.facts.target
     if model.facts.precision != "float32":

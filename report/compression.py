@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.artifact import AnyArtifact, Provenance, find_ancestors
+from ..core.artifact import AnyArtifact, Provenance
 from ..core.errors import UserError
-from ..core.kinds import BundleFacts, Checkpoint, Graph, Measurement, Model
+from ..core.kinds import BundleFacts, Graph, Measurement, Model, student_of
 from ..core.sealed import printable
+from ..core.stats import Interval, NoWorse, no_worse
 from ..data.dataset import Dataset
 from ..runtime.task import TASKS
 
@@ -34,8 +35,7 @@ class Packed:
 
     @property
     def student_key(self) -> str | None:
-        nearest = next(iter(find_ancestors(self.source, Checkpoint)), None)
-        return nearest.key if nearest else None
+        return student_of(self.source)
 
 
 @dataclass(frozen=True)
@@ -53,37 +53,72 @@ class Sources:
         return found | ({} if self.dataset is None else {"data": self.dataset})
 
 
-def advice(rows: Sequence[Numbers], hops: Sequence[Numbers], max_drop: float) -> list[Numbers]:
-    """By target the variant to ship: the fastest that is surely faster than float32 and loses at most ``max_drop``.
+def advice(
+    rows: Sequence[Numbers], hops: Sequence[Numbers], max_drop: float, surely_faster: Callable[[str, str], bool]
+) -> list[Numbers]:
+    """By target the variant to ship: the fastest of those that are surely faster than float32 and keep its accuracy.
 
-    Float32 itself where there is none; nothing where float32 was not timed.
+    That is, are shown to lose at most ``max_drop`` points. Float32 itself where there is none; nothing where float32
+    was not timed. Variants that the session cannot tell from the fastest tie with it. ``may_do`` is a faster one that
+    keeps the accuracy by the point value, of which the test images cannot tell whether it does. What could change the
+    advice, it rests on: ``untrusted`` names those whose latency is not to be believed, and then nothing is to be
+    shipped by it.
+
+    Args:
+        surely_faster: whether the session shows the first of two bundles to be faster than the second.
     """
     drops = {step["bundle"]: step["difference"] for hop in hops for step in hop["steps"] if step["variant"]}
     found = []
     for target in dict.fromkeys(row["target"] for row in rows):
-        mine = {row["name"]: row for row in rows if row["target"] == target and row["latency_p50_ms"]}
-        float32 = next((row for row in mine.values() if row["variant"] == "float32"), None)
+        mine = [row for row in rows if row["target"] == target and row["latency_p50_ms"]]
+        float32 = next((row for row in mine if row["variant"] == "float32"), None)
         if float32 is None:
             continue
-        best, latency = float32, 1.0
-        for name, row in mine.items():
-            ratio, drop = row["latency_over_float32"], drops.get(name)
-            if ratio is None or drop is None or ratio["high"] is None:
-                continue
-            if ratio["high"] < 1 and ratio["value"] < latency and -100 * drop["value"] <= max_drop:
-                best, latency = row, ratio["value"]
-        drop = drops.get(best["name"])
-        found.append(
-            {
-                "target": target,
-                "variant": best["variant"],
-                "bundle": best["name"],
-                "over_float32": best["latency_over_float32"],
-                "difference": drop,
-                "max_drop_points": max_drop,
-            }
-        )
+        kept = {row["name"]: no_worse(Interval(**drops[row["name"]]), max_drop) for row in mine if row["name"] in drops}
+        able = [row for row in mine if row["name"] in kept and kept[row["name"]].answer == "holds"]
+        perhaps = [row for row in mine if row["name"] in kept and _may_do(kept[row["name"]], max_drop)]
+        faster = [row for row in (*able, *perhaps) if _believed(row) and surely_faster(row["name"], float32["name"])]
+        best = min((row for row in faster if row in able), key=_p50, default=float32)
+        may_do = min((row for row in faster if row in perhaps and _p50(row) < _p50(best)), key=_p50, default=None)
+        fastest = best if may_do is None else may_do
+        rivals = [row for row in (*able, *perhaps) if not surely_faster(fastest["name"], row["name"])]
+        rests_on = list({row["name"]: row for row in (float32, best, *rivals)}.values())
+        also = [row for row in faster if row in able and row is not best]
+        ties = [row for row in also if not surely_faster(best["name"], row["name"])]
+        advised = {
+            "target": target,
+            **_advised(best, drops.get(best["name"])),
+            "ties": [row["variant"] for row in ties],
+            "max_drop_points": max_drop,
+            "may_do": None,
+            "untrusted": [{"name": row["name"], **row["trust"]} for row in rests_on if not _believed(row)],
+        }
+        if may_do is not None:
+            accuracy = kept[may_do["name"]].as_dict()
+            advised["may_do"] = {**_advised(may_do, drops[may_do["name"]]), "accuracy": accuracy}
+        found.append(advised)
     return found
+
+
+def _advised(row: Numbers, difference: Numbers | None) -> Numbers:
+    return {
+        "variant": row["variant"],
+        "bundle": row["name"],
+        "over_float32": row["latency_over_float32"],
+        "difference": difference,
+    }
+
+
+def _may_do(kept: NoWorse, max_drop: float) -> bool:
+    return kept.answer == "cannot tell" and kept.drop_points <= max_drop
+
+
+def _p50(row: Numbers) -> float:
+    return float(row["latency_p50_ms"]["value"])
+
+
+def _believed(row: Numbers) -> bool:
+    return bool(row["trust"]["word"] == "trusted")
 
 
 def noise_by_layer(bundles: Mapping[str, Packed], sources: Sources) -> list[Numbers]:

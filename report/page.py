@@ -35,9 +35,9 @@ def report(
         write_json(draft.path / Report.NUMBERS, numbers)
         (draft.path / Report.PAGE).write_text(render(numbers, _pictures(numbers, sources)), encoding="utf-8")
         draft.facts = ReportFacts(
-            trusted=numbers["trust"]["trusted"],
+            trust=numbers["trust"]["word"],
             bundles=len(numbers["bundles"]),
-            pareto=[row["name"] for row in numbers["bundles"] if row["pareto"]],
+            pareto=numbers["front"],
             gains=[GainFacts(method=gain["method"], gain_points=gain["gain_points"]) for gain in numbers["gains"]],
         )
     return draft.artifact

@@ -6,18 +6,30 @@ value, low, high and n, where a bound of None means "n too small". What could no
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..core.artifact import AnyArtifact, Provenance, find_ancestors
-from ..core.config import ReportConfig
+from ..core.config import ReportConfig, TrainConfig, control_of, validated
 from ..core.errors import UserError
-from ..core.kinds import Bundle, Checkpoint, Damage, Graph, Measurement, Model, ParityFacts, Result
-from ..core.stats import Interval, mean_interval, ratio_interval
+from ..core.kinds import (
+    Bundle,
+    Checkpoint,
+    Comparison,
+    Damage,
+    Graph,
+    Measurement,
+    Model,
+    ParityFacts,
+    Result,
+    float32_by_bundle,
+)
+from ..core.stats import Interval, holm_levels, mean_interval
 from ..data.dataset import Dataset
 from ..runtime.task import TASKS, Task
 from . import words
@@ -30,9 +42,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 Numbers = dict[str, Any]
 Checkpoints = Mapping[str, Checkpoint]
-
-# A run on the labels alone is a control only where all of these are the same.
-SHARED_BY_CONTROL = ("model", "model_args", "pretrained", "input", "label_fraction", "train", "seed")
+Shown = Callable[[str, str], bool]  # of the first of two bundles, over the second
 
 
 def collect(config: ReportConfig, measurement: Measurement, checkpoints: Checkpoints, sources: Sources) -> Numbers:
@@ -42,9 +52,10 @@ def collect(config: ReportConfig, measurement: Measurement, checkpoints: Checkpo
         UserError: a checkpoint that was tested on other images than the bundles.
     """
     check_results(measurement)
-    task, bundles, rows = TASKS[measurement.facts.task], bundles_of(measurement), bundle_rows(measurement)
+    task, bundles, labels = TASKS[measurement.facts.task], bundles_of(measurement), measurement.labels
+    faster, rows = surely_faster(measurement.facts.comparisons), bundle_rows(measurement)
+    front = pareto_front(rows, faster, surely_better(measurement, believed(rows)))
     hops = accuracy_hops(measurement, checkpoints, sources.graphs)
-    labels = measurement.labels
     pairs = [
         (base, step["bundle"])
         for hop in hops
@@ -57,9 +68,10 @@ def collect(config: ReportConfig, measurement: Measurement, checkpoints: Checkpo
         "task": {name: getattr(task, name) for name in ("name", "metric", "unit", "summary_note", "change_note")},
         "measured_utc": measurement.manifest.created_utc,
         "chain": chain(measurement, checkpoints),
-        "trust": trust(measurement),
-        "bundles": rows,
-        "advice": advice(rows, hops, config.max_drop) if measurement.facts.trusted else [],
+        "trust": trust(measurement, config.attempts),
+        "bundles": [{**row, "pareto": any(row["name"] in place for place in front)} for row in rows],
+        "front": front,
+        "advice": advice(rows, hops, config.max_drop, faster),
         "hops": hops,
         "flips": flips(measurement, pairs, labels, sources),
         "noise_by_layer": noise_by_layer(bundles, sources),
@@ -135,41 +147,39 @@ def _torch_accuracy(checkpoint: Checkpoint) -> Numbers:
     return task.summary(task.scores(*checkpoint.tested))._asdict()
 
 
-def trust(measurement: Measurement) -> Numbers:
-    """The A/A control: the reference bundle measured against itself in every round."""
+def trust(measurement: Measurement, attempts: int) -> Numbers:
+    """The session's worst word, whose latencies are not to be believed, and what its A/A controls leave open."""
     facts, config = measurement.facts, measurement.settings
-    control, resolution = facts.control, None
-    if control is not None and control.low is not None and control.high is not None:
-        # Whatever differs by less could be the machine: a wide interval holds 1 easily.
-        resolution = max(control.high, 1 / control.low)
     return {
         "device": facts.device,
         "emulated": facts.emulated,
-        "trusted": facts.trusted,
-        "reference": facts.reference,
-        "control": _plain(control),
-        "control_limit": facts.control_limit,
-        "resolution_factor": resolution,
+        "word": facts.trust,
+        "timed": sum(result.trust is not None for result in facts.results.values()),
+        "untrusted": [{"name": name, **found.model_dump()} for name, found in facts.untrusted.items()],
+        "resolution": facts.resolution,
+        "controls": {name: control.as_dict() for name, control in facts.controls.items()},
         "rounds": config["rounds"],
         "threads": config["threads"],
+        "attempt": config["attempt"],
+        "attempts": attempts,
     }
 
 
 def bundle_rows(measurement: Measurement) -> list[Numbers]:
-    bundles, results = bundles_of(measurement), measurement.facts.results
     rows = []
-    for name, bundle in bundles.items():
-        result = results[name]
+    for name, bundle in bundles_of(measurement).items():
+        result = measurement.facts.results[name]
         rows.append(
             {
                 "name": name,
                 "target": bundle.facts.target,
                 "variant": bundle.facts.variant,
                 "status": result.status,
+                "trust": None if result.trust is None else result.trust.model_dump(),
                 "accuracy": _plain(result.accuracy),
                 "latency_p50_ms": _plain(result.latency_p50_ms),
                 "latency_p90_ms": _plain(result.latency_p90_ms),
-                "latency_over_float32": _over_float32(name, bundles, results),
+                "latency_over_float32": _plain(result.over_float32),
                 "size_bytes": bundle.facts.size_bytes,
                 "load_ms": _median(result.load_ms),
                 "first_inference_ms": _median(result.first_inference_ms),
@@ -177,26 +187,12 @@ def bundle_rows(measurement: Measurement) -> list[Numbers]:
                 "warm_up_settled": result.warm_up_settled,
             }
         )
-    front = pareto_front(rows) if measurement.facts.trusted else set()
-    return [{**row, "pareto": row["name"] in front} for row in rows]
+    return rows
 
 
 def float32_of(name: str, bundles: Mapping[str, Packed]) -> str | None:
     """The float32 bundle of the same target and student."""
-    mine = bundles[name]
-    for other, bundle in bundles.items():
-        same = bundle.facts.target == mine.facts.target and bundle.student_key == mine.student_key
-        if same and bundle.facts.precision == "float32":
-            return other
-    return None
-
-
-def _over_float32(name: str, bundles: Mapping[str, Packed], results: Mapping[str, Result]) -> Numbers | None:
-    base = float32_of(name, bundles)
-    if base is None or base == name:
-        return None
-    variant, float32 = results[name].latency_p50_by_process_ms, results[base].latency_p50_by_process_ms
-    return _plain(ratio_interval(variant, float32)) if variant and float32 else None
+    return float32_by_bundle({other: bundle.source for other, bundle in bundles.items()}).get(name)
 
 
 def _plain(interval: Interval | None) -> Numbers | None:
@@ -213,18 +209,61 @@ def _peak_memory(result: Result) -> int | None:
     return peak if peak is not None and before is not None and peak > before else None
 
 
-def pareto_front(rows: Sequence[Numbers]) -> set[str]:
-    """Names of the rows that no other row beats in accuracy and median latency alike."""
-    points = {
-        row["name"]: (row["accuracy"]["value"], -row["latency_p50_ms"]["value"])
-        for row in rows
-        if row["accuracy"] and row["latency_p50_ms"]
+def believed(rows: Sequence[Numbers]) -> list[str]:
+    """Names of the rows whose latency is trusted: what may be ranked."""
+    return [row["name"] for row in rows if row["trust"] and row["trust"]["word"] == "trusted"]
+
+
+def surely_faster(comparisons: Sequence[Comparison]) -> Shown:
+    """Whether the session shows the first of two bundles to be faster than the second."""
+    found = set()
+    for each in comparisons:
+        if each.differ:
+            found.add((each.first, each.second) if each.ratio.value < 1 else (each.second, each.first))
+    return lambda first, second: (first, second) in found
+
+
+def surely_better(measurement: Measurement, names: Sequence[str]) -> Shown:
+    """Whether the first of two bundles of ``names`` is shown to be more accurate, corrected for all pairs (Holm)."""
+    task, labels = TASKS[measurement.facts.task], measurement.labels
+    scores = {name: task.scores(outputs, labels) for name, outputs in measurement.all_outputs(names)}
+    pairs = list(itertools.combinations(scores, 2))
+    changes = [task.change(scores[first], scores[second]) for first, second in pairs]
+    differ, _ = holm_levels([change.p_value for change in changes])
+    found = {
+        pair[::-1] if change.difference > 0 else pair
+        for pair, change, shown in zip(pairs, changes, differ, strict=True)
+        if shown
     }
+    return lambda first, second: (first, second) in found
 
-    def beaten(mine: tuple[float, float]) -> bool:
-        return any(theirs != mine and theirs[0] >= mine[0] and theirs[1] >= mine[1] for theirs in points.values())
 
-    return {name for name, point in points.items() if not beaten(point)}
+def pareto_front(rows: Sequence[Numbers], faster: Shown, better: Shown) -> list[list[str]]:
+    """The places on the front of accuracy and median latency, fastest first; those who share a place tie.
+
+    A row is beaten by one that is shown to be faster or more accurate, and not shown to be slower or less accurate.
+    Rows whose latency is not trusted take no part. Each of those who share a place ties with all of the others.
+    """
+    latency = {row["name"]: row["latency_p50_ms"]["value"] for row in rows if row["accuracy"] and row["latency_p50_ms"]}
+    names = sorted((name for name in believed(rows) if name in latency), key=latency.__getitem__)
+
+    def beats(mine: str, other: str) -> bool:
+        worse = faster(other, mine) or better(other, mine)
+        return not worse and (faster(mine, other) or better(mine, other))
+
+    def tie(mine: str, other: str) -> bool:
+        return not any(shown(*pair) for shown in (faster, better) for pair in ((mine, other), (other, mine)))
+
+    places: list[list[str]] = []
+    for name in names:
+        if any(beats(other, name) for other in names):
+            continue
+        shared = next((place for place in places if all(tie(name, other) for other in place)), None)
+        if shared is None:
+            places.append([name])
+        else:
+            shared.append(name)
+    return places
 
 
 def accuracy_hops(measurement: Measurement, checkpoints: Checkpoints, graphs: Mapping[str, Graph]) -> list[Numbers]:
@@ -321,18 +360,30 @@ def _change(task: Task, before: np.ndarray | None, after: np.ndarray) -> Numbers
 def distillation_gains(checkpoints: Checkpoints) -> list[Numbers]:
     """Per method (and setting): each seed against its control, and the gain over the seeds.
 
-    A control differs in the method only; a seed without one has no gain.
+    A control differs in the method alone; where there is none, also in the epochs. With images without labels there is
+    one of as many steps too, and a gain against each. A seed without a control has no gain.
     """
     teachers = teacher_names(checkpoints)
     runs = [found for name, found in checkpoints.items() if found.manifest.stage == "train" and name not in teachers]
-    controls = {_setting(run): run for run in runs if run.facts.method == "labels"}
+    controls: dict[tuple[int, bool], dict[str, Checkpoint]] = {}  # by how long they train, then by the rest
+    for run in sorted(runs, key=lambda run: run.facts.steps):
+        if run.facts.method == "labels":
+            controls.setdefault(_length(run), {})[_setting(run)] = run
     names = {found.key: name for name, found in checkpoints.items()}
     groups: dict[str, list[Checkpoint]] = {}
     for run in runs:
         if run.facts.method != "labels":
             settings = {name: value for name, value in run.settings.items() if name != "seed"}
             groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
-    return [_gain(_student_name(names[group[0].key], group[0]), group, controls) for group in groups.values()]
+    found = []
+    for group in groups.values():
+        name, wanted = _student_name(names[group[0].key], group[0]), {_setting(run) for run in group}
+        able = {length: alone for length, alone in controls.items() if wanted & alone.keys()}
+        alike = {length: alone for length, alone in able.items() if length[0] == _length(group[0])[0]}
+        if not any(not as_many_steps for _, as_many_steps in alike):
+            alike |= {length: alone for length, alone in able.items() if not length[1]}
+        found += [_gain(name, group, alone) for alone in alike.values() or [{}]]
+    return found
 
 
 def _student_name(name: str, run: Checkpoint) -> str:
@@ -341,17 +392,33 @@ def _student_name(name: str, run: Checkpoint) -> str:
     return found[1] if found else str(run.facts.method)
 
 
+def _config(run: Checkpoint) -> TrainConfig:
+    return validated(TrainConfig, run.manifest.config, str(run.path))
+
+
 def _setting(run: Checkpoint) -> str:
-    return json.dumps([run.settings[name] for name in SHARED_BY_CONTROL], sort_keys=True)
+    """What ``run`` shares with its control, but for how long that trains.
+
+    In one spelling: whoever leaves the views' seed to the rule has the same views as who names it.
+    """
+    control = control_of(_config(run), epochs=1)
+    return control.model_copy(update={"view_seed": control.views_by}).model_dump_json()
+
+
+def _length(run: Checkpoint) -> tuple[int, bool]:
+    """How many epochs it was to train, and whether to make as many steps as with images without labels."""
+    config = _config(run)
+    return config.train.epochs, config.steps_as_unlabeled
 
 
 def _gain(name: str, runs: Sequence[Checkpoint], controls: Mapping[str, Checkpoint]) -> Numbers:
-    seeds = []
+    seeds, compared = [], []
     for run in runs:
         control = controls.get(_setting(run))
         accuracy, alone = run.facts.test_accuracy, control.facts.test_accuracy if control else None
         points = None if alone is None else 100 * (accuracy - alone)
         seed = run.settings["seed"]
+        compared += [(run, control)] if control else []
         seeds.append({"seed": seed, "accuracy": accuracy, "labels_accuracy": alone, "gain_points": points})
     gains = [seed["gain_points"] for seed in seeds if seed["gain_points"] is not None]
     teacher = runs[0].manifest.inputs.get("teacher")
@@ -364,6 +431,8 @@ def _gain(name: str, runs: Sequence[Checkpoint], controls: Mapping[str, Checkpoi
         "teacher_accuracy": Checkpoint.facts_of(teacher).test_accuracy if teacher else None,
         "seeds": sorted(seeds, key=lambda seed: seed["seed"]),
         "gain_points": mean_interval(gains).as_dict() if gains else None,
+        "steps": runs[0].facts.steps,
+        "control_steps": compared[0][1].facts.steps if compared else None,
     }
 
 
@@ -432,22 +501,21 @@ def environment(measurement: Measurement, checkpoints: Checkpoints) -> Numbers:
 
 
 def summary_table(numbers: Numbers) -> Table:
-    """One line a bundle, within 100 columns."""
+    """One line a bundle, within 110 columns."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1), pad_edge=False, collapse_padding=True)
     table.add_column("bundle", no_wrap=True, min_width=max(len(row["name"]) for row in numbers["bundles"]) + 2)
     task = numbers["task"]
-    for head in (f"{task['metric']} {task['unit']}", "p50 ms", "p90 ms", "x float32", "MiB"):
+    for head in (f"{task['metric']} {task['unit']}", "p50 ms", "trust", "x float32", "MiB"):
         table.add_column(head, justify="right", no_wrap=True)
     for row in numbers["bundles"]:
-        p90 = row["latency_p90_ms"]
         table.add_row(
             row["name"] + (" *" if row["pareto"] else ""),
             words.shares(row["accuracy"], 1),
             words.interval(row["latency_p50_ms"]),
-            words.figure(p90["value"]) if p90 else words.NOTHING,
+            row["trust"]["word"] if row["trust"] else words.NOTHING,
             words.interval(row["latency_over_float32"]),
             words.mebibytes(row["size_bytes"]),
         )
@@ -463,8 +531,9 @@ def print_summary(console: Console, numbers: Numbers) -> None:
 
 def summary_lines(numbers: Numbers) -> Iterator[str]:
     """What is said below the main table: accuracy by hop, advice, gain, and whether to believe the latencies."""
-    if any(row["pareto"] for row in numbers["bundles"]):
-        yield "* on the Pareto front of accuracy and p50"
+    if numbers["front"]:
+        yield "* on the Pareto front of accuracy and p50: " + words.front(numbers["front"])
+    yield from words.untrusted_lines(numbers["trust"]["untrusted"])
     for row in numbers["bundles"]:
         if row["status"] != "measured":
             yield f"{row['name']}: {row['status']}"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from ..core.stats import NoWorse
 
 NOTHING = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
@@ -116,28 +118,49 @@ def training_images(found: Mapping[str, Any]) -> str:
 
 
 def verdict(trust: Mapping[str, Any]) -> str:
-    if trust["control"] is None:
-        return "Not timed."
-    if not trust["trusted"]:
-        return "Not trusted."
-    return "Trusted."
+    return f"{(trust['word'] or 'not timed').capitalize()}."
 
 
 def trust_sentence(trust: Mapping[str, Any]) -> str:
-    """Whether the latencies may be ranked, and how fine the session could see."""
-    if trust["control"] is None:
+    """How many latencies are to be believed, and how fine the session could see."""
+    if trust["word"] is None:
         return "No runtime of these bundles is installed on the device: this report has no latencies."
-    control = (
-        f"the A/A control ({trust['reference']} against itself, {trust['rounds']} rounds) "
-        f"has a latency ratio of {interval(trust['control'])}"
+    timed, doubted, within = trust["timed"], len(trust["untrusted"]), f"{100 * trust['resolution']:g} %"
+    text = f"{timed - doubted} of {timed} latencies are trusted (known within {within}, as was asked for)."
+    controls = [f"{name} {interval(found)}" for name, found in trust["controls"].items()]
+    if controls:
+        text += f" A/A controls (a bundle over itself, {trust['rounds']} rounds): {'; '.join(controls)}."
+    if trust["attempts"] > 1:
+        text += f" Attempt {trust['attempt']} of {trust['attempts']}: the last trusted one, else the last."
+    return text
+
+
+def untrusted_lines(untrusted: Sequence[Mapping[str, Any]]) -> list[str]:
+    """``a and b are noisy: why``, a line for each reason."""
+    reasons = dict.fromkeys((row["word"], row["reason"]) for row in untrusted)
+    named = {why: [row for row in untrusted if (row["word"], row["reason"]) == why] for why in reasons}
+    return [f"{_by_word(rows)}: {reason}" for (_, reason), rows in named.items()]
+
+
+def _by_word(untrusted: Sequence[Mapping[str, Any]]) -> str:
+    """``a and b are noisy; c is invalid``."""
+    named = {word: [row["name"] for row in untrusted if row["word"] == word] for word in ("invalid", "noisy")}
+    return "; ".join(
+        f"{listed(names)} {'is' if len(names) == 1 else 'are'} {word}" for word, names in named.items() if names
     )
-    if not trust["trusted"]:
-        found, limit = trust["control"], figure(trust["control_limit"])
-        holds = found["low"] is not None and found["low"] <= 1 <= found["high"]
-        why = f"wider than the factor of {limit} that is allowed" if holds else "which does not hold 1"
-        return f"Do not rank by these latencies: {control}, {why}."
-    resolution = f"Ratios within a factor of {figure(trust['resolution_factor'])} may be this machine's noise."
-    return f"{control[0].upper()}{control[1:]}, which includes 1. {resolution}"
+
+
+def front(places: Sequence[Sequence[str]]) -> str:
+    """The front from the fastest on; what shares a place cannot be told apart."""
+    return ", ".join(" = ".join(place) for place in places)
+
+
+def shaky_advice(numbers: Mapping[str, Any]) -> str | None:
+    """Which latencies that the advice rests on are not to be believed, in one line; None if all are."""
+    doubted = {row["name"]: row for advised in numbers["advice"] for row in advised["untrusted"]}
+    return (
+        f"the advice rests on latencies that are not trusted: {_by_word(list(doubted.values()))}" if doubted else None
+    )
 
 
 def emulated_sentence(trust: Mapping[str, Any]) -> str:
@@ -151,6 +174,8 @@ def emulated_sentence(trust: Mapping[str, Any]) -> str:
 def gain_sentence(gain: Mapping[str, Any]) -> str:
     """What the method added over the labels alone; a gain is claimed only where its interval excludes zero."""
     where, found = f"{gain['model']}, {training_images(gain)}", gain["gain_points"]
+    if gain["control_steps"] not in (None, gain["steps"]):
+        where += f"; {gain['steps']:,} steps against {gain['control_steps']:,}"
     if found is None:
         return f"Gain of {gain['method']} not measured: no control was trained on the labels alone ({where})."
     against = f"{gain['method']} against labels alone"
@@ -165,27 +190,60 @@ def gain_sentence(gain: Mapping[str, Any]) -> str:
 def hop_lines(hop: Mapping[str, Any]) -> list[str]:
     """``openvino: torch 97.40 -> float32 97.40 (no flips)`` and below it the variants, in per cent."""
     ran = f" ({hop['ran']})" if hop["ran"] else ""
-    up_to_float32 = [step for step in hop["steps"] if not step["variant"]]
-    variants = [step for step in hop["steps"] if step["variant"]]
-    lines = [f"{hop['target']}{ran}: " + " \N{RIGHTWARDS ARROW} ".join(map(_step, up_to_float32))]
-    return lines + ["  against float32: " + "; ".join(map(_step, variants))] * bool(variants)
+    images = hop["steps"][0]["accuracy"]["n"]
+    up_to_float32 = [_step(step, images) for step in hop["steps"] if not step["variant"]]
+    variants = [_step(step, images) for step in hop["steps"] if step["variant"]]
+    lines = [f"{hop['target']}{ran}: " + " \N{RIGHTWARDS ARROW} ".join(up_to_float32)]
+    return lines + ["  against float32: " + "; ".join(variants)] * bool(variants)
 
 
 def advice_sentence(advised: Mapping[str, Any]) -> str:
-    """Which variant of a target to ship, and why."""
-    if advised["variant"] == "float32":
-        return (
-            f"{advised['target']}: ship float32; no variant is surely faster and loses at most "
-            f"{advised['max_drop_points']:g} points"
+    """Which variant of a target to ship, and why; and which faster one may do."""
+    if advised["untrusted"]:
+        return f"{advised['target']}: nothing to ship by these latencies ({_by_word(advised['untrusted'])})"
+    limit, may_do = f"{advised['max_drop_points']:g} points", advised["may_do"]
+    if advised["variant"] != "float32":
+        best = advised["variant"] + (f" (a tie with {listed(advised['ties'])})" if advised["ties"] else "")
+        text = (
+            f"{advised['target']}: ship {best}, {interval(advised['over_float32'])} of float32's latency, "
+            f"{points(100 * advised['difference']['value'])} points {point_bounds(advised['difference'], 100)}"
         )
+    elif may_do is None:
+        return f"{advised['target']}: ship float32; no variant is surely faster and loses at most {limit}"
+    else:
+        text = f"{advised['target']}: no variant is shown to be faster and to lose at most {limit}"
+    return text if may_do is None else f"{text}; {may_do_clause(may_do)}"
+
+
+def may_do_clause(may_do: Mapping[str, Any]) -> str:
+    """The fastest variant that keeps the accuracy by the point value, and how little that says."""
     return (
-        f"{advised['target']}: ship {advised['variant']}, {interval(advised['over_float32'])} of float32's latency, "
-        f"{points(100 * advised['difference']['value'])} points {point_bounds(advised['difference'], 100)}"
+        f"fastest that may do: {may_do['variant']}, {interval(may_do['over_float32'])} of float32's latency, lost "
+        f"{NoWorse(**may_do['accuracy']).words()}"
     )
 
 
-def _step(step: Mapping[str, Any]) -> str:
+def guard_sentence(guard: Mapping[str, Any]) -> str:
+    """Whether the mix that the guard took is shown to keep the accuracy, on images that did not choose it."""
+    confirmed = NoWorse(**guard["confirmed"])
+    shown = "Shown" if guard["shown"] else "Not shown"
+    can_tell = (
+        "" if confirmed.detectable_points is None else f", which can tell a drop of {confirmed.detectable_points:.2f}"
+    )
+    return f"{shown} on {confirmed.images} images that the search did not use{can_tell}: lost {confirmed.words()}."
+
+
+def on_part(step: Mapping[str, Any], images: int) -> str:
+    """Of a hop that was tested on fewer images than its line: on how many."""
+    n = step["accuracy"]["n"]
+    return "" if n == images else f"on {n} of {images} images"
+
+
+def _step(step: Mapping[str, Any], images: int) -> str:
+    part = on_part(step, images)
     text = f"{step['at']} {percent(step['accuracy']['value'])}"
+    if part and step["difference"] is not None:  # beside the others' accuracies its own would mislead
+        text = f"{step['at']} {points(100 * step['difference']['value'])} points {part}"
     if step["difference"] is None:
         return text
     if not step["lost"] and not step["won"]:

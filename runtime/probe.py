@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
 from typing import Any
+
+from . import RUNTIMES
 
 UNAVAILABLE = "unavailable"
 
@@ -24,8 +28,17 @@ def read(path: str) -> str:
         return UNAVAILABLE
 
 
+def runtime_versions() -> dict[str, str]:
+    """Versions of the distributions that open models here, without importing them."""
+    versions = {}
+    for name in sorted({name for runtime in RUNTIMES.values() for name in runtime.needs}):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
 def probe() -> dict[str, Any]:
-    """CPU, its flags, memory, governor, clocks and temperatures of this machine."""
+    """CPU, its flags, memory, kernel, governor, runtimes, clocks and temperatures of this machine."""
     cpu: dict[str, str] = {}
     for line in read("/proc/cpuinfo").splitlines():
         name, colon, value = line.partition(":")
@@ -44,6 +57,7 @@ def probe() -> dict[str, Any]:
         "flags": {flag: flag in flags for flag in FLAGS.get(machine, ())} if flags else UNAVAILABLE,
         "memory_bytes": int(memory) * 1024 if memory else UNAVAILABLE,
         "governor": read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "runtimes": runtime_versions(),
         "current_khz": read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq"),
         "temperatures_millicelsius": {zone.parent.name: read(str(zone)) for zone in zones} or UNAVAILABLE,
         "load_average": list(os.getloadavg()),

@@ -18,7 +18,7 @@ from kdpipe.core.errors import UserError
 from kdpipe.core.kinds import Model, Report, ReportFacts
 
 CONFIG = PackageConfig()
-FACTS = ReportFacts(trusted=True, bundles=3, pareto=["a"], gains=[])
+FACTS = ReportFacts(trust="trusted", bundles=3, pareto=[["a"]], gains=[])
 
 
 def seal(out: Path, text: str = "weights") -> Report:

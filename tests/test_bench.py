@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import math
 import os
@@ -25,9 +26,10 @@ from kdpipe.core.kinds import Bundle, Measurement, Probe, RuntimeSession, Sample
 from kdpipe.core.stats import Interval
 from kdpipe.data.dataset import load_images
 from kdpipe.devices import DEVICES, find_device, journal, opened
-from kdpipe.devices.bench import CONTROL, _push_timing_images, bench, comparisons, summary, turns
+from kdpipe.devices.bench import _push_timing_images, bench, summary, turns
 from kdpipe.devices.local import LocalDevice
 from kdpipe.devices.session import bench_config
+from kdpipe.devices.trust import control_name
 from kdpipe.quantize import VARIANTS
 from kdpipe.runtime import open_session
 from kdpipe.runtime.measure import longest_seconds, warm_up
@@ -40,7 +42,7 @@ TIMED = [
 
 
 def test_order_is_shuffled_and_then_backwards() -> None:
-    names = ["a", "b", "c", CONTROL]
+    names = ["a", "b", "c", "d"]
     rounds = turns(names, 6, seed=3)
     assert len(rounds) == 6
     assert all(sorted(each) == sorted(names) for each in rounds)
@@ -109,6 +111,27 @@ def test_what_cannot_run_has_no_latency(made: Made) -> None:
     assert "latency_ns/tensorrt-int8.json" not in made.measurement.manifest.files
 
 
+def test_every_targets_float32_is_measured_twice_a_round(made: Made) -> None:
+    facts = made.measurement.facts
+    assert list(facts.controls) == ["onnxruntime-float32", "openvino-float32", "tflite-float32"]
+    for name, control in facts.controls.items():
+        first, second = (
+            [
+                np.median(run["latency_ns"])
+                for run in json.loads(made.measurement.file(f"latency_ns/{file}.json").read_text())
+            ]
+            for file in (name, f"control-{name}")
+        )
+        assert control.n == 2 and control.value == pytest.approx(np.sqrt(np.prod(second) / np.prod(first)))
+
+
+def test_two_rounds_bound_nothing_and_are_called_noisy(made: Made) -> None:
+    facts = made.measurement.facts
+    assert facts.trust == "noisy" and set(facts.untrusted) == {name for name in made.bundles if "tensorrt" not in name}
+    assert "2 rounds are too few" in facts.untrusted["openvino-int8"].reason
+    assert facts.results["tensorrt-int8"].trust is None
+
+
 def runs(*medians_ms: float) -> list[Samples]:
     session = RuntimeSession(runtime="none", version="0", threads=1)
     return [
@@ -125,18 +148,6 @@ def runs(*medians_ms: float) -> list[Samples]:
         )
         for median in medians_ms
     ]
-
-
-def test_control_decides_about_trust() -> None:
-    base = runs(1.0, 1.1, 0.9, 1.0)
-    quiet = comparisons({"a": base, "b": runs(2.0, 2.2, 1.8, 2.0), CONTROL: runs(1.01, 1.1, 0.89, 1.0)}, ["a", "b"])
-    assert quiet["trusted"] is True
-    assert quiet["ratios"]["b"].value == pytest.approx(2)
-    drifted = comparisons({"a": base, CONTROL: runs(1.2, 1.32, 1.08, 1.2)}, ["a"])
-    assert drifted["trusted"] is False  # narrow, but not 1
-    noisy = comparisons({"a": base, CONTROL: runs(3.0, 0.3, 2.0, 0.5)}, ["a"])
-    assert noisy["trusted"] is False  # holds 1 only because it is wide
-    assert comparisons({}, [])["trusted"] is None
 
 
 def test_the_headline_is_the_median_of_the_processes() -> None:
@@ -293,6 +304,7 @@ def test_the_null_device_goes_through_the_bench(made: Made, tmp_path: Path) -> N
     order = Order("bench", bench_config(plan), {**bundles, "data": made.dataset})
     facts = bench(order, bundles, made.dataset, tmp_path / "out").facts
     assert facts.emulated and facts.device == "null"
+    assert {result.trust.word for result in facts.results.values() if result.trust} == {"invalid"}
     found = facts.results["onnxruntime-int8"]
     assert found.accuracy is not None and 0.05 < found.accuracy.value < 0.2, "it always says the first class"
     assert found.latency_p50_ms is not None and found.latency_p50_ms.value < 0.05
@@ -321,6 +333,17 @@ def test_unreadable_is_unavailable_never_zero() -> None:
     found = probe()
     assert 0 not in [value for value in found.values() if not isinstance(value, bool)]
     assert found["memory_bytes"] > 0
+
+
+def test_versions_kernel_and_governor_name_the_session() -> None:
+    """An update of a runtime or a kernel is another machine to measure on."""
+    here = find_device("local").probe()
+    assert here.runtimes["onnxruntime"] == importlib.metadata.version("onnxruntime")
+    named = bench_config(BenchPlan()).device_fingerprint
+    assert (named["system"], named["governor"], named["runtimes"]) == (here.system, here.governor, here.runtimes)
+    assert not {"current_khz", "load_average", "temperatures_millicelsius"} & named.keys(), "what moves names nothing"
+    updated = here.model_copy(update={"runtimes": {**here.runtimes, "onnxruntime": "99"}})
+    assert updated.fingerprint != here.fingerprint
 
 
 def test_unknown_device() -> None:
@@ -408,7 +431,7 @@ def test_a_bundle_that_fails_twice_is_marked_and_the_others_stand(made: Made, tm
     assert found["b"].failed and "model.onnx differs from its manifest" in found["b"].status
     assert found["b"].accuracy is not None and found["b"].latency_p50_ms is None
     assert not found["a"].failed and len(found["a"].latency_p50_by_process_ms) == 2
-    assert measured.facts.control is not None and set(measured.facts.ratios) == {"a"}
+    assert set(measured.facts.controls) == {"a"} and found["b"].trust.word == "invalid"
     assert len(json.loads(measured.file("latency_ns/b.json").read_text())) == 1, "round 1 is kept as evidence"
 
 
@@ -419,14 +442,14 @@ def test_a_bundle_that_cannot_be_opened_is_marked_and_is_no_reference(made: Made
     bundles = {"a": Bundle.open(folder), "b": made.bundles["onnxruntime-float32"]}
     facts = bench(order_of(bundles, made), bundles, made.dataset, tmp_path / "out").facts
     assert facts.results["a"].failed and "the runner failed on 'local'" in facts.results["a"].status
-    assert facts.reference == "b" and facts.control is not None and facts.results["b"].accuracy is not None
+    assert set(facts.controls) == {"b"} and facts.results["b"].accuracy is not None
 
 
-def test_a_reference_that_fails_leaves_nothing_to_trust(made: Made, tmp_path: Path) -> None:
-    bundles = {"a": copy_of(made, "onnxruntime-int8", tmp_path / "a"), "b": made.bundles["onnxruntime-float32"]}
+def test_a_control_that_fails_leaves_nothing_to_trust(made: Made, tmp_path: Path) -> None:
+    bundles = {"a": copy_of(made, "onnxruntime-float32", tmp_path / "a"), "b": made.bundles["onnxruntime-int8"]}
     with listening(Breaker(tmp_path / "a" / "model.onnx", "round 2, a", mends="never said")):
         facts = bench(order_of(bundles, made), bundles, made.dataset, tmp_path / "out").facts
-    assert facts.reference is None and facts.control is None and facts.trusted is False
+    assert facts.controls == {} and facts.results["b"].trust.word == "invalid"
     assert facts.results["a"].failed and len(facts.results["b"].latency_p50_by_process_ms) == 2
 
 
@@ -439,6 +462,7 @@ from kdpipe.core.kinds import Bundle
 from kdpipe.data.dataset import Dataset
 from kdpipe.devices.bench import bench
 from kdpipe.devices.session import bench_config
+from kdpipe.devices.trust import control_name
 plan, data, out, *folders = sys.argv[1:]
 bundles, dataset = {Path(folder).name: Bundle.open(folder) for folder in folders}, Dataset.open(data)
 bench(Order("bench", bench_config(BenchPlan.model_validate_json(plan)), {**bundles, "data": dataset}), bundles,
@@ -490,7 +514,7 @@ def test_a_killed_session_goes_on_where_it_was(made: Made, killed, tmp_path: Pat
         assert process["samples"]["latency_ns"] == raw(finished, process["name"])[process["round"]], "to the nanosecond"
     facts = finished.facts
     assert facts.order_seed == before["order_seed"] and len(facts.pauses_seconds) == 1
-    assert all(len(raw(finished, name)) == 2 for name in [*killed[1], CONTROL])
+    assert all(len(raw(finished, name)) == 2 for name in [*killed[1], control_name(next(iter(killed[1])))])
     assert facts.results[next(iter(killed[1]))].accuracy.value == made.student.facts.test_accuracy
     assert not (tmp_path / "copy" / "out" / "resume").exists()
 

@@ -14,7 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import SMALL_RECIPE, Made, assert_one_line, command, flip_a_byte, kdpipe, kdpipe_process
+from conftest import (
+    SMALL_RECIPE,
+    Made,
+    assert_one_line,
+    command,
+    flip_a_byte,
+    kdpipe,
+    kdpipe_process,
+    rewrite_manifest,
+)
+
+from kdpipe import cli
+from kdpipe.core.errors import ExitCode
 
 HEAVY = (
     "torch",
@@ -34,9 +46,9 @@ HEAVY = (
 # Runs the command line and then tells which modules it loaded.
 LOADED = """
 import sys
-from kdpipe.cli import app
+from kdpipe.cli import main
 try:
-    app(standalone_mode=False)
+    main()
 finally:
     print("LOADED", *sys.modules)
 """
@@ -44,7 +56,7 @@ finally:
 
 def run_and_list_modules(*arguments: object) -> tuple[subprocess.CompletedProcess[str], set[str]]:
     done = subprocess.run(
-        [sys.executable, "-c", LOADED, *map(str, arguments)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", LOADED, *map(str, arguments)], capture_output=True, text=True, check=False
     )
     return done, set(done.stdout.partition("LOADED")[2].split())
 
@@ -64,6 +76,7 @@ def test_sealed_runs_import_nothing_heavy(made: Made, tmp_path: Path) -> None:
     begun = time.monotonic()
     done, loaded = run_and_list_modules("run", tmp_path / "small.yaml", "--artifacts", made.chain.folder)
     assert time.monotonic() - begun < 3
+    assert done.returncode == ExitCode.UNTRUSTED, "of two rounds no latency can be trusted"
     assert not loaded & (set(HEAVY) - {"numpy"})
     assert "0 done now" in done.stdout
     assert done.stderr.count("sealed") == len(made.chain.steps)
@@ -77,6 +90,76 @@ def test_run_as_json(made: Made, tmp_path: Path) -> None:
     assert Path(answer["report"]).is_file()
     assert set(answer["bundles"]) == set(made.bundles)
     assert {row["name"] for row in answer["numbers"]["bundles"]} == set(made.bundles)
+
+
+def test_a_run_measures_once_and_again_when_it_is_told_to(made: Made, tmp_path: Path) -> None:
+    """Untrusted, it says so with the cure and exits 75; the page counts the attempts."""
+    folder = made.chain.folder
+    small = {"rounds": 2, "seconds": 0.011, "min_samples": 5}
+    path = recipe(tmp_path, export={"targets": ["onnxruntime"]}, quantize=None, bench=small)
+    seen: list[Path] = []
+    for arguments in ([], [], ["--again", "bench"]):
+        done = kdpipe("run", path, "--artifacts", folder, "--json", *arguments)
+        assert_one_line(done, 75, "onnxruntime-float32 is noisy;", f"{path} --again bench")
+        [line] = [line for line in done.stderr.splitlines() if line.startswith("measurement")]
+        assert ("sealed" in line) == (len(seen) == 1)
+        seen.append(Path(line.split()[-1]))
+        trust = json.loads(done.stdout)["numbers"]["trust"]
+        assert (trust["attempt"], trust["attempts"]) == (len(set(seen)), len(set(seen)))
+    assert seen[0] == seen[1] and [each.name[-2:] for each in seen] == ["-1", "-1", "-2"]
+    done = kdpipe("run", path, "--artifacts", folder, "--again", "data")
+    assert_one_line(done, 2, "unknown stage to do again 'data', wanted bench")
+
+
+def test_the_demo_says_what_cannot_be_trusted_and_exits_0(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The demo command with the small recipe in the place of its own: of two rounds nothing can be trusted."""
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "digits.yaml").write_text(yaml.safe_dump(SMALL_RECIPE))
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "cli.py"))
+    done = kdpipe("demo", "--artifacts", made.chain.folder)
+    assert done.returncode == 0 and "0 done now" in done.stdout
+    last = done.stderr.splitlines()[-1]
+    assert "tflite-float32" in last and last.endswith("measure again on a quiet machine: kdpipe demo --again bench")
+
+
+def test_every_measurement_is_an_attempt_and_the_last_trusted_one_is_reported(made: Made, tmp_path: Path) -> None:
+    bundles = [made.bundles[name].path for name in ("onnxruntime-float32", "onnxruntime-int8")]
+    folder, data = tmp_path / "attempts", made.dataset.path
+    settings = ["--device", "null", "--rounds", 2, "--seconds", 0.01, "--min-samples", 5, "--data", data]
+    (folder / "of-something-else").mkdir(parents=True)
+    (folder / "of-something-else" / "manifest.json").write_text("[]")
+    for number in (1, 2, 3):
+        done = kdpipe("bench", *bundles, *settings, "--out", folder / str(number), "--json")
+        assert_one_line(done, 75, "are invalid: an emulated device says nothing about the hardware")
+        manifest = json.loads((folder / str(number) / "manifest.json").read_text())
+        assert manifest["config"]["attempt"] == number
+    shutil.rmtree(folder / "of-something-else")
+    assert_one_line(kdpipe("bench", *bundles, *settings, "--out", folder / "3"), 2, "exists already")
+
+    def reported(number: int, *options: object) -> tuple[str, dict[str, object]]:
+        done = kdpipe("report", folder / str(number), *options, "--json")
+        assert done.returncode == 0, done.stderr
+        report = Path(json.loads(done.stdout)["artifact"])
+        return done.stderr, json.loads((report / "report.json").read_text())["trust"]
+
+    talk, trust = reported(1)
+    assert f"{folder / '3'} is taken" in talk
+    assert (trust["attempt"], trust["attempts"], trust["word"]) == (3, 3, "invalid")
+
+    def believe(value: dict) -> None:
+        for result in value["facts"]["results"].values():
+            result["trust"] = {"word": "trusted", "reason": ""}
+
+    rewrite_manifest(folder / "2", believe)
+    talk, trust = reported(3)
+    assert f"{folder / '2'} is taken" in talk
+    assert (trust["attempt"], trust["attempts"], trust["word"]) == (2, 3, "trusted")
+    # Another setting is another session.
+    kdpipe("bench", *bundles, *settings, "--threads", 1, "--out", folder / "other")
+    talk, trust = reported("other")  # type: ignore[arg-type]
+    assert "is taken" not in talk and (trust["attempt"], trust["attempts"]) == (1, 1)
 
 
 @pytest.fixture(scope="session")

@@ -67,7 +67,7 @@ def test_readers_of_files_raise_one_kind_of_error(made: Made, tmp_path: Path) ->
     ]
     for source, refusal, read in readers:
         whole, copy = source.read_bytes(), tmp_path / source.name
-        for _ in range(1000):
+        for _ in range(FLIPS):
             content = bytearray(whole)
             for _ in range(int(generator.integers(1, 4))):
                 start = int(generator.integers(len(content) if generator.integers(2) else min(256, len(content))))

@@ -23,10 +23,12 @@ from kdpipe.core.config import (
 from kdpipe.core.errors import UserError
 from kdpipe.core.inputs import InputSpec
 from kdpipe.core.kinds import BestEpoch
-from kdpipe.distill import losses
+from kdpipe.distill import loop, losses
 from kdpipe.distill.features import map_shapes, paired, stage_indices, stage_parameters
 from kdpipe.distill.methods import LABEL_LOSSES, METHODS, DistillationMethod, LogitMethod, StudentOutput, by_place
+from kdpipe.distill.ranks import Ranks
 from kdpipe.distill.teacher import Teacher, TeacherOutput
+from kdpipe.distill.trackers import Nothing
 from kdpipe.networks import models
 from kdpipe.pipeline import student_runs
 from kdpipe.runtime.task import TASKS
@@ -121,11 +123,11 @@ def test_any_student_learns_from_any_teacher(method: str, student: str) -> None:
         mine, its = network(student), network(teacher_name, seed=1)
         before = {name: tensor.clone() for name, tensor in its.state_dict().items()}
         task = Taught(DistillSettings(method=method), mine, its)
-        for phase in range(len(task.phases())):
+        for phase in range(len(task.phases(40, 10))):
             task.enter(phase)
             task.train()
             result = task(*batch())
-            assert ("output" in result) == task.phases()[phase].has_accuracy
+            assert ("output" in result) == task.phases(40, 10)[phase].has_accuracy
             assert "output" not in result or result["output"].shape == (8, 10)
             task.zero_grad()
             result["loss"].backward()
@@ -248,8 +250,8 @@ def test_networks_without_features_say_so() -> None:
 def test_stagewise_trains_one_stage_at_a_time() -> None:
     mine, its = network("test_resnet"), network("test_resnet", seed=1)
     task = Taught(DistillSettings(method="stagewise"), mine, its)
-    groups = stage_parameters(mine, 32, stage_indices(mine, ""))
-    for phase in range(len(task.phases())):
+    groups = stage_parameters(mine, 32, stage_indices(mine, "", with_stem=True))
+    for phase in range(len(task.phases(40, 10))):
         before = {name: tensor.clone() for name, tensor in mine.state_dict().items()}
         task.enter(phase)
         task.train()
@@ -281,15 +283,120 @@ def test_stagewise_loss_vanishes_for_the_teacher_itself() -> None:
     its = network("test_resnet")
     task = Taught(DistillSettings(method="stagewise"), network("test_resnet"), its)
     task.eval()
-    for phase in range(len(task.phases()) - 1):
+    for phase in range(len(task.phases(40, 10)) - 1):
         task.method._phase = phase
         assert task(*batch())["loss"].item() == pytest.approx(0, abs=1e-10)
 
 
-def test_stagewise_costs_what_the_others_cost() -> None:
-    config = validated(DistillSettings, {"method": "stagewise", "train": {"epochs": 43}}, "test")
-    task = Taught(config, network("test_resnet"), network("test_resnet"))
-    assert sum(phase.epochs for phase in task.phases()) == 43
+@pytest.mark.parametrize(("epochs", "steps_per_epoch"), [(1, 7), (3, 15), (43, 1), (6, 351)])
+def test_stagewise_costs_what_the_others_cost(epochs: int, steps_per_epoch: int) -> None:
+    """Few epochs or many: the phases share the steps, to within one."""
+    task = Taught(DistillSettings(method="stagewise"), network("test_resnet"), network("test_resnet"))
+    phases = task.phases(epochs * steps_per_epoch, steps_per_epoch)
+    assert [phase.name for phase in phases] == ["stem", "stage 1", "stage 2", "stage 3", "stage 4", "head"]
+    steps = [phase.steps for phase in phases]
+    assert sum(steps) == epochs * steps_per_epoch and max(steps) - min(steps) <= 1
+    with pytest.raises(UserError, match=r"shares 5 step\(s\) between 6 phases: wanted one each"):
+        task.phases(5, 5)
+
+
+def test_stagewise_may_have_epochs_of_its_own() -> None:
+    config = validated(DistillSettings, {"method": "stagewise", "stagewise": {"epochs": 2}}, "test")
+    phases = Taught(config, network("test_resnet"), network("test_resnet")).phases(60, 15)
+    assert [phase.steps for phase in phases] == 6 * [30]
+
+
+def test_the_stem_is_a_stage_where_there_is_one() -> None:
+    its = network("test_resnet")
+    task = Taught(DistillSettings(method="stagewise"), network("test_resnet"), its)
+    assert task.method._stages[0] == ["conv1.0.weight", "conv1.1.weight", "conv1.1.bias", *task.method._stages[0][3:]]
+    assert not any(name.startswith("layer") for name in task.method._stages[0])
+    # A network that gives no map of its stem learns it with its first stage.
+    for other in ("test_convnext", "resnet8"):
+        phases = Taught(DistillSettings(method="stagewise"), network(other), its).phases(60, 10)
+        assert phases[0].name == "stage 1"
+
+
+def test_stagewise_ends_phases_within_an_epoch(made: Made, tmp_path: Path) -> None:
+    """Three epochs asked are three epochs given, whatever the number of phases."""
+    import json
+
+    values = {"model": "test_resnet", "input": {"size": 32}, "label_fraction": 0.2, "method": "stagewise"}
+    values["train"] = {**SMALL_TRAIN, "epochs": 3, "batch_size": 32}
+    done = train(validated(TrainConfig, values, "test"), made.dataset, made.teacher, tmp_path / "student")
+    control = {**values, "method": "labels"}
+    alone = train(validated(TrainConfig, control, "test"), made.dataset, None, tmp_path / "control")
+    assert (done.facts.epochs, done.facts.steps) == (alone.facts.epochs, alone.facts.steps) == (3, 3 * 8)
+    rows = [json.loads(line) for line in done.file("history.jsonl").read_text().splitlines()]
+    assert [(row["epoch"], row["phase"]) for row in rows] == [
+        (1, "stem"), (1, "stage 1"), (2, "stage 2"), (2, "stage 3"), (3, "stage 4"), (3, "head")
+    ]  # fmt: skip
+    assert all(0 < row["loss"] < 10 for row in rows)
+
+
+def begun(made: Made, method: str, epochs: int = 3, steps_per_epoch: int = 10, **train: object) -> loop.Run:
+    """A run in its first step."""
+    config = validated(
+        TrainConfig,
+        {"model": "resnet8", "input": {"size": 32}, "method": method, "train": {"epochs": epochs, **train}},
+        "test",
+    )
+    student, spec = models.create(config, 10)
+    teacher = Teacher(network("test_resnet"), SPEC, spec)
+    made_now = METHODS[method](config, student, spec, teacher)
+    steps = epochs * steps_per_epoch
+    run = loop.Run(config, made_now, made.dataset, spec, steps, steps_per_epoch, Ranks(), None, Nothing())
+    run.begin()
+    return run
+
+
+@pytest.mark.parametrize("decay_all", [False, True])
+@pytest.mark.parametrize("method", ["hint", "deep_supervision"])
+def test_one_rule_of_decay(made: Made, method: str, decay_all: bool) -> None:
+    """What is trained beside the network is decayed as the network is: biases and norms or neither."""
+    run = begun(made, method, optimizer="momentum", weight_decay=0.01, decay_all=decay_all)
+    decay = {id(each): group["weight_decay"] for group in run._optimizer.param_groups for each in group["params"]}
+    parameters = dict(run.method.student.named_parameters())
+    assert len(decay) == len(parameters)
+    assert any(name.startswith("auxiliaries") and each.ndim == 1 for name, each in parameters.items())
+    for name, parameter in parameters.items():
+        assert decay[id(parameter)] == (0.01 if decay_all or parameter.ndim > 1 else 0), name
+
+
+def rates(run: loop.Run, steps: int) -> list[float]:
+    found = []
+    for at in range(steps):
+        run._schedule.step_update(at)
+        found.append(run._optimizer.param_groups[0]["lr"])
+    return found
+
+
+def test_a_warm_up_of_few_epochs_is_one(made: Made) -> None:
+    found = rates(begun(made, "labels", epochs=3, learning_rate=0.1, warmup_epochs=4), 30)
+    assert found[0] == pytest.approx(0.001)
+    assert found[:8] == sorted(found[:8]) and found[7] == max(found), "a quarter of the steps"
+    assert found[7:] == sorted(found[7:], reverse=True)
+    # Where it is no more than a quarter, it is what was asked for.
+    found = rates(begun(made, "labels", epochs=10, learning_rate=0.1, warmup_epochs=1), 100)
+    assert found[9] < found[10] > found[11]
+
+
+def test_milestones_are_ends_of_epochs(made: Made) -> None:
+    settings = {"schedule": "multistep", "milestones": [2, 3], "warmup_epochs": 0, "learning_rate": 1.0}
+    found = rates(begun(made, "labels", epochs=4, **settings), 40)
+    assert found == pytest.approx(20 * [1.0] + 10 * [0.1] + 10 * [0.01])
+
+
+@pytest.mark.parametrize("name", ["kd-cifar", "dkd", "dist"])
+def test_recipes_of_the_cifar_protocol_keep_it(made: Made, name: str) -> None:
+    """Plain momentum, everything decayed, every training image: else no figure compares with the literature's."""
+    recipe = read_recipe(ROOT / "recipes" / f"{name}.yaml")
+    assert recipe.data.val_fraction == 0
+    for settings in (recipe.teacher.train, recipe.distill.train):
+        run = begun(made, "labels", **settings.model_dump())
+        assert type(run._optimizer) is torch.optim.SGD
+        for group in run._optimizer.param_groups:
+            assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, False, 5e-4)
 
 
 RUNS = [{"method": method} for method in METHODS] + [

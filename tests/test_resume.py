@@ -34,10 +34,10 @@ dataset, teacher = Dataset.open(sys.argv[2]), Checkpoint.open(sys.argv[3])
 train(train_order(config, dataset, teacher), dataset, teacher, Path(sys.argv[4]))
 """
 
-# Dropout, averaging, mixing, phases: everything that has a state.
+# Dropout, averaging, mixing, phases that end within an epoch: everything that has a state.
 RUNS = {
     "kd": {"method": "kd", "model_args": {"drop_rate": 0.3}, "train": {"average": 0.9, "mixup": 0.2, "select": "best"}},
-    "stagewise": {"method": "stagewise", "stagewise": {"epochs": 1, "handover": "best"}},
+    "stagewise": {"method": "stagewise", "stagewise": {"handover": "best"}},
     "shuffled": {
         "method": "dkd",
         "shuffled_teacher": True,

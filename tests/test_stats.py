@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdpipe.core import stats
+from kdpipe.runtime.task import TASKS
 
 
 @pytest.mark.parametrize(
@@ -79,3 +80,47 @@ def test_mean_and_ratio_by_hand() -> None:
     assert ratio.value == pytest.approx(4)
     with pytest.raises(ValueError, match="positive"):
         stats.ratio_interval([0.0], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "answer"),
+    [
+        (0.0, -0.4, 0.4, "holds"),
+        (-0.3, -0.5, -0.1, "holds"),  # the bound itself is allowed
+        (-0.3, -0.6, 0.0, "cannot tell"),
+        (-0.8, -1.6, 0.0, "cannot tell"),
+        (-0.8, -1.0, -0.6, "fails"),
+    ],
+)
+def test_no_worse_is_decided_by_the_whole_interval(value: float, low: float, high: float, answer: str) -> None:
+    found = stats.no_worse(stats.Interval(value / 100, low / 100, high / 100, 1000), 0.5)
+    assert found.answer == answer
+    assert found.drop_points == pytest.approx(-value) and found.possible_points == pytest.approx(-low)
+    assert found.detectable_points == pytest.approx((high - low) / 2)
+    assert (found.images_needed is not None) == (answer == "cannot tell")
+
+
+def test_no_worse_without_an_interval_cannot_tell() -> None:
+    found = stats.no_worse(stats.Interval(0.0, None, None, 3), 0.5)
+    assert (found.answer, found.images_needed, found.possible_points) == ("cannot tell", None, None)
+    assert found.words() == "0.00 points by the point value"
+
+
+def test_the_images_that_would_tell() -> None:
+    """With 3 % of the images changing, half a point takes 4,600: 1.96^2 * 0.03 / 0.005^2."""
+    task, before = TASKS["classification"], np.ones(2000, dtype=bool)
+    before[:30] = False
+    change = task.change(before, np.roll(before, 30))
+    assert (change.lost, change.won) == (30, 30)
+    found = stats.no_worse(stats.Interval(change.difference, change.low, change.high, change.n), 0.5)
+    assert found.answer == "cannot tell" and found.images_needed in (4600, 4700)
+    # With so many the same change is told.
+    before = np.ones(4700, dtype=bool)
+    before[:70] = False
+    change = task.change(before, np.roll(before, 70))
+    assert stats.no_worse(stats.Interval(change.difference, change.low, change.high, change.n), 0.5).answer == "holds"
+
+
+@pytest.mark.parametrize(("count", "rounded"), [(1.2, 2), (9, 9), (11, 11), (101, 110), (4601, 4700), (4600, 4600)])
+def test_forecasts_have_two_digits(count: float, rounded: int) -> None:
+    assert stats.rounded_up(count) == rounded

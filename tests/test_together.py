@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from kdpipe.chain import Chain, train_order
 from kdpipe.core.artifact import Order
 from kdpipe.core.config import DistillPlan, InputSettings, ModelSettings, TrainConfig, control_of, validated
 from kdpipe.core.errors import UserError
+from kdpipe.distill import loop
 from kdpipe.distill.teacher import Teacher
 from kdpipe.distill.train import companions
 from kdpipe.pipeline import student_runs
@@ -22,7 +24,7 @@ STUDENTS: list[dict[str, object]] = [
     {"method": "kd", "model_args": {"drop_rate": 0.3}},
     {"method": "dkd", "shuffled_teacher": True, "train": {"epochs": 2}},
     {"method": "hint", "model": "resnet8"},
-    {"method": "stagewise", "stagewise": {"epochs": 1}},
+    {"method": "stagewise"},
     {"method": "kd", "train": {"learning_rate": 0.1, "optimizer": "sgd"}},
 ]
 
@@ -93,6 +95,63 @@ def test_a_plan_names_its_students_and_their_controls() -> None:
     assert control_of(unbalanced) == TrainConfig(model="x", method="labels")
 
 
+def test_a_student_that_changes_the_method_has_its_own_weights() -> None:
+    students = {
+        "hint": {"method": "hint"},
+        "half": {"method": "at", "kd_weight": 500},
+        "dist": {"method": "dist", "label_weight": 0.5},
+        "hotter": {"temperature": 20},
+        "again": {"method": "kd", "kd_weight": 0.5},
+    }
+    plan = validated(DistillPlan, {"label_weight": 0.1, "kd_weight": 0.9, "students": students}, "test")
+    runs = student_runs(ModelSettings(model="test_resnet"), plan)
+    weights = {name: (run.label_weight, run.kd_weight) for name, run in runs.items() if run.needs_teacher}
+    assert weights == {
+        "student-kd-seed0": (0.1, 0.9),
+        "student-hint-seed0": (1.0, None),  # the method's own, which is 100
+        "student-half-seed0": (1.0, 500),
+        "student-dist-seed0": (0.5, None),
+        "student-hotter-seed0": (0.1, 0.9),
+        "student-again-seed0": (0.1, 0.5),
+    }
+
+
+def test_a_control_may_have_epochs_of_its_own() -> None:
+    plan = validated(DistillPlan, {"control_epochs": 9, "train": {"epochs": 60}}, "test")
+    runs = student_runs(ModelSettings(model="test_resnet"), plan)
+    assert {name: run.train.epochs for name, run in runs.items()} == {"student-labels-seed0": 9, "student-kd-seed0": 60}
+    # One serves all students; those of as many steps as with unlabelled images follow each student's own.
+    longer = plan.model_copy(update={"students": {"long": {"train": {"epochs": 90}}}})
+    controls = [
+        run for run in student_runs(ModelSettings(model="x"), longer, unlabeled=True).values() if not run.needs_teacher
+    ]
+    assert [(run.train.epochs, run.steps_as_unlabeled) for run in controls] == [(9, False), (60, True), (90, True)]
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["together", "one after another"])
+def test_precision_is_chosen_once(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool) -> None:
+    """A method and its control are trained in one precision, also if the control is made anew another day."""
+    timed = []
+    fastest = loop.fastest
+    monkeypatch.setattr(loop, "fastest", lambda *arguments: timed.append(1) or fastest(*arguments))
+    values = {"label_fraction": 0.05, "train": {**SMALL_TRAIN, "epochs": 1, "precision": "auto"}}
+    student = ModelSettings(model="test_resnet", input=InputSettings(size=32))
+    runs = student_runs(student, validated(DistillPlan, values, "test"))
+    done = Chain(tmp_path).train_all(runs, made.dataset, made.teacher, together)
+    control, taught = done["student-labels-seed0"], done["student-kd-seed0"]
+    assert len(timed) == 1
+    assert control.facts.precision == taught.facts.precision and len(control.facts.precision.seconds_a_step) == 4
+    shutil.rmtree(control.path)
+    again = Chain(tmp_path).train_all(runs, made.dataset, made.teacher, together)["student-labels-seed0"]
+    assert len(timed) == 1 and again.facts.precision == taught.facts.precision
+    # What cannot be read is chosen anew.
+    [remembered] = (tmp_path / ".precisions").iterdir()
+    remembered.write_text('{"name": "int3"}')
+    shutil.rmtree(again.path)
+    Chain(tmp_path).train_all(runs, made.dataset, made.teacher, together)
+    assert len(timed) == 2
+
+
 @pytest.mark.parametrize(
     ("students", "message"),
     [
@@ -103,6 +162,7 @@ def test_a_plan_names_its_students_and_their_controls() -> None:
         ({"a": {"train": {"epoch": 4}}}, r"distill.students.a.train: unknown key 'epoch'; did you mean 'epochs'"),
         ({"a": {"method": "kdd"}}, r"distill.students.a: 'method'"),
         ({"kd": {}}, r"distill.students: the name 'kd' is taken"),
+        ({"steps": {}}, r"distill.students: the name 'steps' is taken"),
     ],
 )
 def test_mistaken_students_are_named(students: dict[str, dict[str, object]], message: str) -> None:

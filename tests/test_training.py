@@ -8,8 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,10 +35,16 @@ from kdpipe.core.errors import UserError
 from kdpipe.core.inputs import InputSpec
 from kdpipe.core.kinds import Checkpoint
 from kdpipe.core.proc import children_signal_kept
-from kdpipe.data.dataset import UNLABELED
+from kdpipe.data.dataset import UNLABELED, Sample
+from kdpipe.distill import loop
+from kdpipe.distill import precision as precisions
 from kdpipe.distill import train as trainer
 from kdpipe.distill.methods import METHODS
-from kdpipe.distill.views import EpochBatches, TrainingImages, TrainingViews, training_images
+from kdpipe.distill.precision import Choices
+from kdpipe.distill.ranks import Ranks
+from kdpipe.distill.teacher import Teacher
+from kdpipe.distill.trackers import Nothing
+from kdpipe.distill.views import EpochBatches, TrainingImages, TrainingView, TrainingViews, training_images
 from kdpipe.networks import models
 
 SPEC = InputSpec(size=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), crop_fraction=1.0, interpolation="bicubic")
@@ -220,6 +228,106 @@ def test_divergence_is_refused(made: Made, tmp_path: Path, precision: str, cure:
     assert not list(tmp_path.iterdir())
 
 
+# ---- a device that works on while nobody asks it ------------------------------------------------------------
+
+
+class NoImages:
+    """A data set of which the loop asks no image."""
+
+    facts = SimpleNamespace(task="classification")
+
+    def samples(self, part: str) -> list[Sample]:
+        return []
+
+
+# ``rkd`` turns autocast off by itself, which torch does not know of on this device.
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "rkd"])
+def test_a_step_waits_for_nothing(method: str) -> None:
+    """On the meta device, whose tensors have no values: whatever looked at one would be stopped.
+
+    The teacher is on the device before a method looks at it, as in training.
+    """
+    settings = {"epochs": 4, "clip_gradient": 1.0, "decay_all": True}
+    config = small(method=method, train=settings, shuffled_teacher=True, standardize_logits=True)
+    (student, spec), (other, _) = models.create(config, 10), models.create(config, 10)
+    teacher = Teacher(other, spec, spec).to("meta")
+    ranks = Ranks(device="meta")
+    made_now = METHODS[method](config, student, spec, teacher, all_labeled=True)
+    teacher.wanted.update(made_now.teacher_indices)
+    steps = 40 * loop.READ_EVERY  # so many that no phase ends in those that are made
+    run = loop.Run(config, made_now, NoImages(), spec, steps, steps // 4, ranks, None, Nothing())  # type: ignore[arg-type]
+    run.begin()
+    run.begin_epoch()
+    labels = torch.arange(8)
+    view = TrainingView(torch.zeros(8, 3, 32, 32), labels, labels, [torch.zeros(8, dtype=torch.int64), labels])
+    for _ in range(2):
+        assert run.learn(loop.Batch(view, 8, ranks, teacher)) == ""
+    with pytest.raises(RuntimeError, match="meta"):
+        run.end_epoch()  # where what waits is read
+
+
+class ReadLate(loop.Tally):
+    """On a CPU, as on a device that is not asked after every step."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)  # type: ignore[arg-type]
+        self._interval = loop.READ_EVERY
+
+
+def test_reading_late_changes_nothing(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small(method="stagewise", label_fraction=0.3, train={**SMALL_TRAIN, "epochs": 4, "checkpoint_seconds": 0})
+    found = []
+    for tally in (loop.Tally, ReadLate):
+        monkeypatch.setattr(loop, "Tally", tally)
+        done = train(config, made.dataset, made.teacher, tmp_path / tally.__name__)
+        rows = [json.loads(line) for line in done.file("history.jsonl").read_text().splitlines()]
+        found.append(([{**row, "images_per_second": 0} for row in rows], done.file("model.safetensors").read_bytes()))
+    assert found[0] == found[1]
+
+
+def test_divergence_is_told_where_it_began(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However late it is read, it is the epoch and the batch of the first loss that was not finite."""
+    settings = {**SMALL_TRAIN, "optimizer": "sgd", "learning_rate": 1e12, "checkpoint_seconds": 0}
+    told = []
+    for tally in (loop.Tally, ReadLate):
+        monkeypatch.setattr(loop, "Tally", tally)
+        with pytest.raises(UserError, match="loss became") as caught:
+            train(small(method="labels", label_fraction=1, train=settings), made.dataset, None, tmp_path / "student")
+        told.append(str(caught.value))
+    assert told[0] == told[1]
+
+
+def test_no_state_holds_what_was_not_read(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = []
+    save = loop.Run._save
+    monkeypatch.setattr(loop, "Tally", ReadLate)
+    monkeypatch.setattr(loop.Run, "_save", lambda run: saved.append((run.step, run._tally.is_empty)) or save(run))
+    settings = {**SMALL_TRAIN, "epochs": 1, "batch_size": 8, "checkpoint_seconds": 0}
+    train(small(method="labels", label_fraction=0.3, train=settings), made.dataset, None, tmp_path / "student")
+    assert saved == [(loop.READ_EVERY * (at + 1), True) for at in range(len(saved))] and len(saved) > 1
+
+
+def test_batches_for_a_device_are_pinned(made: Made) -> None:
+    """From pinned memory a device fetches by itself; a CPU has nothing to fetch."""
+    config = small(train={**SMALL_TRAIN, "epochs": 1})
+    for device, pinned in (("cpu", False), ("cuda:0", True)):
+        views = TrainingViews(some(made, 40), config.train, SPEC, 10, seed=5)
+        lockstep = loop.Lockstep(views, config, Ranks(device=device), None, Choices(None, "", "cpu"))
+        assert lockstep._loader.pin_memory is pinned
+
+
+def test_a_timed_step_is_one_that_the_device_has_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock is read after the device was waited for, before a step and behind it."""
+    events: list[str] = []
+    clock = time.perf_counter
+    monkeypatch.setattr(torch.cpu, "synchronize", lambda: events.append("wait"))
+    monkeypatch.setattr(precisions.time, "perf_counter", lambda: events.append("clock") or clock())
+    chosen = precisions.fastest(nn.Linear(2, 2), lambda *_: events.append("step"), "cpu")
+    rounds = (1 + precisions.TIMED_STEPS) * len(precisions.CANDIDATES)
+    assert events == rounds * ["wait", "clock", "step", "wait", "clock"]
+    assert len(chosen.seconds_a_step) == len(precisions.CANDIDATES)
+
+
 def test_half_precision_trains(made: Made, tmp_path: Path) -> None:
     """With float16 and scaled gradients a student learns about as well as in float32."""
     accuracies = []
@@ -267,7 +375,8 @@ def test_a_teacher_of_two_classes_has_no_dkd(photos: Path, tmp_path: Path) -> No
     from test_data import prepared
 
     dataset = prepared(tmp_path, source=str(photos))
-    values = {"model": "test_resnet", "input": {"size": 32}, "train": {**SMALL_TRAIN, "epochs": 1}}
+    # One step an epoch: as many as stagewise has phases.
+    values = {"model": "test_resnet", "input": {"size": 32}, "train": {**SMALL_TRAIN, "epochs": 6}}
     alone = train(validated(TrainConfig, {**values, "method": "labels"}, "test"), dataset, None, tmp_path / "teacher")
     for method in METHODS:
         config = validated(TrainConfig, {**values, "method": method}, "test")

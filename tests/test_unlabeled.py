@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,23 @@ from conftest import SMALL_TRAIN, train
 from test_methods import Taught, batch, network
 
 from kdpipe.chain import Chain
-from kdpipe.core.config import DataPlan, DistillSettings, TeacherPlan, TrainConfig, validated
+from kdpipe.core.config import (
+    DataPlan,
+    DistillPlan,
+    DistillSettings,
+    InputSettings,
+    ModelSettings,
+    TeacherPlan,
+    TrainConfig,
+    validated,
+)
 from kdpipe.core.errors import UserError
 from kdpipe.core.kinds import Checkpoint
 from kdpipe.data.dataset import UNLABELED, Dataset
 from kdpipe.distill.methods import METHODS, label_loss
+from kdpipe.pipeline import student_runs
+from kdpipe.report.tables import distillation_gains
+from kdpipe.report.words import gain_sentence
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +64,42 @@ def test_labels_alone_leave_them_out(semi: tuple[Dataset, Checkpoint], tmp_path:
     dataset, teacher = semi
     done = train(configuration(method="labels"), dataset, teacher, tmp_path / "student")
     assert done.facts.unlabeled_images == 0
+
+
+def test_a_control_of_as_many_steps(semi: tuple[Dataset, Checkpoint], tmp_path: Path) -> None:
+    """Labels alone make fewer steps an epoch; a second control repeats its images until it made as many."""
+    dataset, teacher = semi
+    plan = validated(DistillPlan, {"label_fraction": 0.05, "train": {**SMALL_TRAIN, "epochs": 2}}, "test")
+    runs = student_runs(ModelSettings(model="test_resnet", input=InputSettings(size=32)), plan, unlabeled=True)
+    assert list(runs) == ["student-labels-seed0", "student-labels-steps-seed0", "student-kd-seed0"]
+    done = Chain(tmp_path).train_all(runs, dataset, teacher, together=True)
+    alone, matched, taught = done.values()
+    assert alone.facts.steps == 2 < matched.facts.steps == taught.facts.steps == 2 * 6
+    assert alone.facts.training_images == matched.facts.training_images and matched.facts.unlabeled_images == 0
+    rows = [json.loads(line) for line in matched.file("history.jsonl").read_text().splitlines()]
+    assert len(rows) == matched.facts.epochs == 12 and rows[-1]["loss"] < rows[0]["loss"]
+    # The gain is told against each, with the steps.
+    gains = distillation_gains({"teacher": teacher, **done})
+    assert [(gain["method"], gain["control_steps"], gain["steps"]) for gain in gains] == [("kd", 2, 12), ("kd", 12, 12)]
+    assert "; 12 steps against 2)" in gain_sentence(gains[0]) and "against 12" not in gain_sentence(gains[1])
+    for gain, control in zip(gains, (alone, matched), strict=True):
+        assert gain["seeds"][0]["labels_accuracy"] == control.facts.test_accuracy
+
+
+def test_a_control_is_that_of_its_student(semi: tuple[Dataset, Checkpoint], tmp_path: Path) -> None:
+    """With students of other lengths, each is compared with labels of its own; with control_epochs with those."""
+    _, teacher = semi
+    for control_epochs, expected in ((None, [(2, 2), (1, 1)]), (3, [(2, 3), (1, 3)])):
+        values = {"label_fraction": 0.1, "students": {"short": {"method": "dkd", "train": {"epochs": 1}}}}
+        values |= {"control_epochs": control_epochs, "train": {**SMALL_TRAIN, "epochs": 2}}
+        plain = Chain(tmp_path).data(DataPlan(source="digits", test_split=None))
+        runs = student_runs(
+            ModelSettings(model="test_resnet", input=InputSettings(size=32)), validated(DistillPlan, values, "test")
+        )
+        done = Chain(tmp_path / str(control_epochs)).train_all(runs, plain, teacher, together=True)
+        gains = distillation_gains({"teacher": teacher, **done})
+        steps = done["student-short-seed0"].facts.steps  # of an epoch
+        assert [(gain["steps"] / steps, gain["control_steps"] / steps) for gain in gains] == expected
 
 
 @pytest.mark.parametrize("train_change", [{}, {"mixup": 0.2, "cutmix": 1.0}], ids=["plain", "mixed"])

@@ -1,0 +1,240 @@
+"""Which latencies may be believed: the rules by hand, and what they say in simulated sessions.
+
+The simulations are seeded; a session has eight bundles of three targets and six rounds, and is judged by the function
+that judges real ones.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from kdpipe.core.config import BenchPlan
+from kdpipe.core.errors import ExitCode, GateFailed, KdpipeError, Untrusted, UserError
+from kdpipe.core.kinds import Result, Trust
+from kdpipe.core.stats import Interval, holm_levels, percentile_interval
+from kdpipe.devices.trust import assess, control_name, controlled, judge
+
+BUNDLES, ROUNDS, SESSIONS = 8, 6, 200
+NAMES = [f"t{at // 3}-{at % 3}" for at in range(BUNDLES)]
+TARGETS = {name: name[:2] for name in NAMES}
+FLOAT32 = {name: f"{name[:2]}-0" for name in NAMES}
+CONTROLS = controlled(TARGETS, FLOAT32)
+EVERYONE = [*NAMES, *map(control_name, dict.fromkeys(CONTROLS.values()))]
+RESOLUTION = BenchPlan().resolution
+MIDDLE = percentile_interval(np.arange(ROUNDS), 50)  # which of six values in order are the median and its interval
+
+Noise = Callable[[np.random.Generator], np.ndarray]  # factors [everyone, rounds]
+
+
+def independent(spread: float) -> Noise:
+    return lambda generator: np.exp(generator.normal(0, spread, (len(EVERYONE), ROUNDS)))
+
+
+def spikes(generator: np.random.Generator) -> np.ndarray:
+    """A tenth of the processes take about 40 % longer."""
+    shape = (len(EVERYONE), ROUNDS)
+    return independent(0.01)(generator) * np.where(generator.random(shape) < 0.1, 1 + 0.8 * generator.random(shape), 1)
+
+
+def wandering(generator: np.random.Generator) -> np.ndarray:
+    """Neighbours resemble each other: AR(1) of 5 % with 0.8 from one process to the next, in a shuffled order."""
+    at = np.stack([generator.permutation(len(EVERYONE)) for _ in range(ROUNDS)], 1) + np.arange(ROUNDS) * len(EVERYONE)
+    steps, level = generator.normal(0, 0.05 * 0.6, at.size), np.zeros(at.size)
+    for now in range(1, at.size):
+        level[now] = 0.8 * level[now - 1] + steps[now]
+    return np.exp(level[at])
+
+
+@dataclass
+class Found:
+    """Counts over the simulated sessions."""
+
+    words: Counter[str] = field(default_factory=Counter)
+    wholly_trusted: int = 0  # sessions
+    trusted_and_wrong: int = 0  # rows called trusted that are farther off than the resolution
+    differences: int = 0  # pairs
+    sessions_with_a_difference: int = 0
+
+
+def session(latencies: np.ndarray) -> dict:
+    """What is said of ``latencies`` [everyone, rounds]."""
+    rounds = {name: list(map(float, row)) for name, row in zip(EVERYONE, latencies, strict=True)}
+    results = {}
+    for name in NAMES:
+        value, low, high = (sorted(rounds[name])[int(at)] for at in (MIDDLE.value, MIDDLE.low, MIDDLE.high))
+        results[name] = Result(status="measured", latency_p50_ms=Interval(value, low, high, ROUNDS))
+    return assess(rounds, results, CONTROLS, FLOAT32, RESOLUTION)
+
+
+def simulate(noise: Noise, order_effect: float = 0.0, truth: np.ndarray | None = None) -> Found:
+    """Sessions of bundles that take ``truth`` ms.
+
+    Args:
+        order_effect: share by which all but the first of a target, controls too, are slower for where they stand.
+    """
+    generator, found = np.random.default_rng(0), Found()
+    truth = np.ones(BUNDLES) if truth is None else truth
+    of_everyone = np.array([truth[NAMES.index(name.removeprefix("control-"))] for name in EVERYONE])
+    late = np.array([name not in FLOAT32.values() for name in EVERYONE])
+    for _ in range(SESSIONS):
+        said = session((of_everyone * (1 + order_effect * late))[:, None] * noise(generator))
+        words = [said["results"][name].trust.word for name in NAMES]
+        found.words.update(words)
+        found.wholly_trusted += words == ["trusted"] * BUNDLES
+        for name, word, true in zip(NAMES, words, truth, strict=True):
+            value = said["results"][name].latency_p50_ms.value
+            found.trusted_and_wrong += word == "trusted" and max(value / true, true / value) > 1 + RESOLUTION
+        differences = sum(each.differ for each in said["comparisons"])
+        found.differences += differences
+        found.sessions_with_a_difference += differences > 0
+    return found
+
+
+@pytest.mark.parametrize("spread", [0.002, 0.01])
+def test_a_quiet_machine_is_trusted_though_order_matters(spread: float) -> None:
+    """A constant 0.5 % of order: the control is never "1" on a quiet machine, and need not be."""
+    found = simulate(independent(spread), order_effect=0.005)
+    assert found.wholly_trusted >= 0.95 * SESSIONS, found
+    assert found.sessions_with_a_difference <= 0.05 * SESSIONS, found
+
+
+@pytest.mark.parametrize("noise", [independent(0.15), independent(0.3)], ids=["15 %", "30 %"])
+def test_noisy_rows_are_not_trusted(noise: Noise) -> None:
+    found = simulate(noise)
+    assert found.words["trusted"] <= 0.05 * found.words.total(), found
+    assert found.sessions_with_a_difference <= 0.05 * SESSIONS, found
+
+
+@pytest.mark.parametrize(
+    "noise", [independent(0.03), independent(0.08), spikes, wandering], ids=["3 %", "8 %", "spikes", "wandering"]
+)
+def test_what_is_called_trusted_is_known_and_equals_stay_equal(noise: Noise) -> None:
+    found = simulate(noise)
+    assert found.trusted_and_wrong <= 0.05 * max(1, found.words["trusted"]), found
+    assert found.sessions_with_a_difference <= 0.05 * SESSIONS, found
+
+
+def test_what_differs_is_seen() -> None:
+    """The rules are not kept by saying nothing: steps of 5 % at 1 % of noise are told apart in nine pairs of ten."""
+    found = simulate(independent(0.01), truth=1.05 ** np.arange(BUNDLES))
+    assert found.differences >= 0.9 * SESSIONS * BUNDLES * (BUNDLES - 1) / 2, found
+    assert found.wholly_trusted >= 0.95 * SESSIONS, found
+
+
+def latencies(**rows: list[float]) -> np.ndarray:
+    """A quiet session of 1 ms but for ``rows``."""
+    generator = np.random.default_rng(1)
+    found = np.exp(generator.normal(0, 0.005, (len(EVERYONE), ROUNDS)))
+    for name, row in rows.items():
+        found[EVERYONE.index(name.replace("_", "-"))] = row
+    return found
+
+
+def test_one_wide_row_is_noisy_where_it_stands() -> None:
+    """Its target is told against it, so its ratios are wide too; the other targets are not touched."""
+    said = session(latencies(t1_0=[0.309, 12.0, 21.9, 11.0, 13.0, 12.5]))
+    words = {name: said["results"][name].trust for name in NAMES}
+    assert words["t1-0"].word == "noisy" and "p50 is known within a factor of" in words["t1-0"].reason
+    assert words["t1-1"].word == "noisy" and "the ratio to float32" in words["t1-1"].reason
+    assert {words[name].word for name in NAMES if not name.startswith("t1")} == {"trusted"}
+    assert not any(each.differ for each in said["comparisons"])
+
+
+def test_a_target_that_differs_from_itself_is_invalid() -> None:
+    said = session(latencies(control_t2_0=[1.3, 1.31, 1.29, 1.3, 1.3, 1.31]))
+    words = {name: said["results"][name].trust for name in NAMES}
+    assert words["t2-1"].word == "invalid" and "off by 2" in words["t2-1"].reason
+    assert words["t0-0"].word == "trusted"
+    assert 1.2 < said["controls"]["t2-0"].low < said["controls"]["t2-0"].high < 1.4
+
+
+def test_a_control_that_is_wide_says_noisy_of_its_target() -> None:
+    said = session(latencies(control_t0_0=[1.0, 1.3, 0.8, 1.2, 0.9, 1.1]))
+    assert said["results"]["t0-2"].trust.word == "noisy"
+    assert "A/A control" in said["results"]["t0-2"].trust.reason
+    assert said["results"]["t1-2"].trust.word == "trusted"
+
+
+STEADY, LOOSE = Interval(1.0, 0.99, 1.01, 6), Interval(1.0, None, None, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "control", "emulated", "wanted"),
+    [
+        ({}, STEADY, False, ("trusted", "")),
+        ({"over_float32": Interval(0.5, 0.49, 0.52, 6)}, STEADY, False, ("trusted", "")),
+        ({}, STEADY, True, ("invalid", "emulated")),
+        ({}, None, False, ("invalid", "not every process")),
+        ({"latency_p50_ms": None}, STEADY, False, ("invalid", "not every process")),
+        ({"latency_p50_ms": LOOSE}, STEADY, False, ("noisy", "p50 has no interval: 2 rounds are too few")),
+        ({"latency_p50_ms": Interval(1.0, 0.99, 1.12, 6)}, STEADY, False, ("noisy", "within 12 %, wanted 10 %")),
+        ({"latency_p50_ms": Interval(1.0, 0.8, 1.01, 6)}, STEADY, False, ("noisy", "within 25 %, wanted 10 %")),
+        (
+            {"over_float32": Interval(0.5, 0.4, 0.6, 6)},
+            STEADY,
+            False,
+            ("noisy", "ratio to float32 is known within 25 %"),
+        ),
+        ({"warm_up_settled": False}, STEADY, False, ("noisy", "warm-up did not settle")),
+        ({}, LOOSE, False, ("noisy", "control of its target has no interval")),
+        ({}, Interval(1.0, 0.8, 1.2, 6), False, ("noisy", "control of its target is known within 25 %")),
+        ({}, Interval(1.005, 1.003, 1.007, 6), False, ("trusted", "")),  # not 1, and within the resolution
+        ({}, Interval(1.05, 0.99, 1.12, 6), False, ("noisy", "may be off by 12 %")),
+        ({}, Interval(0.7, 0.69, 0.71, 6), False, ("invalid", "off by 40.8 % or more")),
+    ],
+)
+def test_the_word_on_a_row(
+    change: dict[str, object], control: Interval | None, emulated: bool, wanted: tuple[str, str]
+) -> None:
+    row = Result(status="measured", latency_p50_ms=STEADY).model_copy(update=change)
+    found: Trust = judge(row, control, 0.1, emulated=emulated)
+    assert found.word == wanted[0] and wanted[1] in found.reason and bool(found.reason) == bool(wanted[1])
+
+
+def test_rounds_in_which_one_failed_are_left_out_of_its_pairs() -> None:
+    rounds: dict[str, list[float | None]] = {name: [1.0, 1.01, 0.99, 1.0, 1.02, 1.0] for name in EVERYONE}
+    rounds["t0-1"] = [0.5, None, 0.5, None, 0.51, 0.49]
+    rounds["t0-2"] = [None, 1.0, None, None, None, None]  # no two rounds in common with t0-1
+    results = {name: Result(status="measured", latency_p50_ms=STEADY) for name in NAMES}
+    said = assess(rounds, results, CONTROLS, FLOAT32, RESOLUTION)
+    assert said["results"]["t0-1"].over_float32.n == 4
+    pairs = {(each.first, each.second): each for each in said["comparisons"]}
+    assert pairs["t0-0", "t0-1"].ratio.n == 4 and pairs["t0-0", "t0-1"].differ
+    assert ("t0-1", "t0-2") not in pairs and said["results"]["t0-2"].trust.word == "noisy"
+
+
+def test_what_failed_is_invalid_and_the_others_go_on() -> None:
+    rounds = {name: list(map(float, row)) for name, row in zip(EVERYONE, latencies(), strict=True)}
+    del rounds["t0-1"], rounds["control-t1-0"]
+    results = {name: Result(status="measured", latency_p50_ms=STEADY) for name in NAMES}
+    results["t0-1"] = Result(status="failed")
+    said = assess(rounds, results, CONTROLS, FLOAT32, RESOLUTION)
+    words = {name: said["results"][name].trust.word for name in NAMES}
+    assert {name for name, word in words.items() if word == "invalid"} == {"t0-1", "t1-0", "t1-1", "t1-2"}
+    assert list(said["controls"]) == ["t0-0", "t2-0"]
+    assert not any("t0-1" in (each.first, each.second) for each in said["comparisons"])
+
+
+def test_a_control_for_every_targets_float32() -> None:
+    targets = {"a-int8": "a", "a-float32": "a", "b-int8": "b", "b-float16": "b"}
+    found = controlled(targets, {"a-int8": "a-float32", "a-float32": "a-float32"})
+    assert found == {"a-int8": "a-float32", "a-float32": "a-float32", "b-int8": "b-int8", "b-float16": "b-int8"}
+    assert assess({}, {"x": Result(status="not installed")}, {}, {}, 0.1)["results"]["x"].trust is None
+
+
+def test_holm_by_hand() -> None:
+    rejected, levels = holm_levels([0.04, 0.001, 0.03, 0.012])
+    assert rejected.tolist() == [False, True, False, True]  # 0.001 <= 0.0125, 0.012 <= 0.0167, but 0.03 > 0.025
+    assert levels == pytest.approx([0.025, 0.0125, 0.025, 0.05 / 3])
+    assert holm_levels([])[0].tolist() == []
+    assert holm_levels([float("nan"), 0.0])[0].tolist() == [False, True]
+
+
+def test_exit_codes_are_those_that_are_documented() -> None:
+    assert [int(each.exit_code) for each in (KdpipeError, UserError, GateFailed, Untrusted)] == [2, 2, 1, 75]
+    assert (int(ExitCode.DONE), int(ExitCode.INTERRUPTED)) == (0, 130)
