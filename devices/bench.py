@@ -91,7 +91,8 @@ def bench(order: Order[BenchConfig], bundles: Mapping[str, Bundle], dataset: Dat
             images = _push_inputs(device, bundles, dataset, Path(scratch), draft.path)
             timing = _push_timing_images(device, bundles, images, dataset, config.images, Path(scratch))
             run = _Run(device, dataset, config, journal, images, timing)
-            with progress("measuring", len(bundles) + config.rounds * len(installed)) as advance:
+            processes = len(installed) + len({bundles[name].facts.target for name in installed})  # and the controls
+            with progress("measuring", len(bundles) + config.rounds * processes) as advance:
                 results: dict[str, Result] = {}
                 for name, bundle in bundles.items():
                     advance(0, f"accuracy of {name}")

@@ -428,7 +428,7 @@ def test_a_bundle_that_fails_twice_is_marked_and_the_others_stand(made: Made, tm
         measured = bench(order_of(bundles, made), bundles, made.dataset, tmp_path / "out")
     found = measured.facts.results
     assert [text for text in breaker.notes if text.startswith("b: given up in round 2")]
-    assert found["b"].failed and "'model.onnx' differs from its manifest" in found["b"].status
+    assert found["b"].failed and "model.onnx differs from its manifest" in found["b"].status
     assert found["b"].accuracy is not None and found["b"].latency_p50_ms is None
     assert not found["a"].failed and len(found["a"].latency_p50_by_process_ms) == 2
     assert set(measured.facts.controls) == {"a"} and found["b"].trust.word == "invalid"
