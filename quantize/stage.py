@@ -20,9 +20,11 @@ from ..runtime.task import TASKS, Task
 from . import VARIANTS
 from .calibrate import CalibrationInputs, choose
 from .guard import guarded
-from .layers import noise_by_layer
+from .layers import noise_by_layer, signal_to_noise_db
 from .variant import Variant
 from .work import TRACED_IMAGES, Work, open_checked
+
+LEAST_AGREEMENT = 0.5
 
 
 def quantize(
@@ -48,7 +50,8 @@ def quantize(
     Raises:
         UserError: not a float32 model, an unknown variant, images of other classes, too few images, a missing
             package, an operator the quantiser lacks, a drop that no mix keeps.
-        GateFailed: the variant's outputs are not finite or do not depend on the image.
+        GateFailed: the variant's outputs are not finite, do not depend on the image, or agree with float32's on too
+            few images.
     """
     config, target = order.config, model.facts.target
     if model.facts.precision != "float32":
@@ -151,6 +154,12 @@ def _compare(
         before = predict(open_checked(model.path, model.facts), images)
         after = predict(open_checked(folder, facts), images)
     found = damage(TASKS[facts.task], before, after)
+    if found.agreement < LEAST_AGREEMENT and not config.allow_damage:
+        raise GateFailed(
+            f"{config.variant} of {facts.model} for {facts.target} agrees with float32 on {found.agreement:.1%} of "
+            f"{found.images} images, {found.signal_to_noise_db:g} dB (wanted {LEAST_AGREEMENT:.0%}): not sealed; "
+            "keep layers in float by --max-drop, choose another variant, or seal it all the same by --allow-damage true"
+        )
     with quiet():
         float32 = variant.activations(model.entry)
         quantized = variant.activations(folder / facts.entry)
@@ -169,10 +178,8 @@ def damage(task: Task, before: np.ndarray, after: np.ndarray) -> Damage:
     """
     if not np.isfinite(after).all() or (len(after) > 1 and not after.std(axis=0).any()):
         raise GateFailed("the variant's outputs are not finite or do not depend on the image: it is not sealed")
-    noise = float(((after - before) ** 2).mean())
-    signal = float((before**2).mean())
     return Damage(
         images=len(before),
-        signal_to_noise_db=round(10 * float(np.log10(signal / max(noise, 1e-30))), 2),
+        signal_to_noise_db=signal_to_noise_db(before, after - before),
         agreement=task.agreement(before, after),
     )
