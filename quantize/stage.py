@@ -24,6 +24,8 @@ from .layers import noise_by_layer, signal_to_noise_db
 from .variant import Variant
 from .work import TRACED_IMAGES, Work, open_checked
 
+# Below it a variant is another network more often than not. Measured on digits and on networks of random weights: 0.75
+# and more at 4.5 dB and more, 0.55 at 4.4 dB, 0.27 and less at 0.4 dB and less.
 LEAST_AGREEMENT = 0.5
 
 

@@ -70,6 +70,35 @@ class Awkward(nn.Module):
         return self.head(self.squeeze(found.mean((2, 3))).relu())
 
 
+class Stream(nn.Module):
+    """LayerNorm in the branches, and sums that it does not bound: one channel is far larger than the others."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 8, stride=8)
+        self.position = nn.Parameter(torch.eye(16)[3].mul(300).view(1, 1, 16))
+        self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(4))
+        self.wide = nn.ModuleList(nn.Linear(16, 32) for _ in range(4))
+        self.narrow = nn.ModuleList(nn.Linear(32, 16) for _ in range(4))
+        self.head = nn.Linear(16, classes)
+        nn.init.normal_(self.head.weight)
+        with torch.no_grad():
+            self.head.weight[:, 3] = 0
+            for norm in self.norms:
+                norm.weight.fill_(20)[3] = 0.05
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        found = 3 * self.stem(image).flatten(2).transpose(1, 2) + self.position
+        for norm, wide, narrow in zip(self.norms, self.wide, self.narrow, strict=True):
+            found = found + narrow(wide(norm(found)).relu())
+        return self.head(found.mean(1))
+
+
+@register_model
+def stream(num_classes: int = 10, **_: Any) -> nn.Module:
+    return Stream(num_classes)
+
+
 @register_model
 def awkward(num_classes: int = 10, **_: Any) -> nn.Module:
     return Awkward(num_classes)
@@ -182,6 +211,27 @@ def test_an_absent_bias(made: Made, tflite: Model, tmp_path: Path) -> None:
     assert biased["FULLY_CONNECTED", False] == 2 and biased["CONV_2D", True] == 2
     model = quantize(config(allow_damage=True), tflite, made.dataset, tmp_path / "q")
     assert model.facts.against_float32 is not None and model.facts.against_float32.signal_to_noise_db > 10
+
+
+# ---- residual sums -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_sums_that_nothing_bounds_stay_float(chain: Chain, made: Made, tmp_path: Path, target: str) -> None:
+    import onnx
+
+    torch.manual_seed(0)
+    models.save_weights(Stream(10), tmp_path / "stream.safetensors")
+    plan = TeacherPlan(model="stream", checkpoint=tmp_path / "stream.safetensors", input=InputSettings(size=32))
+    whole = chain.export(ExportConfig(target=target), chain.teacher(plan, made.dataset), made.dataset)
+    small = quantize(config(allow_damage=True), whole, made.dataset, tmp_path / "q")
+    graph = onnx.load(small.entry).graph
+    makers = {output: node.op_type for node in graph.node for output in node.output}
+    products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
+    assert len(products) == 9 and all(makers[node.input[0]] == "DequantizeLinear" for node in products)
+    sums = [node for node in graph.node if node.op_type in ("Add", "LayerNormalization")]
+    assert sums and not any(makers.get(name) == "DequantizeLinear" for node in sums for name in node.input[:1])
+    assert small.facts.against_float32 is not None and small.facts.against_float32.signal_to_noise_db > 12
 
 
 # ---- damage --------------------------------------------------------------------------------------------------
