@@ -25,7 +25,8 @@ def deployed(network: nn.Module) -> nn.Module:
 
     MobileOne, RepVGG, RepViT, FastViT and the like are trained with several branches that one convolution can hold.
     """
-    return reparameterize_model(network)
+    merged: nn.Module = reparameterize_model(network)
+    return merged
 
 
 def for_tflite(network: nn.Module) -> nn.Module:
