@@ -1,11 +1,12 @@
-"""Which of timm's families every target can take: one small model of each, exported and compared with torch.
+"""Which of timm's families every target takes, in float32 and in INT8: one small model of each, compared with torch.
 
-    python benchmarks/coverage.py docs/coverage.md                  every family, in half an hour or so
-    python benchmarks/coverage.py table.md --model resnet18         some
+    nice -n 10 python benchmarks/coverage.py docs/coverage.md PHOTOS --results RUNS     every family, in hours
+    python benchmarks/coverage.py table.md PHOTOS --model resnet18                      some
 
-Weights are random but not degenerate: timm starts the last BatchNorm of a residual block at zero, where an export could
-be wrong unseen, so scales are drawn and statistics are taken from the images. Each model has a process of its own, so
-that a converter that crashes is a row of the table and not the end of it.
+PHOTOS is any folder of a few hundred photographs. Weights are random but not degenerate: timm starts the last BatchNorm
+of a residual block at zero, where an export could be wrong unseen, so scales are drawn and statistics are taken from
+the photographs. Each model has a process of its own with limits on time and memory, so that a converter that crashes is
+a row of the table and not the end of it. What lies in RUNS is not run again; the page is written after every model.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ import datetime
 import importlib.metadata
 import json
 import re
+import resource
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,36 +30,97 @@ import numpy as np
 import typer
 
 from kdpipe.chain import Chain
-from kdpipe.core.config import DataPlan, ExportConfig, InputSettings, TeacherPlan
+from kdpipe.core.config import (
+    AdoptConfig,
+    DataPlan,
+    ExportConfig,
+    InputSettings,
+    QuantizeConfig,
+    TeacherPlan,
+    validated,
+)
 from kdpipe.core.errors import KdpipeError
+from kdpipe.core.proc import first_line
+from kdpipe.devices import find_device
 from kdpipe.export import TARGETS
 
+# Those come first that were once refused, or tried last.
 _FAMILIES = """
-resnet10t resnext26ts skresnet18 resnest14d res2net50_14w_8s regnetx_002 regnety_002 nf_regnet_b0 densenet121 dla46_c
-hrnet_w18_small ese_vovnet19b_dw selecsls42b cs3darknet_focus_s hgnetv2_b0 repvgg_a0 tresnet_m
-mobilenetv2_100 mobilenetv3_small_050 mobilenetv4_conv_small efficientnet_b0 efficientnet_lite0 tf_efficientnetv2_b0
-mnasnet_small fbnetc_100 spnasnet_100 hardcorenas_a lcnet_050 tinynet_e mixnet_s rexnet_100 ghostnet_100 ghostnetv2_100
-repghostnet_050 mobileone_s0 repvit_m0_9 starnet_s1 fasternet_t0
-convnext_atto convnextv2_atto edgenext_xx_small inception_next_atto mambaout_femto poolformer_s12 convformer_s18
-mobilevit_xxs mobilevitv2_050 efficientvit_b0 efficientvit_m0 efficientformer_l1 efficientformerv2_s0 fastvit_t8
-tiny_vit_5m_224 levit_128s swiftformer_xs shvit_s1 mobilenetv4_hybrid_medium
-vit_tiny_patch16_224 deit_tiny_patch16_224 xcit_nano_12_p16_224 pit_ti_224 pvt_v2_b0 coat_lite_tiny crossvit_tiny_240
-swin_tiny_patch4_window7_224 mixer_s32_224 resmlp_12_224 gmlp_ti16_224
+mobileone_s0 repghostnet_050 test_vit ghostnetv3_050 ghostnetv2_100 mobilevit_xxs repvit_m0_9 convnextv2_atto
+efficientvit_b0 fastvit_t8 vit_tiny_patch16_224 csatv2 mobilenetv4_hybrid_medium starnet_s050 fasternet_t0
+edgenext_xx_small inception_next_atto mambaout_femto poolformer_s12 convnext_atto efficientvit_m0 efficientformer_l1
+efficientformerv2_s0 tiny_vit_5m_224 levit_128s swiftformer_xs shvit_s1 cait_xxs24_224 convit_tiny cpubone_nano
+cspnext_tiny darknet17 deit3_small_patch16_224 dpn48b efficientvim_m1 eva02_tiny_patch14_224 gcvit_xxtiny iformer_t
+lcnetv2_small lowformer_b0 coatnet_nano_rw_224 maxvit_pico_rw_256 regnetz_005 resnetv2_18 legacy_seresnet18
+visformer_tiny vit_tiny_r_s16_p8_224 test_vit_relpos lambda_resnet26t eca_botnext26ts_256 halonet26t hgnet_tiny
+poolformerv2_s12 gernet_s resnet18 seresnext26t_32x4d ecaresnet26t efficientnet_es efficientnet_b0_gn
+efficientnet_cc_b0_4e fbnetv3_b mobilenet_edgetpu_100 mobilenetv1_100 resnetblur18 semnasnet_075
+vit_wee_patch16_reg1_gap_256 rexnetr_100 gcresnext26ts bat_resnext26ts haloregnetz_b nf_resnet26 nest_tiny
+eca_nfnet_l0 gmixer_12_224 flexivit_small vit_relpos_small_patch16_224 vit_small_patch16_rope_224
+vit_small_patch16_dinov3 vit_small_patch14_dinov2 convformer_s18 caformer_s18 mvitv2_tiny rdnet_tiny
+vitamin_small_224 volo_d1_224 twins_svt_small twins_pcpvt_small tnt_s_patch16_224 swinv2_cr_tiny_224
+swinv2_tiny_window8_256 swin_s3_tiny_224 davit_tiny focalnet_tiny_srf hiera_tiny_224 sequencer2d_s convmixer_768_32
+inception_v3 xception41p nextvit_small hieradet_small sam2_hiera_tiny resnet50_clip resnet10t resnext26ts skresnet18
+resnest14d res2net50_14w_8s regnetx_002 regnety_002 nf_regnet_b0 densenet121 dla46_c hrnet_w18_small
+ese_vovnet19b_dw selecsls42b cs3darknet_focus_s hgnetv2_b0 repvgg_a0 tresnet_m mobilenetv2_100 mobilenetv3_small_050
+mobilenetv4_conv_small efficientnet_b0 efficientnet_lite0 tf_efficientnetv2_b0 mnasnet_small fbnetc_100 spnasnet_100
+hardcorenas_a lcnet_050 tinynet_e mixnet_s rexnet_100 ghostnet_100 mobilevitv2_050 deit_tiny_patch16_224
+xcit_nano_12_p16_224 pit_ti_224 pvt_v2_b0 coat_lite_tiny crossvit_tiny_240 swin_tiny_patch4_window7_224
+mixer_s32_224 resmlp_12_224 gmlp_ti16_224 inception_v4 beit_base_patch16_224 vgg11_bn samvit_base_patch16_224
+naflexvit_base_patch16_gap mobilenetv5_base
 """
 FAMILIES = _FAMILIES.split()
-LIMIT_SECONDS = 600
+CLASSES, CALIBRATING, CHECKED = 10, 32, 64
+LIMIT_SECONDS, LIMIT_BYTES = 900, 8 * 2**30  # of processor time, and resident
+LIMIT_WALL_SECONDS = 4 * 3600  # for one that hangs
+INT8 = "int8"
+EXPLAINED = f"""
+One small model of each family; random but not degenerate weights; 10 classes; 128 pixels where the network can take
+them. A figure of float32 is the processor's seconds of the export with its parity check, as the product has it: the
+largest difference of 64 images within 1e-3 of the logits' spread. The ONNX that the first three share is made in the
+first column. A figure of INT8 is the signal to noise of its logits against float32's on {CHECKED} photographs that set
+no range ({CALIBRATING} others did), and on how many of them both name the same class; since the weights are random, the
+decibels count and agreement is an aside. A failure says why below. TensorRT: the graph and its lint, not built here.
+"""
 
 
-def prepared(model: str, path: Path, size: int, images: list[Path]) -> None:
-    """Weights of ``model`` as trained ones could be: every scale drawn, BatchNorm's statistics those of ``images``."""
-    import timm
+def dealt(photos: Path, folder: Path) -> list[Path]:
+    """``photos`` dealt over ten classes, for networks that know nothing; the training images."""
+    files = sorted(path for path in photos.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    counts = {"train": CALIBRATING + CHECKED + CLASSES, "val": 2 * CLASSES}
+    if len(files) < sum(counts.values()):
+        raise SystemExit(f"{photos} holds {len(files)} photographs, wanted {sum(counts.values())}")
+    drawn = iter(np.random.default_rng(0).permutation(len(files)))
+    for part, count in counts.items():
+        for at in range(count):
+            file = files[next(drawn)]
+            place = folder / part / str(at % CLASSES)
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{at}{file.suffix}").symlink_to(file.absolute())
+    return sorted((folder / "train").rglob("*.*"))
+
+
+def prepared(model: str, path: Path, size: int, images: list[Path]) -> tuple[int, int]:
+    """Weights of ``model`` as trained ones could be: every scale drawn, BatchNorm's statistics those of ``images``.
+
+    Returns:
+        Pixels of its input: ``size`` where it can take that, else its own. How many parameters it has.
+    """
     import torch
     from PIL import Image
     from safetensors.torch import save_file
     from torch import nn
 
-    torch.manual_seed(0)
-    network = timm.create_model(model, num_classes=10)
+    from kdpipe.networks import models
+
+    def created(settings: InputSettings) -> tuple[nn.Module, Any]:
+        torch.manual_seed(0)
+        return models.create(AdoptConfig(model=model, input=settings), CLASSES)
+
+    try:
+        network, spec = created(InputSettings(size=size))
+    except KdpipeError:
+        network, spec = created(InputSettings())
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d)]
     for module in network.modules():
         weight = getattr(module, "weight", None)
@@ -67,95 +133,142 @@ def prepared(model: str, path: Path, size: int, images: list[Path]) -> None:
     network.eval()
     for norm in norms:
         norm.train()
-    batch = np.stack([np.asarray(Image.open(file).resize((size, size)), np.float32) / 255 for file in images])
-    mean, std = (np.array(network.pretrained_cfg[name], np.float32) for name in ("mean", "std"))
+    pixels = [Image.open(file).convert("RGB").resize((spec.size, spec.size)) for file in images]
+    batch = (np.stack([np.asarray(image, np.float32) for image in pixels]) / 255 - spec.mean) / spec.std
     with torch.no_grad():
-        network(torch.from_numpy((batch - mean) / std).permute(0, 3, 1, 2))
+        network(torch.from_numpy(batch).permute(0, 3, 1, 2).float())
     save_file({name: tensor.clone().contiguous() for name, tensor in network.state_dict().items()}, path)
+    return spec.size, sum(parameter.numel() for parameter in network.parameters())
 
 
-def photos(folder: Path) -> None:
-    """A few pictures that differ: coloured shapes on coloured ground."""
-    from PIL import Image, ImageDraw
+def one(model: str, photos: Path, size: int, tell: Callable[[dict[str, Any]], None]) -> None:
+    """Export one model to every target and make its INT8; tell what went wrong, or seconds, parity and damage."""
+    told: dict[str, Any] = {"model": model, "doing": "making the network", "targets": {}}
 
-    generator = np.random.default_rng(0)
-    for part, count in (("train", 4), ("val", 2)):
-        for label in range(10):
-            (folder / part / str(label)).mkdir(parents=True)
-            for at in range(count):
-                image = Image.fromarray(generator.integers(0, 255, (8, 8, 3), np.uint8)).resize((256, 256))
-                draw = ImageDraw.Draw(image)
-                for _ in range(label + 2):
-                    corners = np.sort(generator.integers(0, 256, (2, 2)), axis=0).ravel().tolist()
-                    draw.ellipse(corners, fill=tuple(generator.integers(0, 255, 3).tolist()))
-                image.save(folder / part / str(label) / f"{at}.png")
-
-
-def one(model: str, folder: Path) -> dict[str, Any]:
-    """Export one model to every target; what went wrong, or the seconds and the parity."""
-    import timm
-
-    base = timm.models.get_pretrained_cfg(model)
-    size = base.input_size[-1] if base and base.fixed_input_size else 224
-    weights = folder / f"{model}.safetensors"
-    photos(folder / "photos")
-    prepared(model, weights, size, sorted((folder / "photos").rglob("*.png")))
-    chain = Chain(folder / model)
-    dataset = chain.data(DataPlan(source=str(folder / "photos"), val_fraction=0))
-    plan = TeacherPlan(model=model, checkpoint=weights, input=InputSettings(size=size))
-    network = chain.teacher(plan, dataset)
-    rows: dict[str, Any] = {}
-    for target in TARGETS:
-        begun = time.monotonic()
+    def step(target: str, what: str, do: Callable[[], Any]) -> Any:
+        told["doing"] = f"{target} {what}"
+        tell(told)
+        rows = told["targets"].setdefault(target, {})
+        begun = time.process_time()
         try:
-            made = chain.export(ExportConfig(target=target, parity_images=8, hop_images=4), network, dataset)
-            rows[target] = {
-                "seconds": time.monotonic() - begun,
-                "relative_difference": made.facts.parity.relative_difference if made.facts.parity else None,
-            }
+            artifact = do()
+            rows[what] = {"seconds": round(time.process_time() - begun, 1)}
+            return artifact
         except KdpipeError as error:
-            rows[target] = {"failed": str(error)}
-    return {"model": model, "parameters": network.facts.parameters, "size": size, "targets": rows}
+            rows[what] = {"failed": first_line(error)}
+            return None
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        images = dealt(photos, folder / "photos")
+        weights = folder / f"{model}.safetensors"
+        tell(told)
+        told["size"], told["parameters"] = prepared(model, weights, size, images[:CALIBRATING])
+        chain = Chain(folder / "artifacts")
+        dataset = chain.data(DataPlan(source=str(folder / "photos"), val_fraction=0))
+        adopted = TeacherPlan(model=model, checkpoint=weights, input=InputSettings(size=told["size"]))
+        network = chain.teacher(adopted, dataset)
+        device = find_device("local").probe()
+        # Weights are random: what they say of an image hangs by a thread.
+        settings = {"calibrate": {"images": CALIBRATING}, "check_images": CHECKED, "allow_damage": True}
+        small = validated(QuantizeConfig, {"variant": INT8, **settings}, "coverage")
+        for target in TARGETS:
+            config = ExportConfig(target=target, hop_images=2 * CLASSES)
+            whole = step(target, "float32", partial(chain.export, config, network, dataset))
+            if whole is None:
+                continue
+            parity = whole.facts.parity
+            told["targets"][target]["float32"] |= {
+                "relative_difference": parity.relative_difference,
+                "images": parity.images,
+            }
+            quantized = step(target, INT8, partial(chain.quantize, small, whole, dataset, device))
+            if quantized is not None:
+                told["targets"][target][INT8] |= quantized.facts.against_float32.model_dump()
+        told["doing"] = None
+        tell(told)
+
+
+def watched(command: list[str]) -> str:
+    """Run a process within the limits; what went wrong, or nothing."""
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(command, stderr=said, stdout=subprocess.DEVNULL)
+        begun, failure = time.monotonic(), ""
+        while process.poll() is None:
+            status = Path(f"/proc/{process.pid}/statm")
+            try:
+                resident = int(status.read_text().split()[1]) * 4096
+            except (OSError, IndexError):  # it ended just now
+                resident = 0
+            if time.monotonic() - begun > LIMIT_WALL_SECONDS:
+                failure = f"not done in {LIMIT_WALL_SECONDS} s"
+            elif resident > LIMIT_BYTES:
+                failure = f"took more than {LIMIT_BYTES / 2**30:.0f} GiB of memory"
+            if failure:
+                process.kill()
+                process.wait()
+                return failure
+            time.sleep(0.2)
+        said.seek(0)
+        lines = said.read().decode(errors="replace").strip().splitlines() or ["no message"]
+    if process.returncode == -signal.SIGXCPU:
+        return f"not done in {LIMIT_SECONDS} s of processor time"
+    if process.returncode < 0:
+        return f"the process ended by signal {-process.returncode}"
+    return lines[-1] if process.returncode else ""
 
 
 def table(found: list[dict[str, Any]]) -> str:
     """The page, in Markdown."""
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}"
-        for name in ("torch", "timm", "onnx", "onnxslim", "onnxruntime", "openvino", "litert-torch", "ai-edge-litert")
+        for name in (
+            *("torch", "timm", "onnx", "onnxslim", "onnxruntime", "openvino", "nncf"),
+            *("litert-torch", "ai-edge-litert", "ai-edge-quantizer"),
+        )
     )
     lines = [
         "# Coverage",
         "",
-        f"Made by `python benchmarks/coverage.py docs/coverage.md` on {datetime.datetime.now(datetime.UTC):%Y-%m-%d} "
-        f"with {versions}.",
-        "One model of each family, random but not degenerate weights, 10 classes, its own input size where that is "
-        "fixed, else 224 pixels. A figure is the seconds of the export with its parity check (largest difference of 8 "
-        "images within 1e-3 of the logits' spread); the ONNX that the first three share is made in "
-        "the first column. A failure says why below. TensorRT: the graph and its lint, not built here. Seconds of a "
-        "shared machine that did other work too.",
+        "Made by `python benchmarks/coverage.py docs/coverage.md PHOTOS` on "
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d} with {versions}; the photographs are 1,000 of ImageNet.",
         "",
-        "| model | million parameters | " + " | ".join(TARGETS) + " |",
-        "|---|---|" + "---|" * len(TARGETS),
+        " ".join(EXPLAINED.split()),
+        "",
+        f"| model | million parameters | pixels | {' | '.join(f'{target} | INT8' for target in TARGETS)} |",
+        "|---|---|---|" + "---|---|" * len(TARGETS),
     ]
-    reasons = []
-    passed = dict.fromkeys(TARGETS, 0)
+    reasons: dict[str, list[str]] = {}
+    passed = {(target, what): 0 for target in TARGETS for what in ("float32", INT8)}
     for row in found:
         cells = []
         for target in TARGETS:
-            result = row["targets"].get(target, {"failed": row.get("failed", "not tried")})
-            if "failed" in result:
-                cells.append("**failed**")
-                reason = re.sub(r"\S*/(site-packages|photos)/", "", result["failed"])
-                reasons.append(f"- {row['model']}, {target}: {reason}")
-            else:
-                passed[target] += 1
-                cells.append(f"{result['seconds']:.1f}")
+            for what in ("float32", INT8):
+                result = row["targets"].get(target, {}).get(what) or {}
+                if "seconds" in result:
+                    passed[target, what] += 1
+                    decibels = result.get("signal_to_noise_db")
+                    cells.append(
+                        f"{result['seconds']:.1f}"
+                        if decibels is None
+                        else f"{decibels:.1f} dB, {result['agreement']:.0%}"
+                    )
+                elif what == INT8 and "seconds" not in (row["targets"].get(target, {}).get("float32") or {}):
+                    cells.append("")
+                else:
+                    cells.append("**failed**")
+                    reason = result.get("failed") or row.get("failed") or "not tried"
+                    reason = re.sub(r"\S*/(site-packages|photos)/", "", reason)
+                    reasons.setdefault(f"{row['model']}: {reason}", []).append(f"{target} {what}")
         millions = f"{row['parameters'] / 1e6:.1f}" if "parameters" in row else ""
-        lines.append(f"| {row['model']} | {millions} | " + " | ".join(cells) + " |")
-    shares = " | ".join(f"{passed[target]} of {len(found)} ({passed[target] / len(found):.0%})" for target in TARGETS)
-    lines += [f"| **passed** | | {shares} |", ""]
-    return "\n".join([*lines, *(["## Failures", "", *reasons, ""] if reasons else [])])
+        lines.append(f"| {row['model']} | {millions} | {row.get('size', '')} | " + " | ".join(cells) + " |")
+    shares = []
+    for target in TARGETS:
+        for what, total in (("float32", len(found)), (INT8, passed[target, "float32"])):
+            shares.append(f"{passed[target, what]} of {total} ({passed[target, what] / max(total, 1):.0%})")
+    lines += [f"| **passed** | | | {' | '.join(shares)} |", ""]
+    failures = [f"- {reason} ({', '.join(where)})" for reason, where in reasons.items()]
+    return "\n".join([*lines, *(["## Failures", "", *failures, ""] if failures else [])])
 
 
 app = typer.Typer(add_completion=False)
@@ -163,38 +276,50 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    out: Annotated[Path, typer.Argument(help="the page to write; raw results go beside it with --keep")],
+    out: Annotated[Path, typer.Argument(help="the page to write")],
+    photos: Annotated[Path, typer.Argument(help="folder of photographs, at any depth")],
     model: Annotated[list[str] | None, typer.Option(help="only this one (repeatable)")] = None,
+    size: Annotated[int, typer.Option(help="pixels, where the network can take them; else its own")] = 128,
     results: Annotated[
         Path | None, typer.Option(help="folder of raw results: a model that is there is not run again")
     ] = None,
     alone: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
-    """Export every family to every target."""
+    """Export every family to every target, and make its INT8."""
     if alone:
         assert model is not None
-        with tempfile.TemporaryDirectory() as scratch:
-            out.write_text(json.dumps(one(model[0], Path(scratch))))
+        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_SECONDS, LIMIT_SECONDS + 60))
+        one(model[0], photos, size, lambda told: _write(out, told))
         return
     found = []
     with tempfile.TemporaryDirectory() as scratch:
         kept = results or Path(scratch)
         kept.mkdir(parents=True, exist_ok=True)
         for name in model or FAMILIES:
-            answer = kept / f"{name}.json"
+            answer, draft = kept / f"{name}.json", kept / f"{name}.part"
             if not answer.is_file():
-                command = [sys.executable, __file__, str(answer), "--model", name, "--alone"]
-                try:
-                    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
-                    failure = (done.stderr.strip().splitlines() or ["no message"])[-1] if done.returncode else ""
-                except subprocess.TimeoutExpired:
-                    failure = f"not done in {LIMIT_SECONDS} s"
+                _write(draft, {"model": name, "doing": "starting", "targets": {}})
+                command = [sys.executable, __file__, str(draft), str(photos), "--model", name, "--size", str(size)]
+                failure = watched([*command, "--alone"])
+                told = json.loads(draft.read_text())
                 if failure:
-                    answer.write_text(json.dumps({"model": name, "failed": failure, "targets": {}}))
+                    told["failed"] = f"{failure}, at: {told['doing']}"
+                _write(answer, told)
+                draft.unlink()
             found.append(json.loads(answer.read_text()))
-            states = {target: "failed" if "failed" in row else "ok" for target, row in found[-1]["targets"].items()}
-            print(name, states or found[-1].get("failed"), flush=True)
-    out.write_text(table(found))
+            said = {
+                f"{target} {what}": row.get("failed") or row.get("signal_to_noise_db", "ok")
+                for target, rows in found[-1]["targets"].items()
+                for what, row in rows.items()
+            }
+            print(name, found[-1].get("failed", ""), said, flush=True)
+            out.write_text(table(found))
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(value))
+    draft.rename(path)
 
 
 if __name__ == "__main__":

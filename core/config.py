@@ -409,6 +409,9 @@ class QuantizeSettings(Config):
         description="move biases against the mean shift of rounding, where that measures better (NNCF has its own)",
     )
     check_images: int = Field(128, ge=1, description="other training images on which it is compared with float32")
+    allow_damage: bool = Field(
+        False, description="seal a variant although it says something else than float32 of most of these images"
+    )
     activations: Literal["auto", "uint8", "int8"] = Field(
         "auto", description="onnxruntime and its file in openvino: auto is uint8 on x86 and int8 on ARM"
     )

@@ -40,6 +40,7 @@ def trace(order: Order[GraphConfig], student: Checkpoint, dataset: Dataset, out:
             import torch
 
             from ..networks import models
+            from .rewrites import deployed
 
             network, spec = models.restore(student)
             whole = models.Normalise(network, spec).eval()
@@ -54,7 +55,7 @@ def trace(order: Order[GraphConfig], student: Checkpoint, dataset: Dataset, out:
             seconds, begun = {}, time.monotonic()
             with quiet(), torch.no_grad():
                 try:
-                    write_onnx(whole, spec, raw)
+                    write_onnx(models.Normalise(deployed(network), spec).eval(), spec, raw)
                 except Exception as error:  # the exporter raises its own
                     reason = first_line(error)
                     raise UserError(f"{student.facts.model} cannot be exported to ONNX: {reason}") from error

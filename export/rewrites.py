@@ -1,11 +1,32 @@
-"""Modules of timm that a converter cannot take as they are, computed another way; parity is with the original."""
+"""Networks of timm computed another way: as they are deployed, and as a converter can take them.
+
+Parity is always with the original, as it was trained.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from types import MethodType
+from typing import Any
 
+import numpy as np
+import torch
 from timm.models.mobilevit import LinearSelfAttention
+from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
+from torch.overrides import TorchFunctionMode
+
+
+def deployed(network: nn.Module) -> nn.Module:
+    """A copy of ``network`` with branches and BatchNorms merged into convolutions where timm knows how.
+
+    MobileOne, RepVGG, RepViT, FastViT and the like are trained with several branches that one convolution can hold.
+    """
+    merged: nn.Module = reparameterize_model(network)
+    return merged
 
 
 def for_tflite(network: nn.Module) -> nn.Module:
@@ -27,3 +48,73 @@ def _linear_attention(module: LinearSelfAttention, features: Tensor) -> Tensor:
     summary = (weights * key).sum(dim=-1, keepdim=True)
     attended: Tensor = module.out_drop(module.out_proj(summary * value.relu()))
     return attended
+
+
+class ExactResizing(TorchFunctionMode):
+    """While it is entered, images are resized by gathering or by matrices wherever TFLite would take other pixels.
+
+    TFLite's own operators have pixel centres at halves: nearest agrees with torch only where the ratio is whole,
+    bilinear only without aligned corners; bicubic and antialiased resizing it lacks. Every resizing is linear and
+    separable, so that torch's answer for unit vectors is the matrix of each axis; one that changes nothing vanishes.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return _resized(*args, **kwargs) if func is interpolate else func(*args, **kwargs)
+
+
+def _resized(
+    image: Tensor,
+    size: int | Sequence[int] | None = None,
+    scale_factor: float | Sequence[float] | None = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    **settings: Any,
+) -> Tensor:
+    """``torch.nn.functional.interpolate`` of [B, C, H, W]."""
+    settings |= {"mode": mode, "align_corners": align_corners}
+    sizes, scales = (value if isinstance(value, Sequence) else (value, value) for value in (size, scale_factor))
+    if image.ndim != 4:
+        return interpolate(image, size, scale_factor, **settings)
+    known = tuple(sorted(settings.items()))
+    matrices = [_matrix(*each, known) for each in zip(image.shape[2:], sizes, scales, strict=True)]
+    if mode == "nearest":
+        native = all(_repeats(matrix) for matrix in matrices)
+    else:
+        native = mode == "bilinear" and not align_corners and not settings.get("antialias")
+    if native:
+        return interpolate(image, size, scale_factor, **settings)
+    for axis, matrix in enumerate(matrices, start=2):
+        taken = matrix.argmax(1)
+        if not np.array_equal(matrix, np.eye(len(matrix[0]))[taken]):
+            weights = torch.tensor(matrix.tolist())
+            image = weights @ image if axis == 2 else image @ weights.T
+        elif not np.array_equal(taken, np.arange(len(matrix[0]))):
+            image = image.index_select(axis, torch.tensor(taken.tolist()))
+    return image
+
+
+def _repeats(matrix: np.ndarray) -> bool:
+    """Whether every value is taken equally often, one after the other."""
+    length = len(matrix[0])
+    return bool(np.array_equal(matrix, np.eye(length).repeat(len(matrix) // length, axis=0)))
+
+
+@cache
+def _matrix(
+    length: int, size: int | None, scale_factor: float | None, settings: tuple[tuple[str, Any], ...]
+) -> np.ndarray:
+    """What ``interpolate`` makes of one axis, [new length, length]."""
+
+    def of_unit_vectors() -> np.ndarray:
+        sizes = None if size is None else (size, length)
+        scales = None if scale_factor is None else (scale_factor, 1.0)
+        vectors = torch.eye(length).view(1, 1, length, length)
+        resized: np.ndarray = interpolate(vectors, sizes, scales, **dict(settings))[0, 0].numpy()
+        return resized
+
+    # A thread of its own is not traced by the exporter.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(of_unit_vectors).result()

@@ -33,25 +33,27 @@ class TfliteTarget:
         from ai_edge_litert.interpreter import Interpreter
 
         from ..networks import models
-        from .rewrites import for_tflite
+        from .rewrites import ExactResizing, deployed, for_tflite
 
         network, torch_spec = models.restore(source)
-        whole = models.Normalise(network, torch_spec).eval()
 
         class ChannelsLast(torch.nn.Module):
-            def __init__(self) -> None:
+            def __init__(self, network: torch.nn.Module) -> None:
                 super().__init__()
-                self.network = whole
+                self.network = models.Normalise(network, torch_spec)
 
             def forward(self, image: torch.Tensor) -> torch.Tensor:
                 logits: torch.Tensor = self.network(image.permute(0, 3, 1, 2))
                 return logits
 
         with torch.no_grad():
-            expected: np.ndarray = ChannelsLast()(torch.from_numpy(images).float()).numpy()
-            for_tflite(whole)
+            expected: np.ndarray = ChannelsLast(network).eval()(torch.from_numpy(images).float()).numpy()
+            whole = ChannelsLast(for_tflite(deployed(network))).eval()
             example = torch.zeros(1, *spec.shape)
-            litert_torch.convert(ChannelsLast().eval(), (example,)).export(str(folder / self.entry))
+            with ExactResizing():
+                # Folded, or a resized position embedding would be resized anew for every image.
+                converted = litert_torch.convert(whole, (example,), runtime_constant_folding=True)
+            converted.export(str(folder / self.entry))
         interpreter = Interpreter(str(folder / self.entry), num_threads=1)
         kinds = Counter(operation["op_name"] for operation in interpreter._get_ops_details())
         return Written(expected, dict(kinds.most_common()))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .layers import Activations, Layer
+from .layers import Activations, Layer, signal_to_noise_db
 
 IMAGES = 32  # half of them move biases, half judge
 # Layers of one pass are moved together, each as if those before it were right: the fewer, the truer. A deep network
@@ -119,17 +119,8 @@ def _outputs(activations: Activations, float32: Activations, images: Sequence[np
 
 
 def _decibels(expected: np.ndarray, found: np.ndarray) -> tuple[float, float]:
-    """Signal to noise of logits [N, K], as they are and without the mean of the noise.
-
-    Of each image's own signal, so that a few images with large logits don't decide; what all classes share is neither.
-    """
+    """Signal to noise of logits [N, K], as they are and without the mean of the noise."""
     noise = found - expected
     # Of N values a variance is N / (N - 1) times what their own mean leaves.
     centred = (noise - noise.mean(0)) * np.sqrt(len(noise) / (len(noise) - 1))
-    before, without_mean = (_decibel(expected, each) for each in (noise, centred))
-    return before, without_mean
-
-
-def _decibel(expected: np.ndarray, noise: np.ndarray) -> float:
-    shares = noise.var(axis=1) / np.maximum(expected.var(axis=1), 1e-30)
-    return round(-10 * float(np.log10(max(float(shares.mean()), 1e-30))), 2)
+    return signal_to_noise_db(expected, noise), signal_to_noise_db(expected, centred)

@@ -34,6 +34,17 @@ class Activations(Protocol):
         """Float values of the tensors of ``layers`` (and the input) by name, for one input of the graph."""
 
 
+def signal_to_noise_db(outputs: np.ndarray, noise: np.ndarray) -> float:
+    """Signal to noise of a network's outputs [N, ...], in dB: the one definition that manifests hold.
+
+    Both are variances over an image's own outputs, since what all of them share changes no answer; noise over signal is
+    taken image by image and averaged, so that a few images with large outputs don't decide.
+    """
+    signal = outputs.reshape(len(outputs), -1).var(axis=1, dtype=np.float64)
+    share = noise.reshape(len(noise), -1).var(axis=1, dtype=np.float64) / np.maximum(signal, 1e-30)
+    return round(-10 * float(np.log10(max(float(share.mean()), 1e-30))), 2)
+
+
 def own_noise(layer: LayerNoise) -> float:
     """Relative noise power that the layer adds to what it was given."""
     return max(0.0, _relative(layer.out_db) - _relative(layer.in_db))

@@ -54,7 +54,9 @@ class TfliteActivations:
             name = f"{_module_of(tensor)}:{kind}"
             taken[name] += 1
             inputs = (self._tensors[at]["name"] for at in operation["inputs"] if at in self._tensors)
-            bias = tensors[operation["inputs"][2]]["name"] if kind in BIASED and len(operation["inputs"]) > 2 else None
+            # A bias that is absent has the index -1; one that is computed has no values to move.
+            third = operation["inputs"][2] if kind in BIASED and len(operation["inputs"]) > 2 else -1
+            bias = tensors[third]["name"] if third in tensors and third not in self._tensors else None
             name = name if taken[name] == 1 else f"{name}~{taken[name]}"
             self.operators[name] = at
             layers.append(Layer(name, kind, tuple(inputs), tensor, bias))

@@ -1,0 +1,280 @@
+"""Networks with what converters stumble over: merged branches, absent biases, odd resizing, deep damage."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import Made, assert_one_line, kdpipe, quantize
+from test_quantize import config
+from timm.models import register_model
+from torch import nn
+from torch.nn.functional import avg_pool2d, interpolate
+
+from kdpipe.chain import Chain
+from kdpipe.core.config import ExportConfig, InputSettings, TeacherPlan
+from kdpipe.core.errors import GateFailed
+from kdpipe.core.kinds import Checkpoint, Model
+from kdpipe.export.rewrites import ExactResizing, deployed
+from kdpipe.networks import models
+from kdpipe.quantize import VARIANTS
+from kdpipe.quantize.layers import signal_to_noise_db
+from kdpipe.quantize.tflite import TfliteActivations
+
+
+class Branches(nn.Module):
+    """A convolution of 3x3 and one of 1x1, summed; one alone when it is deployed."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.wide = nn.Conv2d(width, width, 3, padding=1)
+        self.narrow = nn.Conv2d(width, width, 1, bias=False)
+        self.merged: nn.Conv2d | None = None
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        if self.merged is not None:
+            return self.merged(image)
+        return self.wide(image) + self.narrow(image)
+
+    def reparameterize(self) -> None:
+        merged = copy.deepcopy(self.wide)
+        merged.weight.data[:, :, 1:2, 1:2] += self.narrow.weight.data
+        del self.wide, self.narrow
+        self.merged = merged
+
+
+class Awkward(nn.Module):
+    """Branches, a head without bias, nearest at a ratio that is not whole, a resized position embedding."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, stride=4)
+        self.branches = Branches(8)
+        self.position = nn.Parameter(torch.randn(1, 8, 5, 5))
+        self.squeeze = nn.Linear(8, 12, bias=False)
+        self.head = nn.Linear(12, classes, bias=False)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        found = self.stem(image)
+        position = interpolate(self.position, found.shape[-2:], mode="bicubic", antialias=True)
+        found = self.branches(found + position).relu()
+        gate = avg_pool2d(found, 3, 2)  # 8 to 3 pixels, and back
+        found = found * interpolate(gate, found.shape[-2:], mode="nearest").sigmoid()
+        return self.head(self.squeeze(found.mean((2, 3))).relu())
+
+
+class Stream(nn.Module):
+    """LayerNorm in the branches, and sums that it does not bound: one channel is far larger than the others."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 8, stride=8)
+        self.position = nn.Parameter(torch.eye(16)[3].mul(300).view(1, 1, 16))
+        self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(4))
+        self.wide = nn.ModuleList(nn.Linear(16, 32) for _ in range(4))
+        self.narrow = nn.ModuleList(nn.Linear(32, 16) for _ in range(4))
+        self.head = nn.Linear(16, classes)
+        nn.init.normal_(self.head.weight)
+        with torch.no_grad():
+            self.head.weight[:, 3] = 0
+            for norm in self.norms:
+                norm.weight.fill_(20)[3] = 0.05
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        found = 3 * self.stem(image).flatten(2).transpose(1, 2) + self.position
+        for norm, wide, narrow in zip(self.norms, self.wide, self.narrow, strict=True):
+            found = found + narrow(wide(norm(found)).relu())
+        return self.head(found.mean(1))
+
+
+@register_model
+def stream(num_classes: int = 10, **_: Any) -> nn.Module:
+    return Stream(num_classes)
+
+
+@register_model
+def awkward(num_classes: int = 10, **_: Any) -> nn.Module:
+    return Awkward(num_classes)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    return Chain(tmp_path_factory.mktemp("awkward") / "artifacts")
+
+
+@pytest.fixture(scope="module")
+def network(chain: Chain, made: Made, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    torch.manual_seed(0)
+    weights = tmp_path_factory.mktemp("weights") / "awkward.safetensors"
+    models.save_weights(Awkward(10), weights)
+    plan = TeacherPlan(model="awkward", checkpoint=weights, input=InputSettings(size=32))
+    return chain.teacher(plan, made.dataset)
+
+
+@pytest.fixture(scope="module")
+def tflite(chain: Chain, network: Checkpoint, made: Made) -> Model:
+    return chain.export(ExportConfig(target="tflite"), network, made.dataset)
+
+
+# ---- the form that is deployed -------------------------------------------------------------------------------
+
+
+def test_branches_are_merged_before_export(chain: Chain, network: Checkpoint, made: Made, tflite: Model) -> None:
+    onnx = chain.export(ExportConfig(target="onnxruntime"), network, made.dataset)
+    assert onnx.facts.nodes_by_kind["Conv"] == 2  # the stem's and the merged one
+    assert tflite.facts.nodes_by_kind["CONV_2D"] == 2
+    for model in (onnx, tflite):  # against the network as it was trained
+        assert model.facts.parity is not None and model.facts.parity.relative_difference < 1e-4
+
+
+def test_a_wrong_merging_is_refused(
+    chain: Chain, network: Checkpoint, made: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    honest = Branches.reparameterize
+
+    def forgetful(self: Branches) -> None:
+        self.narrow.weight.data.zero_()
+        honest(self)
+
+    monkeypatch.setattr(Branches, "reparameterize", forgetful)
+    with pytest.raises(GateFailed, match="differs from torch by"):
+        Chain(tmp_path / "artifacts").export(ExportConfig(target="onnxruntime"), network, made.dataset)
+
+
+@pytest.mark.parametrize("name", ["repghostnet_050", "repvit_m0_9", "fastvit_t8", "test_byobnet"])
+def test_what_is_deployed_computes_the_same(name: str) -> None:
+    """And what is trained keeps its branches: distillation's features are those of the training form."""
+    torch.manual_seed(0)
+    network = timm.create_model(name, num_classes=10).eval()
+    image = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        before = network(image)
+        small = deployed(network)
+        torch.testing.assert_close(small(image), before, rtol=1e-3, atol=1e-4 * float(before.std()))
+    convolutions = [sum(isinstance(each, nn.Conv2d) for each in form.modules()) for form in (network, small)]
+    assert convolutions[0] >= convolutions[1]
+    norms = [sum(isinstance(each, nn.BatchNorm2d) for each in form.modules()) for form in (network, small)]
+    assert (norms[1] < norms[0]) == (name != "test_byobnet")
+
+
+# ---- resizing ------------------------------------------------------------------------------------------------
+
+RESIZING: list[dict[str, Any]] = [
+    {"size": (7, 9), "mode": "nearest"},
+    {"size": 2, "mode": "nearest"},
+    {"scale_factor": 2, "mode": "nearest"},
+    {"scale_factor": 1.5, "mode": "nearest"},
+    {"size": (3, 5), "mode": "nearest-exact"},
+    {"size": (5, 9), "mode": "bilinear"},
+    {"size": (5, 9), "mode": "bilinear", "align_corners": True},
+    {"size": (9, 2), "mode": "bilinear", "antialias": True},
+    {"size": (9, 2), "mode": "bicubic", "antialias": True},
+    {"scale_factor": (0.7, 1.3), "mode": "bicubic", "recompute_scale_factor": True},
+    {"size": (3, 3), "mode": "area"},
+]
+
+
+@pytest.mark.parametrize("settings", RESIZING, ids=str)
+def test_resizing_another_way_is_the_same(settings: dict[str, Any]) -> None:
+    image = torch.randn(2, 3, 3, 4)
+    expected = interpolate(image, **settings)
+    with ExactResizing():
+        found = interpolate(image, **settings)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_resizing_to_the_same_size_vanishes() -> None:
+    position = torch.randn(1, 8, 5, 5)
+    with ExactResizing():
+        assert interpolate(position, (5, 5), mode="bicubic", antialias=True) is position
+
+
+def test_constants_are_folded(tflite: Model) -> None:
+    """The position embedding lies in the file as it is added: no matrix product is left of its resizing."""
+    kinds = tflite.facts.nodes_by_kind
+    assert kinds["FULLY_CONNECTED"] == 2 and "BATCH_MATMUL" not in kinds
+
+
+# ---- absent biases -------------------------------------------------------------------------------------------
+
+
+def test_an_absent_bias(made: Made, tflite: Model, tmp_path: Path) -> None:
+    layers = TfliteActivations(tflite.entry).layers
+    biased = Counter((layer.kind, layer.bias is not None) for layer in layers)
+    assert biased["FULLY_CONNECTED", False] == 2 and biased["CONV_2D", True] == 2
+    model = quantize(config(allow_damage=True), tflite, made.dataset, tmp_path / "q")
+    assert model.facts.against_float32 is not None and model.facts.against_float32.signal_to_noise_db > 10
+
+
+# ---- residual sums -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_sums_that_nothing_bounds_stay_float(chain: Chain, made: Made, tmp_path: Path, target: str) -> None:
+    import onnx
+
+    torch.manual_seed(0)
+    models.save_weights(Stream(10), tmp_path / "stream.safetensors")
+    plan = TeacherPlan(model="stream", checkpoint=tmp_path / "stream.safetensors", input=InputSettings(size=32))
+    whole = chain.export(ExportConfig(target=target), chain.teacher(plan, made.dataset), made.dataset)
+    small = quantize(config(allow_damage=True), whole, made.dataset, tmp_path / "q")
+    graph = onnx.load(small.entry).graph
+    makers = {output: node.op_type for node in graph.node for output in node.output}
+    products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
+    assert len(products) == 9 and all(makers[node.input[0]] == "DequantizeLinear" for node in products)
+    sums = [node for node in graph.node if node.op_type in ("Add", "LayerNormalization")]
+    assert sums and not any(makers.get(name) == "DequantizeLinear" for node in sums for name in node.input[:1])
+    assert small.facts.against_float32 is not None and small.facts.against_float32.signal_to_noise_db > 12
+
+
+# ---- damage --------------------------------------------------------------------------------------------------
+
+
+def torn(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    """Every range of ONNX Runtime's INT8 so much too wide: honest arithmetic with hardly any steps."""
+    honest: Callable[..., Any] = VARIANTS["onnxruntime"]["int8"].ranges.func  # type: ignore[attr-defined]
+
+    def wide(self: Any) -> dict[str, tuple[float, float]]:
+        return {name: (factor * low, factor * high) for name, (low, high) in honest(self).items()}
+
+    monkeypatch.setattr(VARIANTS["onnxruntime"]["int8"], "ranges", property(wide))
+
+
+def test_what_came_out_useless_is_refused(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torn(monkeypatch, 100)
+    arguments = ("quantize", made.models["onnxruntime-float32"].path, "--out", tmp_path / "q", "--calibrate.images", 16)
+    done = kdpipe(*arguments)
+    assert_one_line(done, 1, "agrees with float32 on", "wanted 50%", "--allow-damage")
+    assert not list(tmp_path.iterdir())
+    done = kdpipe(*arguments, "--allow-damage", "true")
+    assert done.returncode == 0, done.stderr
+    found = Model.open(tmp_path / "q").facts.against_float32
+    assert found is not None and found.agreement < 0.5
+
+
+def test_one_definition_of_noise() -> None:
+    """What all classes share is no noise; noise is relative to each image's own signal."""
+    outputs = np.random.default_rng(0).normal(size=(64, 10))
+    noise = 0.1 * np.random.default_rng(1).normal(size=outputs.shape)
+    found = signal_to_noise_db(outputs, noise)
+    assert found == pytest.approx(20, abs=0.7)
+    assert signal_to_noise_db(outputs, noise + 5) == pytest.approx(found, abs=0.01)
+    loud = np.arange(1.0, 65)[:, None]
+    assert signal_to_noise_db(loud * outputs, loud * noise) == pytest.approx(found, abs=0.01)
+
+
+def test_a_manifest_has_one_figure(made: Made) -> None:
+    """Both of its decibels are of the same thing: they differ by the images alone."""
+    for name in ("onnxruntime-int8", "tensorrt-int8", "tflite-int8"):
+        facts = made.models[name].facts
+        corrected = facts.settings["bias_correction"]
+        last = corrected["before_db"] if corrected["layers"] == 0 else corrected["after_db"]
+        assert facts.against_float32 is not None
+        assert facts.against_float32.signal_to_noise_db == pytest.approx(last, abs=2.5)
