@@ -26,8 +26,15 @@ types: install
 layers: install
 	$(BIN)/lint-imports --no-cache
 
+# What trains runs in a process of its own, as far as it can from the converters' and runtimes' native libraries.
+TRAIN := $(patsubst %,tests/test_%.py,cache cifar_networks data losses methods ranks resume together trackers training unlabeled)
 unit: install
+ifdef TESTS
 	$(BIN)/pytest -m "not lab" $(TESTS)
+else
+	$(BIN)/pytest -m "not lab" $(TRAIN)
+	$(BIN)/pytest -m "not lab" $(addprefix --ignore=,$(TRAIN))
+endif
 
 # What needs packages of the system, or fuzzing that takes minutes.
 lab: install

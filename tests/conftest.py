@@ -60,13 +60,19 @@ SMALL_RECIPE = {
 
 
 @dataclasses.dataclass
-class Made:
-    """What the small recipe made, opened."""
+class Trained:
+    """What the small recipe trained, opened: it takes PyTorch, and none of the converters."""
 
-    chain: Chain
     dataset: Dataset
     teacher: Checkpoint
     student: Checkpoint
+
+
+@dataclasses.dataclass
+class Made(Trained):
+    """What the small recipe made, opened."""
+
+    chain: Chain
     graph: Graph
     models: dict[str, Model]
     bundles: dict[str, Bundle]
@@ -75,22 +81,39 @@ class Made:
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """The small recipe, and the folder of what is made of it."""
     # Sealed artifacts of an earlier session may be kept, by hand, while tests are being written.
-    chain = Chain(Path(os.environ.get("KDPIPE_TEST_ARTIFACTS") or tmp_path_factory.mktemp("small") / "artifacts"))
-    outcome = pipeline.run(validated(Recipe, SMALL_RECIPE, "the small recipe"), chain)
+    kept = os.environ.get("KDPIPE_TEST_ARTIFACTS")
+    folder = Path(kept) if kept else tmp_path_factory.mktemp("small") / "artifacts"
+    return validated(Recipe, SMALL_RECIPE, "the small recipe"), folder
+
+
+@pytest.fixture(scope="session")
+def trained(small: tuple[Recipe, Path]) -> Trained:
+    recipe, folder = small
+    chain = Chain(folder)
+    dataset = chain.data(recipe.data)
+    teacher = chain.teacher(recipe.teacher, dataset)
+    runs = pipeline.student_runs(recipe.student, recipe.distill)
+    students = chain.train_all(runs, dataset, teacher, recipe.distill.together)
+    return Trained(dataset, teacher, students["student-kd-seed0"])
+
+
+@pytest.fixture(scope="session")
+def made(small: tuple[Recipe, Path], trained: Trained) -> Made:
+    recipe, folder = small
+    chain = Chain(folder)
+    outcome = pipeline.run(recipe, chain)
     paths = {step.name: step.path for step in chain.steps}
-    models = {name: Model.open(paths[name]) for name in outcome.bundles}
     return Made(
-        chain,
-        Dataset.open(paths["data"]),
-        Checkpoint.open(paths["teacher"]),
-        Checkpoint.open(paths["student-kd-seed0"]),
-        Graph.open(paths["graph"]),
-        models,
-        outcome.bundles,
-        outcome.measurement,
-        outcome.report,
+        **vars(trained),
+        chain=chain,
+        graph=Graph.open(paths["graph"]),
+        models={name: Model.open(paths[name]) for name in outcome.bundles},
+        bundles=outcome.bundles,
+        measurement=outcome.measurement,
+        report=outcome.report,
     )
 
 

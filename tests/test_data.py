@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Made, replace_file
+from conftest import Trained, replace_file
 
 from kdpipe.chain import Chain, Wants, with_fitted
 from kdpipe.core.config import DataPlan
@@ -32,12 +32,12 @@ def prepared(tmp_path: Path, **config: object) -> Dataset:
     return Chain(tmp_path / "artifacts").data(DataPlan.model_validate(config))
 
 
-def test_digits_parts_are_disjoint_and_stratified(made: Made) -> None:
-    names = {part: [sample.path for sample in made.dataset.samples(part)] for part in PARTS}
+def test_digits_parts_are_disjoint_and_stratified(trained: Trained) -> None:
+    names = {part: [sample.path for sample in trained.dataset.samples(part)] for part in PARTS}
     assert sum(map(len, names.values())) == 1797
     assert len(set().union(*names.values())) == 1797
     assert len(names["test"]) == pytest.approx(0.3 * 1797, abs=10)
-    labels = np.array([sample.label for sample in made.dataset.samples("test")])
+    labels = np.array([sample.label for sample in trained.dataset.samples("test")])
     assert np.bincount(labels).min() >= 50
 
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 import timm
 import torch
-from conftest import ROOT, SMALL_TRAIN, Made, evaluated, train
+from conftest import ROOT, SMALL_TRAIN, Trained, evaluated, train
 from torch import nn
 
 from kdpipe.core.config import (
@@ -317,15 +317,15 @@ def test_the_stem_is_a_stage_where_there_is_one() -> None:
         assert phases[0].name == "stage 1"
 
 
-def test_stagewise_ends_phases_within_an_epoch(made: Made, tmp_path: Path) -> None:
+def test_stagewise_ends_phases_within_an_epoch(trained: Trained, tmp_path: Path) -> None:
     """Three epochs asked are three epochs given, whatever the number of phases."""
     import json
 
     values = {"model": "test_resnet", "input": {"size": 32}, "label_fraction": 0.2, "method": "stagewise"}
     values["train"] = {**SMALL_TRAIN, "epochs": 3, "batch_size": 32}
-    done = train(validated(TrainConfig, values, "test"), made.dataset, made.teacher, tmp_path / "student")
+    done = train(validated(TrainConfig, values, "test"), trained.dataset, trained.teacher, tmp_path / "student")
     control = {**values, "method": "labels"}
-    alone = train(validated(TrainConfig, control, "test"), made.dataset, None, tmp_path / "control")
+    alone = train(validated(TrainConfig, control, "test"), trained.dataset, None, tmp_path / "control")
     assert (done.facts.epochs, done.facts.steps) == (alone.facts.epochs, alone.facts.steps) == (3, 3 * 8)
     rows = [json.loads(line) for line in done.file("history.jsonl").read_text().splitlines()]
     assert [(row["epoch"], row["phase"]) for row in rows] == [
@@ -334,7 +334,7 @@ def test_stagewise_ends_phases_within_an_epoch(made: Made, tmp_path: Path) -> No
     assert all(0 < row["loss"] < 10 for row in rows)
 
 
-def begun(made: Made, method: str, epochs: int = 3, steps_per_epoch: int = 10, **train: object) -> loop.Run:
+def begun(trained: Trained, method: str, epochs: int = 3, steps_per_epoch: int = 10, **train: object) -> loop.Run:
     """A run in its first step."""
     config = validated(
         TrainConfig,
@@ -343,18 +343,18 @@ def begun(made: Made, method: str, epochs: int = 3, steps_per_epoch: int = 10, *
     )
     student, spec = models.create(config, 10)
     teacher = Teacher(network("test_resnet"), SPEC, spec)
-    made_now = METHODS[method](config, student, spec, teacher)
+    learner = METHODS[method](config, student, spec, teacher, task="classification")
     steps = epochs * steps_per_epoch
-    run = loop.Run(config, made_now, made.dataset, spec, steps, steps_per_epoch, Ranks(), None, Nothing())
+    run = loop.Run(config, learner, trained.dataset, spec, steps, steps_per_epoch, Ranks(), None, Nothing())
     run.begin()
     return run
 
 
 @pytest.mark.parametrize("decay_all", [False, True])
 @pytest.mark.parametrize("method", ["hint", "deep_supervision"])
-def test_one_rule_of_decay(made: Made, method: str, decay_all: bool) -> None:
+def test_one_rule_of_decay(trained: Trained, method: str, decay_all: bool) -> None:
     """What is trained beside the network is decayed as the network is: biases and norms or neither."""
-    run = begun(made, method, optimizer="momentum", weight_decay=0.01, decay_all=decay_all)
+    run = begun(trained, method, optimizer="momentum", weight_decay=0.01, decay_all=decay_all)
     decay = {id(each): group["weight_decay"] for group in run._optimizer.param_groups for each in group["params"]}
     parameters = dict(run.method.student.named_parameters())
     assert len(decay) == len(parameters)
@@ -371,29 +371,29 @@ def rates(run: loop.Run, steps: int) -> list[float]:
     return found
 
 
-def test_a_warm_up_of_few_epochs_is_one(made: Made) -> None:
-    found = rates(begun(made, "labels", epochs=3, learning_rate=0.1, warmup_epochs=4), 30)
+def test_a_warm_up_of_few_epochs_is_one(trained: Trained) -> None:
+    found = rates(begun(trained, "labels", epochs=3, learning_rate=0.1, warmup_epochs=4), 30)
     assert found[0] == pytest.approx(0.001)
     assert found[:8] == sorted(found[:8]) and found[7] == max(found), "a quarter of the steps"
     assert found[7:] == sorted(found[7:], reverse=True)
     # Where it is no more than a quarter, it is what was asked for.
-    found = rates(begun(made, "labels", epochs=10, learning_rate=0.1, warmup_epochs=1), 100)
+    found = rates(begun(trained, "labels", epochs=10, learning_rate=0.1, warmup_epochs=1), 100)
     assert found[9] < found[10] > found[11]
 
 
-def test_milestones_are_ends_of_epochs(made: Made) -> None:
+def test_milestones_are_ends_of_epochs(trained: Trained) -> None:
     settings = {"schedule": "multistep", "milestones": [2, 3], "warmup_epochs": 0, "learning_rate": 1.0}
-    found = rates(begun(made, "labels", epochs=4, **settings), 40)
+    found = rates(begun(trained, "labels", epochs=4, **settings), 40)
     assert found == pytest.approx(20 * [1.0] + 10 * [0.1] + 10 * [0.01])
 
 
 @pytest.mark.parametrize("name", ["kd-cifar", "dkd", "dist"])
-def test_recipes_of_the_cifar_protocol_keep_it(made: Made, name: str) -> None:
+def test_recipes_of_the_cifar_protocol_keep_it(trained: Trained, name: str) -> None:
     """Plain momentum, everything decayed, every training image: else no figure compares with the literature's."""
     recipe = read_recipe(ROOT / "recipes" / f"{name}.yaml")
     assert recipe.data.val_fraction == 0
     for settings in (recipe.teacher.train, recipe.distill.train):
-        run = begun(made, "labels", **settings.model_dump())
+        run = begun(trained, "labels", **settings.model_dump())
         assert type(run._optimizer) is torch.optim.SGD
         for group in run._optimizer.param_groups:
             assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, False, 5e-4)
@@ -412,14 +412,14 @@ RUNS = [{"method": method} for method in METHODS] + [
 
 
 @pytest.mark.parametrize("change", RUNS, ids=lambda change: str(change)[:60])
-def test_every_method_trains_end_to_end(made: Made, tmp_path: Path, change: dict) -> None:
+def test_every_method_trains_end_to_end(trained: Trained, tmp_path: Path, change: dict) -> None:
     """From configuration to a sealed checkpoint whose weights are the student's alone."""
     values = {"model": "test_resnet", "input": {"size": 32}, "label_fraction": 0.1, **change}
     values["train"] = {**SMALL_TRAIN, "epochs": 4, **change.get("train", {})}
     config = validated(TrainConfig, values, "test")
-    checkpoint = train(config, made.dataset, made.teacher, tmp_path / "student")
+    checkpoint = train(config, trained.dataset, trained.teacher, tmp_path / "student")
     restored, spec = models.restore(checkpoint)
-    logits, labels = evaluated(restored, spec, made.dataset, "test")
+    logits, labels = evaluated(restored, spec, trained.dataset, "test")
     assert checkpoint.facts.test_accuracy == pytest.approx((logits.argmax(1) == labels).mean(), abs=1e-6)
     assert sorted(path.name for path in checkpoint.path.iterdir()) == [
         "history.jsonl", "images.npy", "labels.json", "manifest.json", "model.safetensors", "test_logits.npz"
@@ -431,7 +431,7 @@ def test_networks_of_the_cifar_protocol_are_known() -> None:
     assert timm.create_model("resnet8x4", num_classes=10)(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 
-def test_best_epoch_is_kept_if_asked(made: Made, tmp_path: Path) -> None:
+def test_best_epoch_is_kept_if_asked(trained: Trained, tmp_path: Path) -> None:
     import json
 
     train_settings = {**SMALL_TRAIN, "epochs": 6, "validate_every": 1, "select": "best", "learning_rate": 0.02}
@@ -442,19 +442,19 @@ def test_best_epoch_is_kept_if_asked(made: Made, tmp_path: Path) -> None:
         "method": "labels",
         "train": train_settings,
     }
-    checkpoint = train(validated(TrainConfig, values, "test"), made.dataset, None, tmp_path / "student")
+    checkpoint = train(validated(TrainConfig, values, "test"), trained.dataset, None, tmp_path / "student")
     rows = [json.loads(line) for line in checkpoint.file("history.jsonl").read_text().splitlines()]
     best = max(rows, key=lambda row: row["validation_accuracy"])
     assert checkpoint.facts.best_validation == BestEpoch(
         epoch=best["epoch"], validation_accuracy=best["validation_accuracy"]
     )
     restored, spec = models.restore(checkpoint)
-    logits, labels = evaluated(restored, spec, made.dataset, "val")
+    logits, labels = evaluated(restored, spec, trained.dataset, "val")
     assert (logits.argmax(1) == labels).mean() == pytest.approx(best["validation_accuracy"])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_trains(made: Made, tmp_path: Path, path: Path) -> None:
+def test_every_recipe_trains(trained: Trained, tmp_path: Path, path: Path) -> None:
     """The recipe's own method, loss, optimiser, schedule and augmentation, on a tiny network and two epochs."""
     recipe = read_recipe(path)
     settings = recipe.distill.train.model_copy(
@@ -463,6 +463,6 @@ def test_every_recipe_trains(made: Made, tmp_path: Path, path: Path) -> None:
     student = ModelSettings(model="test_resnet", input=InputSettings(size=32))
     config = student_runs(student, recipe.distill)[f"student-{recipe.distill.method}-seed{recipe.distill.seeds[0]}"]
     plan = config.model_copy(update={"train": settings, "label_fraction": 0.1})
-    checkpoint = train(plan, made.dataset, made.teacher, tmp_path / "student")
+    checkpoint = train(plan, trained.dataset, trained.teacher, tmp_path / "student")
     assert checkpoint.facts.epochs >= 2
     assert checkpoint.facts.method == recipe.distill.method

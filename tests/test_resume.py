@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SMALL_TRAIN, Made, train
+from conftest import SMALL_TRAIN, Trained, train
 
 from kdpipe.core.config import TrainConfig, validated
 
@@ -48,15 +48,23 @@ RUNS = {
 
 @pytest.mark.parametrize("attempt", range(int(os.environ.get("KDPIPE_RESUME_ATTEMPTS", "1"))))  # more by hand
 @pytest.mark.parametrize("name", RUNS)
-def test_killed_runs_end_the_same(made: Made, tmp_path: Path, name: str, attempt: int) -> None:
+def test_killed_runs_end_the_same(trained: Trained, tmp_path: Path, name: str, attempt: int) -> None:
     change = RUNS[name]
     values = {"model": "test_resnet", "input": {"size": 32}, "label_fraction": 0.25, **change}
     values["train"] = {**SMALL_TRAIN, "epochs": 3, "batch_size": 32, **change.get("train", {})}
     config = validated(TrainConfig, values, "test")
-    whole = train(config, made.dataset, made.teacher, tmp_path / "whole")
+    whole = train(config, trained.dataset, trained.teacher, tmp_path / "whole")
 
     out = tmp_path / "killed"
-    arguments = [sys.executable, "-c", SCRIPT, config.model_dump_json(), made.dataset.path, made.teacher.path, out]
+    arguments = [
+        sys.executable,
+        "-c",
+        SCRIPT,
+        config.model_dump_json(),
+        trained.dataset.path,
+        trained.teacher.path,
+        out,
+    ]
     moments = random.Random(f"{name} {attempt}")
     kills = 0
     for _ in range(2):
@@ -78,7 +86,7 @@ def test_killed_runs_end_the_same(made: Made, tmp_path: Path, name: str, attempt
     assert not (out / "resume").exists()
 
 
-def test_another_configuration_does_not_resume(made: Made, tmp_path: Path) -> None:
+def test_another_configuration_does_not_resume(trained: Trained, tmp_path: Path) -> None:
     """The state of one key is never taken for another's, even in the same folder."""
     values = {
         "model": "test_resnet",
@@ -91,5 +99,5 @@ def test_another_configuration_does_not_resume(made: Made, tmp_path: Path) -> No
     part.mkdir(parents=True)
     (part / "key").write_text("another")
     (part / "state.pt").write_bytes(b"not even a state")
-    made_now = train(validated(TrainConfig, values, "test"), made.dataset, None, tmp_path / "out")
+    made_now = train(validated(TrainConfig, values, "test"), trained.dataset, None, tmp_path / "out")
     assert made_now.facts.epochs == 1

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import SMALL_TRAIN, Made, train, train_together
+from conftest import SMALL_TRAIN, Trained, train, train_together
 
 from kdpipe.chain import Chain, train_order
 from kdpipe.core.artifact import Order
@@ -35,45 +35,45 @@ def configuration(change: dict[str, object], seed: int = 0, **train: object) -> 
     return validated(TrainConfig, values, "test")
 
 
-def ordered(made: Made, configs: dict[Path, TrainConfig]) -> dict[Path, Order[TrainConfig]]:
-    return {out: train_order(config, made.dataset, made.teacher) for out, config in configs.items()}
+def ordered(trained: Trained, configs: dict[Path, TrainConfig]) -> dict[Path, Order[TrainConfig]]:
+    return {out: train_order(config, trained.dataset, trained.teacher) for out, config in configs.items()}
 
 
-def test_together_as_alone(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_together_as_alone(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configs = {tmp_path / f"together-{at}": configuration(change) for at, change in enumerate(STUDENTS)}
-    orders = ordered(made, configs)
-    assert companions(orders, made.dataset) == [orders]
+    orders = ordered(trained, configs)
+    assert companions(orders, trained.dataset) == [orders]
     forwards = []
     forward = Teacher.forward
     monkeypatch.setattr(Teacher, "forward", lambda *arguments: forwards.append(1) or forward(*arguments))
-    together = train_together(configs, made.dataset, made.teacher)
+    together = train_together(configs, trained.dataset, trained.teacher)
     assert len(forwards) == 4 * 2, "the teacher is asked once a batch"
     for at, (out, config) in enumerate(configs.items()):
-        alone = train(config, made.dataset, made.teacher, tmp_path / f"alone-{at}")
+        alone = train(config, trained.dataset, trained.teacher, tmp_path / f"alone-{at}")
         for name in ("model.safetensors", "test_logits.npz", "images.npy"):
             assert together[out].file(name).read_bytes() == alone.file(name).read_bytes(), (config.method, name)
         assert together[out].facts == alone.facts
         assert together[out].key == alone.key
 
 
-def test_what_sees_other_views_is_no_companion(made: Made, tmp_path: Path) -> None:
+def test_what_sees_other_views_is_no_companion(trained: Trained, tmp_path: Path) -> None:
     changes: list[dict[str, object]] = [{}, {"seed": 1}, {"label_fraction": 0.2}, {"input": {"size": 40}}]
     configs = {tmp_path / str(at): configuration(change) for at, change in enumerate(changes)}
     configs[tmp_path / "batch"] = configuration({}, batch_size=32)
     configs[tmp_path / "mixed"] = configuration({}, mixup=0.2)
     configs[tmp_path / "augmented"] = configuration({}, augment={"crop": "none"})
-    assert len(companions(ordered(made, configs), made.dataset)) == len(configs)
+    assert len(companions(ordered(trained, configs), trained.dataset)) == len(configs)
     rates = {tmp_path / str(rate): configuration({}, learning_rate=rate) for rate in (0.1, 0.2)}
-    assert len(companions(ordered(made, rates), made.dataset)) == 1
+    assert len(companions(ordered(trained, rates), trained.dataset)) == 1
 
 
-def test_one_that_fails_does_not_stop_the_others(made: Made, tmp_path: Path) -> None:
+def test_one_that_fails_does_not_stop_the_others(trained: Trained, tmp_path: Path) -> None:
     good = configuration({"method": "kd"})
     bad = configuration({"method": "kd"}, optimizer="sgd", learning_rate=1e12)
     with pytest.raises(UserError, match="loss became"):
-        train_together({tmp_path / "bad": bad, tmp_path / "good": good}, made.dataset, made.teacher)
+        train_together({tmp_path / "bad": bad, tmp_path / "good": good}, trained.dataset, trained.teacher)
     assert [path.name for path in tmp_path.iterdir()] == ["good"]
-    alone = train(good, made.dataset, made.teacher, tmp_path / "alone")
+    alone = train(good, trained.dataset, trained.teacher, tmp_path / "alone")
     assert (tmp_path / "good" / "model.safetensors").read_bytes() == alone.file("model.safetensors").read_bytes()
 
 
@@ -129,7 +129,9 @@ def test_a_control_may_have_epochs_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["together", "one after another"])
-def test_precision_is_chosen_once(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool) -> None:
+def test_precision_is_chosen_once(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
     """A method and its control are trained in one precision, also if the control is made anew another day."""
     timed = []
     fastest = loop.fastest
@@ -137,18 +139,18 @@ def test_precision_is_chosen_once(made: Made, tmp_path: Path, monkeypatch: pytes
     values = {"label_fraction": 0.05, "train": {**SMALL_TRAIN, "epochs": 1, "precision": "auto"}}
     student = ModelSettings(model="test_resnet", input=InputSettings(size=32))
     runs = student_runs(student, validated(DistillPlan, values, "test"))
-    done = Chain(tmp_path).train_all(runs, made.dataset, made.teacher, together)
+    done = Chain(tmp_path).train_all(runs, trained.dataset, trained.teacher, together)
     control, taught = done["student-labels-seed0"], done["student-kd-seed0"]
     assert len(timed) == 1
     assert control.facts.precision == taught.facts.precision and len(control.facts.precision.seconds_a_step) == 4
     shutil.rmtree(control.path)
-    again = Chain(tmp_path).train_all(runs, made.dataset, made.teacher, together)["student-labels-seed0"]
+    again = Chain(tmp_path).train_all(runs, trained.dataset, trained.teacher, together)["student-labels-seed0"]
     assert len(timed) == 1 and again.facts.precision == taught.facts.precision
     # What cannot be read is chosen anew.
     [remembered] = (tmp_path / ".precisions").iterdir()
     remembered.write_text('{"name": "int3"}')
     shutil.rmtree(again.path)
-    Chain(tmp_path).train_all(runs, made.dataset, made.teacher, together)
+    Chain(tmp_path).train_all(runs, trained.dataset, trained.teacher, together)
     assert len(timed) == 2
 
 
@@ -170,20 +172,20 @@ def test_mistaken_students_are_named(students: dict[str, dict[str, object]], mes
         student_runs(ModelSettings(model="test_resnet"), DistillPlan(students=students))
 
 
-def test_a_chain_trains_them_side_by_side(made: Made, tmp_path: Path) -> None:
+def test_a_chain_trains_them_side_by_side(trained: Trained, tmp_path: Path) -> None:
     train_settings = {**SMALL_TRAIN, "epochs": 1}
     values = {"label_fraction": 0.05, "students": {"dkd": {"method": "dkd"}}, "train": train_settings}
     student = ModelSettings(model="test_resnet", input=InputSettings(size=32))
     runs = student_runs(student, validated(DistillPlan, values, "test"))
     chain = Chain(tmp_path)
-    first = chain.train_all(runs, made.dataset, made.teacher, together=True)
+    first = chain.train_all(runs, trained.dataset, trained.teacher, together=True)
     assert [(step.name, bool(step.along_with)) for step in chain.steps] == [
         ("student-labels-seed0", False),
         ("student-kd-seed0", True),
         ("student-dkd-seed0", True),
     ]
-    apart = Chain(tmp_path / "apart").train_all(runs, made.dataset, made.teacher, together=False)
-    again = chain.train_all(runs, made.dataset, made.teacher, together=True)
+    apart = Chain(tmp_path / "apart").train_all(runs, trained.dataset, trained.teacher, together=False)
+    again = chain.train_all(runs, trained.dataset, trained.teacher, together=True)
     assert all(step.sealed_before for step in chain.steps[3:])
     for name, checkpoint in first.items():
         assert again[name].path == checkpoint.path

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import SMALL_TRAIN, Made, train, train_together
+from conftest import SMALL_TRAIN, Trained, train, train_together
 
 from kdpipe.core.config import TrainConfig, validated
 from kdpipe.core.errors import UserError
@@ -24,13 +24,13 @@ def losses(checkpoint: Checkpoint) -> list[float]:
     return [json.loads(line)["loss"] for line in checkpoint.file("history.jsonl").read_text().splitlines()]
 
 
-def test_tensorboard(made: Made, tmp_path: Path) -> None:
+def test_tensorboard(trained: Trained, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     configs = {
         tmp_path / name: configuration("tensorboard", learning_rate=rate) for name, rate in (("a", 1e-3), ("b", 2e-3))
     }
-    for out, checkpoint in train_together(configs, made.dataset, made.teacher).items():
+    for out, checkpoint in train_together(configs, trained.dataset, trained.teacher).items():
         events = EventAccumulator(str(tmp_path / "curves" / out.name))
         events.Reload()
         assert {"loss", "train_accuracy", "validation_accuracy", "images_per_second"} <= set(events.Tags()["scalars"])
@@ -38,12 +38,12 @@ def test_tensorboard(made: Made, tmp_path: Path) -> None:
         assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
 
 
-def test_mlflow(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow.tracking import MlflowClient
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    checkpoint = train(configuration("mlflow"), made.dataset, made.teacher, tmp_path / "student")
+    checkpoint = train(configuration("mlflow"), trained.dataset, trained.teacher, tmp_path / "student")
     client = MlflowClient()
     experiment = client.get_experiment_by_name("kdpipe")
     assert experiment is not None
@@ -54,21 +54,21 @@ def test_mlflow(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [metric.value for metric in found] == pytest.approx(losses(checkpoint))
 
 
-def test_wandb(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    train(configuration("wandb"), made.dataset, made.teacher, tmp_path / "student")
+    train(configuration("wandb"), trained.dataset, trained.teacher, tmp_path / "student")
     [log] = (tmp_path / "curves" / "wandb").glob("offline-run-*/run-*.wandb")
     assert b"validation_accuracy" in log.read_bytes()
 
 
-def test_a_tracker_changes_no_key_and_no_weights(made: Made, tmp_path: Path) -> None:
-    plain = train(configuration("none"), made.dataset, made.teacher, tmp_path / "plain")
-    shown = train(configuration("tensorboard"), made.dataset, made.teacher, tmp_path / "shown")
+def test_a_tracker_changes_no_key_and_no_weights(trained: Trained, tmp_path: Path) -> None:
+    plain = train(configuration("none"), trained.dataset, trained.teacher, tmp_path / "plain")
+    shown = train(configuration("tensorboard"), trained.dataset, trained.teacher, tmp_path / "shown")
     assert plain.key == shown.key
     assert plain.file("model.safetensors").read_bytes() == shown.file("model.safetensors").read_bytes()
 
 
-def test_a_tracker_that_cannot_start(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_cannot_start(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://nowhere")
     with pytest.raises(UserError, match="tracker 'mlflow' does not start"):
-        train(configuration("mlflow"), made.dataset, made.teacher, tmp_path / "student")
+        train(configuration("mlflow"), trained.dataset, trained.teacher, tmp_path / "student")

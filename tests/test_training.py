@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import SMALL_TRAIN, Made, evaluated, replace_file, train
+from conftest import SMALL_TRAIN, Trained, evaluated, replace_file, train
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -52,9 +52,9 @@ EVERYTHING = AugmentSettings(crop="resized", flip=0.5, auto_augment="rand-m9-mst
 PADDED = AugmentSettings(crop="pad", flip=0.5, auto_augment="rand-m9-mstd0.5", erase=0.5)
 
 
-def some(made: Made, count: int) -> TrainingImages:
+def some(trained: Trained, count: int) -> TrainingImages:
     """The first so many training images."""
-    return TrainingImages(made.dataset.samples("train"), np.arange(count), count, 0)
+    return TrainingImages(trained.dataset.samples("train"), np.arange(count), count, 0)
 
 
 @pytest.mark.parametrize(
@@ -68,13 +68,13 @@ def some(made: Made, count: int) -> TrainingImages:
     ],
     ids=["resized", "pad", "mixup", "cutmix", "both"],
 )
-def test_views_depend_on_seed_epoch_and_index_only(made: Made, config: TrainSettings) -> None:
-    views = TrainingViews(some(made, 40), config, SPEC, 10, seed=5)
+def test_views_depend_on_seed_epoch_and_index_only(trained: Trained, config: TrainSettings) -> None:
+    views = TrainingViews(some(trained, 40), config, SPEC, 10, seed=5)
     addresses = [(epoch, index) for epoch in range(2) for index in range(40)]
     expected = {address: views[address] for address in addresses}
     image = expected[(0, 3)].image
     assert not torch.equal(image, expected[(1, 3)].image)
-    assert not torch.equal(image, TrainingViews(some(made, 40), config, SPEC, 10, 6)[(0, 3)].image)
+    assert not torch.equal(image, TrainingViews(some(trained, 40), config, SPEC, 10, 6)[(0, 3)].image)
     shuffled = [addresses[at] for at in np.random.default_rng(0).permutation(len(addresses))]
     for workers in (0, 2):
         torch.rand(7)  # whatever was drawn before
@@ -87,8 +87,8 @@ def test_views_depend_on_seed_epoch_and_index_only(made: Made, config: TrainSett
         assert torch.equal(targets, torch.stack([torch.as_tensor(expected[address].target) for address in shuffled]))
 
 
-def test_views_leave_torchs_generator_alone(made: Made) -> None:
-    views = TrainingViews(some(made, 4), TrainSettings(augment=EVERYTHING), SPEC, 10, seed=5)
+def test_views_leave_torchs_generator_alone(trained: Trained) -> None:
+    views = TrainingViews(some(trained, 4), TrainSettings(augment=EVERYTHING), SPEC, 10, seed=5)
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
@@ -96,9 +96,9 @@ def test_views_leave_torchs_generator_alone(made: Made) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_mixed_views_are_what_their_targets_say(made: Made) -> None:
+def test_mixed_views_are_what_their_targets_say(trained: Trained) -> None:
     """Undone by hand: the share of the target is the share of the partner's pixels."""
-    samples = made.dataset.samples("train")[:21]
+    samples = trained.dataset.samples("train")[:21]
     samples[20] = dataclasses.replace(samples[20], label=UNLABELED)
     none = AugmentSettings(crop="none", flip=0)
     source = TrainingImages(samples, np.arange(21), 20, 1)
@@ -133,9 +133,9 @@ def test_mixed_views_are_what_their_targets_say(made: Made) -> None:
         assert mixed_some > 10
 
 
-def test_partners_come_from_the_drawn_images_alone(made: Made) -> None:
+def test_partners_come_from_the_drawn_images_alone(trained: Trained) -> None:
     """A tenth of the labels is a tenth of the labels, mixed or not."""
-    source = training_images(made.dataset, 0.1, seed=0, with_unlabeled=False)
+    source = training_images(trained.dataset, 0.1, seed=0, with_unlabeled=False)
     reached = set()
 
     class Watched(list):  # type: ignore[type-arg]
@@ -174,7 +174,7 @@ def small(model: str = "test_resnet", **more: object) -> TrainConfig:
     return validated(TrainConfig, values, "test")
 
 
-def test_teacher_is_left_bit_identical(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_teacher_is_left_bit_identical(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[nn.Module] = []
     restore = models.restore
 
@@ -184,18 +184,18 @@ def test_teacher_is_left_bit_identical(made: Made, tmp_path: Path, monkeypatch: 
         return network, spec
 
     monkeypatch.setattr(models, "restore", watched)
-    train(small(), made.dataset, made.teacher, tmp_path / "student")
+    train(small(), trained.dataset, trained.teacher, tmp_path / "student")
     [teacher] = seen
-    before, _ = restore(made.teacher)
+    before, _ = restore(trained.teacher)
     assert not teacher.training
     for name, tensor in before.state_dict().items():
         assert torch.equal(teacher.state_dict()[name], tensor), name
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_same_run_same_weights_in_another_process(made: Made, tmp_path: Path) -> None:
+def test_same_run_same_weights_in_another_process(trained: Trained, tmp_path: Path) -> None:
     config = small()
-    first = train(config, made.dataset, made.teacher, tmp_path / "first")
+    first = train(config, trained.dataset, trained.teacher, tmp_path / "first")
     script = (
         "import sys; from pathlib import Path; from kdpipe.core.kinds import Checkpoint;"
         "from kdpipe.chain import train_order;"
@@ -205,26 +205,26 @@ def test_same_run_same_weights_in_another_process(made: Made, tmp_path: Path) ->
         "dataset, teacher = Dataset.open(sys.argv[2]), Checkpoint.open(sys.argv[3]);"
         "train(train_order(config, dataset, teacher), dataset, teacher, Path(sys.argv[4]))"
     )
-    arguments = [config.model_dump_json(), made.dataset.path, made.teacher.path, tmp_path / "second"]
+    arguments = [config.model_dump_json(), trained.dataset.path, trained.teacher.path, tmp_path / "second"]
     subprocess.run([sys.executable, "-c", script, *map(str, arguments)], check=True)
     other = first.path.parent / "second" / "model.safetensors"
     assert first.file("model.safetensors").read_bytes() == other.read_bytes()
 
 
-def test_facts_are_what_the_weights_do(made: Made) -> None:
-    network, spec = models.restore(made.student)
-    logits, labels = evaluated(network, spec, made.dataset, "test")
-    with np.load(made.student.file("test_logits.npz")) as stored:
+def test_facts_are_what_the_weights_do(trained: Trained) -> None:
+    network, spec = models.restore(trained.student)
+    logits, labels = evaluated(network, spec, trained.dataset, "test")
+    with np.load(trained.student.file("test_logits.npz")) as stored:
         np.testing.assert_allclose(stored["logits"], logits, atol=1e-5)
-    assert made.student.facts.test_accuracy == pytest.approx((logits.argmax(1) == labels).mean())
-    assert made.student.facts.training_images == len(np.load(made.student.file("images.npy")))
+    assert trained.student.facts.test_accuracy == pytest.approx((logits.argmax(1) == labels).mean())
+    assert trained.student.facts.training_images == len(np.load(trained.student.file("images.npy")))
 
 
 @pytest.mark.parametrize(("precision", "cure"), [("float32", "lower train.learning_rate"), ("fp16", "bf16")])
-def test_divergence_is_refused(made: Made, tmp_path: Path, precision: str, cure: str) -> None:
+def test_divergence_is_refused(trained: Trained, tmp_path: Path, precision: str, cure: str) -> None:
     settings = {**SMALL_TRAIN, "optimizer": "sgd", "learning_rate": 1e12, "precision": precision}
     with pytest.raises(UserError, match=f"loss became .* in epoch [0-9]+, batch [0-9]+: .*{cure}"):
-        train(small(method="labels", train=settings), made.dataset, None, tmp_path / "student")
+        train(small(method="labels", train=settings), trained.dataset, None, tmp_path / "student")
     assert not list(tmp_path.iterdir())
 
 
@@ -252,10 +252,10 @@ def test_a_step_waits_for_nothing(method: str) -> None:
     (student, spec), (other, _) = models.create(config, 10), models.create(config, 10)
     teacher = Teacher(other, spec, spec).to("meta")
     ranks = Ranks(device="meta")
-    made_now = METHODS[method](config, student, spec, teacher, all_labeled=True)
-    teacher.wanted.update(made_now.teacher_indices)
+    learner = METHODS[method](config, student, spec, teacher, task="classification", all_labeled=True)
+    teacher.wanted.update(learner.teacher_indices)
     steps = 40 * loop.READ_EVERY  # so many that no phase ends in those that are made
-    run = loop.Run(config, made_now, NoImages(), spec, steps, steps // 4, ranks, None, Nothing())  # type: ignore[arg-type]
+    run = loop.Run(config, learner, NoImages(), spec, steps, steps // 4, ranks, None, Nothing())  # type: ignore[arg-type]
     run.begin()
     run.begin_epoch()
     labels = torch.arange(8)
@@ -274,44 +274,44 @@ class ReadLate(loop.Tally):
         self._interval = loop.READ_EVERY
 
 
-def test_reading_late_changes_nothing(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_late_changes_nothing(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small(method="stagewise", label_fraction=0.3, train={**SMALL_TRAIN, "epochs": 4, "checkpoint_seconds": 0})
     found = []
     for tally in (loop.Tally, ReadLate):
         monkeypatch.setattr(loop, "Tally", tally)
-        done = train(config, made.dataset, made.teacher, tmp_path / tally.__name__)
+        done = train(config, trained.dataset, trained.teacher, tmp_path / tally.__name__)
         rows = [json.loads(line) for line in done.file("history.jsonl").read_text().splitlines()]
         found.append(([{**row, "images_per_second": 0} for row in rows], done.file("model.safetensors").read_bytes()))
     assert found[0] == found[1]
 
 
-def test_divergence_is_told_where_it_began(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_divergence_is_told_where_it_began(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However late it is read, it is the epoch and the batch of the first loss that was not finite."""
     settings = {**SMALL_TRAIN, "optimizer": "sgd", "learning_rate": 1e12, "checkpoint_seconds": 0}
     told = []
     for tally in (loop.Tally, ReadLate):
         monkeypatch.setattr(loop, "Tally", tally)
         with pytest.raises(UserError, match="loss became") as caught:
-            train(small(method="labels", label_fraction=1, train=settings), made.dataset, None, tmp_path / "student")
+            train(small(method="labels", label_fraction=1, train=settings), trained.dataset, None, tmp_path / "student")
         told.append(str(caught.value))
     assert told[0] == told[1]
 
 
-def test_no_state_holds_what_was_not_read(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_state_holds_what_was_not_read(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = []
     save = loop.Run._save
     monkeypatch.setattr(loop, "Tally", ReadLate)
     monkeypatch.setattr(loop.Run, "_save", lambda run: saved.append((run.step, run._tally.is_empty)) or save(run))
     settings = {**SMALL_TRAIN, "epochs": 1, "batch_size": 8, "checkpoint_seconds": 0}
-    train(small(method="labels", label_fraction=0.3, train=settings), made.dataset, None, tmp_path / "student")
+    train(small(method="labels", label_fraction=0.3, train=settings), trained.dataset, None, tmp_path / "student")
     assert saved == [(loop.READ_EVERY * (at + 1), True) for at in range(len(saved))] and len(saved) > 1
 
 
-def test_batches_for_a_device_are_pinned(made: Made) -> None:
+def test_batches_for_a_device_are_pinned(trained: Trained) -> None:
     """From pinned memory a device fetches by itself; a CPU has nothing to fetch."""
     config = small(train={**SMALL_TRAIN, "epochs": 1})
     for device, pinned in (("cpu", False), ("cuda:0", True)):
-        views = TrainingViews(some(made, 40), config.train, SPEC, 10, seed=5)
+        views = TrainingViews(some(trained, 40), config.train, SPEC, 10, seed=5)
         lockstep = loop.Lockstep(views, config, Ranks(device=device), None, Choices(None, "", "cpu"))
         assert lockstep._loader.pin_memory is pinned
 
@@ -328,12 +328,12 @@ def test_a_timed_step_is_one_that_the_device_has_done(monkeypatch: pytest.Monkey
     assert len(chosen.seconds_a_step) == len(precisions.CANDIDATES)
 
 
-def test_half_precision_trains(made: Made, tmp_path: Path) -> None:
+def test_half_precision_trains(trained: Trained, tmp_path: Path) -> None:
     """With float16 and scaled gradients a student learns about as well as in float32."""
     accuracies = []
     for precision in ("float32", "fp16"):
         config = small(label_fraction=0.15, train={**SMALL_TRAIN, "precision": precision})
-        done = train(config, made.dataset, made.teacher, tmp_path / precision)
+        done = train(config, trained.dataset, trained.teacher, tmp_path / precision)
         accuracies.append(done.facts.test_accuracy)
     assert accuracies[1] > accuracies[0] - 0.05
 
@@ -361,9 +361,9 @@ except UserError as error:
 """
 
 
-def test_out_of_memory_says_what_to_lower(made: Made, tmp_path: Path) -> None:
+def test_out_of_memory_says_what_to_lower(trained: Trained, tmp_path: Path) -> None:
     config = small(method="labels", input={"size": 192}, label_fraction=1.0, train={**SMALL_TRAIN, "batch_size": 512})
-    arguments = [config.model_dump_json(), made.dataset.path, tmp_path / "student"]
+    arguments = [config.model_dump_json(), trained.dataset.path, tmp_path / "student"]
     command = [sys.executable, "-c", OUT_OF_MEMORY, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("out of memory training test_resnet on 512 images of 192 pixels"), done.stderr
@@ -387,19 +387,19 @@ def test_a_teacher_of_two_classes_has_no_dkd(photos: Path, tmp_path: Path) -> No
             train(config, dataset, alone, tmp_path / method)
 
 
-def test_classes_in_another_order(made: Made, tmp_path: Path) -> None:
+def test_classes_in_another_order(trained: Trained, tmp_path: Path) -> None:
     other = tmp_path / "teacher"
-    shutil.copytree(made.teacher.path, other)
-    labels = json.dumps(made.dataset.classes[::-1]).encode()
+    shutil.copytree(trained.teacher.path, other)
+    labels = json.dumps(trained.dataset.classes[::-1]).encode()
     replace_file(other, "labels.json", labels)
     with pytest.raises(UserError, match="knows the same classes in another order"):
-        train(small(), made.dataset, Checkpoint.open(other), tmp_path / "student")
+        train(small(), trained.dataset, Checkpoint.open(other), tmp_path / "student")
 
 
-def test_fewer_images_than_a_batch(made: Made, tmp_path: Path) -> None:
+def test_fewer_images_than_a_batch(trained: Trained, tmp_path: Path) -> None:
     """They make one batch of what there is."""
     config = small(label_fraction=0.01, train={**SMALL_TRAIN, "epochs": 2, "batch_size": 64})
-    done = train(config, made.dataset, made.teacher, tmp_path / "student")
+    done = train(config, trained.dataset, trained.teacher, tmp_path / "student")
     assert 10 <= done.facts.training_images < 64
 
 
@@ -469,38 +469,38 @@ def quantized(value: torch.Tensor) -> torch.Tensor:
         (lambda path: path.mkdir(), "no checkpoint at"),
     ],
 )
-def test_checkpoints_that_do_not_fit(made: Made, workdir: Path, make, message: str) -> None:
+def test_checkpoints_that_do_not_fit(trained: Trained, workdir: Path, make, message: str) -> None:
     path = workdir / "teacher.pth"
     make(path)
     config = AdoptConfig(model="test_resnet", checkpoint=path, input=InputSettings(size=32))
     with pytest.raises(UserError, match=message) as caught:
-        trainer.adopt(Order("adopt", config, {"data": made.dataset}), made.dataset, workdir / "out")
+        trainer.adopt(Order("adopt", config, {"data": trained.dataset}), trained.dataset, workdir / "out")
     assert "\n" not in str(caught.value)
     assert not (workdir / "owned").exists()
     assert not (workdir / "out").exists()
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_adopted_checkpoint_keeps_its_accuracy(made: Made, tmp_path: Path, wrapped: bool) -> None:
-    network, _ = models.restore(made.teacher)
+def test_adopted_checkpoint_keeps_its_accuracy(trained: Trained, tmp_path: Path, wrapped: bool) -> None:
+    network, _ = models.restore(trained.teacher)
     state = network.state_dict()
     torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}} if wrapped else state, tmp_path / "t.pth")
     config = AdoptConfig(model="test_resnet", checkpoint=tmp_path / "t.pth", input=InputSettings(size=32))
-    adopted = trainer.adopt(Order("adopt", config, {"data": made.dataset}), made.dataset, tmp_path / "out")
-    assert adopted.facts.test_accuracy == made.teacher.facts.test_accuracy
+    adopted = trainer.adopt(Order("adopt", config, {"data": trained.dataset}), trained.dataset, tmp_path / "out")
+    assert adopted.facts.test_accuracy == trained.teacher.facts.test_accuracy
     assert str(tmp_path) not in (adopted.path / "manifest.json").read_text()
 
 
-def test_teacher_of_other_classes(made: Made, photos: Path, tmp_path: Path) -> None:
+def test_teacher_of_other_classes(trained: Trained, photos: Path, tmp_path: Path) -> None:
     from test_data import prepared
 
     other = prepared(tmp_path, source=str(photos))
     with pytest.raises(UserError, match="knows 10 other classes than the data"):
-        train(small(), other, made.teacher, tmp_path / "student")
+        train(small(), other, trained.teacher, tmp_path / "student")
 
 
-def test_worker_processes_leave_no_signal_handler(made: Made, tmp_path: Path) -> None:
+def test_worker_processes_leave_no_signal_handler(trained: Trained, tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGCHLD)
-    train(small(train={**SMALL_TRAIN, "epochs": 1, "workers": 2}), made.dataset, made.teacher, tmp_path / "a")
+    train(small(train={**SMALL_TRAIN, "epochs": 1, "workers": 2}), trained.dataset, trained.teacher, tmp_path / "a")
     assert signal.getsignal(signal.SIGCHLD) == before
     subprocess.run(["true"], check=True)
