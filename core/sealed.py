@@ -35,6 +35,7 @@ LONGEST_NUMBER = 40  # digits
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 KEY = re.compile(r"[0-9a-f]{64}")
 NAMED_FACTS = ("target", "variant", "precision", "entry", "model", "task", "stand_in", "device", "reference")
+STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 # Control characters, lone surrogates, and what turns the direction of writing: a terminal obeys them.
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -143,8 +144,10 @@ def parse_json(text: bytes) -> Any:
             that is not finite or endless, thousands of levels, control characters in a text.
     """
     try:
+        decoded = text.decode()
+        check_levels(decoded)
         value = json.loads(
-            text.decode(),
+            decoded,
             object_pairs_hook=_members,
             parse_int=lambda digits: int(_of_sane_length(digits)),
             parse_float=_finite,
@@ -159,6 +162,24 @@ def parse_json(text: bytes) -> Any:
         raise Unsound("not UTF-8") from None
     except json.JSONDecodeError as error:
         raise Unsound(f"not JSON ({error.msg}, line {error.lineno})") from None
+
+
+def check_levels(text: str) -> None:
+    """See that no value of a JSON text lies deeper than ``MOST_LEVELS``, before it is parsed. Raises Unsound.
+
+    json's reader stops at the interpreter's limit of recursion, which the converters raise: it would then go down
+    until the C stack overflows and the process is gone.
+    """
+    if text.count("[") + text.count("{") <= MOST_LEVELS:
+        return
+    level = 0
+    for found in STRING_OR_BRACKET.finditer(text):
+        if found[0] in ("[", "{"):
+            level += 1
+            if level > MOST_LEVELS:
+                raise Unsound("too many levels inside each other")
+        elif found[0] in ("]", "}"):
+            level -= 1
 
 
 def read_json(path: Path, most_bytes: int = LARGEST_JSON_BYTES) -> Any:

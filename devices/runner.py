@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from ..core.artifact import Record
 from ..core.config import DeviceSettings, MeasureSettings
 from ..core.errors import UserError
 from ..core.kinds import Prediction, Samples
+from ..core.sealed import parse_json
 
 R = TypeVar("R", bound=Record)
 RUNNER = "runtime"
@@ -95,8 +95,8 @@ def read_answer(kind: type[R], printed: bytes) -> R:
     if not lines:
         raise ValueError("nothing")
     try:
-        answer = json.loads(lines[-1])
-    except (ValueError, RecursionError):
+        answer = parse_json(lines[-1].encode())
+    except ValueError:
         raise ValueError(f"no JSON ({lines[-1][:80]!r})") from None
     if not isinstance(answer, dict):
         raise ValueError(f"JSON that is no object ({lines[-1][:80]!r})")

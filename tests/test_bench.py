@@ -128,7 +128,9 @@ def test_every_targets_float32_is_measured_twice_a_round(made: Made) -> None:
 def test_two_rounds_bound_nothing_and_are_called_noisy(made: Made) -> None:
     facts = made.measurement.facts
     assert facts.trust == "noisy" and set(facts.untrusted) == {name for name in made.bundles if "tensorrt" not in name}
-    assert "2 rounds are too few" in facts.untrusted["openvino-int8"].reason
+    for name, doubt in facts.untrusted.items():
+        settled = facts.results[name].warm_up_settled  # a machine that does other work may not let it
+        assert ("2 rounds are too few" if settled else "warm-up did not settle") in doubt.reason
     assert facts.results["tensorrt-int8"].trust is None
 
 
@@ -266,7 +268,7 @@ def test_a_runner_that_does_not_end_is_stopped(made: Made, tmp_path: Path) -> No
         (b"{}", "protocol version 'None'"),
         (b'{"protocol_version": 1, "images": 3}', "protocol version '1'"),
         (b'{"protocol_version": 2, "images": "three"}', "a wrong 'images'"),
-        (b'{"protocol_version": 2, "images": 3, "open_seconds": NaN}', "a wrong 'open_seconds'"),
+        (b'{"protocol_version": 2, "images": 3, "open_seconds": NaN}', "no JSON"),
     ],
 )
 def test_a_runner_that_answers_rubbish_is_refused(tmp_path: Path, printed: bytes, found: str) -> None:
