@@ -50,19 +50,25 @@ def _linear_attention(module: LinearSelfAttention, features: Tensor) -> Tensor:
     return attended
 
 
-class ExactResizing(TorchFunctionMode):
-    """While it is entered, images are resized by gathering or by matrices wherever TFLite would take other pixels.
-
-    TFLite's own operators have pixel centres at halves: nearest agrees with torch only where the ratio is whole,
-    bilinear only without aligned corners; bicubic and antialiased resizing it lacks. Every resizing is linear and
-    separable, so that torch's answer for unit vectors is the matrix of each axis; one that changes nothing vanishes.
-    """
+class AsTorchComputes(TorchFunctionMode):
+    """While it is entered, functions that litert-torch would make something else of are computed another way."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        return _resized(*args, **kwargs) if func is interpolate else func(*args, **kwargs)
+        return _REPLACED.get(func, func)(*args, **(kwargs or {}))
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **settings: Any) -> Tensor:
+    """Attention of several heads [B, H, N, D] to one head's keys and values [B, 1, M, D] as one head of H N queries.
+
+    Where M is D, the converter multiplies by keys that are not transposed.
+    """
+    attend = torch.nn.functional.scaled_dot_product_attention
+    one_head = query.ndim == 4 and key.shape[1] == value.shape[1] == 1 < query.shape[1]
+    if not one_head or attn_mask is not None or settings.get("is_causal"):
+        return attend(query, key, value, attn_mask, **settings)
+    return attend(query.flatten(1, 2).unsqueeze(1), key, value, **settings).view(*query.shape[:3], value.shape[-1])
 
 
 def _resized(
@@ -73,7 +79,12 @@ def _resized(
     align_corners: bool | None = None,
     **settings: Any,
 ) -> Tensor:
-    """``torch.nn.functional.interpolate`` of [B, C, H, W]."""
+    """``torch.nn.functional.interpolate`` of [B, C, H, W], by gathering or by matrices where TFLite takes other pixels.
+
+    TFLite's own operators have pixel centres at halves: nearest agrees with torch only where the ratio is whole,
+    bilinear only without aligned corners; bicubic and antialiased resizing it lacks. Every resizing is linear and
+    separable, so that torch's answer for unit vectors is the matrix of each axis; one that changes nothing vanishes.
+    """
     settings |= {"mode": mode, "align_corners": align_corners}
     sizes, scales = (value if isinstance(value, Sequence) else (value, value) for value in (size, scale_factor))
     if image.ndim != 4:
@@ -118,3 +129,9 @@ def _matrix(
     # A thread of its own is not traced by the exporter.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(of_unit_vectors).result()
+
+
+_REPLACED: dict[Callable[..., Any], Callable[..., Any]] = {
+    interpolate: _resized,
+    torch.nn.functional.scaled_dot_product_attention: _attended,
+}

@@ -33,7 +33,7 @@ class TfliteTarget:
         from ai_edge_litert.interpreter import Interpreter
 
         from ..networks import models
-        from .rewrites import ExactResizing, deployed, for_tflite
+        from .rewrites import AsTorchComputes, deployed, for_tflite
 
         network, torch_spec = models.restore(source)
 
@@ -50,7 +50,7 @@ class TfliteTarget:
             expected: np.ndarray = ChannelsLast(network).eval()(torch.from_numpy(images).float()).numpy()
             whole = ChannelsLast(for_tflite(deployed(network))).eval()
             example = torch.zeros(1, *spec.shape)
-            with ExactResizing():
+            with AsTorchComputes():
                 # Folded, or a resized position embedding would be resized anew for every image.
                 converted = litert_torch.convert(whole, (example,), runtime_constant_folding=True)
             converted.export(str(folder / self.entry))
