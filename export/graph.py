@@ -22,7 +22,7 @@ from ..runtime import open_session, predict, predict_files
 from ..runtime.preprocess import load_images
 from ..runtime.task import TASKS
 from .onnx import NEEDS, simplify, write_onnx
-from .parity import check, compare, keep_worst
+from .parity import check, compare, keep_worst, torch_outputs
 from .written import Written
 
 
@@ -48,10 +48,7 @@ def trace(order: Order[GraphConfig], student: Checkpoint, dataset: Dataset, out:
             samples = dataset.balanced("train", config.parity_images, seed=0)
             paths = [sample.path for sample in samples]
             images = load_images(paths, spec.model_dump())
-            with torch.inference_mode():
-                expected = whole(torch.from_numpy(images).permute(0, 3, 1, 2).float()).numpy()
-            if not np.isfinite(expected).all():
-                raise UserError(f"{student.path}: its outputs are not finite on real images: nothing to export")
+            expected = torch_outputs(whole, images, str(student.path))
             raw = draft.path / "raw.onnx"
             seconds, begun = {}, time.monotonic()
             with quiet(), torch.no_grad():

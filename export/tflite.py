@@ -12,6 +12,7 @@ import numpy as np
 
 from ..core.artifact import AnyArtifact
 from ..core.kinds import Checkpoint
+from .parity import torch_outputs
 from .written import Written
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ class TfliteTarget:
                 logits: torch.Tensor = self.network(image.permute(0, 3, 1, 2))
                 return logits
 
+        expected = torch_outputs(models.Normalise(network, torch_spec).eval(), images, str(source.path))
         with torch.no_grad():
-            expected: np.ndarray = ChannelsLast(network).eval()(torch.from_numpy(images).float()).numpy()
             whole = ChannelsLast(for_tflite(deployed(network))).eval()
             example = torch.zeros(1, *spec.shape)
             with AsTorchComputes():

@@ -20,8 +20,9 @@ from torch.nn.functional import avg_pool2d, interpolate, scaled_dot_product_atte
 
 from kdpipe.chain import Chain
 from kdpipe.core.config import ExportConfig, InputSettings, TeacherPlan
-from kdpipe.core.errors import GateFailed
+from kdpipe.core.errors import GateFailed, UserError
 from kdpipe.core.kinds import Checkpoint, Model
+from kdpipe.export.parity import torch_outputs
 from kdpipe.export.rewrites import AsTorchComputes, deployed
 from kdpipe.networks import models
 from kdpipe.quantize import VARIANTS
@@ -254,6 +255,44 @@ def test_sums_that_nothing_bounds_stay_float(chain: Chain, made: Made, tmp_path:
     sums = [node for node in graph.node if node.op_type in ("Add", "LayerNormalization")]
     assert sums and not any(makers.get(name) == "DequantizeLinear" for node in sums for name in node.input[:1])
     assert small.facts.against_float32 is not None and small.facts.against_float32.signal_to_noise_db > 12
+
+
+def test_sums_stay_float_in_tflite(chain: Chain, made: Made, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    models.save_weights(Stream(10), tmp_path / "stream.safetensors")
+    plan = TeacherPlan(model="stream", checkpoint=tmp_path / "stream.safetensors", input=InputSettings(size=32))
+    whole = chain.export(ExportConfig(target="tflite"), chain.teacher(plan, made.dataset), made.dataset)
+    small = quantize(config(allow_damage=True), whole, made.dataset, tmp_path / "q")
+    before, after = (Counter(layer.kind for layer in TfliteActivations(model.entry).layers) for model in (whole, small))
+    assert before == after
+    assert small.facts.against_float32 is not None and small.facts.against_float32.signal_to_noise_db > 12
+    assert small.size_bytes < whole.size_bytes
+
+
+# ---- batches -------------------------------------------------------------------------------------------------
+
+
+class Mixing(nn.Module):
+    """What it says of an image depends on the mean of the batch, as batch attention by mistake does."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, classes)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        colours = image.mean((2, 3))
+        return self.head(colours - colours.mean(0))
+
+
+def test_outputs_that_depend_on_the_batch_are_refused() -> None:
+    images = np.random.default_rng(0).integers(0, 255, (8, 4, 4, 3), np.uint8)
+    with pytest.raises(UserError, match="depends on the other images of the batch"):
+        torch_outputs(Mixing(10), images, "mixing")
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 10))
+    assert torch_outputs(network, images, "plain").shape == (8, 10)
+    network[1].weight.data.fill_(np.nan)
+    with pytest.raises(UserError, match="not finite"):
+        torch_outputs(network, images, "broken")
 
 
 # ---- damage --------------------------------------------------------------------------------------------------
