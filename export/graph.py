@@ -41,7 +41,7 @@ def trace(order: Order[GraphConfig], student: Checkpoint, dataset: Dataset, out:
             import torch
 
             from ..networks import models
-            from .rewrites import deployed
+            from .rewrites import FOR_ONNX, AsTorchComputes, deployed
 
             network, spec = models.restore(student)
             whole = models.Normalise(network, spec).eval()
@@ -51,7 +51,7 @@ def trace(order: Order[GraphConfig], student: Checkpoint, dataset: Dataset, out:
             expected = torch_outputs(whole, images, str(student.path))
             raw = draft.path / "raw.onnx"
             seconds, begun = {}, time.monotonic()
-            with quiet(), torch.no_grad():
+            with quiet(), torch.no_grad(), AsTorchComputes(FOR_ONNX):
                 try:
                     write_onnx(models.Normalise(deployed(network), spec).eval(), spec, raw)
                 except Exception as error:  # the exporter raises its own

@@ -5,7 +5,7 @@ Parity is always with the original, as it was trained.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from types import MethodType
@@ -16,7 +16,7 @@ import torch
 from timm.models.mobilevit import LinearSelfAttention
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import adaptive_avg_pool2d, interpolate, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 
@@ -51,12 +51,28 @@ def _linear_attention(module: LinearSelfAttention, features: Tensor) -> Tensor:
 
 
 class AsTorchComputes(TorchFunctionMode):
-    """While it is entered, functions that litert-torch would make something else of are computed another way."""
+    """While it is entered, functions that a converter would make something else of are computed another way."""
+
+    def __init__(self, replaced: Mapping[Callable[..., Any], Callable[..., Any]]) -> None:
+        super().__init__()
+        self._replaced = replaced
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return _REPLACED.get(func, func)(*args, **(kwargs or {}))
+        return self._replaced.get(func, func)(*args, **(kwargs or {}))
+
+
+def _pooled(image: Tensor, output_size: int | Sequence[int]) -> Tensor:
+    """``adaptive_avg_pool2d`` by matrices where windows overlap.
+
+    Exporters make hundreds of gatherings of it, which OpenVINO computes wrongly.
+    """
+    sizes = output_size if isinstance(output_size, Sequence) else (output_size, output_size)
+    apart = None in sizes or all(length % size == 0 for length, size in zip(image.shape[2:], sizes, strict=False))
+    if image.ndim != 4 or apart:
+        return adaptive_avg_pool2d(image, output_size)
+    return _resized(image, sizes, mode="area")
 
 
 def _attended(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **settings: Any) -> Tensor:
@@ -64,11 +80,12 @@ def _attended(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
 
     Where M is D, the converter multiplies by keys that are not transposed.
     """
-    attend = torch.nn.functional.scaled_dot_product_attention
     one_head = query.ndim == 4 and key.shape[1] == value.shape[1] == 1 < query.shape[1]
     if not one_head or attn_mask is not None or settings.get("is_causal"):
-        return attend(query, key, value, attn_mask, **settings)
-    return attend(query.flatten(1, 2).unsqueeze(1), key, value, **settings).view(*query.shape[:3], value.shape[-1])
+        return scaled_dot_product_attention(query, key, value, attn_mask, **settings)
+    return scaled_dot_product_attention(query.flatten(1, 2).unsqueeze(1), key, value, **settings).view(
+        *query.shape[:3], value.shape[-1]
+    )
 
 
 def _resized(
@@ -100,8 +117,9 @@ def _resized(
     for axis, matrix in enumerate(matrices, start=2):
         taken = matrix.argmax(1)
         if not np.array_equal(matrix, np.eye(len(matrix[0]))[taken]):
-            weights = torch.tensor(matrix.tolist())
-            image = weights @ image if axis == 2 else image @ weights.T
+            # On the right of both axes, or the quantiser meets one constant with channels along two dimensions.
+            weights = torch.tensor(matrix.T.tolist())
+            image = (image.mT @ weights).mT if axis == 2 else image @ weights
         elif not np.array_equal(taken, np.arange(len(matrix[0]))):
             image = image.index_select(axis, torch.tensor(taken.tolist()))
     return image
@@ -131,7 +149,9 @@ def _matrix(
         return thread.submit(of_unit_vectors).result()
 
 
-_REPLACED: dict[Callable[..., Any], Callable[..., Any]] = {
+FOR_ONNX: dict[Callable[..., Any], Callable[..., Any]] = {adaptive_avg_pool2d: _pooled}
+FOR_TFLITE: dict[Callable[..., Any], Callable[..., Any]] = {
+    **FOR_ONNX,
     interpolate: _resized,
-    torch.nn.functional.scaled_dot_product_attention: _attended,
+    scaled_dot_product_attention: _attended,
 }

@@ -34,7 +34,7 @@ class TfliteTarget:
         from ai_edge_litert.interpreter import Interpreter
 
         from ..networks import models
-        from .rewrites import AsTorchComputes, deployed, for_tflite
+        from .rewrites import FOR_TFLITE, AsTorchComputes, deployed, for_tflite
 
         network, torch_spec = models.restore(source)
 
@@ -51,7 +51,7 @@ class TfliteTarget:
         with torch.no_grad():
             whole = ChannelsLast(for_tflite(deployed(network))).eval()
             example = torch.zeros(1, *spec.shape)
-            with AsTorchComputes():
+            with AsTorchComputes(FOR_TFLITE):
                 # Folded, or a resized position embedding would be resized anew for every image.
                 converted = litert_torch.convert(whole, (example,), runtime_constant_folding=True)
             converted.export(str(folder / self.entry))

@@ -16,14 +16,14 @@ from conftest import Made, assert_one_line, kdpipe, quantize
 from test_quantize import config
 from timm.models import register_model
 from torch import nn
-from torch.nn.functional import avg_pool2d, interpolate, scaled_dot_product_attention
+from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, interpolate, scaled_dot_product_attention
 
 from kdpipe.chain import Chain
 from kdpipe.core.config import ExportConfig, InputSettings, TeacherPlan
 from kdpipe.core.errors import GateFailed, UserError
 from kdpipe.core.kinds import Checkpoint, Model
 from kdpipe.export.parity import torch_outputs
-from kdpipe.export.rewrites import AsTorchComputes, deployed
+from kdpipe.export.rewrites import FOR_TFLITE, AsTorchComputes, deployed
 from kdpipe.networks import models
 from kdpipe.quantize import VARIANTS
 from kdpipe.quantize.layers import signal_to_noise_db
@@ -71,6 +71,7 @@ class Awkward(nn.Module):
         found = self.stem(image)
         position = interpolate(self.position, found.shape[-2:], mode="bicubic", antialias=True)
         found = self.branches(found + position).relu()
+        found = found + adaptive_avg_pool2d(found, 3).mean((2, 3), keepdim=True)  # windows overlap
         gate = avg_pool2d(found, 3, 2)  # 8 to 3 pixels, and back
         found = found * interpolate(gate, found.shape[-2:], mode="nearest").sigmoid()
         tokens = gate.flatten(2).transpose(1, 2)  # 9 of them
@@ -139,6 +140,7 @@ def tflite(chain: Chain, network: Checkpoint, made: Made) -> Model:
 def test_branches_are_merged_before_export(chain: Chain, network: Checkpoint, made: Made, tflite: Model) -> None:
     onnx = chain.export(ExportConfig(target="onnxruntime"), network, made.dataset)
     assert onnx.facts.nodes_by_kind["Conv"] == 2  # the stem's and the merged one
+    assert onnx.facts.nodes_by_kind.get("GatherND", 0) == 0  # of overlapping windows
     assert tflite.facts.nodes_by_kind["CONV_2D"] == 2
     for model in (onnx, tflite):  # against the network as it was trained
         assert model.facts.parity is not None and model.facts.parity.relative_difference < 1e-4
@@ -195,14 +197,23 @@ RESIZING: list[dict[str, Any]] = [
 def test_resizing_another_way_is_the_same(settings: dict[str, Any]) -> None:
     image = torch.randn(2, 3, 3, 4)
     expected = interpolate(image, **settings)
-    with AsTorchComputes():
+    with AsTorchComputes(FOR_TFLITE):
         found = interpolate(image, **settings)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [3, (3, 2), (1, 3), 1, 8, (None, 3)])
+def test_pooling_another_way_is_the_same(size: Any) -> None:
+    image = torch.randn(2, 3, 8, 7)
+    expected = adaptive_avg_pool2d(image, size)
+    with AsTorchComputes(FOR_TFLITE):
+        found = nn.AdaptiveAvgPool2d(size)(image)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
 def test_resizing_to_the_same_size_vanishes() -> None:
     position = torch.randn(1, 8, 5, 5)
-    with AsTorchComputes():
+    with AsTorchComputes(FOR_TFLITE):
         assert interpolate(position, (5, 5), mode="bicubic", antialias=True) is position
 
 
@@ -210,7 +221,7 @@ def test_resizing_to_the_same_size_vanishes() -> None:
 def test_one_head_of_keys_is_attended_to(heads: int) -> None:
     query, key, value = torch.randn(2, 3, 5, 4), torch.randn(2, heads, 7, 4), torch.randn(2, heads, 7, 6)
     expected = scaled_dot_product_attention(query, key, value, scale=0.3)
-    with AsTorchComputes():
+    with AsTorchComputes(FOR_TFLITE):
         found = scaled_dot_product_attention(query, key, value, scale=0.3)
     torch.testing.assert_close(found, expected)
 
