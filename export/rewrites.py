@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.models.csatv2 import SpatialTransformerBlock
 from timm.models.mobilevit import LinearSelfAttention
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
@@ -34,7 +35,21 @@ def for_tflite(network: nn.Module) -> nn.Module:
     for module in network.modules():
         if isinstance(module, LinearSelfAttention):
             module._forward_self_attn = MethodType(_linear_attention, module)
+        if isinstance(module, SpatialTransformerBlock):
+            module.forward = MethodType(_attention_over_one_image, module)
     return network
+
+
+def _attention_over_one_image(module: SpatialTransformerBlock, features: Tensor) -> Tensor:
+    """CSATv2's spatial block of [1, 1, H, W]: timm has it attend over the images of the batch, of which there is one.
+
+    The converter fails on matrix products over that axis; of one image the attention is its own value.
+    """
+    tokens = module.pos_embed(module.norm1(features.flatten(2).mT), features.shape[2:])
+    value = module.qkv(tokens)[..., 2:]
+    features = features + value.mT.reshape(features.shape)
+    mixed = module.mlp(module.norm2(features.flatten(2).mT))
+    return features + mixed.mT.reshape(features.shape)
 
 
 def _linear_attention(module: LinearSelfAttention, features: Tensor) -> Tensor:

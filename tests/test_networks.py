@@ -15,6 +15,7 @@ import torch
 from conftest import Made, assert_one_line, kdpipe, quantize
 from test_quantize import config
 from timm.models import register_model
+from timm.models.csatv2 import SpatialTransformerBlock
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, interpolate, scaled_dot_product_attention
 
@@ -23,7 +24,7 @@ from kdpipe.core.config import ExportConfig, InputSettings, TeacherPlan
 from kdpipe.core.errors import GateFailed, UserError
 from kdpipe.core.kinds import Checkpoint, Model
 from kdpipe.export.parity import torch_outputs
-from kdpipe.export.rewrites import FOR_TFLITE, AsTorchComputes, deployed
+from kdpipe.export.rewrites import FOR_TFLITE, AsTorchComputes, deployed, for_tflite
 from kdpipe.networks import models
 from kdpipe.quantize import VARIANTS
 from kdpipe.quantize.layers import signal_to_noise_db
@@ -174,6 +175,19 @@ def test_what_is_deployed_computes_the_same(name: str) -> None:
     assert convolutions[0] >= convolutions[1]
     norms = [sum(isinstance(each, nn.BatchNorm2d) for each in form.modules()) for form in (network, small)]
     assert (norms[1] < norms[0]) == (name != "test_byobnet")
+
+
+def test_attention_over_a_batch_of_one() -> None:
+    """CSATv2's block, whose matrix products over the batch the converter fails on."""
+    torch.manual_seed(0)
+    block = SpatialTransformerBlock().eval()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter)
+    image = torch.randn(1, 1, 7, 7)
+    with torch.inference_mode():
+        before = block(image)
+        after = for_tflite(block)(image)
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
 
 # ---- resizing ------------------------------------------------------------------------------------------------
