@@ -49,7 +49,8 @@ def _attention_over_one_image(module: SpatialTransformerBlock, features: Tensor)
     value = module.qkv(tokens)[..., 2:]
     features = features + value.mT.reshape(features.shape)
     mixed = module.mlp(module.norm2(features.flatten(2).mT))
-    return features + mixed.mT.reshape(features.shape)
+    summed: Tensor = features + mixed.mT.reshape(features.shape)
+    return summed
 
 
 def _linear_attention(module: LinearSelfAttention, features: Tensor) -> Tensor:
@@ -78,12 +79,12 @@ class AsTorchComputes(TorchFunctionMode):
         return self._replaced.get(func, func)(*args, **(kwargs or {}))
 
 
-def _pooled(image: Tensor, output_size: int | Sequence[int]) -> Tensor:
+def _pooled(image: Tensor, output_size: int | tuple[int, int]) -> Tensor:
     """``adaptive_avg_pool2d`` by matrices where windows overlap.
 
     Exporters make hundreds of gatherings of it, which OpenVINO computes wrongly.
     """
-    sizes = output_size if isinstance(output_size, Sequence) else (output_size, output_size)
+    sizes = output_size if isinstance(output_size, tuple | list) else (output_size, output_size)
     apart = None in sizes or all(length % size == 0 for length, size in zip(image.shape[2:], sizes, strict=False))
     if image.ndim != 4 or apart:
         return adaptive_avg_pool2d(image, output_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -339,6 +340,9 @@ def test_what_came_out_useless_is_refused(made: Made, tmp_path: Path, monkeypatc
     done = kdpipe(*arguments)
     assert_one_line(done, 1, "agrees with float32 on", "wanted 50%", "--allow-damage")
     assert not list(tmp_path.iterdir())
+    few = kdpipe(*arguments, "--check-images", 4)  # which judge nobody
+    assert few.returncode == 0, few.stderr
+    shutil.rmtree(tmp_path / "q")
     done = kdpipe(*arguments, "--allow-damage", "true")
     assert done.returncode == 0, done.stderr
     found = Model.open(tmp_path / "q").facts.against_float32
