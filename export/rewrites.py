@@ -17,7 +17,7 @@ from timm.models.csatv2 import SpatialTransformerBlock
 from timm.models.mobilevit import LinearSelfAttention
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d, interpolate, scaled_dot_product_attention
+from torch.nn.functional import adaptive_avg_pool2d, conv1d, interpolate, linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 
@@ -89,6 +89,13 @@ def _pooled(image: Tensor, output_size: int | tuple[int, int]) -> Tensor:
     if image.ndim != 4 or apart:
         return adaptive_avg_pool2d(image, output_size)
     return _resized(image, sizes, mode="area")
+
+
+def _convolved(signal: Tensor, weight: Tensor, bias: Tensor | None = None, *settings: Any, **more: Any) -> Tensor:
+    """``conv1d`` of [B, C, L]; one value wide it is a linear layer, of which the converter makes no rank too many."""
+    if weight.shape[1:] != (signal.shape[1], 1) or settings not in ((), ((1,), (0,), (1,), 1)) or more:
+        return conv1d(signal, weight, bias, *settings, **more)
+    return linear(signal.mT, weight.squeeze(2), bias).mT
 
 
 def _attended(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **settings: Any) -> Tensor:
@@ -168,6 +175,7 @@ def _matrix(
 FOR_ONNX: dict[Callable[..., Any], Callable[..., Any]] = {adaptive_avg_pool2d: _pooled}
 FOR_TFLITE: dict[Callable[..., Any], Callable[..., Any]] = {
     **FOR_ONNX,
+    conv1d: _convolved,
     interpolate: _resized,
     scaled_dot_product_attention: _attended,
 }

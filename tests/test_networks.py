@@ -226,6 +226,16 @@ def test_pooling_another_way_is_the_same(size: Any) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
+def test_a_signal_convolved_another_way_is_the_same() -> None:
+    signal = torch.randn(2, 4, 9)
+    for width, settings in ((1, {}), (1, {"stride": 2}), (1, {"groups": 2}), (3, {"padding": "same"})):
+        convolution = nn.Conv1d(4, 6, width, **settings)
+        expected = convolution(signal)
+        with AsTorchComputes(FOR_TFLITE):
+            found = convolution(signal)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 def test_resizing_to_the_same_size_vanishes() -> None:
     position = torch.randn(1, 8, 5, 5)
     with AsTorchComputes(FOR_TFLITE):
