@@ -21,7 +21,7 @@ from ..data.dataset import Dataset, load_images, predict_samples
 from ..runtime import open_session, predict
 from ..runtime.task import TASKS
 from .onnx import NEEDS, simplify, write_onnx
-from .parity import check, compare, keep_worst
+from .parity import check, compare, keep_worst, torch_outputs
 from .written import Written
 
 
@@ -40,20 +40,17 @@ def trace(order: Order[GraphConfig], student: Checkpoint, dataset: Dataset, out:
             import torch
 
             from ..networks import models
-            from .rewrites import deployed
+            from .rewrites import FOR_ONNX, AsTorchComputes, deployed
 
             network, spec = models.restore(student)
             whole = models.Normalise(network, spec).eval()
             samples = dataset.balanced("train", config.parity_images, seed=0)
             paths = [sample.path for sample in samples]
             images = load_images(samples, spec.model_dump())
-            with torch.inference_mode():
-                expected = whole(torch.from_numpy(images).permute(0, 3, 1, 2).float()).numpy()
-            if not np.isfinite(expected).all():
-                raise UserError(f"{student.path}: its outputs are not finite on real images: nothing to export")
+            expected = torch_outputs(whole, images, str(student.path))
             raw = draft.path / "raw.onnx"
             seconds, begun = {}, time.monotonic()
-            with quiet(), torch.no_grad():
+            with quiet(), torch.no_grad(), AsTorchComputes(FOR_ONNX):
                 try:
                     write_onnx(models.Normalise(deployed(network), spec).eval(), spec, raw)
                 except Exception as error:  # the exporter raises its own

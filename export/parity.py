@@ -6,14 +6,19 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..core.config import ParitySettings
-from ..core.errors import GateFailed
+from ..core.errors import GateFailed, UserError
 from ..core.kinds import ParityFacts, RuntimeSession
 from ..runtime.task import Task
+
+if TYPE_CHECKING:
+    from torch import nn
+
+LARGEST_BATCH_EFFECT = 1e-2  # over the outputs' spread: rounding makes a hundredth of that
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,25 @@ class Parity:
             worst_image=self.worst_image.name,
             session=None if session is None else RuntimeSession(**session),
         )
+
+
+def torch_outputs(network: nn.Module, images: np.ndarray, what: str) -> np.ndarray:
+    """What ``network`` (NCHW, 0..255) says of images uint8 [N, H, W, 3], float32 [N, ...].
+
+    Raises:
+        UserError: outputs that are not finite, or that depend on which other images are in the batch.
+    """
+    import torch
+
+    batch = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    with torch.inference_mode():
+        outputs: np.ndarray = network(batch).numpy()
+        alone: np.ndarray = network(batch[:1]).numpy()
+    if not np.isfinite(outputs).all():
+        raise UserError(f"{what}: its outputs are not finite on real images: nothing to export")
+    if len(outputs) > 1 and np.abs(alone[0] - outputs[0]).max() > LARGEST_BATCH_EFFECT * outputs.std(axis=0).max():
+        raise UserError(f"{what}: what it says of an image depends on the other images of the batch: nothing to export")
+    return outputs
 
 
 def compare(task: Task, expected: np.ndarray, actual: np.ndarray, images: Sequence[Path]) -> Parity:

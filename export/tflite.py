@@ -12,6 +12,7 @@ import numpy as np
 
 from ..core.artifact import AnyArtifact
 from ..core.kinds import Checkpoint
+from .parity import torch_outputs
 from .written import Written
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class TfliteTarget:
         from ai_edge_litert.interpreter import Interpreter
 
         from ..networks import models
-        from .rewrites import ExactResizing, deployed, for_tflite
+        from .rewrites import FOR_TFLITE, AsTorchComputes, deployed, for_tflite
 
         network, torch_spec = models.restore(source)
 
@@ -46,11 +47,11 @@ class TfliteTarget:
                 logits: torch.Tensor = self.network(image.permute(0, 3, 1, 2))
                 return logits
 
+        expected = torch_outputs(models.Normalise(network, torch_spec).eval(), images, str(source.path))
         with torch.no_grad():
-            expected: np.ndarray = ChannelsLast(network).eval()(torch.from_numpy(images).float()).numpy()
             whole = ChannelsLast(for_tflite(deployed(network))).eval()
             example = torch.zeros(1, *spec.shape)
-            with ExactResizing():
+            with AsTorchComputes(FOR_TFLITE):
                 # Folded, or a resized position embedding would be resized anew for every image.
                 converted = litert_torch.convert(whole, (example,), runtime_constant_folding=True)
             converted.export(str(folder / self.entry))

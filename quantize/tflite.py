@@ -20,6 +20,9 @@ from .ranges import Range, estimate, normalisation, observe
 from .variant import Taken, Variant
 
 BIASED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
+# Where LayerNorm (the one thing that takes the root of a variance as it runs) stands in the branches nothing bounds the
+# sums: with all of a ViT in 8 bits 18 dB were lost, and it ran four times slower than in float.
+NORMALISING = "RSQRT"
 INPUT_RANGE = (0.0, 255.0)  # known: observing it would let 255 clip on a brighter image
 
 
@@ -172,6 +175,10 @@ class StaticInt8(Variant):
             work.update_quantization_recipe(
                 f"^{re.escape(name)};?$", TFLOperationName.ALL_SUPPORTED, algorithm_key=AlgorithmName.NO_QUANTIZE
             )
+        kinds = {layer.kind for layer in whole.layers}
+        if NORMALISING in kinds:
+            for name in kinds & {each.value for each in TFLOperationName} - set(BIASED):
+                work.update_quantization_recipe(".*", TFLOperationName(name), algorithm_key=AlgorithmName.NO_QUANTIZE)
         interpreter = Interpreter(source)
         [(signature, names)] = interpreter.get_signature_list().items()
         [argument] = names["inputs"]
