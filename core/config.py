@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import UserError, did_you_mean
 from .inputs import InputSpec
-from .sealed import LONGEST_NUMBER, printable
+from .sealed import LONGEST_NUMBER, MOST_LEVELS, printable
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Method = Literal[
@@ -614,6 +614,12 @@ def parse_yaml(text: str, where: str) -> Any:
     import yaml
 
     try:
+        # First: composing goes down level by level, as far as the limit of recursion, which converters raise.
+        level = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            level += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if level > MOST_LEVELS:
+                raise ValueError("too many levels inside each other")
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
@@ -624,8 +630,6 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{where}{line}: not YAML ({getattr(error, 'problem', None) or first_of(error)})") from None
-    except RecursionError:
-        raise UserError(f"{where}: not YAML that is read here (too many levels inside each other)") from None
     except (ValueError, AttributeError) as error:  # a date or a number that is none
         raise UserError(f"{where}: not YAML ({first_of(error)})") from None
 
