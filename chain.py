@@ -42,11 +42,11 @@ from .core.config import (
     TrainConfig,
     suited,
 )
-from .core.errors import UserError, choice
+from .core.errors import GateFailed, UserError, choice
 from .core.inputs import InputSpec
 from .core.kinds import Bundle, Cache, Checkpoint, Graph, Measurement, Model, Probe, Report
 from .core.proc import require
-from .core.progress import progress
+from .core.progress import note, progress
 from .data.copies import are_photographs
 from .data.dataset import Dataset, Fitted, geometry
 from .data.fingerprints import Fingerprint, fingerprint_folder
@@ -377,14 +377,25 @@ class Chain:
         return self.step(f"{model.facts.target}-{config.variant}", Model, order, make, out)
 
     def variants(self, plan: QuantizePlan, model: Model, dataset: Dataset, device: Probe) -> list[Model]:
-        """Every variant of the plan that ``model``'s target has; with auto, those that could be the best there."""
+        """Every variant of the plan that ``model``'s target has; with auto, those that could be the best there.
+
+        One that is refused is left out where nobody named it.
+
+        Raises:
+            GateFailed: a named one is refused.
+        """
         from .quantize import VARIANTS
 
         check_known(model)
         made = []
         for name, kind in VARIANTS[model.facts.target].items():
             if kind.suits(model.facts, device.known_flags) if plan.variants == "auto" else name in plan.variants:
-                made.append(self.quantize(QuantizeConfig.of(plan, variant=name), model, dataset, device))
+                try:
+                    made.append(self.quantize(QuantizeConfig.of(plan, variant=name), model, dataset, device))
+                except GateFailed as error:
+                    if plan.variants != "auto":
+                        raise
+                    note(f"{model.facts.target} goes without {name}: {error}")
         return made
 
     def _nearest(self, artifact: AnyArtifact, kind: type[A]) -> A | None:

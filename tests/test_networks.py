@@ -21,9 +21,10 @@ from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, interpolate, scaled_dot_product_attention
 
 from kdpipe.chain import Chain
-from kdpipe.core.config import ExportConfig, InputSettings, TeacherPlan
+from kdpipe.core.config import ExportConfig, InputSettings, QuantizePlan, TeacherPlan, validated
 from kdpipe.core.errors import GateFailed, UserError
 from kdpipe.core.kinds import Checkpoint, Model
+from kdpipe.devices import find_device
 from kdpipe.export.parity import torch_outputs
 from kdpipe.export.rewrites import FOR_TFLITE, AsTorchComputes, deployed, for_tflite
 from kdpipe.networks import models
@@ -357,6 +358,16 @@ def test_what_came_out_useless_is_refused(made: Made, tmp_path: Path, monkeypatc
     assert done.returncode == 0, done.stderr
     found = Model.open(tmp_path / "q").facts.against_float32
     assert found is not None and found.agreement < 0.5
+
+
+def test_a_run_goes_without_what_nobody_named(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torn(monkeypatch, 100)
+    chain, model, device = Chain(tmp_path), made.models["onnxruntime-float32"], find_device("local").probe()
+    auto = validated(QuantizePlan, {"calibrate": {"images": 16}}, "test")
+    assert "int8" not in [each.facts.variant for each in chain.variants(auto, model, made.dataset, device)]
+    named = auto.model_copy(update={"variants": ("int8",)})
+    with pytest.raises(GateFailed, match="agrees with float32 on"):
+        chain.variants(named, model, made.dataset, device)
 
 
 def test_one_definition_of_noise() -> None:
