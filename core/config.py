@@ -42,7 +42,7 @@ class Config(BaseModel):
 class DataPlan(Config):
     """Where the images come from and how they are split."""
 
-    task: str = Field("classification", description="what a network is to say of an image: classification")
+    task: str = Field("classification", description="what a network is to say of an image, such as classification")
     source: str = Field(
         description="'digits', an image folder, or a name of timm's dataset factory (hfds/..., wds/..., tfds/...)"
     )

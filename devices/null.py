@@ -1,6 +1,7 @@
 """No machine at all: takes everything, runs nothing. What is left is what measuring itself costs.
 
-Its outputs are zeros and its times those of an empty call, so it is marked as emulated and never ranked.
+Its outputs are zeros in the bundle's own shape and its times those of an empty call, so it is marked as emulated and
+never ranked.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 from ..core.config import DeviceSettings, MeasureSettings
 from ..core.errors import UserError
 from ..core.kinds import Bundle, Prediction, Probe, RuntimeSession, Samples, WarmUp
+from ..runtime.bundle import GOLDEN
 from ..runtime.measure import peak_memory_bytes
 from ..runtime.probe import UNAVAILABLE
 
@@ -64,9 +66,9 @@ class NullDevice:
         batch: int = 64,
         threads: int = 0,
     ) -> Prediction:
-        classes = len(Bundle.open(self._found(bundle)).labels)
+        golden = Bundle.open(self._found(bundle)).arrays(GOLDEN, images=("u", 4), logits=("f", 2))["logits"]
         count = len(np.load(self._found(images), mmap_mode="r", allow_pickle=False))
-        np.save(outputs, np.zeros((count, classes), np.float32))
+        np.save(outputs, np.zeros((count, *golden.shape[1:]), np.float32))
         return Prediction(images=count, open_seconds=0, predict_seconds=0, session=SESSION)
 
     def measure(self, bundle: str, images: str, settings: MeasureSettings, timeout_seconds: float) -> Samples:

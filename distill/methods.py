@@ -313,6 +313,9 @@ class Dkd(LogitMethod):
 
     def logit_loss(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         settings = self.config.dkd
+        # Where nobody knows the label, the student has nothing to learn: it is compared with itself.
+        known = target >= 0 if target.ndim == 1 else target.sum(1) > 0
+        teacher, target = teacher.where(known[:, None], student.detach()), target.clamp(min=0)
         grown = min((self.epoch + 1) / settings.warmup_epochs, 1.0) if settings.warmup_epochs else 1.0
         return grown * losses.dkd(student, teacher, target, settings.alpha, settings.beta, self.config.temperature)
 

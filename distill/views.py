@@ -16,6 +16,7 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
+from torch.nn import functional
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 from torchvision import transforms
@@ -128,7 +129,7 @@ class TrainingView(NamedTuple):
 
     image: torch.Tensor  # float32 [3, size, size], normalised
     label: torch.Tensor  # what is right of the image itself; UNLABELED where nobody knows
-    target: torch.Tensor  # the label, or after mixing a distribution [K], nothing for what has no label
+    target: torch.Tensor  # the label, or after mixing distributions [K, ...], nothing where there is no label
     address: tuple[int, int] | list[torch.Tensor]  # view number and image number
 
 
@@ -156,13 +157,16 @@ class TrainingViews(TorchDataset[TrainingView]):
         image, other = self._plain(view, index), self._plain(view, partner)
         cut = bool(self._config.cutmix) and (not self._config.mixup or generator.random() < 0.5)
         alpha = self._config.cutmix if cut else self._config.mixup
-        share = float(generator.beta(alpha, alpha))
+        drawn = float(generator.beta(alpha, alpha))
+        share: float | torch.Tensor = drawn
         if cut:
-            share = _paste(image, other, share, generator)
+            kept = _paste(image, other, drawn, generator)
+            # A label of every place is that of the image which is seen there; one of the whole image counts by area.
+            share = kept if label.shape == kept.shape else float(kept.double().mean())
         else:
-            image.mul_(share).add_(other, alpha=1 - share)
-        target = share * self._distribution(sample.label)
-        target += (1 - share) * self._distribution(self._samples[partner].label)
+            image.mul_(drawn).add_(other, alpha=1 - drawn)
+        other_label = torch.as_tensor(self._samples[partner].truth(self._fitting))
+        target = share * self._distribution(label) + (1 - share) * self._distribution(other_label)
         return TrainingView(image, label, target, address)
 
     def __len__(self) -> int:
@@ -172,18 +176,15 @@ class TrainingViews(TorchDataset[TrainingView]):
         with seeded(self._seed, view, index):
             return self._transform(self._samples[index].image())
 
-    def _distribution(self, label: int) -> torch.Tensor:
-        """The smoothed label as a distribution [K]; nothing where there is none."""
-        if label == UNLABELED:
-            return torch.zeros(self._classes)
-        spread = self._config.label_smoothing / self._classes
-        target = torch.full((self._classes,), spread)
-        target[label] += 1 - self._config.label_smoothing
-        return target
+    def _distribution(self, label: torch.Tensor) -> torch.Tensor:
+        """Smoothed labels [...] as distributions [K, ...]; nothing where there is none."""
+        smoothing = self._config.label_smoothing
+        hard = functional.one_hot(label.long().clamp(min=0), self._classes).movedim(-1, 0)
+        return (hard * (1 - smoothing) + smoothing / self._classes) * (label != UNLABELED)
 
 
-def _paste(image: torch.Tensor, other: torch.Tensor, share: float, generator: np.random.Generator) -> float:
-    """Put a box of ``other`` into ``image``, of about 1 - share of its area; the share that is really left."""
+def _paste(image: torch.Tensor, other: torch.Tensor, share: float, generator: np.random.Generator) -> torch.Tensor:
+    """Put a box of ``other`` into ``image``, of about 1 - share of its area; [H, W], 0 in the box and 1 around it."""
     height, width = image.shape[1:]
     side = math.sqrt(1 - share)
     middle = (int(generator.integers(height)), int(generator.integers(width)))
@@ -192,7 +193,9 @@ def _paste(image: torch.Tensor, other: torch.Tensor, share: float, generator: np
         for centre, length in zip(middle, (height, width), strict=True)
     )
     image[:, top:bottom, left:right] = other[:, top:bottom, left:right]
-    return 1 - (bottom - top) * (right - left) / (height * width)
+    kept = torch.ones(height, width)
+    kept[top:bottom, left:right] = 0
+    return kept
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):

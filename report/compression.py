@@ -15,7 +15,7 @@ from ..core.errors import UserError
 from ..core.kinds import BundleFacts, Graph, Measurement, Model, student_of
 from ..core.sealed import printable
 from ..core.stats import Interval, NoWorse, no_worse
-from ..data.dataset import Dataset
+from ..data.dataset import UNLABELED, Dataset
 from ..runtime.task import TASKS
 
 if TYPE_CHECKING:
@@ -150,7 +150,9 @@ def flips(
         return []
     task, samples = TASKS[measurement.facts.task], sources.dataset.samples("test")
     classes = [printable(name) for name in sources.dataset.classes]
-    if len(samples) != len(labels) or not 0 <= labels.min() <= labels.max() < len(classes):
+    known = labels.reshape(len(labels), -1).max(1)  # of every image something, though not at every place
+    fits = labels.min() >= UNLABELED and 0 <= known.min() <= known.max() < len(classes)
+    if len(samples) != len(labels) or not fits:
         raise UserError(f"{measurement.path} measured other images than those of {sources.dataset.path}")
     queues = []
     for before, after in pairs:

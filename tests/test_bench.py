@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -32,6 +33,7 @@ from kdpipe.devices.session import bench_config
 from kdpipe.devices.trust import control_name
 from kdpipe.quantize import VARIANTS
 from kdpipe.runtime import open_session
+from kdpipe.runtime.bundle import GOLDEN
 from kdpipe.runtime.measure import longest_seconds, warm_up
 from kdpipe.runtime.probe import UNAVAILABLE, probe, read
 
@@ -310,6 +312,22 @@ def test_the_null_device_goes_through_the_bench(made: Made, tmp_path: Path) -> N
     found = facts.results["onnxruntime-int8"]
     assert found.accuracy is not None and 0.05 < found.accuracy.value < 0.2, "it always says the first class"
     assert found.latency_p50_ms is not None and found.latency_p50_ms.value < 0.05
+
+
+def test_the_null_device_answers_in_the_shape_of_the_bundle(made: Made, tmp_path: Path) -> None:
+    """Outputs may have places: [N, K, ...]."""
+    shutil.copytree(made.bundles["onnxruntime-int8"].path, tmp_path / "bundle")
+    golden = io.BytesIO()
+    with np.load(made.bundles["onnxruntime-int8"].file(GOLDEN)) as found:
+        np.savez(golden, images=found["images"], logits=np.repeat(found["logits"][:, :, None, None], 4, 3))
+    replace_file(tmp_path / "bundle", GOLDEN, golden.getvalue())
+    np.save(tmp_path / "images.npy", np.zeros((3, 32, 32, 3), np.uint8))
+    device = find_device("null")
+    with opened(device, tmp_path):
+        device.push(tmp_path / "bundle", "bundle")
+        device.push(tmp_path / "images.npy", "images.npy")
+        device.predict("bundle", "images.npy", tmp_path / "outputs.npy", 60)
+    assert np.load(tmp_path / "outputs.npy").shape == (3, 10, 1, 4)
 
 
 def test_variants_are_decided_by_the_device_they_are_for(made: Made) -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import Made
 
+from kdpipe.core.errors import UserError
 from kdpipe.core.stats import Interval, no_worse
+from kdpipe.data.dataset import UNLABELED
 from kdpipe.report.compression import FLIPS, Sources, advice, flips, guards, noise_by_layer
 from kdpipe.report.tables import bundles_of
 from kdpipe.report.words import advice_sentence, guard_sentence
+from kdpipe.runtime.task import TASKS, Classification
 
 Numbers = dict[str, Any]
 
@@ -175,6 +179,32 @@ def test_flips_are_images_that_changed(made: Made) -> None:
         assert each["label"] == made.dataset.classes[labels[each["position"]]]
         assert (made.dataset.samples("test")[each["position"]].path).name == each["image"]
     assert flips(made.measurement, pairs, labels, Sources()) == [], "without the dataset there are no images"
+
+
+def test_flips_of_labels_with_places(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an image something is known, though not at every place of it."""
+
+    class Places(Classification):
+        def tell(self, decision: np.ndarray, classes: Sequence[str]) -> str:
+            return " ".join(classes[at] for at in np.ravel(decision) if at != UNLABELED)
+
+    monkeypatch.setitem(TASKS, "classification", Places())
+    measurement, pairs, sources = made.measurement, [("tflite-float32", "tflite-int8")], Sources(dataset=made.dataset)
+    unknown = np.full_like(measurement.labels, UNLABELED)
+    labels = np.stack([measurement.labels, unknown, measurement.labels], 1)
+    found = flips(measurement, pairs, labels, sources)
+    assert found == [
+        each | {"label": f"{each['label']} {each['label']}"}
+        for each in flips(measurement, pairs, labels[:, 0], sources)
+    ]
+    assert found
+    for place, wrong in ((0, 10), (1, -2), (slice(None), UNLABELED)):
+        others = labels.copy()
+        others[0, place] = wrong
+        with pytest.raises(UserError, match="measured other images than those of"):
+            flips(measurement, pairs, others, sources)
+    with pytest.raises(UserError, match="measured other images than those of"):
+        flips(measurement, pairs, unknown, sources)
 
 
 def test_the_report_has_every_hop_and_layer(made: Made) -> None:

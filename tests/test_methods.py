@@ -102,6 +102,25 @@ def test_places_of_an_image_are_compared_one_by_one() -> None:
         assert by_image.item() == pytest.approx(loss.item(), rel=1e-6), name
 
 
+@pytest.mark.parametrize("soft", [False, True])
+def test_places_without_a_label_teach_dkd_nothing(soft: bool) -> None:
+    """Every image has a label where the method needs one, but not at every place."""
+    student, teacher, target = torch.randn(6, 4), torch.randn(6, 4), torch.tensor([0, -1, 3, 2, -1, 1])
+    student.requires_grad_()
+    config = validated(DistillSettings, {"method": "dkd"}, "test")
+    network = nn.Conv2d(3, 4, 1)
+    network.num_classes = 4
+    method = METHODS["dkd"](config, network, SPEC, Teacher(network, SPEC, SPEC), task="classification")
+    known = target >= 0
+    if soft:
+        target = nn.functional.one_hot(target.clamp(min=0), 4) * known[:, None].float()
+    found = method.logit_loss(student, teacher, target)
+    (gradient,) = torch.autograd.grad(found, student)
+    alone = method.logit_loss(student[known], teacher[known], target[known])
+    assert found.item() == pytest.approx(alone.item() * 4 / 6, rel=1e-5)
+    assert gradient[known].any(1).all() and gradient[~known].abs().max() < 1e-7
+
+
 @pytest.mark.parametrize("frame", [DistillationMethod, LogitMethod])
 def test_a_method_without_a_loss_of_its_own_does_not_train(frame: type) -> None:
     """Nothing stands in for what was forgotten."""

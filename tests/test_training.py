@@ -9,9 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ from kdpipe.core.inputs import InputSpec
 from kdpipe.core.kinds import Checkpoint
 from kdpipe.core.proc import children_signal_kept
 from kdpipe.data.dataset import UNLABELED, Sample
+from kdpipe.data.labels import LABELS, ClassNumbers
 from kdpipe.distill import loop
 from kdpipe.distill import precision as precisions
 from kdpipe.distill import train as trainer
@@ -46,6 +48,7 @@ from kdpipe.distill.teacher import Teacher
 from kdpipe.distill.trackers import Nothing
 from kdpipe.distill.views import EpochBatches, TrainingImages, TrainingView, TrainingViews, training_images
 from kdpipe.networks import models
+from kdpipe.runtime.preprocess import decode, fit
 
 SPEC = InputSpec(size=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), crop_fraction=1.0, interpolation="bicubic")
 EVERYTHING = AugmentSettings(crop="resized", flip=0.5, auto_augment="rand-m9-mstd0.5", erase=0.5)
@@ -131,6 +134,37 @@ def test_mixed_views_are_what_their_targets_say(trained: Trained) -> None:
                     mixed_some += 1
                     break
         assert mixed_some > 10
+
+
+@pytest.mark.parametrize("settings", [{"mixup": 0.5}, {"cutmix": 1.0}], ids=["mixup", "cutmix"])
+def test_labels_with_places_are_mixed_place_by_place(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch, settings: dict[str, float]
+) -> None:
+    """The label of a place is here whether its red is dark, and nobody knows where the row is even."""
+
+    class Dark(ClassNumbers):
+        def read(self, image: Path, number: int, spec: Mapping[str, Any]) -> np.ndarray:
+            places = (fit(decode(image), spec)[:, :, 0] < 128).astype(np.int64)
+            places[::2] = UNLABELED
+            return places
+
+    monkeypatch.setitem(LABELS, "classification", Dark())
+    source, none = some(trained, 6), AugmentSettings(crop="none", flip=0)
+    plain = TrainingViews(source, TrainSettings(augment=none), SPEC, 2, seed=5)
+    first = [plain[(0, at)] for at in range(6)]
+    views = TrainingViews(source, TrainSettings(augment=none, label_smoothing=0.2, **settings), SPEC, 2, seed=5)
+    for at in range(6):
+        view = views[(0, at)]
+        target = cast("torch.Tensor", view.target)
+        assert torch.equal(view.label, first[at].label), "its own, as the accuracy is judged"
+        assert target.shape == (2, 32, 32) and not target[:, ::2].any()
+        assert torch.allclose(target[:, 1::2].sum(0), torch.ones(16, 32))
+        if "cutmix" in settings:  # what is seen at a place is what its target says
+            dark = (view.image[0] * SPEC.std[0] + SPEC.mean[0]) * 255 < 127.5
+            assert torch.allclose(target[1, 1::2], torch.where(dark, 0.9, 0.1)[1::2])
+        else:
+            shares = target[1, 1::2].unique()
+            assert 1 < len(shares) <= 4 and shares.min() >= 0.1 - 1e-6 and shares.max() <= 0.9 + 1e-6
 
 
 def test_partners_come_from_the_drawn_images_alone(trained: Trained) -> None:
