@@ -21,7 +21,7 @@ lint: install
 types: install
 	@mkdir -p .types && ln -sfn .. .types/kdpipe
 	$(BIN)/mypy
-	$(BIN)/mypy benchmarks
+	cd benchmarks && ../$(BIN)/mypy --config-file ../pyproject.toml --explicit-package-bases .
 
 layers: install
 	$(BIN)/lint-imports --no-cache
