@@ -24,7 +24,7 @@ import torch
 import typer
 from safetensors.torch import save_file
 
-from distill import timms, torchdistills
+from distill import timms, torchdistills  # the benchmark beside this one
 from kdpipe.chain import Chain
 from kdpipe.core.config import DataPlan, Method, ModelSettings, TeacherPlan, TrainConfig, validated
 from kdpipe.core.kinds import Cache, Checkpoint
