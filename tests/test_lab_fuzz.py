@@ -166,7 +166,8 @@ def test_every_command_on_a_strangers_manifest_ends_in_one_line(made: Made, tmp_
 
 def test_a_flip_in_every_kind_of_artifact_is_seen(made: Made, tmp_path: Path) -> None:
     for artifact in (made.dataset, made.student, made.graph, made.measurement, made.report):
-        for name in artifact.manifest.files:
+        names = sorted(artifact.manifest.files)
+        for name in names[:: max(1, len(names) // 20)]:  # the digits have a file an image
             copy = tmp_path / artifact.kind
             shutil.copytree(artifact.path, copy)
             if (copy / name).stat().st_size:
