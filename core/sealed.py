@@ -1,8 +1,8 @@
 """What a stranger may have written: a sealed folder, read so that nothing in it is believed before it was checked.
 
 Whoever seals a folder can recompute every hash, so kinds of files, sizes, names and numbers are looked at first.
-This file stands in ``core`` and in ``runtime``, byte for byte (a test compares them): the host and the runner on a
-device read by the same rules, and neither may import the other. It needs the standard library, and numpy for arrays.
+The host and the runner on a device read by the same rules, and neither may import the other: ``runtime/sealed.py`` is a
+link to this file, and a file of its own in every bundle. It needs the standard library, and numpy for arrays.
 """
 
 from __future__ import annotations

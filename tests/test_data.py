@@ -256,8 +256,7 @@ def test_pictures_are_turned_as_their_camera_says(tmp_path: Path, orientation: i
     seen = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    turned = {method: seen.transpose(method) for method in Image.Transpose if method is not None}
-    candidates = [seen, *turned.values()]
+    candidates = [seen, *map(seen.transpose, Image.Transpose)]
     matching = []
     for picture in candidates:
         path = tmp_path / "photo.png"
