@@ -511,7 +511,9 @@ def when(true: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
     return thread
 
 
-@pytest.mark.parametrize("cut", ["unplugged", "black hole"])
+@pytest.mark.parametrize(
+    ("far", "cut"), [("rsync", "unplugged"), ("sftp", "unplugged"), ("rsync", "black hole")], indirect=["far"]
+)
 def test_an_upload_goes_on_where_it_was_cut(far: tuple[Link, Sshd, SshDevice], upload: Path, cut: str) -> None:
     link, sshd, device = far
     assert device.runner
