@@ -107,7 +107,7 @@ class SshDevice(RunnerDevice):
         lines = [f"Host {self._host}"]
         lines += [f"  User {self._user}"] if self._user else []
         lines += [f"  Port {self._port}"] if self._port else []
-        own = OWN_CONFIGURATION
+        own: tuple[str, ...] = OWN_CONFIGURATION
         if self.settings.ssh_config:
             given = Path(self.settings.ssh_config).expanduser().absolute()
             if not given.is_file():
