@@ -109,12 +109,12 @@ class SshDevice(RunnerDevice):
         lines = [f"Host {self._host}"]
         lines += [f"  User {self._user}"] if self._user else []
         lines += [f"  Port {self._port}"] if self._port else []
-        own = list(OWN_CONFIGURATION)
+        own: tuple[str, ...] = OWN_CONFIGURATION
         if self.settings.ssh_config:
             given = Path(self.settings.ssh_config).expanduser().absolute()
             if not given.is_file():
                 raise UserError(f"'{self.name}': no ssh_config at {given}")
-            own = [str(given)]
+            own = (str(given),)
         return "\n".join([*lines, FIRST + connection, *(f'Include "{path}"' for path in own), LAST])
 
     def close(self) -> None:

@@ -140,8 +140,8 @@ def write_qdq(
 def _move_biases(path: Path, shifts: Mapping[str, np.ndarray]) -> None:
     """Add the shifts, and give a bias that several nodes share to each as its own.
 
-    The library would copy it too, under a name made of its first letters and a number: where those are ``val_12``, as
-    torch's exporter calls things, it may be the name of another tensor (seen in poolformer_s12).
+    The library would copy it too, as its name with a number behind it: of ``val_12``, as torch's exporter calls things,
+    that is ``val_124``, which may be another tensor's name (seen in poolformer_s12).
     """
     import onnx
     from onnx import numpy_helper

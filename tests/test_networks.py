@@ -393,14 +393,14 @@ def test_a_manifest_has_one_figure(made: Made) -> None:
 
 
 def test_a_bias_that_nodes_share_is_each_ones_own(tmp_path: Path) -> None:
-    """The library's copy of it would take the name of the first node's output, as torch's exporter gives names."""
+    """The library's copy of ``val_1`` is ``val_10``, and torch's exporter gives such names to outputs of nodes."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
     generator = np.random.default_rng(0)
     bias = generator.normal(size=3).astype(np.float32)
     weights = {"scale": np.ones(3, np.float32), "val_1": bias}
-    norms = [("image", "val_2"), ("val_2", "val_3"), ("val_3", "logits")]
+    norms = [("image", "val_10"), ("val_10", "val_11"), ("val_11", "logits")]
     graph = helper.make_graph(
         [
             helper.make_node("InstanceNormalization", [at, "scale", "val_1"], [to], name=f"norm-{to}")
