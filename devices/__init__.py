@@ -9,7 +9,8 @@ from typing import Protocol
 
 from ..core.config import DeviceSettings, MeasureSettings
 from ..core.errors import choice
-from ..core.kinds import Prediction, Probe, Samples
+from ..core.kinds import FreshStart, Prediction, Probe, Samples
+from . import book
 from .local import LocalDevice
 from .null import NullDevice
 
@@ -17,6 +18,7 @@ from .null import NullDevice
 class Device(Protocol):
     """A machine that bundles are pushed to, asked and measured on, in whatever way it can."""
 
+    name: str  # in devices.yaml
     emulated: bool  # numbers of an emulated device are never ranked
 
     def __init__(self, settings: DeviceSettings) -> None:
@@ -59,6 +61,18 @@ class Device(Protocol):
     def measure(self, bundle: str, images: str, settings: MeasureSettings, timeout_seconds: float) -> Samples:
         """Time single-image inference of the pushed ``bundle`` in a fresh process. Raises as ``predict`` does."""
 
+    def start_fresh(
+        self, bundle: str, images: str, settings: MeasureSettings, timeout_seconds: float, *, examine: bool = False
+    ) -> FreshStart:
+        """Open the pushed ``bundle`` and run one image in a fresh process that does nothing else.
+
+        Args:
+            examine: afterwards, ask the runtime in which precision it ran the layers.
+
+        Raises:
+            KdpipeError: as ``predict`` does.
+        """
+
     def close(self) -> None:
         """Remove the working folder."""
 
@@ -70,10 +84,11 @@ DEVICES: dict[str, type[Device]] = {
 
 
 def find_device(name: str) -> Device:
-    """The device of that name, not opened yet. Raises UserError for an unknown one."""
-    if name not in DEVICES:
-        raise choice("device", name, DEVICES)
-    return DEVICES[name](DeviceSettings(kind=name))
+    """The device of that name (see ``book``), not reached yet. Raises UserError for an unknown one."""
+    settings = book.known(DEVICES)
+    if name not in settings:
+        raise choice("device", name, settings)
+    return DEVICES[settings[name].kind](settings[name])
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""``python -m runtime``: verify, predict and measure a bundle on the machine it lies on.
+"""``python -m runtime``: verify, predict and measure a bundle on the machine it lies on, and say what that is.
 
 One JSON object goes to standard output; a failure is one line on standard error and exit code 1.
 """
@@ -9,9 +9,11 @@ import argparse
 import json
 import os
 import resource
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,55 +21,115 @@ import numpy as np
 
 from . import PROTOCOL_VERSION, open_session, predict
 from .bundle import BundleError, read_facts, replay_golden
-from .measure import measure
+from .measure import Plan, keep_to_cores, measure, start_fresh
+from .probe import probe
 from .sealed import printable
+from .store import StoreError, receive
+from .watch import Locked, watch
 from .weights import ModelFileError
 
 BATCH = 64  # images that are run at once, and read at once
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="runtime", description=__doc__)
-    parser.add_argument("command", choices=["verify", "predict", "measure"])
-    parser.add_argument("bundle", type=Path, help="folder of the bundle")
-    parser.add_argument("--images", type=Path, help=".npy of uint8 [N, H, W, 3] (predict, measure)")
-    parser.add_argument("--image-count", type=int, default=64, help="images rotated through (measure)")
-    parser.add_argument("--logits", type=Path, help=".npy to write float32 [N, K] to (predict)")
-    parser.add_argument(
-        "--batch", type=int, default=BATCH, help="images of one call, where the model takes them (predict)"
-    )
-    parser.add_argument("--threads", type=int, default=0, help="0: every core")
-    parser.add_argument("--seconds", type=float, default=1.0, help="steady time (measure)")
-    parser.add_argument("--min-samples", type=int, default=64, help="inferences at least (measure)")
-    parser.add_argument("--warm-up-seconds", type=float, default=1.0, help="warm-up at least (measure)")
-    parser.add_argument("--stand-in", action="store_true", help="open with the runtime that reads the same file")
-    parser.add_argument("--memory-bytes", type=int, default=0, help="end where it wants more memory; 0: no limit")
-    args = parser.parse_args()
+    args = _parser().parse_args()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a fault of a runtime leaves no file behind
     if args.memory_bytes:
         resource.setrlimit(resource.RLIMIT_DATA, (args.memory_bytes, args.memory_bytes))
-    threads = args.threads or len(os.sched_getaffinity(0))
+    signal.setitimer(signal.ITIMER_REAL, args.limit_seconds)  # whoever asked may be gone, and cannot end this process
     try:
-        facts = read_facts(args.bundle)
-        if args.command == "verify":
-            result = replay_golden(args.bundle, facts, threads, args.stand_in)
-        elif args.command == "predict":
-            result = _predict(args, facts, threads)
-        else:
-            images = np.load(args.images, mmap_mode="r", allow_pickle=False)[: args.image_count]
-            result = measure(args.bundle, facts, images, threads, args.seconds, args.min_samples, args.warm_up_seconds)
+        result = args.answer(args)
     except Exception as error:  # every runtime raises its own for a model that it cannot run
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        whose = "" if isinstance(error, (BundleError, ModelFileError)) else f"{type(error).__name__}: "
+        whose = (
+            "" if isinstance(error, (BundleError, Locked, ModelFileError, StoreError)) else f"{type(error).__name__}: "
+        )
         print(f"runtime: {whose}{printable(text, 500)}", file=sys.stderr)
         return 1
     print(json.dumps({"protocol_version": PROTOCOL_VERSION, **result}))
     return 0
 
 
-def _predict(args: argparse.Namespace, facts: dict[str, Any], threads: int) -> dict[str, Any]:
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="runtime", description=__doc__)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    parser.set_defaults(answer=lambda _: parser.error("wanted a command"))
+    of_all = argparse.ArgumentParser(add_help=False)
+    of_all.add_argument("--memory-bytes", type=int, default=0, help="end where it wants more memory; 0: no limit")
+    of_all.add_argument("--limit-seconds", type=float, default=0, help="end after so long; 0: no limit")
+
+    def command(name: str, answer: Callable[[argparse.Namespace], dict[str, Any]], about: str) -> Any:
+        added = commands.add_parser(name, help=about, description=about, parents=[of_all])
+        added.set_defaults(answer=answer)
+        return added
+
+    def of_bundle(name: str, answer: Callable[[argparse.Namespace], dict[str, Any]], about: str) -> Any:
+        added = command(name, answer, about)
+        added.add_argument("bundle", type=Path, help="folder of the bundle")
+        added.add_argument("--threads", type=int, default=0, help="0: every core")
+        added.add_argument("--stand-in", action="store_true", help="open with the runtime that reads the same file")
+        return added
+
+    of_bundle("verify", _verify, "check the hashes of a bundle and replay its golden inputs")
+    predicting = of_bundle("predict", _predict, "run a bundle on images")
+    predicting.add_argument("--images", type=Path, required=True, help=".npy of uint8 [N, H, W, 3]")
+    predicting.add_argument("--logits", type=Path, required=True, help=".npy to write float32 [N, K] to")
+    predicting.add_argument("--batch", type=int, default=BATCH, help="images of one call, where the model takes them")
+    measuring = of_bundle("measure", _measure, "time a bundle")
+    measuring.add_argument("--images", type=Path, required=True, help=".npy of uint8 [N, H, W, 3]")
+    for field in fields(Plan):
+        option = "--image-count" if field.name == "images" else "--" + field.name.replace("_", "-")
+        measuring.add_argument(option, type=type(field.default), default=field.default, help="see Plan")
+    starting = of_bundle("start", _start, "open a bundle, run one image and say what that took of time and memory")
+    starting.add_argument("--images", type=Path, required=True, help=".npy of uint8 [N, H, W, 3]")
+    starting.add_argument("--page-cache", choices=["warm", "dropped"], default="warm", help="dropped: read from disk")
+    starting.add_argument("--examine", action="store_true", help="count the layers by the precision in which they ran")
+    watching = command("watch", _watch, "say what the machine does, at every line of standard input until it ends")
+    watching.add_argument("--lock", type=Path, help="file that is held meanwhile, so that nobody else measures")
+    watching.add_argument("--holder", default="somebody", help="who holds it")
+    watching.add_argument("--hertz", type=float, default=10.0, help="looks a second")
+    command("probe", lambda _: probe(), "say what this machine is")
+    receiving = command("receive", lambda args: receive(args.root, args.digest), "check what was uploaded, and keep it")
+    receiving.add_argument("root", type=Path, help="folder of everything that is kdpipe's")
+    receiving.add_argument("digest", help="of what was uploaded to store/DIGEST.part")
+    return parser
+
+
+def _threads(args: argparse.Namespace) -> int:
+    return int(args.threads or len(os.sched_getaffinity(0)))
+
+
+def _verify(args: argparse.Namespace) -> dict[str, Any]:
+    return replay_golden(args.bundle, read_facts(args.bundle), _threads(args), args.stand_in)
+
+
+def _measure(args: argparse.Namespace) -> dict[str, Any]:
+    placement = keep_to_cores(args.threads)
+    facts = read_facts(args.bundle)
+    named = {field.name: getattr(args, field.name) for field in fields(Plan) if field.name != "images"}
+    plan = Plan(images=args.image_count, **named)
+    images = np.load(args.images, mmap_mode="r", allow_pickle=False)[: plan.images]
+    return measure(args.bundle, facts, images, placement, plan)
+
+
+def _start(args: argparse.Namespace) -> dict[str, Any]:
+    """Hashes are not checked: that would be most of the time, and of the memory, of a small model's start."""
+    placement = keep_to_cores(args.threads)
+    facts = read_facts(args.bundle, hashed=False)
+    images = np.load(args.images, mmap_mode="r", allow_pickle=False)
+    threads = placement["threads"]
+    return start_fresh(args.bundle, facts, images, threads, page_cache=args.page_cache, examine=args.examine)
+
+
+def _watch(args: argparse.Namespace) -> dict[str, Any]:
+    watch(args.lock, args.holder, args.hertz, PROTOCOL_VERSION)
+    return {}
+
+
+def _predict(args: argparse.Namespace) -> dict[str, Any]:
+    facts = read_facts(args.bundle)
     begun = time.monotonic()
-    session = open_session(args.bundle, facts, threads, args.stand_in)
+    session = open_session(args.bundle, facts, _threads(args), args.stand_in)
     opened = time.monotonic()
     outputs = [predict(session, images, args.batch) for images in _batches(args.images)]
     np.save(args.logits, np.concatenate(outputs), allow_pickle=False)

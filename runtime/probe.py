@@ -16,7 +16,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from . import RUNTIMES
+from . import RUNTIMES, is_available
 
 UNAVAILABLE = "unavailable"
 ROOT = Path("/")
@@ -209,16 +209,6 @@ def energy_uj(root: Path = ROOT) -> dict[str, int] | str:
     return found or UNAVAILABLE
 
 
-def energy_ranges_uj(root: Path = ROOT) -> dict[str, int]:
-    """Microjoules after which ``energy_uj`` starts again, by domain."""
-    found = {}
-    for path in _sorted(root / "sys/class/powercap", "*-rapl:[0-9]*"):
-        most = read_int(path / "max_energy_range_uj")
-        if most is not None:
-            found[f"{path.name} {read(path / 'name')}"] = most
-    return found
-
-
 def power_mw(root: Path = ROOT) -> dict[str, int] | str:
     """Milliwatts by rail of a Jetson's INA3221 meters: voltage times current of each labelled channel."""
     found = {}
@@ -319,6 +309,7 @@ def probe(root: Path = ROOT) -> dict[str, Any]:
         "memory_bytes": int(memory[1]) * 1024 if memory else UNAVAILABLE,
         "governor": read(root / CPUS / "cpu0/cpufreq/scaling_governor"),
         "runtimes": runtime_versions(),
+        "targets": [name for name in RUNTIMES if is_available(name)],
         "current_khz": str(clocks["cpu0"]) if isinstance(clocks, dict) and "cpu0" in clocks else UNAVAILABLE,
         "clocks_khz": clocks,
         "temperatures_millicelsius": temperatures(root),

@@ -84,7 +84,17 @@ def look(slow: bool, root: Path = probe.ROOT) -> dict[str, Any]:
     return sight
 
 
-def watch(hertz: float, questions: int, answers: IO[str], protocol_version: int, root: Path = probe.ROOT) -> None:
+def watch(lock: Path | None, holder: str, hertz: float, protocol_version: int) -> None:
+    """Watch for whoever writes to standard input, holding ``lock`` if one is named. Raises Locked."""
+    held = take_lock(lock, holder) if lock is not None else None
+    try:
+        _look_on(hertz, sys.stdin.fileno(), sys.stdout, protocol_version)
+    finally:
+        if held is not None:
+            held.close()
+
+
+def _look_on(hertz: float, questions: int, answers: IO[str], protocol_version: int) -> None:
     """Look ``hertz`` times a second until ``questions`` ends; answer each of its lines with what was seen since.
 
     Args:
@@ -96,7 +106,7 @@ def watch(hertz: float, questions: int, answers: IO[str], protocol_version: int,
     count = 0
     while True:
         now = time.monotonic()
-        sights.append(look(now >= slow_at, root))
+        sights.append(look(now >= slow_at))
         if now >= slow_at:
             slow_at = now + SLOW_SECONDS
         count += 1
@@ -107,17 +117,7 @@ def watch(hertz: float, questions: int, answers: IO[str], protocol_version: int,
             if not asked:
                 return
             for _ in range(asked.count(b"\n")):
-                sights.append(look(True, root))
+                sights.append(look(True))
                 told = {"sights": list(sights), "own_cpu_ns": time.process_time_ns(), "cpus": cpus}
                 print(json.dumps({"protocol_version": protocol_version, **told}), file=answers, flush=True)
                 sights.clear()
-
-
-def main(lock: Path | None, holder: str, hertz: float, protocol_version: int) -> None:
-    """Watch standard input, with the lock held if one is named. Raises Locked."""
-    held = take_lock(lock, holder) if lock is not None else None
-    try:
-        watch(hertz, sys.stdin.fileno(), sys.stdout, protocol_version)
-    finally:
-        if held is not None:
-            held.close()
