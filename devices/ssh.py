@@ -66,6 +66,7 @@ Host *
   ServerAliveCountMax 3
 """
 OWN_CONFIGURATION = ("~/.ssh/config", "/etc/ssh/ssh_config")
+RSYNC_SAYS = b"rsync "  # first; openrsync, which takes other options, doesn't
 BROKEN_OFF = {LINK_FAILED, -signal.SIGPIPE, 10, 12, 30, 35}  # so end ssh, sftp and rsync where the link did
 # What the client says of a link that can't be had, and what may help.
 LOST = {
@@ -168,7 +169,10 @@ class SshDevice(RunnerDevice):
     @cached_property
     def _has_rsync(self) -> bool:
         """Whether both sides have it, and nothing that a shell there prints by itself disturbs it."""
-        return shutil.which("rsync") is not None and self.attempt("rsync --version", 60).stdout.startswith(b"rsync ")
+        ask = ["rsync", "--version"]
+        if shutil.which(ask[0]) is None or not run_group(ask, 60).stdout.startswith(RSYNC_SAYS):
+            return False
+        return self.attempt(shlex.join(ask), 60).stdout.startswith(RSYNC_SAYS)
 
     def _rsync(self, source: Path | str, target: Path | str) -> Done:
         """Bring ``source`` to ``target``, of which the one there is given as text."""
