@@ -161,7 +161,55 @@ def ratio_interval(numerators: Sequence[float] | np.ndarray, denominators: Seque
     top, bottom = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
     if top.shape != bottom.shape or len(top) == 0 or (top <= 0).any() or (bottom <= 0).any():
         raise ValueError("wanted two equally long vectors of positive numbers")
-    logs = mean_interval(np.log(top / bottom))
+    return geometric_interval(top / bottom)
+
+
+def geometric_interval(values: Sequence[float] | np.ndarray) -> Interval:
+    """Geometric mean of positive numbers with Student's 95 % interval of their logarithms; a single one has none.
+
+    Raises:
+        ValueError: no values, or one that is not positive.
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    if not (numbers > 0).all():
+        raise ValueError("wanted positive numbers")
+    return _exponential(mean_interval(np.log(numbers)))
+
+
+LEAST_BLOCKS = 5  # fewer draws than these repeat themselves so often that the bootstrap knows no tails
+
+
+def bootstrap_ratio(block_logs: Sequence[float] | np.ndarray, seed: int, draws: int = 4000) -> Interval:
+    """Geometric mean ratio with its bootstrap-t 95 % interval, blocks drawn with replacement.
+
+    Each draw's mean is measured in its own standard errors (Efron and Tibshirani 1993, 12.5): an interval from the
+    plain percentiles of ten draws' means is too narrow, it covers in 85 to 90 of 100.
+
+    Args:
+        block_logs: of each block the mean logarithm of the first's latencies less that of the second's.
+        seed: of the draws.
+
+    Raises:
+        ValueError: no blocks.
+    """
+    logs = np.asarray(block_logs, dtype=np.float64)
+    n = len(logs)
+    if n == 0:
+        raise ValueError("wanted at least one block")
+    mean = float(logs.mean())
+    if n < LEAST_BLOCKS:
+        return Interval(math.exp(mean), None, None, n)
+    drawn = logs[np.random.default_rng(seed).integers(0, n, (draws, n))]
+    errors = drawn.std(axis=1, ddof=1) / math.sqrt(n)
+    told = errors > 1e-9 * max(1.0, float(np.abs(logs).max()))  # a draw of one block over and over has no error
+    error = float(logs.std(ddof=1)) / math.sqrt(n)
+    if not told.any():
+        return Interval(math.exp(mean), math.exp(mean), math.exp(mean), n)
+    low, high = np.quantile((drawn.mean(axis=1)[told] - mean) / errors[told], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return _exponential(Interval(mean, mean - float(high) * error, mean - float(low) * error, n))
+
+
+def _exponential(logs: Interval) -> Interval:
     low, high = (None if end is None else math.exp(end) for end in (logs.low, logs.high))
     return Interval(math.exp(logs.value), low, high, logs.n)
 
