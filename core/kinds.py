@@ -508,13 +508,14 @@ class Comparison(Record):
     """Two bundles of one session, paired by round.
 
     ``ratio`` is the first one's latency over the second's, its interval at the level of its step in Holm's
-    correction over all pairs; they differ where it lies beyond what the session's controls leave open.
+    correction over all pairs; they differ where it lies beyond what the session's controls leave open, a share.
     """
 
     first: str
     second: str
     ratio: Interval
     differ: bool
+    left_open: float | None  # None where a control bounds nothing
 
 
 class Result(Record):

@@ -232,3 +232,33 @@ def holm_levels(p_values: Sequence[float] | np.ndarray, level: float = 1 - CONFI
     rejected[order[:stop]] = True
     levels[order] = steps[np.minimum(np.arange(len(p)), min(stop, len(p) - 1))]
     return rejected, levels
+
+
+def compare_logs(
+    differences: Sequence[np.ndarray], margins: Sequence[float], level: float = 1 - CONFIDENCE
+) -> list[tuple[Interval, bool]]:
+    """Which of several ratios differ from 1 by more than their margins, none of the others with more than ``level``.
+
+    The mean logarithm of each is held against its margin by Student's t, at Holm's level over all of them.
+
+    Args:
+        differences: of each pair the logarithms of its ratios, one a round (or a session), two or more.
+        margins: what is left open about each, as a difference of logarithms; infinite where nothing bounds it.
+
+    Returns:
+        Of each the geometric mean ratio, with its interval at the level of its step, and whether it differs.
+    """
+    from scipy.special import stdtr, stdtrit  # Student's distribution and its inverse
+
+    count = np.array([len(found) for found in differences])
+    mean = np.array([found.mean() for found in differences])
+    error = np.array([found.std(ddof=1) for found in differences]) / np.sqrt(count)
+    beyond = np.abs(mean) - np.array(margins)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        p_values = np.where(beyond > 0, 2 * stdtr(count - 1, -beyond / error), 1.0)
+    rejected, levels = holm_levels(p_values, level)
+    arm = stdtrit(count - 1, 1 - levels / 2) * error
+    values, lows, highs = np.exp([mean, mean - arm, mean + arm]).tolist()
+    return [
+        (Interval(values[at], lows[at], highs[at], int(count[at])), bool(rejected[at])) for at in range(len(differences))
+    ]

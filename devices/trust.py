@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from ..core.kinds import Comparison, Conditions, Result, Trust
-from ..core.stats import Interval, holm_levels, ratio_interval
+from ..core.kinds import Comparison, Result, Trust
+from ..core.stats import Interval, compare_logs, ratio_interval
 from ..runtime.probe import UNAVAILABLE
 
 Rounds = Mapping[str, Sequence[float | None]]  # by bundle: one latency a round, in ms, None where it failed
@@ -136,48 +136,29 @@ def compare(
     """Every pair of bundles that share two rounds or more.
 
     The hypothesis that is tested says: they differ by no more than the controls of the two leave open (the widest one).
-    The mean logarithm of the paired ratios is held against it by Student's t, at Holm's level over all pairs.
 
     Args:
         judged_by: for each bundle to compare, those whose control it is judged by.
     """
-    from scipy.special import stdtr, stdtrit  # Student's distribution and its inverse
-
     logs = {name: np.log(np.array(rounds[name], dtype=np.float64)) for name in judged_by if name in rounds}
     differences = {pair: logs[pair[0]] - logs[pair[1]] for pair in itertools.combinations(logs, 2)}  # None became NaN
     shared = {pair: found[~np.isnan(found)] for pair, found in differences.items()}
     shared = {pair: found for pair, found in shared.items() if len(found) > 1}
-    count = np.array([len(found) for found in shared.values()])
-    mean = np.array([found.mean() for found in shared.values()])
-    error = np.array([found.std(ddof=1) for found in shared.values()]) / np.sqrt(count)
-    margin = np.array([left_open(pair, controls, judged_by) for pair in shared])
-    beyond = np.abs(mean) - margin
-    with np.errstate(divide="ignore", invalid="ignore"):
-        p_values = np.where(beyond > 0, 2 * stdtr(count - 1, -beyond / error), 1.0)
-    rejected, levels = holm_levels(p_values)
-    arm = stdtrit(count - 1, 1 - levels / 2) * error
-    values, lows, highs = np.exp([mean, mean - arm, mean + arm]).tolist()
+    open_by_pair = {pair: left_open(pair, controls, judged_by) for pair in shared}
+    margins = [math.inf if left is None else math.log1p(left) for left in open_by_pair.values()]
     return [
-        Comparison(
-            first=pair[0],
-            second=pair[1],
-            ratio=Interval(values[at], lows[at], highs[at], len(shared[pair])),
-            differ=bool(rejected[at]),
-        )
-        for at, pair in enumerate(shared)
+        Comparison(first=pair[0], second=pair[1], ratio=found, differ=differ, left_open=open_by_pair[pair])
+        for pair, (found, differ) in zip(shared, compare_logs(list(shared.values()), margins), strict=True)
     ]
 
 
 def left_open(
     names: Sequence[str], controls: Mapping[str, Interval], judged_by: Mapping[str, Sequence[str]]
-) -> float:
-    """What the controls of ``names`` leave open, as a difference of logarithms; infinite where one bounds nothing."""
-    return max(_margin(controls.get(control)) for name in names for control in judged_by[name])
-
-
-def _margin(control: Interval | None) -> float:
-    off = None if control is None else from_one(control)
-    return math.inf if off is None else math.log1p(off[1])
+) -> float | None:
+    """By which share the controls that judge ``names`` may be off, the widest; None where one bounds nothing."""
+    judges = [controls.get(control) for name in names for control in judged_by[name]]
+    found = [None if control is None else from_one(control) for control in judges]
+    return None if None in found else max(off[1] for off in found if off is not None)
 
 
 def judge(
