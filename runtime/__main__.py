@@ -1,4 +1,4 @@
-"""``python -m runtime``: verify, predict and measure a bundle on the machine it lies on.
+"""``python -m runtime``: verify, predict and measure a bundle on the machine it lies on, and say what that is.
 
 One JSON object goes to standard output; a failure is one line on standard error and exit code 1.
 """
@@ -9,9 +9,10 @@ import argparse
 import json
 import os
 import resource
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,54 +21,87 @@ import numpy as np
 from . import PROTOCOL_VERSION, open_session, predict
 from .bundle import BundleError, read_facts, replay_golden
 from .measure import measure
+from .probe import probe
 from .sealed import printable
+from .store import StoreError, receive
 from .weights import ModelFileError
 
 BATCH = 64  # images that are run at once, and read at once
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="runtime", description=__doc__)
-    parser.add_argument("command", choices=["verify", "predict", "measure"])
-    parser.add_argument("bundle", type=Path, help="folder of the bundle")
-    parser.add_argument("--images", type=Path, help=".npy of uint8 [N, H, W, 3] (predict, measure)")
-    parser.add_argument("--image-count", type=int, default=64, help="images rotated through (measure)")
-    parser.add_argument("--logits", type=Path, help=".npy to write float32 [N, K] to (predict)")
-    parser.add_argument(
-        "--batch", type=int, default=BATCH, help="images of one call, where the model takes them (predict)"
-    )
-    parser.add_argument("--threads", type=int, default=0, help="0: every core")
-    parser.add_argument("--seconds", type=float, default=1.0, help="steady time (measure)")
-    parser.add_argument("--min-samples", type=int, default=64, help="inferences at least (measure)")
-    parser.add_argument("--warm-up-seconds", type=float, default=1.0, help="warm-up at least (measure)")
-    parser.add_argument("--stand-in", action="store_true", help="open with the runtime that reads the same file")
-    parser.add_argument("--memory-bytes", type=int, default=0, help="end where it wants more memory; 0: no limit")
-    args = parser.parse_args()
+    args = _parser().parse_args()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a fault of a runtime leaves no file behind
     if args.memory_bytes:
         resource.setrlimit(resource.RLIMIT_DATA, (args.memory_bytes, args.memory_bytes))
-    threads = args.threads or len(os.sched_getaffinity(0))
+    signal.setitimer(signal.ITIMER_REAL, args.limit_seconds)  # whoever asked may be gone, and cannot end this process
     try:
-        facts = read_facts(args.bundle)
-        if args.command == "verify":
-            result = replay_golden(args.bundle, facts, threads, args.stand_in)
-        elif args.command == "predict":
-            result = _predict(args, facts, threads)
-        else:
-            images = np.load(args.images, mmap_mode="r", allow_pickle=False)[: args.image_count]
-            result = measure(args.bundle, facts, images, threads, args.seconds, args.min_samples, args.warm_up_seconds)
+        result = args.answer(args)
     except Exception as error:  # every runtime raises its own for a model that it cannot run
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        whose = "" if isinstance(error, (BundleError, ModelFileError)) else f"{type(error).__name__}: "
+        whose = "" if isinstance(error, (BundleError, ModelFileError, StoreError)) else f"{type(error).__name__}: "
         print(f"runtime: {whose}{printable(text, 500)}", file=sys.stderr)
         return 1
     print(json.dumps({"protocol_version": PROTOCOL_VERSION, **result}))
     return 0
 
 
-def _predict(args: argparse.Namespace, facts: dict[str, Any], threads: int) -> dict[str, Any]:
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="runtime", description=__doc__)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    parser.set_defaults(answer=lambda _: parser.error("wanted a command"))
+    of_all = argparse.ArgumentParser(add_help=False)
+    of_all.add_argument("--memory-bytes", type=int, default=0, help="end where it wants more memory; 0: no limit")
+    of_all.add_argument("--limit-seconds", type=float, default=0, help="end after so long; 0: no limit")
+
+    def command(name: str, answer: Callable[[argparse.Namespace], dict[str, Any]], about: str) -> Any:
+        added = commands.add_parser(name, help=about, description=about, parents=[of_all])
+        added.set_defaults(answer=answer)
+        return added
+
+    def of_bundle(name: str, answer: Callable[[argparse.Namespace], dict[str, Any]], about: str) -> Any:
+        added = command(name, answer, about)
+        added.add_argument("bundle", type=Path, help="folder of the bundle")
+        added.add_argument("--threads", type=int, default=0, help="0: every core")
+        added.add_argument("--stand-in", action="store_true", help="open with the runtime that reads the same file")
+        return added
+
+    of_bundle("verify", _verify, "check the hashes of a bundle and replay its golden inputs")
+    predicting = of_bundle("predict", _predict, "run a bundle on images")
+    predicting.add_argument("--images", type=Path, required=True, help=".npy of uint8 [N, H, W, 3]")
+    predicting.add_argument("--logits", type=Path, required=True, help=".npy to write float32 [N, K] to")
+    predicting.add_argument("--batch", type=int, default=BATCH, help="images of one call, where the model takes them")
+    measuring = of_bundle("measure", _measure, "time a bundle")
+    measuring.add_argument("--images", type=Path, required=True, help=".npy of uint8 [N, H, W, 3]")
+    measuring.add_argument("--image-count", type=int, default=64, help="images rotated through")
+    measuring.add_argument("--seconds", type=float, default=1.0, help="steady time")
+    measuring.add_argument("--min-samples", type=int, default=64, help="inferences at least")
+    measuring.add_argument("--warm-up-seconds", type=float, default=1.0, help="warm-up at least")
+    command("probe", lambda _: probe(), "say what this machine is")
+    receiving = command("receive", lambda args: receive(args.root, args.digest), "check what was uploaded, and keep it")
+    receiving.add_argument("root", type=Path, help="folder of everything that is kdpipe's")
+    receiving.add_argument("digest", help="of what was uploaded to store/DIGEST.part")
+    return parser
+
+
+def _threads(args: argparse.Namespace) -> int:
+    return int(args.threads or len(os.sched_getaffinity(0)))
+
+
+def _verify(args: argparse.Namespace) -> dict[str, Any]:
+    return replay_golden(args.bundle, read_facts(args.bundle), _threads(args), args.stand_in)
+
+
+def _measure(args: argparse.Namespace) -> dict[str, Any]:
+    facts = read_facts(args.bundle)
+    images = np.load(args.images, mmap_mode="r", allow_pickle=False)[: args.image_count]
+    return measure(args.bundle, facts, images, _threads(args), args.seconds, args.min_samples, args.warm_up_seconds)
+
+
+def _predict(args: argparse.Namespace) -> dict[str, Any]:
+    facts = read_facts(args.bundle)
     begun = time.monotonic()
-    session = open_session(args.bundle, facts, threads, args.stand_in)
+    session = open_session(args.bundle, facts, _threads(args), args.stand_in)
     opened = time.monotonic()
     outputs = [predict(session, images, args.batch) for images in _batches(args.images)]
     np.save(args.logits, np.concatenate(outputs), allow_pickle=False)
