@@ -367,6 +367,19 @@ def student_of(bundle: Provenance) -> str | None:
     return nearest.key if nearest else None
 
 
+ALL = "all"
+
+
+def row_name(bundle: str, threads: int, several: bool) -> str:
+    """What a bundle is called among what is timed: with its number of threads where it is timed with ``several``."""
+    return f"{bundle}@{threads or ALL}" if several else bundle
+
+
+def bundle_of(row: str) -> str:
+    """The bundle of a row."""
+    return row.partition("@")[0]
+
+
 def float32_by_bundle(bundles: Mapping[str, Provenance]) -> dict[str, str]:
     """For each bundle the float32 one of the same target and student, itself perhaps; none where there is none."""
     facts = {name: Bundle.facts_of(source) for name, source in bundles.items()}
@@ -585,7 +598,7 @@ class Conditions(Record):
     """What else the device did while a bundle's processes were timed, seen from outside of them: over all of them.
 
     CPU time of others, and time that the host of a virtual machine took away, in cores: 0.5 is half of one core's.
-    ``frequency_drop``: by which share the clock of the slowest process lay below that of the fastest one of the session.
+    ``frequency_drop``: by which share the clock of its slowest process lay below that of its fastest one.
     """
 
     others_cores: float | Unavailable
@@ -613,6 +626,7 @@ class AgainstHost(Record):
 class Mismatch(Record):
     """A test image of which a bundle says something else on the device than on the host."""
 
+    position: int  # among the test images
     image: str
     label: str
     host: str

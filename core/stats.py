@@ -205,7 +205,9 @@ def bootstrap_ratio(block_logs: Sequence[float] | np.ndarray, seed: int, draws: 
     error = float(logs.std(ddof=1)) / math.sqrt(n)
     if not told.any():
         return Interval(math.exp(mean), math.exp(mean), math.exp(mean), n)
-    low, high = np.quantile((drawn.mean(axis=1)[told] - mean) / errors[told], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    low, high = np.quantile(
+        (drawn.mean(axis=1)[told] - mean) / errors[told], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
+    )
     return _exponential(Interval(mean, mean - float(high) * error, mean - float(low) * error, n))
 
 
@@ -260,5 +262,6 @@ def compare_logs(
     arm = stdtrit(count - 1, 1 - levels / 2) * error
     values, lows, highs = np.exp([mean, mean - arm, mean + arm]).tolist()
     return [
-        (Interval(values[at], lows[at], highs[at], int(count[at])), bool(rejected[at])) for at in range(len(differences))
+        (Interval(values[at], lows[at], highs[at], int(count[at])), bool(rejected[at]))
+        for at in range(len(differences))
     ]

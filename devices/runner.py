@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +28,7 @@ from ..core.errors import DeviceLost, KdpipeError, UserError
 from ..core.kinds import Prediction, Probe, Samples
 from ..core.proc import run_group
 from ..core.sealed import parse_json, printable
+from .watching import Watch, watching
 
 R = TypeVar("R", bound=Record)
 RUNNER = "runtime"
@@ -257,6 +259,14 @@ class RunnerDevice(ABC):
 
     def push(self, source: Path, name: str) -> None:
         self._places[name] = self.store(source)
+
+    def drop(self, name: str) -> None:
+        place = self._places.pop(name)
+        if place not in self._places.values():
+            self.shell(f"rm -rf {shlex.quote(place)}")
+
+    def watching(self) -> AbstractContextManager[Watch | None]:
+        return watching(self)
 
     def place(self, name: str) -> str:
         """Where something that was pushed lies there. Raises UserError where nothing was."""

@@ -6,6 +6,11 @@ from ..core.config import BenchConfig, BenchPlan
 from . import find_device
 
 
-def bench_config(config: BenchPlan) -> BenchConfig:
-    """Name the device behind ``config``. Raises UserError for an unknown one."""
-    return BenchConfig.of(config, device_fingerprint=find_device(config.device).probe().fingerprint)
+def bench_config(config: BenchPlan, device: str) -> BenchConfig:
+    """Name the device as it is now behind ``config``.
+
+    Raises:
+        UserError: an unknown one.
+        DeviceLost: it cannot be reached.
+    """
+    return BenchConfig.of(config, device=device, device_fingerprint=find_device(device).probe().fingerprint)

@@ -186,7 +186,9 @@ def judge(
     if result.batch_one is not None and not result.batch_one.within_tolerance:
         apart = result.batch_one
         reason = f"alone its outputs are off by {apart.max_difference:.3g} from those in batches"
-        return Trust(word="invalid", reason=f"{reason}, allowed {apart.tolerance:.3g}: what is timed is not what is judged")
+        return Trust(
+            word="invalid", reason=f"{reason}, allowed {apart.tolerance:.3g}: what is timed is not what is judged"
+        )
     for name, control in controls.items():
         off = None if control is None else from_one(control)
         within = None if control is None else known_within(control)
