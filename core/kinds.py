@@ -361,29 +361,22 @@ class Bundle(Labelled[BundleFacts]):
     RUNNER = "runtime"  # folder of the runner's sources
 
 
+AT_THREADS = "@"  # between a bundle's name and its threads, in a session that measures it on several numbers of them
+
+
 def student_of(bundle: Provenance) -> str | None:
     """Key of the checkpoint that ``bundle`` was made from."""
     nearest = next(iter(find_ancestors(bundle, Checkpoint)), None)
     return nearest.key if nearest else None
 
 
-ALL = "all"
-
-
-def row_name(bundle: str, threads: int, several: bool) -> str:
-    """What a bundle is called among what is timed: with its number of threads where it is timed with ``several``."""
-    return f"{bundle}@{threads or ALL}" if several else bundle
-
-
-def bundle_of(row: str) -> str:
-    """The bundle of a row."""
-    return row.partition("@")[0]
-
-
 def float32_by_bundle(bundles: Mapping[str, Provenance]) -> dict[str, str]:
-    """For each bundle the float32 one of the same target and student, itself perhaps; none where there is none."""
+    """For each bundle the float32 one of its target, student and threads, itself perhaps; none where there is none."""
     facts = {name: Bundle.facts_of(source) for name, source in bundles.items()}
-    kinds = {name: (facts[name].target, student_of(source)) for name, source in bundles.items()}
+    kinds = {
+        name: (facts[name].target, student_of(source), name.partition(AT_THREADS)[2])
+        for name, source in bundles.items()
+    }
     whole = {kind: name for name, kind in reversed(kinds.items()) if facts[name].precision == "float32"}
     return {name: whole[kind] for name, kind in kinds.items() if kind in whole}
 
@@ -392,6 +385,7 @@ def float32_by_bundle(bundles: Mapping[str, Provenance]) -> dict[str, str]:
 
 
 Unavailable = Literal["unavailable"]  # what could not be read, never 0
+UNAVAILABLE: Unavailable = "unavailable"
 
 
 class Probe(Record):
@@ -794,12 +788,23 @@ class GainFacts(Record):
     gain_points: Interval | None
 
 
-class ReportFacts(Record):
-    """The report in a few words; each of ``pareto`` is one place on the front, with those that tie for it."""
+class DeviceReport(Record):
+    """One device in a few words: its worst word, and how many sessions stand behind its numbers, at most.
 
+    Each of ``pareto`` is one place on the front, with those that tie for it.
+    """
+
+    device: str
     trust: TrustWord | None
+    sessions: int
     bundles: int
     pareto: list[list[str]]
+
+
+class ReportFacts(Record):
+    """The report in a few words."""
+
+    devices: list[DeviceReport]
     gains: list[GainFacts]
 
 

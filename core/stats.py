@@ -216,6 +216,13 @@ def _exponential(logs: Interval) -> Interval:
     return Interval(math.exp(logs.value), low, high, logs.n)
 
 
+def known_within(found: Interval) -> float | None:
+    """The share within which a latency or a ratio is known: the longer arm of its interval."""
+    if found.low is None or found.high is None:
+        return None
+    return max(found.high / found.value, found.value / found.low) - 1
+
+
 def holm_levels(p_values: Sequence[float] | np.ndarray, level: float = 1 - CONFIDENCE) -> tuple[np.ndarray, np.ndarray]:
     """Which of several hypotheses are rejected when none of the true ones may be with more than ``level``.
 

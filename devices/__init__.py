@@ -13,7 +13,7 @@ from ..core.kinds import Prediction, Probe, Samples
 from . import book
 from .local import LocalDevice
 from .null import NullDevice
-from .watching import Watch
+from .surroundings import Watch
 
 
 class Device(Protocol):

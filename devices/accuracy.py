@@ -12,6 +12,7 @@ from typing import ParamSpec, TypeVar
 
 import numpy as np
 
+from ..core.config import BenchConfig
 from ..core.errors import DeviceLost, KdpipeError, UserError
 from ..core.kinds import AgainstHost, BatchOne, Bundle, Mismatch, Prediction
 from ..core.proc import first_line
@@ -21,6 +22,7 @@ from ..data.dataset import Dataset, images_shape, load_labels, write_images
 from ..runtime.task import TASKS
 from . import Device, find_device, opened
 from .journal import Journal
+from .session import threads_of
 from .talk import Talk
 
 BLOCK_BYTES = 128 * 2**20  # of images that lie on a device at a time
@@ -42,8 +44,7 @@ class Asked:
     journal: Journal
     scratch: Path
     talk: Talk
-    threads: int
-    timing_images: int
+    config: BenchConfig
 
     @cached_property
     def kinds(self) -> dict[str, list[str]]:
@@ -62,7 +63,7 @@ class Asked:
     @cached_property
     def positions(self) -> np.ndarray:
         """Where the timing images are among the test images, in their order."""
-        return self.dataset.positions("test", self.timing_images, seed=0)
+        return self.dataset.positions("test", self.config.images, seed=0)
 
     @property
     def count(self) -> int:
@@ -175,7 +176,7 @@ def _keep(
     written = asked.journal.outputs(name, what)
 
     def predict() -> Prediction:
-        how = {"batch": 1, "threads": asked.threads} if what == ALONE else {}
+        how = {"batch": 1, "threads": threads_of(asked.config, name)} if what == ALONE else {}
         answer = asked.device.predict(name, images, written, limit_seconds, stand_in=asked.stand_in(name), **how)
         read_outputs(written, name, count, asked.bundles[name])
         return answer
@@ -263,7 +264,8 @@ def on_host(bundles: Mapping[str, Bundle], dataset: Dataset, folder: Path, talk:
     device = find_device("local")
     by_key = {bundle.key: bundle for bundle in bundles.values()}
     with tempfile.TemporaryDirectory() as scratch, opened(device, Path(scratch)):
-        asked = Asked(device, by_key, dataset, Journal(folder), Path(scratch), talk, threads=0, timing_images=1)
+        config = BenchConfig(device=device.name, device_fingerprint={}, images=1)
+        asked = Asked(device, by_key, dataset, Journal(folder), Path(scratch), talk, config)
         push(asked)
         ask(asked)
         found = {}
@@ -278,7 +280,7 @@ def on_host(bundles: Mapping[str, Bundle], dataset: Dataset, folder: Path, talk:
 def against_host(
     bundle: Bundle, dataset: Dataset, outputs: np.ndarray, host: HostOutputs
 ) -> tuple[AgainstHost, list[Mismatch]]:
-    """How far the device's ``outputs`` [N, ...] are from the host's, and the images that the two call something else."""
+    """How far ``outputs`` [N, ...] are from those of the host, and the images that the two call something else."""
     task, samples = TASKS[bundle.facts.task], dataset.samples("test")
     labels = load_labels(samples, bundle.facts.input.model_dump())
     change = task.change(task.scores(host.outputs, labels), task.scores(outputs, labels))

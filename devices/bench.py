@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from ..core.artifact import Order, drafting, write_json
-from ..core.config import BenchConfig, MeasureSettings
+from ..core.config import BenchConfig
 from ..core.errors import DeviceLost, KdpipeError, UserError
 from ..core.kinds import (
     Bundle,
@@ -25,7 +26,6 @@ from ..core.kinds import (
     Result,
     Samples,
     float32_by_bundle,
-    row_name,
 )
 from ..core.progress import progress
 from ..core.stats import Interval, median_interval, percentile_interval
@@ -50,11 +50,13 @@ from .accuracy import (
     push,
     twice,
 )
+from .conditions import conditions, seen_around
 from .journal import Journal
 from .lock import held
+from .session import settings_of, threads_of
+from .surroundings import Watch
 from .talk import Talk, together
 from .trust import assess, control_name, controlled
-from .watching import Watch, conditions, surroundings
 
 LINK_TRIES, LINK_WAIT_SECONDS = 3, 5.0  # before a device counts as lost
 HOST = "local"
@@ -63,24 +65,20 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Row:
-    """Something that is timed: a bundle with a number of threads, as the configuration has it."""
-
-    bundle: str
-    threads: int
-
-
-@dataclass(frozen=True)
 class _Run:
-    """One session: what the bundles are asked, what is timed, and how."""
+    """One session: what the bundles are asked, and how they are timed."""
 
     asked: Asked
     config: BenchConfig
-    rows: Mapping[str, Row]
 
     @property
     def journal(self) -> Journal:
         return self.asked.journal
+
+    @cached_property
+    def float32(self) -> dict[str, str]:
+        """For each bundle the float32 one of its target, student and threads, where there is one."""
+        return float32_by_bundle({name: bundle.manifest for name, bundle in self.asked.bundles.items()})
 
 
 def bench(
@@ -115,11 +113,6 @@ def bench(
         with progress("measuring", step_count(config, bundles, dataset)) as advance:
             return bench(order, bundles, dataset, out, Talk(advance), host)
     device = find_device(config.device)
-    rows = {
-        row_name(name, threads, len(config.threads) > 1): Row(name, threads)
-        for threads in config.threads
-        for name in bundles
-    }
     with (
         held(device.settings, talk.note),
         drafting(Measurement, order, out, resumable=True) as draft,
@@ -128,30 +121,29 @@ def bench(
         assert draft.resume is not None  # the draft was begun as a resumable one
         journal = Journal(draft.resume)
         before = device.probe()
-        for name in {row.bundle for row in rows.values() if not device.runs(bundles[row.bundle].facts.target)}:
-            talk.note(f"{name}: {bundles[name].facts.target} is not installed on '{config.device}': no latency")
-        asked = Asked(device, bundles, dataset, journal, Path(scratch), talk, config.threads[0], config.images)
-        run = _Run(asked, config, rows)
+        asked = Asked(device, bundles, dataset, journal, Path(scratch), talk, config)
+        run = _Run(asked, config)
+        for name, bundle in bundles.items():
+            if not device.runs(bundle.facts.target):
+                talk.note(f"{name}: {bundle.facts.target} is not installed on '{config.device}': no latency")
 
         def all_of_it() -> tuple[dict[str, Result], dict[str, list[str]]]:
             with opened(device, Path(scratch)):
                 push(asked)
-                given_up = ask(asked)
-                found = _accuracies(run, given_up, draft.path, host or {})
-                timed = [name for name, row in rows.items() if _is_timed(run, row.bundle, found)]
+                results = _accuracies(run, ask(asked), draft.path, host or {})
+                timed = [name for name, result in results.items() if not result.failed and not asked.stand_in(name)]
                 judged_by = _controls(run, timed)
                 with device.watching() as watch:
                     _measure_rounds(run, timed, judged_by, watch)
-            return found, judged_by
+            return results, judged_by
 
-        by_bundle, judged_by = _patiently(talk, all_of_it)
-        after = device.probe()
-        results = {name: by_bundle[row.bundle] for name, row in rows.items()}
-        failures = [f"{name} {result.status}" for name, result in by_bundle.items() if result.failed]
-        if failures and not any(result.accuracy for result in by_bundle.values()):
+        results, judged_by = _patiently(talk, all_of_it)
+        failures = [f"{name} {result.status}" for name, result in results.items() if result.failed]
+        if failures and not any(result.accuracy for result in results.values()):
             shutil.rmtree(draft.resume)  # nothing to go on from
             raise UserError(f"no bundle could be run: {failures[0]}")
         np.save(draft.path / Measurement.LABELS, _labels(run))
+        after = device.probe()
         runs = _collect(run, results, judged_by, draft.path, after.cores)
         draft.facts = MeasurementFacts(
             task=dataset.facts.task,
@@ -165,7 +157,7 @@ def bench(
                 by_round(runs),
                 results,
                 judged_by,
-                _float32(run),
+                run.float32,
                 config.resolution,
                 emulated=device.emulated,
                 cores=after.usable_cores,
@@ -177,7 +169,7 @@ def bench(
 
 def step_count(config: BenchConfig, bundles: Mapping[str, Bundle], dataset: Dataset) -> int:
     """How many steps of progress a session takes."""
-    return block_count(bundles, dataset) + config.rounds * len(config.threads) * len(bundles)
+    return block_count(bundles, dataset) + config.rounds * len(bundles)
 
 
 def bench_side_by_side(
@@ -207,7 +199,7 @@ def bench_side_by_side(
         compared = {bundle.key: bundle for bundles in elsewhere for bundle in bundles.values()}
         host: dict[str, HostOutputs] = {}
         if compared:
-            host = on_host(compared, dataset, Path(folder), Talk(lambda steps, detail: advance(0, f"host: {detail}")))
+            host = on_host(compared, dataset, Path(folder), Talk(lambda _, detail: advance(0, f"host: {detail}")))
 
         def one(path: Path) -> Measurement | KdpipeError:
             order, bundles = sessions[path]
@@ -238,31 +230,15 @@ def _patiently(talk: Talk, call: Callable[[], T]) -> T:
     return call()
 
 
-def _is_timed(run: _Run, bundle: str, found: Mapping[str, Result]) -> bool:
-    return not found[bundle].failed and run.asked.device.runs(run.asked.bundles[bundle].facts.target)
-
-
-def _float32(run: _Run) -> dict[str, str]:
-    """For each row the one of the float32 bundle of its target and student, with as many threads."""
-    several = len(run.config.threads) > 1
-    by_bundle = float32_by_bundle({name: bundle.manifest for name, bundle in run.asked.bundles.items()})
-    return {
-        name: row_name(by_bundle[row.bundle], row.threads, several)
-        for name, row in run.rows.items()
-        if row.bundle in by_bundle
-    }
-
-
 def _controls(run: _Run, timed: Sequence[str]) -> dict[str, list[str]]:
-    """For each timed row those that are measured again in every round and judge it."""
+    """For each timed bundle those that are measured again in every round and judge it."""
     targets, seconds = {}, {}
     for name in timed:
-        row = run.rows[name]
-        alone = run.journal.answer(row.bundle, ALONE)
+        alone = run.journal.answer(name, ALONE)
         assert alone is not None  # only what was run is timed
-        targets[name] = f"{run.asked.bundles[row.bundle].facts.target} {row.threads}"
+        targets[name] = f"{run.asked.bundles[name].facts.target} {threads_of(run.config, name)}"
         seconds[name] = image_seconds(alone)
-    return controlled(targets, _float32(run), seconds)
+    return controlled(targets, run.float32, seconds)
 
 
 def _labels(run: _Run) -> np.ndarray:
@@ -328,17 +304,10 @@ def _measure_rounds(
             talk.advance(0, f"round {at + 1}, {name}")
             if measured not in journal.failed and (at, name) not in journal.runs:
                 talk.check()
-                row = run.rows[measured]
-                settings = MeasureSettings.of(run.config, threads=row.threads)
-
-                def measure(row: Row = row, settings: MeasureSettings = settings) -> Samples:
-                    if watch is not None:
-                        watch.seen()  # what was before is none of this process's
-                    images, limit = asked.timing[row.bundle], _time_limit(run, row)
-                    return asked.device.measure(row.bundle, images, settings, limit)
-
+                settings, limit = settings_of(run.config, measured), _time_limit(run, measured)
+                look = None if watch is None else watch.look()
                 try:
-                    samples = twice(talk, name, measure)
+                    samples = twice(talk, name, asked.device.measure, measured, asked.timing[measured], settings, limit)
                 except DeviceLost:
                     raise
                 except KdpipeError as error:
@@ -346,14 +315,14 @@ def _measure_rounds(
                     talk.note(f"{measured}: given up in round {at + 1}: {error}")
                     journal.give_up(at, measured, str(error))
                 else:
-                    around = None if watch is None else surroundings(watch.seen(), samples.steady)
+                    around = None if watch is None or look is None else seen_around(look, watch.look(), samples.steady)
                     journal.add(at, name, samples, around)
             talk.advance(int(name not in repeated), "")
-        talk.advance(len(run.rows) - len(timed), "")
+        talk.advance(len(asked.bundles) - len(timed), "")
 
 
 def _repeated(judged_by: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """The controls, each by the row that it measures again."""
+    """The controls, each by the bundle that it measures again."""
     return {control_name(name): name for name in dict.fromkeys(itertools.chain.from_iterable(judged_by.values()))}
 
 
@@ -388,18 +357,11 @@ def _failed(reason: str) -> dict[str, Any]:
     return {"status": f"failed: {reason}", "failed": True}
 
 
-def _time_limit(run: _Run, row: Row) -> float:
+def _time_limit(run: _Run, name: str) -> float:
     """Seconds after which a process that measures hangs: by how long the timing images took, one at a time."""
-    alone, config = run.journal.answer(row.bundle, ALONE), run.config
+    alone = run.journal.answer(name, ALONE)
     assert alone is not None  # only what was run is timed
-    return SLACK_SECONDS + SLACK * longest_seconds(
-        alone.open_seconds,
-        image_seconds(alone),
-        config.images,
-        config.seconds,
-        config.min_samples,
-        config.warm_up_seconds,
-    )
+    return SLACK_SECONDS + SLACK * longest_seconds(alone.open_seconds, image_seconds(alone), run.config)
 
 
 def turns(names: Sequence[str], rounds: int, seed: int) -> list[list[str]]:

@@ -5,7 +5,9 @@ A kind of device gives three things: how a shell line is run there, and how file
 
 from __future__ import annotations
 
+import getpass
 import os
+import platform
 import secrets
 import shlex
 import shutil
@@ -17,7 +19,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import ValidationError
 
@@ -28,7 +30,9 @@ from ..core.errors import DeviceLost, KdpipeError, UserError
 from ..core.kinds import Prediction, Probe, Samples
 from ..core.proc import run_group
 from ..core.sealed import parse_json, printable
-from .watching import Watch, watching
+
+if TYPE_CHECKING:
+    from .surroundings import Watch
 
 R = TypeVar("R", bound=Record)
 RUNNER = "runtime"
@@ -265,8 +269,10 @@ class RunnerDevice(ABC):
         if place not in self._places.values():
             self.shell(f"rm -rf {shlex.quote(place)}")
 
-    def watching(self) -> AbstractContextManager[Watch | None]:
-        return watching(self)
+    def watching(self) -> AbstractContextManager[Watch]:
+        from .surroundings import Watch
+
+        return Watch(self, f"{self.root}/lock", f"{getpass.getuser()}@{platform.node()}")
 
     def place(self, name: str) -> str:
         """Where something that was pushed lies there. Raises UserError where nothing was."""

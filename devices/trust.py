@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from ..core.kinds import Comparison, Result, Trust
-from ..core.stats import Interval, compare_logs, ratio_interval
+from ..core.stats import Interval, compare_logs, known_within, ratio_interval
 from ..runtime.probe import UNAVAILABLE
 
 Rounds = Mapping[str, Sequence[float | None]]  # by bundle: one latency a round, in ms, None where it failed
@@ -121,13 +121,6 @@ def from_one(control: Interval) -> tuple[float, float] | None:
     if control.low is None or control.high is None:
         return None
     return max(control.low, 1 / control.high, 1) - 1, max(control.high, 1 / control.low) - 1
-
-
-def known_within(found: Interval) -> float | None:
-    """The share within which a latency or a ratio is known: the longer arm of its interval."""
-    if found.low is None or found.high is None:
-        return None
-    return max(found.high / found.value, found.value / found.low) - 1
 
 
 def compare(

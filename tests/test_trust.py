@@ -206,7 +206,9 @@ APART = BatchOne(images=8, max_difference=2.0, tolerance=0.5, agreement=0.5, wit
 def test_the_word_on_a_row(
     change: dict[str, object], control: Interval | None, more: dict[str, object], wanted: tuple[str, str]
 ) -> None:
-    conditions = QUIET.model_copy(update={name: change[name] for name in change.keys() & Conditions.model_fields.keys()})
+    conditions = QUIET.model_copy(
+        update={name: change[name] for name in change.keys() & Conditions.model_fields.keys()}
+    )
     row = Result(status="measured", latency_p50_ms=STEADY, conditions=conditions, session=TWO_THREADS)
     row = row.model_copy(update={name: change[name] for name in change.keys() & Result.model_fields.keys()})
     found: Trust = judge(row, {"x": control}, 0.1, **more)
