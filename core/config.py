@@ -570,11 +570,10 @@ class TimingSettings(Config):
     @classmethod
     def _of_effort(cls, values: Any) -> Any:
         """What the effort says of the fields that are not given; a longer ``seconds`` lengthens ``max_seconds``."""
-        if not isinstance(values, dict) or values.get("effort", "default") not in EFFORTS:
+        effort = values.get("effort", "default") if isinstance(values, dict) else None
+        if not isinstance(effort, str) or effort not in EFFORTS:
             return values  # the fields say what is wrong
-        meant = {
-            name: value for name, value in EFFORTS[values.get("effort", "default")].items() if name in cls.model_fields
-        }
+        meant = {name: value for name, value in EFFORTS[effort].items() if name in cls.model_fields}
         given = values.get("seconds")
         if isinstance(given, (int, float)) and given > meant["max_seconds"]:
             meant["max_seconds"] = given

@@ -388,21 +388,49 @@ Unavailable = Literal["unavailable"]  # what could not be read, never 0
 UNAVAILABLE: Unavailable = "unavailable"
 
 
+class CoreClass(Record):
+    """Cores that are as fast as each other: capacity by the kernel (of 1024), else highest clock in kHz."""
+
+    cpus: list[int]
+    speed: int | Unavailable
+
+
+class Battery(Record):
+    """Of a phone or a laptop: its charge, whether it takes or gives, how warm it is."""
+
+    percent: int | Unavailable
+    status: str
+    celsius: float | Unavailable
+
+
 class Probe(Record):
-    """What a device is, read from its kernel."""
+    """What a device is, read from its kernel and its tools."""
 
     system: str
+    distribution: str = UNAVAILABLE
+    python: str = UNAVAILABLE
     machine: str
     cpu: str
+    board: str = UNAVAILABLE
     cores: int | Unavailable
     usable_cores: int | Unavailable
+    core_classes: list[CoreClass] | Unavailable = UNAVAILABLE  # fastest first
+    siblings: list[list[int]] | Unavailable = UNAVAILABLE  # CPUs that share a core, core by core
+    quota_cores: float | Unavailable = UNAVAILABLE  # of the control group
     flags: dict[str, bool] | Unavailable  # of the CPU, that decide how fast small precisions run
     memory_bytes: int | Unavailable
     governor: str
     runtimes: dict[str, str] | Unavailable  # versions of those installed
     targets: list[str]  # whose bundles it can open with their own runtime
+    gpus: list[str] | Unavailable = UNAVAILABLE
+    power_mode: str = UNAVAILABLE  # of a Jetson
+    energy_meters: list[str] | Unavailable = UNAVAILABLE
     current_khz: str
-    temperatures_millicelsius: dict[str, str] | Unavailable
+    clocks_khz: dict[str, int] | Unavailable = UNAVAILABLE
+    temperatures_millicelsius: dict[str, int] | Unavailable
+    throttle_events: int | Unavailable = UNAVAILABLE
+    throttle_bits: int | Unavailable = UNAVAILABLE
+    battery: Battery | Unavailable = UNAVAILABLE
     load_average: list[float] | Unavailable
 
     @property
@@ -414,7 +442,7 @@ class Probe(Record):
     def fingerprint(self) -> dict[str, Any]:
         """The part that names the device and what runs on it: other on another machine, or after an update."""
         lasting = {"machine", "cpu", "cores", "usable_cores", "flags", "memory_bytes", "system", "governor", "runtimes"}
-        return self.model_dump(include=lasting)
+        return self.model_dump(include=lasting | {"python", "quota_cores", "power_mode", "gpus"})
 
 
 class Prediction(Record):
@@ -687,6 +715,7 @@ class Result(Record):
     memory_before_open_bytes: int | None = None
     memory_growth_bytes: int | None = None  # from before opening to the peak, the largest of the processes
     executed: dict[str, int] | None = None  # layers by the precision in which they ran
+    fell_back: str = ""  # what the runtime did in silence in place of what was asked for
     placement: Placement | None = None
     stable: bool | None = None  # in more than half of the processes
     p50_known_within_by_process: list[float | None] | None = None
@@ -771,6 +800,11 @@ class Measurement(Artifact[MeasurementFacts]):
     def mismatches_name(bundle: str) -> str:
         """The file of those images."""
         return f"mismatches/{bundle}.json"
+
+    @staticmethod
+    def starts_name(bundle: str) -> str:
+        """The file of what a bundle's fresh processes took to start."""
+        return f"starts/{bundle}.json"
 
     @staticmethod
     def samples_name(bundle: str) -> str:

@@ -160,7 +160,7 @@ def _block(asked: Asked, name: str, start: int, stop: int) -> Iterator[str]:
         write_images(file, [samples[at] for at in range(start, stop)], spec)
     elif not whole:
         np.save(file, np.load(ready, mmap_mode="r", allow_pickle=False)[start:stop])
-    asked.device.push(file if file.exists() else ready, file.name)
+    asked.device.push(ready if ready is not None and whole else file, file.name)
     try:
         yield file.name
     finally:

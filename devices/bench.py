@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,14 +21,16 @@ from ..core.config import BenchConfig
 from ..core.errors import DeviceLost, KdpipeError, UserError
 from ..core.kinds import (
     Bundle,
+    FreshStart,
     Measurement,
     MeasurementFacts,
     Result,
     Samples,
+    StartUp,
     float32_by_bundle,
 )
 from ..core.progress import progress
-from ..core.stats import Interval, median_interval, percentile_interval
+from ..core.stats import Interval, early_stopping, median_interval, percentile_interval, percentile_within
 from ..data.dataset import Dataset, load_labels
 from ..runtime.measure import longest_seconds
 from ..runtime.task import TASKS
@@ -54,7 +56,7 @@ from .conditions import conditions, seen_around
 from .journal import Journal
 from .lock import held
 from .session import settings_of, threads_of
-from .surroundings import Watch
+from .surroundings import Watch, fell_back
 from .talk import Talk, together
 from .trust import assess, control_name, controlled
 
@@ -127,7 +129,7 @@ def bench(
             if not device.runs(bundle.facts.target):
                 talk.note(f"{name}: {bundle.facts.target} is not installed on '{config.device}': no latency")
 
-        def all_of_it() -> tuple[dict[str, Result], dict[str, list[str]]]:
+        def all_of_it() -> tuple[dict[str, Result], dict[str, list[str]], dict[str, list[FreshStart]]]:
             with opened(device, Path(scratch)):
                 push(asked)
                 results = _accuracies(run, ask(asked), draft.path, host or {})
@@ -135,16 +137,17 @@ def bench(
                 judged_by = _controls(run, timed)
                 with device.watching() as watch:
                     _measure_rounds(run, timed, judged_by, watch)
-            return results, judged_by
+                    starts = _start_fresh(run, timed)
+            return results, judged_by, starts
 
-        results, judged_by = _patiently(talk, all_of_it)
+        results, judged_by, starts = _patiently(talk, all_of_it)
         failures = [f"{name} {result.status}" for name, result in results.items() if result.failed]
         if failures and not any(result.accuracy for result in results.values()):
             shutil.rmtree(draft.resume)  # nothing to go on from
             raise UserError(f"no bundle could be run: {failures[0]}")
         np.save(draft.path / Measurement.LABELS, _labels(run))
         after = device.probe()
-        runs = _collect(run, results, judged_by, draft.path, after.cores)
+        runs = _collect(run, results, judged_by, starts, draft.path, after.cores)
         draft.facts = MeasurementFacts(
             task=dataset.facts.task,
             device=config.device,
@@ -169,7 +172,7 @@ def bench(
 
 def step_count(config: BenchConfig, bundles: Mapping[str, Bundle], dataset: Dataset) -> int:
     """How many steps of progress a session takes."""
-    return block_count(bundles, dataset) + config.rounds * len(bundles)
+    return block_count(bundles, dataset) + (config.rounds + config.cold_starts) * len(bundles)
 
 
 def bench_side_by_side(
@@ -321,6 +324,28 @@ def _measure_rounds(
         talk.advance(len(asked.bundles) - len(timed), "")
 
 
+def _start_fresh(run: _Run, timed: Sequence[str]) -> dict[str, list[FreshStart]]:
+    """Start every bundle in fresh processes, in turns; one that fails twice starts no more, its latencies stand."""
+    asked, starts = run.asked, {name: list[FreshStart]() for name in timed if name not in run.journal.failed}
+    for at in range(run.config.cold_starts):
+        for name in timed:
+            asked.talk.advance(0, f"start {at + 1}, {name}")
+            if name in starts and len(starts[name]) == at:
+                asked.talk.check()
+                limit, settings = _time_limit(run, name), settings_of(run.config, name)
+                call = partial(asked.device.start_fresh, name, asked.timing[name], settings, limit, examine=at == 0)
+                try:
+                    starts[name].append(twice(asked.talk, name, call))
+                except DeviceLost:
+                    raise
+                except KdpipeError as error:
+                    asked.talk.check()
+                    asked.talk.note(f"{name}: not started again: {error}")
+            asked.talk.advance(1, "")
+        asked.talk.advance(len(asked.bundles) - len(timed), "")
+    return starts
+
+
 def _repeated(judged_by: Mapping[str, Sequence[str]]) -> dict[str, str]:
     """The controls, each by the bundle that it measures again."""
     return {control_name(name): name for name in dict.fromkeys(itertools.chain.from_iterable(judged_by.values()))}
@@ -330,6 +355,7 @@ def _collect(
     run: _Run,
     results: dict[str, Result],
     judged_by: Mapping[str, Sequence[str]],
+    starts: Mapping[str, Sequence[FreshStart]],
     folder: Path,
     cores: int | str,
 ) -> dict[str, list[Samples]]:
@@ -345,7 +371,10 @@ def _collect(
         if failure is None:
             runs[name] = repeats
         if name in results:
-            found = _failed(failure) if failure is not None else summary(repeats)
+            began, precision = starts.get(name, []), run.asked.bundles[name].facts.precision
+            (folder / Measurement.starts_name(name)).parent.mkdir(exist_ok=True)
+            write_json(folder / Measurement.starts_name(name), [start.model_dump() for start in began])
+            found = _failed(failure) if failure is not None else summary(repeats, began, precision)
             if failure is None and not run.asked.device.emulated:
                 found["conditions"] = conditions([journal.around[at, name] for at in rounds], cores)
             results[name] = results[name].model_copy(update=found)
@@ -378,30 +407,57 @@ def turns(names: Sequence[str], rounds: int, seed: int) -> list[list[str]]:
     return planned
 
 
-def summary(repeats: Sequence[Samples]) -> dict[str, Any]:
+def summary(repeats: Sequence[Samples], starts: Sequence[FreshStart] = (), precision: str = "") -> dict[str, Any]:
     """Numbers of one bundle over its processes, nothing trimmed: the fields of its ``Result``.
 
     Inferences of one process resemble each other more than those of two, so the process is the unit: a
-    percentile is taken in each, and its median over processes is given with the order-statistic interval.
+    percentile is taken in each, and its median over processes is given with the order-statistic interval. A percentile
+    that the inferences of some process are too few for is None.
+
+    Args:
+        starts: its processes that only started; without them starting is told of those that timed.
+        precision: what the bundle says that it is.
     """
     milliseconds = [np.asarray(samples.latency_ns) / 1e6 for samples in repeats]
     numbers: dict[str, Any] = {}
-    for percent in (50, 90):
-        by_process = [percentile_interval(values, percent).value for values in milliseconds]
-        numbers[f"latency_p{percent}_ms"] = median_interval(by_process)
-        numbers[f"latency_p{percent}_by_process_ms"] = by_process
+    for percent in (50, 90, 95, 99):
+        if percent == 50:
+            by_process = [percentile_interval(values, percent).value for values in milliseconds]
+        else:
+            known = [percentile_within(values, percent) for values in milliseconds]
+            by_process = [value for value in known if value is not None]
+        whole = len(by_process) == len(repeats)
+        numbers[f"latency_p{percent}_ms"] = median_interval(by_process) if whole else None
+        if percent in (50, 90):
+            numbers[f"latency_p{percent}_by_process_ms"] = by_process if whole else None
+    end_to_end = [float(np.median(samples.end_to_end_ns)) / 1e6 for samples in repeats if samples.end_to_end_ns]
+    began: Sequence[StartUp] = starts or repeats
+    since_start = [start.process_ns / 1e6 for start in began if start.process_ns is not None]
+    compiled = [start.compile_ns / 1e6 for start in began if start.compile_ns is not None]
+    executed = next((start.executed for start in starts if start.executed is not None), None)
+    sustained = [samples.sustained for samples in repeats if samples.sustained is not None]
     return {
         **numbers,
+        "early_stopping_p90_by_process_ms": [early_stopping(values, 90) for values in milliseconds],
         "inferences": sum(map(len, milliseconds)),
-        "import_ms": [samples.import_ns / 1e6 for samples in repeats],
-        "load_ms": [samples.load_ns / 1e6 for samples in repeats],
-        "first_inference_ms": [samples.first_ns / 1e6 for samples in repeats],
+        "end_to_end_ms": median_interval(end_to_end) if end_to_end else None,
         "prepare_ms": float(np.median(np.concatenate([samples.prepare_ns for samples in repeats]))) / 1e6,
-        "peak_memory_bytes": max(samples.peak_memory_bytes for samples in repeats),
-        "memory_before_open_bytes": max(samples.memory_before_open_bytes for samples in repeats),
-        "memory_growth_bytes": max(each.peak_memory_bytes - each.memory_before_open_bytes for each in repeats),
+        "page_cache": starts[0].page_cache if starts else None,
+        "start_ms": median_interval(since_start) if since_start else None,
+        "import_ms": [start.import_ns / 1e6 for start in began],
+        "load_ms": [start.load_ns / 1e6 for start in began],
+        "compile_ms": compiled or None,
+        "first_inference_ms": [start.first_ns / 1e6 for start in began],
+        "memory_before_open_bytes": max((start.memory_before_open_bytes for start in starts), default=None),
+        "memory_growth_bytes": max((start.memory_growth_bytes for start in starts), default=None),
+        "executed": executed,
+        "fell_back": fell_back(precision, repeats[0].session, executed),
+        "placement": repeats[0].placement,
         "warm_up_settled": all(samples.warm_up.settled for samples in repeats),
         "warm_up_settled_by_process": [samples.warm_up.settled for samples in repeats],
+        "stable": 2 * sum(samples.stable for samples in repeats) > len(repeats),
+        "p50_known_within_by_process": [samples.p50_known_within for samples in repeats],
+        "sustained": sustained or None,
         "session": repeats[0].session,
     }
 

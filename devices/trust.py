@@ -176,6 +176,8 @@ def judge(
         return Trust(word="invalid", reason="an emulated device says nothing about the hardware")
     if result.latency_p50_ms is None or any(control is None for control in controls.values()):
         return Trust(word="invalid", reason="not every process that it needs could be measured")
+    if result.fell_back:
+        return Trust(word="invalid", reason=result.fell_back)
     if result.batch_one is not None and not result.batch_one.within_tolerance:
         apart = result.batch_one
         reason = f"alone its outputs are off by {apart.max_difference:.3g} from those in batches"
@@ -202,6 +204,8 @@ def _unsteady(result: Result, pauses_seconds: Sequence[float]) -> Iterator[str]:
     """Why the bundle's own times are none of one steady state."""
     if result.warm_up_settled is False:
         yield "warm-up did not settle"
+    if result.stable is False:
+        yield "UNSTABLE: in most processes the median was not known well enough at the end"
     stood_still = sum(pause for pause in pauses_seconds if pause > PAUSE_SECONDS)
     if stood_still:
         yield f"the session stood still for {stood_still:.0f} s, and its rounds are of before and after"
