@@ -194,12 +194,8 @@ def bench_side_by_side(
         devices = [order.config.device for order, _ in sessions.values()]
         alone = len(devices) == 1
         talks = {devices[0]: Talk(advance)} if alone else together(advance, devices, stopped)
-        elsewhere = [
-            bundles
-            for order, bundles in sessions.values()
-            if find_device(order.config.device).settings.kind not in (HOST, "null")
-        ]
-        compared = {bundle.key: bundle for bundles in elsewhere for bundle in bundles.values()}
+        elsewhere = {path for path, (order, _) in sessions.items() if _is_elsewhere(order.config.device)}
+        compared = {bundle.key: bundle for path in elsewhere for bundle in sessions[path][1].values()}
         host: dict[str, HostOutputs] = {}
         if compared:
             host = on_host(compared, dataset, Path(folder), Talk(lambda _, detail: advance(0, f"host: {detail}")))
@@ -207,7 +203,8 @@ def bench_side_by_side(
         def one(path: Path) -> Measurement | KdpipeError:
             order, bundles = sessions[path]
             try:
-                return bench(order, bundles, dataset, path, talks[order.config.device], host)
+                compare = host if path in elsewhere else {}
+                return bench(order, bundles, dataset, path, talks[order.config.device], compare)
             except KdpipeError as error:
                 return error
 
@@ -219,6 +216,11 @@ def bench_side_by_side(
             except BaseException:
                 stopped.set()
                 raise
+
+
+def _is_elsewhere(device: str) -> bool:
+    """Whether it is another machine than this host, with outputs of its own to compare."""
+    return find_device(device).settings.kind not in (HOST, "null")
 
 
 def _patiently(talk: Talk, call: Callable[[], T]) -> T:

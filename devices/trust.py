@@ -190,10 +190,10 @@ def judge(
         narrow = within is not None and within <= resolution
         if off is not None and narrow and off[0] > resolution:  # what is left of it is no noise
             return Trust(word="invalid", reason=f"the A/A control of {name} is off by {_percent(off[0])} or more")
-    doubts = itertools.chain(
-        _unsteady(result, pauses_seconds),
+    doubts = itertools.chain(  # what disturbs first: the others may come of it
         _disturbed(result, resolution, cores, ""),
         () if base is None else _disturbed(base, resolution, cores, "its float32 bundle: "),
+        _unsteady(result, pauses_seconds),
         _too_wide(result, controls, resolution),
     )
     doubt = next(doubts, None)

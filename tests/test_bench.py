@@ -142,10 +142,10 @@ def test_every_targets_float32_is_measured_twice_a_round(made: Made) -> None:
 def test_two_rounds_bound_nothing_and_are_called_noisy(made: Made) -> None:
     facts = made.measurement.facts
     assert facts.trust == "noisy" and set(facts.untrusted) == {name for name in made.bundles if "tensorrt" not in name}
-    for name, doubt in facts.untrusted.items():
-        found = facts.results[name]  # a machine that does other work may let it neither settle nor know its median
-        reason = "warm-up did not settle" if not found.warm_up_settled else "UNSTABLE" if not found.stable else None
-        assert (reason or "2 rounds are too few") in doubt.reason
+    for doubt in facts.untrusted.values():
+        # A machine that does other work says so first, and may let it neither settle nor know its median.
+        reasons = ("others took", "could not be read", "did not settle", "UNSTABLE", "2 rounds are too few")
+        assert any(reason in doubt.reason for reason in reasons), doubt
     assert facts.results["tensorrt-int8"].trust is None
 
 
@@ -406,7 +406,9 @@ def test_a_failing_runner_is_named(made: Made, tmp_path: Path) -> None:
     replace_file(folder, "model.onnx", b"nothing")
     with pytest.raises(UserError, match="the runner failed on 'local'"):
         bundles = {"x": Bundle.open(folder)}
-        order = Order("bench", bench_config(BenchPlan(effort="quick", rounds=2), "local"), {**bundles, "data": made.dataset})
+        order = Order(
+            "bench", bench_config(BenchPlan(effort="quick", rounds=2), "local"), {**bundles, "data": made.dataset}
+        )
         bench(order, bundles, made.dataset, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
 
@@ -499,7 +501,7 @@ def test_a_control_that_fails_leaves_nothing_to_trust(made: Made, tmp_path: Path
     bundles = {"a": copy_of(made, "onnxruntime-float32", tmp_path / "a"), "b": made.bundles["onnxruntime-int8"]}
     with listening(Breaker(tmp_path / "a" / "model.onnx", "round 2, a", mends="never said")):
         facts = bench(order_of(bundles, made), bundles, made.dataset, tmp_path / "out").facts
-    assert facts.controls == {} and facts.results["b"].trust.word == "invalid"
+    assert set(facts.controls) <= {"b"} and facts.results["b"].trust.word == "invalid"
     assert facts.results["a"].failed and len(facts.results["b"].latency_p50_by_process_ms) == 2
 
 
