@@ -28,7 +28,8 @@ class Watch:
 
     def __init__(self, device: RunnerDevice, lock: str | None, holder: str) -> None:
         arguments = ["watch", "--holder", holder, *(["--lock", lock] if lock is not None else [])]
-        self._name, self._process = device.name, device.start(arguments)
+        self._device = device  # what it runs from may go with it
+        self._process = device.start(arguments)
 
     def __enter__(self) -> Watch:
         try:
@@ -65,7 +66,7 @@ class Watch:
         assert self._process.stderr is not None
         said = self._process.stderr.read().decode(errors="replace").strip().splitlines()
         reason = printable(said[-1].removeprefix("runtime: "), 500) if said else str(error)
-        return UserError(f"'{self._name}' cannot be watched: {reason}")
+        return UserError(f"'{self._device.name}' cannot be watched: {reason}")
 
     def _stop(self) -> None:
         assert self._process.stdin is not None

@@ -104,6 +104,7 @@ def quota_cores(root: Path = ROOT) -> float | None:
     Reads version 2 (``cpu.max``) and version 1 (``cpu.cfs_quota_us``), in every group from this process's to the root.
     """
     limits = []
+    names: tuple[str, ...]
     for line in read(root / "proc/self/cgroup").splitlines():
         _, controllers, group = [*line.split(":", 2), "", ""][:3]
         if controllers == "":
