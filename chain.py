@@ -45,7 +45,7 @@ from .core.config import (
 )
 from .core.errors import DeviceLost, GateFailed, KdpipeError, UserError, choice
 from .core.inputs import InputSpec
-from .core.kinds import Bundle, Cache, Checkpoint, Graph, Measurement, Model, Probe, Report
+from .core.kinds import Bundle, Cache, Checkpoint, Graph, Measurement, Model, Probe, Report, Runnable
 from .core.proc import require
 from .core.progress import note, progress
 from .data.copies import are_photographs
@@ -450,8 +450,8 @@ class Chain:
     def bench(
         self,
         plan: BenchPlan,
-        bundles: Mapping[str, Bundle] | Mapping[str, Mapping[str, Bundle]],
-        dataset: Dataset,
+        bundles: Mapping[str, Runnable] | Mapping[str, Mapping[str, Runnable]],
+        dataset: Dataset | None,
         out: Path | None = None,
         again: bool = True,
         resume: bool = False,
@@ -461,7 +461,8 @@ class Chain:
         KEY is that of the session. A device that is lost, or on which nothing runs, leaves the others' results whole.
 
         Args:
-            bundles: by name, the same for all devices; or for each device its own.
+            bundles: by name, the same for all devices; or for each device its own. Models of somebody else's too.
+            dataset: None times models on random input (see ``strange``).
             again: as many new sessions as the plan says; False measures only what is lacking of them.
             resume: only what a device lacks of the sessions that the others have.
 
@@ -483,7 +484,8 @@ class Chain:
         earlier: dict[str, dict[Path, Manifest]] = {}
         for device, its in own.items():
             try:
-                session = Order("bench", bench_config(plan, device), {**its, "data": dataset})
+                inputs: dict[str, AnyArtifact] = {**its, **({} if dataset is None else {"data": dataset})}
+                session = Order("bench", bench_config(plan, device), inputs)
             except DeviceLost as error:
                 benched.lost[device] = error
                 continue
@@ -512,8 +514,8 @@ class Chain:
 
     def _measure(
         self,
-        sessions: Mapping[Path, tuple[Order[BenchConfig], Mapping[str, Bundle]]],
-        dataset: Dataset,
+        sessions: Mapping[Path, tuple[Order[BenchConfig], Mapping[str, Runnable]]],
+        dataset: Dataset | None,
         benched: Benched,
     ) -> None:
         """One session of each device side by side, as a step each."""
@@ -614,11 +616,13 @@ class Benched:
         return "; ".join(f"'{device}' was not measured: {error}" for device, error in self.lost.items())
 
 
-def _of_device(bundles: Mapping[str, Bundle] | Mapping[str, Mapping[str, Bundle]], device: str) -> Mapping[str, Bundle]:
+def _of_device(
+    bundles: Mapping[str, Runnable] | Mapping[str, Mapping[str, Runnable]], device: str
+) -> Mapping[str, Runnable]:
     """The bundles of one device, where each has its own."""
-    its: dict[str, Bundle] = {}
+    its: dict[str, Runnable] = {}
     for name, found in bundles.items():
-        if isinstance(found, Bundle):
+        if isinstance(found, (Bundle, Model)):
             its[name] = found
         elif name == device:
             its |= found

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +29,7 @@ from .options import configured
 if TYPE_CHECKING:
     from .chain import Chain
     from .core.artifact import AnyArtifact
-    from .core.kinds import Bundle, Cache, Checkpoint
+    from .core.kinds import Bundle, Cache, Checkpoint, Runnable
     from .data.dataset import Dataset
 
 JSON_VERSION = 1
@@ -339,8 +340,23 @@ def package(
 @app.command()
 @configured(BenchPlan, leave_out=("devices",))
 def bench(
-    bundles: Annotated[list[Path], typer.Argument(help="folders of bundles, float32 ones among them to compare with")],
+    bundles: Annotated[
+        list[Path],
+        typer.Argument(
+            help="folders of bundles, float32 ones among them to compare with; or models of others: "
+            "model.onnx, model.tflite, model.xml"
+        ),
+    ],
     data: DataOption = None,
+    input: Annotated[
+        str | None,
+        typer.Option(
+            "--input",
+            metavar="{...}",
+            help="with --data, how images become a model's input, such as '{size: 224, layout: NHWC}'; "
+            "mean and std where it takes normalised ones",
+        ),
+    ] = None,
     device: Annotated[
         str, typer.Option("--device", help="devices, measured side by side, such as pi5,orin (see devices list)")
     ] = "local",
@@ -361,23 +377,21 @@ def bench(
     """Measure accuracy and latency of bundles, on one device or several.
 
     All in one session a device, interleaved, each time in a fresh process. Every call is an attempt of its own. A lost
-    device leaves the others' results whole: exit 2, then --resume. Exits 75 when a latency cannot be trusted.
+    device leaves the others' results whole: exit 2, then --resume. Models that are no bundles are timed on random
+    input, unless --data and --input say what they are to be shown. Exits 75 when a latency cannot be trusted.
 
     Example: kdpipe bench BUNDLE --against BUNDLE --device pi5
     """
     from .chain import pooled_beside
     from .core.errors import Untrusted, UserError
-    from .core.kinds import Bundle
     from .report.against import against as compare
-    from .report.words import untrusted_lines
+    from .report.words import random_input_lines, untrusted_lines
 
     if resume and again:
         raise UserError("--resume measures what is lacking, --again measures more: choose one of them")
-    opened = [Bundle.open(path) for path in [*bundles, *([against] if against is not None else [])]]
-    named = _bundle_names(opened)
-    dataset = _dataset_of(opened[0], data)
     plan = config(devices=tuple(name.strip() for name in device.split(",")))
-    benched = _chain(bundles[0].parent).bench(plan, named, dataset, out, resume=resume)
+    with _to_bench([*bundles, *([against] if against is not None else [])], data, input) as (named, dataset):
+        benched = _chain(bundles[0].parent).bench(plan, named, dataset, out, resume=resume)
     pooled = [pooled_beside(measurement) for measurement in benched.one_of_each]
     sentences = []
     if against is not None:
@@ -394,6 +408,9 @@ def bench(
     else:
         for measurement in made:
             typer.echo(printable(str(measurement.path)))
+        for of_device in pooled if dataset is None else ():
+            for line in random_input_lines(of_device.facts):
+                typer.echo(printable(line))
         for found in sentences:
             typer.echo(found.sentence())
     if benched.lost:
@@ -405,6 +422,42 @@ def bench(
         doubts += [prefix + line for line in untrusted_lines(rows_of)]
     if doubts:
         raise Untrusted("; ".join(doubts) + "; measure again when the machine is quiet")
+
+
+@contextmanager
+def _to_bench(
+    paths: Sequence[Path], data: Path | None, input: str | None
+) -> Iterator[tuple[Mapping[str, Runnable], Dataset | None]]:
+    """Bundles by name and their dataset; or models of others, wrapped for as long as the block takes."""
+    import re
+    import tempfile
+
+    from .core.config import parse_yaml
+    from .core.errors import UserError
+    from .core.kinds import Bundle
+    from .deploy import strange
+
+    files = [path for path in paths if path.suffix in strange.TARGETS and not path.is_dir()]
+    if not files:
+        if input is not None:
+            raise UserError("--input is of models that are no bundles: a bundle says by itself what it takes")
+        opened = [Bundle.open(path) for path in paths]
+        yield _bundle_names(opened), _dataset_of(opened[0], data)
+        return
+    if len(files) < len(paths):
+        raise UserError("bundles and models of others are measured apart: name only one kind")
+    if (data is None) != (input is None):
+        raise UserError("--data and --input go together: images, and how they become the model's input")
+    dataset = None if data is None else _open_dataset(data)
+    spec = None if input is None else strange.described(parse_yaml(input, "--input"))
+    with tempfile.TemporaryDirectory() as folder:
+        named: dict[str, Runnable] = {}
+        for path in files:
+            name = re.sub(r"[^A-Za-z0-9._-]", "-", path.name)
+            if name in named:
+                raise UserError(f"two models are called {name}: rename one")
+            named[name] = strange.wrap(path, Path(folder) / name, spec, dataset)
+        yield named, dataset
 
 
 def _bundle_names(opened: Sequence[Bundle]) -> dict[str, Bundle]:

@@ -668,6 +668,13 @@ class BenchConfig(SessionSettings):
     attempt: int = Field(0, ge=0, description="from 1 on; 0 names the session itself")
 
 
+class StrangeConfig(Config):
+    """A model of somebody else's, by content, and what its user says of the images that it takes."""
+
+    sha256: dict[str, str]
+    input: InputSpec | None
+
+
 class ReportConfig(Config):
     """What the page is called, and what it advises."""
 

@@ -361,6 +361,8 @@ class Bundle(Labelled[BundleFacts]):
     RUNNER = "runtime"  # folder of the runner's sources
 
 
+Runnable = Bundle | Model  # what a device runs; a model by itself is somebody else's
+
 AT_THREADS = "@"  # between a bundle's name and its threads, in a session that measures it on several numbers of them
 
 

@@ -14,11 +14,12 @@ import numpy as np
 
 from ..core.config import BenchConfig
 from ..core.errors import DeviceLost, KdpipeError, UserError
-from ..core.kinds import AgainstHost, BatchOne, Bundle, Mismatch, Prediction
+from ..core.kinds import AgainstHost, BatchOne, Bundle, Mismatch, Prediction, Runnable
 from ..core.proc import first_line
 from ..core.sealed import printable
 from ..core.stats import Interval
 from ..data.dataset import Dataset, images_shape, load_labels, write_images
+from ..runtime.bundle import TOLERANCES
 from ..runtime.task import TASKS
 from . import Device, find_device, opened
 from .journal import Journal
@@ -39,8 +40,8 @@ class Asked:
     """Bundles on an opened device, and what they are asked about."""
 
     device: Device
-    bundles: Mapping[str, Bundle]
-    dataset: Dataset
+    bundles: Mapping[str, Runnable]
+    dataset: Dataset | None  # None: nothing is known of what is right, inputs are random
     journal: Journal
     scratch: Path
     talk: Talk
@@ -63,12 +64,14 @@ class Asked:
     @cached_property
     def positions(self) -> np.ndarray:
         """Where the timing images are among the test images, in their order."""
+        if self.dataset is None:
+            return np.arange(self.config.images)
         return self.dataset.positions("test", self.config.images, seed=0)
 
     @property
     def count(self) -> int:
         """Of test images."""
-        return self.dataset.facts.images["test"]
+        return 0 if self.dataset is None else self.dataset.facts.images["test"]
 
     def blocks(self, name: str) -> list[tuple[int, int]]:
         """The test images of a bundle in order, from the first to before the last of each block."""
@@ -80,13 +83,15 @@ class Asked:
         return not self.device.runs(self.bundles[name].facts.target)
 
 
-def block_images(bundle: Bundle) -> int:
+def block_images(bundle: Runnable) -> int:
     """How many images of its input are sent at a time."""
     return max(64, BLOCK_BYTES // int(np.prod(images_shape(1, bundle.facts.input.model_dump()))))
 
 
-def block_count(bundles: Mapping[str, Bundle], dataset: Dataset) -> int:
+def block_count(bundles: Mapping[str, Runnable], dataset: Dataset | None) -> int:
     """How many steps ``ask`` takes."""
+    if dataset is None:
+        return 0
     return sum(-(-dataset.facts.images["test"] // block_images(bundle)) for bundle in bundles.values())
 
 
@@ -95,11 +100,13 @@ def push(asked: Asked) -> None:
 
     Those are seeded, spread over the classes, in a file of their own: a process that times opens nothing else.
     """
-    samples = asked.dataset.samples("test")
-    chosen = [samples[int(at)] for at in asked.positions]
     for names in asked.kinds.values():
-        file = asked.scratch / asked.timing[names[0]]
-        write_images(file, chosen, asked.bundles[names[0]].facts.input.model_dump())
+        file, spec = asked.scratch / asked.timing[names[0]], asked.bundles[names[0]].facts.input.model_dump()
+        if asked.dataset is None:
+            np.save(file, np.zeros(images_shape(len(asked.positions), spec), np.uint8))
+        else:
+            samples = asked.dataset.samples("test")
+            write_images(file, [samples[int(at)] for at in asked.positions], spec)
         asked.device.push(file, file.name)
     for name, bundle in asked.bundles.items():
         asked.device.push(bundle.path, name)
@@ -152,6 +159,7 @@ def image_seconds(alone: Prediction) -> float:
 @contextmanager
 def _block(asked: Asked, name: str, start: int, stop: int) -> Iterator[str]:
     """What a block of images is called on the device, where it lies for as long as this takes."""
+    assert asked.dataset is not None  # else there are no blocks
     spec = asked.bundles[name].facts.input.model_dump()
     ready = asked.dataset.fitted_file("test", spec)
     whole, file = stop - start == asked.count, asked.scratch / f"images-{part(start)}.npy"
@@ -178,7 +186,8 @@ def _keep(
     def predict() -> Prediction:
         how = {"batch": 1, "threads": threads_of(asked.config, name)} if what == ALONE else {}
         answer = asked.device.predict(name, images, written, limit_seconds, stand_in=asked.stand_in(name), **how)
-        read_outputs(written, name, count, asked.bundles[name])
+        if asked.dataset is not None:
+            read_outputs(written, name, count, asked.bundles[name])
         return answer
 
     try:
@@ -201,7 +210,7 @@ def twice(talk: Talk, what: str, call: Callable[P, T], *arguments: P.args, **opt
         return call(*arguments, **options)
 
 
-def read_outputs(path: Path, name: str, count: int, bundle: Bundle) -> np.ndarray:
+def read_outputs(path: Path, name: str, count: int, bundle: Runnable) -> np.ndarray:
     """Outputs [N, ...] as a device wrote them. Raises UserError for anything else."""
     try:
         outputs = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -236,12 +245,16 @@ def batch_one(asked: Asked, name: str, outputs: np.ndarray) -> BatchOne:
         outputs[asked.positions],
     )
     difference = float(np.abs(one_by_one - batched).max())
+    if isinstance(bundle, Bundle):
+        tolerance = bundle.facts.golden_tolerance
+    else:  # as a bundle's is set when it is packed
+        tolerance = float(TOLERANCES[bundle.facts.precision] * batched.std())
     return BatchOne(
         images=count,
         max_difference=difference,
-        tolerance=bundle.facts.golden_tolerance,
+        tolerance=tolerance,
         agreement=TASKS[bundle.facts.task].agreement(one_by_one, batched),
-        within_tolerance=difference <= bundle.facts.golden_tolerance,
+        within_tolerance=difference <= tolerance,
     )
 
 
@@ -256,7 +269,7 @@ class HostOutputs:
     outputs: np.ndarray  # [N, ...]
 
 
-def on_host(bundles: Mapping[str, Bundle], dataset: Dataset, folder: Path, talk: Talk) -> dict[str, HostOutputs]:
+def on_host(bundles: Mapping[str, Runnable], dataset: Dataset, folder: Path, talk: Talk) -> dict[str, HostOutputs]:
     """Outputs of all test images on this host, by bundle key; of those that it can run.
 
     Before any device is timed: this host may be one of them.
@@ -278,7 +291,7 @@ def on_host(bundles: Mapping[str, Bundle], dataset: Dataset, folder: Path, talk:
 
 
 def against_host(
-    bundle: Bundle, dataset: Dataset, outputs: np.ndarray, host: HostOutputs
+    bundle: Runnable, dataset: Dataset, outputs: np.ndarray, host: HostOutputs
 ) -> tuple[AgainstHost, list[Mismatch]]:
     """How far ``outputs`` [N, ...] are from those of the host, and the images that the two call something else."""
     task, samples = TASKS[bundle.facts.task], dataset.samples("test")

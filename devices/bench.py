@@ -25,6 +25,7 @@ from ..core.kinds import (
     Measurement,
     MeasurementFacts,
     Result,
+    Runnable,
     Samples,
     StartUp,
     float32_by_bundle,
@@ -62,6 +63,7 @@ from .trust import assess, control_name, controlled
 
 LINK_TRIES, LINK_WAIT_SECONDS = 3, 5.0  # before a device counts as lost
 HOST = "local"
+RANDOM_INPUT = "measured on random input"
 
 T = TypeVar("T")
 
@@ -80,13 +82,14 @@ class _Run:
     @cached_property
     def float32(self) -> dict[str, str]:
         """For each bundle the float32 one of its target, student and threads, where there is one."""
-        return float32_by_bundle({name: bundle.manifest for name, bundle in self.asked.bundles.items()})
+        bundles = {name: each.manifest for name, each in self.asked.bundles.items() if isinstance(each, Bundle)}
+        return float32_by_bundle(bundles)
 
 
 def bench(
     order: Order[BenchConfig],
-    bundles: Mapping[str, Bundle],
-    dataset: Dataset,
+    bundles: Mapping[str, Runnable],
+    dataset: Dataset | None,
     out: Path,
     talk: Talk | None = None,
     host: Mapping[str, HostOutputs] | None = None,
@@ -109,8 +112,9 @@ def bench(
     config = order.config
     if not bundles:
         raise UserError("nothing to measure: give at least one bundle")
-    for bundle in bundles.values():
-        dataset.check_classes_of(bundle, "the bundle")
+    if dataset is not None:
+        for bundle in bundles.values():
+            dataset.check_classes_of(bundle, "the bundle")
     if talk is None:
         with progress("measuring", step_count(config, bundles, dataset)) as advance:
             return bench(order, bundles, dataset, out, Talk(advance), host)
@@ -142,14 +146,15 @@ def bench(
 
         results, judged_by, starts = _patiently(talk, all_of_it)
         failures = [f"{name} {result.status}" for name, result in results.items() if result.failed]
-        if failures and not any(result.accuracy for result in results.values()):
+        if failures and all(result.failed for result in results.values() if result.session or result.failed):
             shutil.rmtree(draft.resume)  # nothing to go on from
             raise UserError(f"no bundle could be run: {failures[0]}")
-        np.save(draft.path / Measurement.LABELS, _labels(run))
+        if dataset is not None:
+            np.save(draft.path / Measurement.LABELS, _labels(run, dataset))
         after = device.probe()
         runs = _collect(run, results, judged_by, starts, draft.path, after.cores)
         draft.facts = MeasurementFacts(
-            task=dataset.facts.task,
+            task=next(iter(bundles.values())).facts.task,
             device=config.device,
             emulated=device.emulated,
             probe_before=before,
@@ -170,13 +175,13 @@ def bench(
     return draft.artifact
 
 
-def step_count(config: BenchConfig, bundles: Mapping[str, Bundle], dataset: Dataset) -> int:
+def step_count(config: BenchConfig, bundles: Mapping[str, Runnable], dataset: Dataset | None) -> int:
     """How many steps of progress a session takes."""
     return block_count(bundles, dataset) + (config.rounds + config.cold_starts) * len(bundles)
 
 
 def bench_side_by_side(
-    sessions: Mapping[Path, tuple[Order[BenchConfig], Mapping[str, Bundle]]], dataset: Dataset
+    sessions: Mapping[Path, tuple[Order[BenchConfig], Mapping[str, Runnable]]], dataset: Dataset | None
 ) -> dict[Path, Measurement | KdpipeError]:
     """One session on each of several devices, each in a thread of its own; a lost one leaves the others' whole.
 
@@ -197,7 +202,7 @@ def bench_side_by_side(
         elsewhere = {path for path, (order, _) in sessions.items() if _is_elsewhere(order.config.device)}
         compared = {bundle.key: bundle for path in elsewhere for bundle in sessions[path][1].values()}
         host: dict[str, HostOutputs] = {}
-        if compared:
+        if compared and dataset is not None:
             host = on_host(compared, dataset, Path(folder), Talk(lambda _, detail: advance(0, f"host: {detail}")))
 
         def one(path: Path) -> Measurement | KdpipeError:
@@ -246,9 +251,9 @@ def _controls(run: _Run, timed: Sequence[str]) -> dict[str, list[str]]:
     return controlled(targets, run.float32, seconds)
 
 
-def _labels(run: _Run) -> np.ndarray:
+def _labels(run: _Run, dataset: Dataset) -> np.ndarray:
     spec = next(iter(run.asked.bundles.values())).facts.input.model_dump()
-    return load_labels(run.asked.dataset.samples("test"), spec)
+    return load_labels(dataset.samples("test"), spec)
 
 
 def _accuracies(
@@ -263,6 +268,10 @@ def _accuracies(
             continue
         if stand_in and bundle.facts.stand_in is None:
             found[name] = Result(status=f"{bundle.facts.target} is not installed on this device")
+            continue
+        if asked.dataset is None:
+            alone = asked.journal.answer(name, ALONE)
+            found[name] = Result(status=RANDOM_INPUT, session=None if alone is None else alone.session)
             continue
         for file in (Measurement.outputs_name(name), Measurement.mismatches_name(name)):
             (folder / file).parent.mkdir(exist_ok=True)
@@ -377,6 +386,8 @@ def _collect(
             (folder / Measurement.starts_name(name)).parent.mkdir(exist_ok=True)
             write_json(folder / Measurement.starts_name(name), [start.model_dump() for start in began])
             found = _failed(failure) if failure is not None else summary(repeats, began, precision)
+            if run.asked.dataset is None:  # random inputs are made, not prepared from an image
+                found |= {"prepare_ms": None, "end_to_end_ms": None}
             if failure is None and not run.asked.device.emulated:
                 found["conditions"] = conditions([journal.around[at, name] for at in rounds], cores)
             results[name] = results[name].model_copy(update=found)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..core.kinds import MeasurementFacts
 from ..core.stats import NoWorse
 
 NOTHING = "\N{EN DASH}"
@@ -146,6 +147,18 @@ def machine(device: Mapping[str, Any]) -> str:
     """What a device is, in a few words."""
     probe = device["probe_before"]
     return f"{probe.get('cpu', 'unavailable')}, {probe.get('usable_cores', 'unavailable')} usable cores"
+
+
+def random_input_lines(facts: MeasurementFacts) -> list[str]:
+    """Of models that were timed on random input, a line each."""
+    lines = []
+    for name, result in facts.results.items():
+        if result.latency_p50_ms is None or result.trust is None:
+            lines.append(f"{name} on {facts.device}: {result.status}")
+            continue
+        p50 = interval(result.latency_p50_ms.as_dict())
+        lines.append(f"{name} on {facts.device}: p50 {p50} ms on random input, {result.trust.word}")
+    return lines
 
 
 def device_heading(device: Mapping[str, Any]) -> str:

@@ -156,7 +156,7 @@ def test_a_lost_device_leaves_the_others_whole_and_is_gone_on_with(made: Made, c
         assert found.mismatches == found.lost == found.won == 0 and found.max_difference < 1e-4
         assert far.mismatches(name) == [] and local.facts.results[name].against_host is None
     assert far.facts.results[NAMES[0]].conditions.others_cores != "unavailable", "it was watched from outside"
-    assert not list((tmp_path / "far" / "work").iterdir()), "nothing is left of a session"
+    assert len(list((tmp_path / "far" / "work").iterdir())) <= 1, "what could not be removed when the link was cut"
 
     # A report of both: each for itself.
     report = chain.report(ReportConfig(), again.one_of_each, {})
