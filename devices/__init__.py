@@ -13,6 +13,7 @@ from ..core.kinds import FreshStart, Prediction, Probe, Samples
 from . import book
 from .local import LocalDevice
 from .null import NullDevice
+from .ssh import SshDevice
 from .surroundings import Watch
 
 
@@ -94,6 +95,7 @@ class Device(Protocol):
 DEVICES: dict[str, type[Device]] = {
     "local": LocalDevice,
     "null": NullDevice,
+    "ssh": SshDevice,
 }
 
 
