@@ -204,7 +204,7 @@ def main(
             title: chain.package(PackageConfig(), model, dataset) for title, model in models.items()
         }
         begun = time.monotonic()
-        plan = BenchPlan(rounds=rounds, seconds=seconds, threads=(threads,))
+        plan = BenchPlan(effort="quick", rounds=rounds, seconds=seconds, threads=(threads,))
         [measured] = chain.bench(plan, bundles, dataset).one_of_each
         page = chain.report(ReportConfig(title=f"peers, {name}"), [measured], {"student": student})
         [numbers] = page.numbers["devices"]
