@@ -30,6 +30,7 @@ from ..core.kinds import (
     StartUp,
     float32_by_bundle,
 )
+from ..core.proc import end_groups
 from ..core.progress import progress
 from ..core.stats import Interval, early_stopping, median_interval, percentile_interval, percentile_within
 from ..data.dataset import Dataset, load_labels
@@ -120,7 +121,7 @@ def bench(
             return bench(order, bundles, dataset, out, Talk(advance), host)
     device = find_device(config.device)
     with (
-        held(device.settings, talk.note),
+        held(device.settings, talk),
         drafting(Measurement, order, out, resumable=True) as draft,
         tempfile.TemporaryDirectory() as scratch,
     ):
@@ -134,14 +135,13 @@ def bench(
                 talk.note(f"{name}: {bundle.facts.target} is not installed on '{config.device}': no latency")
 
         def all_of_it() -> tuple[dict[str, Result], dict[str, list[str]], dict[str, list[FreshStart]]]:
-            with opened(device, Path(scratch)):
+            with opened(device, Path(scratch)), device.watching() as watch:
                 push(asked)
                 results = _accuracies(run, ask(asked), draft.path, host or {})
                 timed = [name for name, result in results.items() if not result.failed and not asked.stand_in(name)]
                 judged_by = _controls(run, timed)
-                with device.watching() as watch:
-                    _measure_rounds(run, timed, judged_by, watch)
-                    starts = _start_fresh(run, timed)
+                _measure_rounds(run, timed, judged_by, watch)
+                starts = _start_fresh(run, timed)
             return results, judged_by, starts
 
         results, judged_by, starts = _patiently(talk, all_of_it)
@@ -220,6 +220,7 @@ def bench_side_by_side(
                 return dict(zip(sessions, pool.map(one, sessions), strict=True))
             except BaseException:
                 stopped.set()
+                end_groups()  # what the threads wait for
                 raise
 
 

@@ -6,6 +6,8 @@ import contextlib
 import json
 import math
 import shutil
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -15,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import Made, assert_one_line, kdpipe
+from conftest import SMALL_RECIPE, Made, assert_one_line, command, kdpipe
 
 from kdpipe.chain import Chain
 from kdpipe.core import progress
 from kdpipe.core.config import BenchPlan, DeviceSettings, QuantizePlan, ReportConfig
-from kdpipe.core.errors import DeviceLost, UserError
+from kdpipe.core.errors import DeviceLost, KdpipeError, UserError
 from kdpipe.core.kinds import (
     Bundle,
     Comparison,
@@ -218,6 +220,63 @@ def test_each_device_measures_what_suits_it(made: Made, tmp_path: Path) -> None:
     assert [step.name for step in chain.steps].count("onnxruntime-int8") == 2
 
 
+RECIPE = {**SMALL_RECIPE, "export": {"targets": ["onnxruntime"]}, "quantize": None}
+
+
+def test_a_run_over_several_devices_ends_in_one_report(made: Made, cut: Path, tmp_path: Path) -> None:
+    settings = {**QUICK.model_dump(mode="json"), "devices": ["null", "far"]}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({**RECIPE, "bench": settings}))
+    call = ["run", tmp_path / "two.yaml", "--artifacts", made.chain.folder, "--json"]
+    cut.touch()
+    done = kdpipe(*call)
+    assert_one_line(done, 2, "'far' was not measured", "the cable is cut", "the others are reported")
+    assert [device["device"] for device in json.loads(done.stdout)["numbers"]["devices"]] == ["null"]
+    cut.unlink()
+    done = kdpipe(*call)
+    assert_one_line(done, 75, "on far onnxruntime-float32 is noisy")
+    null, far = json.loads(done.stdout)["numbers"]["devices"]
+    assert (
+        [row["name"] for row in far["bundles"]] == [row["name"] for row in null["bundles"]] == ["onnxruntime-float32"]
+    )
+    assert null["trust"]["attempts"] == far["trust"]["attempts"] == 1, "null was not measured again"
+    assert null["front"] == [] and null["trust"]["emulated"] and not far["trust"]["emulated"]
+
+
+def test_an_interrupt_ends_what_all_devices_do(made: Made, tmp_path: Path) -> None:
+    """The processes of a session are no children of the terminal: Ctrl-C reaches this one alone."""
+    path = shutil.copytree(made.bundles[NAMES[0]].path, tmp_path / NAMES[0])
+    options = ["--rounds", 2, "--seconds", 300, "--warm-up-seconds", 0.1, "--images", 8, "--cold-starts", 0]
+    call = command("bench", path, "--data", made.dataset.path, "--device", "local,null", *options)
+    process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while not _measuring(process.pid):
+        assert process.poll() is None and time.monotonic() < end, "it never began to measure"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in told and "Traceback" not in told
+    assert not _measuring(process.pid)
+
+
+def _measuring(parent: int) -> list[int]:
+    """Runners that time, among what ``parent`` started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            if b"runtime" in words and b"measure" in words and parent in _ancestors(int(path.name)):
+                found.append(int(path.name))
+    return found
+
+
+def _ancestors(pid: int) -> list[int]:
+    found = []
+    while pid > 1:
+        pid = int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
+        found.append(pid)
+    return found
+
+
 # ---- locks ----------------------------------------------------------------------------------------------------
 
 
@@ -229,11 +288,13 @@ def test_one_session_a_device_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
     order: list[str] = []
     notes: list[str] = []
 
+    talk = Talk(lambda *_: None, notes.append)
+
     def second() -> None:
-        with lock.held(same[1], notes.append):
+        with lock.held(same[1], talk):
             order.append("second")
 
-    with lock.held(same[0], notes.append), lock.held(other, notes.append):
+    with lock.held(same[0], talk), lock.held(other, talk):
         thread = threading.Thread(target=second)
         thread.start()
         end = time.monotonic() + 30
@@ -242,6 +303,10 @@ def test_one_session_a_device_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
         order.append("first")
     thread.join(30)
     assert order == ["first", "second"]
+    talk.stopped.set()
+    with lock.held(other, talk), pytest.raises(KdpipeError, match="stopped"), lock.held(other, talk):
+        pass  # who is to stop does not wait
+    del notes[1:]
     assert len(notes) == 1 and notes[0].startswith("'kitchen' is measured by process ") and notes[0].endswith("waiting")
 
 
