@@ -78,9 +78,10 @@ def open_session(folder: Path, facts: dict[str, Any], threads: int = 1, stand_in
         ImportError: the runtime is not installed.
     """
     name = facts["stand_in"] if stand_in else facts["target"]
-    if facts["runtime"].get("random_input"):
+    settings = facts.get("runtime", {})
+    if settings.get("random_input"):
         return RandomInput(RUNTIMES[name](folder, facts, threads))
-    if facts["runtime"].get("normalised_input"):
+    if settings.get("normalised_input"):
         facts = {**facts, "input": {**facts["input"], "normalised": True}}
     return RUNTIMES[name](folder, facts, threads)
 

@@ -242,18 +242,25 @@ def test_a_run_over_several_devices_ends_in_one_report(made: Made, cut: Path, tm
     assert null["front"] == [] and null["trust"]["emulated"] and not far["trust"]["emulated"]
 
 
-def test_an_interrupt_ends_what_all_devices_do(made: Made, tmp_path: Path) -> None:
-    """The processes of a session are no children of the terminal: Ctrl-C reaches this one alone."""
+def test_an_interrupt_ends_what_all_devices_do(made: Made, cut: Path, tmp_path: Path) -> None:
+    """The processes of a session are no children of the terminal: Ctrl-C reaches this one alone.
+
+    The second device is this machine by another name, so one of them measures and the other waits for it.
+    """
+    (tmp_path / "config" / "kdpipe" / "devices.yaml").write_text("second: {kind: local}")
     path = shutil.copytree(made.bundles[NAMES[0]].path, tmp_path / NAMES[0])
     options = ["--rounds", 2, "--seconds", 300, "--warm-up-seconds", 0.1, "--images", 8, "--cold-starts", 0]
-    call = command("bench", path, "--data", made.dataset.path, "--device", "local,null", *options)
+    call = command("bench", path, "--data", made.dataset.path, "--device", "local,second", *options)
     process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    end = time.monotonic() + 120
-    while not _measuring(process.pid):
-        assert process.poll() is None and time.monotonic() < end, "it never began to measure"
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    try:
+        end = time.monotonic() + 120
+        while not _measuring(process.pid):
+            assert process.poll() is None and time.monotonic() < end, "it never began to measure"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130 and "interrupted" in told and "Traceback" not in told
     assert not _measuring(process.pid)
 
