@@ -10,11 +10,13 @@ import getpass
 import os
 import platform
 import secrets
+import select
 import shlex
 import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -42,6 +44,7 @@ OUTPUTS = "outputs.npy"
 SHELL_SECONDS = 60.0  # for what only looks or makes a folder
 PROBE_SECONDS = 120.0  # a slow board imports numpy for many seconds
 OLDEST_PYTHON = (3, 9)
+BEGUN = "kdpipe-begins-here"  # before it a shell may have printed what it likes
 # A file of this name lies where Python would make a folder for compiled modules: so running a bundle's own runner
 # writes nothing into the sealed folder, whatever the device's environment says.
 NO_COMPILED_MODULES = ("__pycache__", "Nothing is written into a sealed folder.\n")
@@ -235,14 +238,17 @@ class RunnerDevice(ABC):
 
     def start(self, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
         """``python -m runtime *arguments``, left running; it hears and answers through pipes."""
-        return subprocess.Popen(
-            self.argv(self.command(arguments)),
+        process = subprocess.Popen(
+            self.argv(f"echo {BEGUN}; {self.command(arguments)}"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=self.environment(),
             start_new_session=True,
         )
+        assert process.stdout is not None
+        _skip_greeting(process.stdout.fileno(), time.monotonic() + SHELL_SECONDS)
+        return process
 
     # ---- what a device does (see ``Device``) -----------------------------------------------------------------
 
@@ -322,6 +328,18 @@ class RunnerDevice(ABC):
             *(["--examine"] if examine else []),
         ]
         return self.ask(FreshStart, arguments, timeout_seconds)
+
+
+def _skip_greeting(stdout: int, until: float) -> None:
+    """Read what a shell there prints by itself, to the line that says that what was asked for has ``BEGUN``."""
+    said = b""
+    while not said.endswith(f"{BEGUN}\n".encode()):
+        if not select.select([stdout], [], [], max(0.0, until - time.monotonic()))[0]:
+            return  # whoever asks for an answer will miss it
+        byte = os.read(stdout, 1)  # and no more: the rest is the answer
+        if not byte:
+            return
+        said += byte
 
 
 def failure(done: subprocess.CompletedProcess[bytes]) -> str:

@@ -401,6 +401,8 @@ def test_a_shell_that_greets_is_understood_or_named(
                 device.push(made.bundles["onnxruntime-int8"].path, "bundle")
                 device.push(images, "images.npy")
                 assert device.predict("bundle", "images.npy", tmp_path / "outputs.npy", 120).images == 40
+                with device.watching() as watch:
+                    assert watch.look().sights
         else:
             with pytest.raises(UserError, match=r"prints something at every command.*bashrc"):
                 device.probe()
@@ -713,12 +715,8 @@ def test_the_limits_of_a_link_are_the_users_where_he_names_some(sshd: Sshd) -> N
         shown = subprocess.run(["ssh", "-G", *device.argv("")[1:-1]], capture_output=True, text=True, check=True)
         effective = dict(line.split(" ", 1) for line in shown.stdout.splitlines())
         found.append([effective[name] for name in limits])
-        assert [effective[name] for name in never] == [
-            "true",
-            "yes",
-            "no",
-            "false",
-        ] and "remotecommand" not in effective
+        assert [effective[name] for name in never] == ["true", "yes", "no", "false"]
+        assert "remotecommand" not in effective
     assert found == [["10", "5", "3"], ["3", "60", "3"]]
 
 
