@@ -189,9 +189,9 @@ def status(root: Path) -> dict[str, Any]:
         since = os.lstat(root / LIVE).st_mtime  # of the link itself: when it was switched
         shown = {"digest": current, "since_utc": _utc(since), "fault": None, **_about(root / STORE / current)}
         try:
+            read_facts(root / STORE / current)
             if digest(root / STORE / current) != current:
                 raise StoreError("its contents are not those of its digest")
-            read_facts(root / STORE / current)
         except (BundleError, StoreError) as error:
             shown["fault"] = sealed.printable(str(error), 300)
     entries = {}
