@@ -14,6 +14,7 @@ from .core.config import (
     BenchPlan,
     CachePlan,
     DataPlan,
+    DeviceSettings,
     ExportConfig,
     PackageConfig,
     QuantizeConfig,
@@ -446,6 +447,94 @@ def doctor(
             raise GateFailed(
                 f"target '{state.target}' cannot be made here: it lacks {', '.join(state.missing)}; {state.cure}"
             )
+
+
+# ---- devices ---------------------------------------------------------------------------------------------
+
+devices_app = typer.Typer(
+    name="devices",
+    help="The machines that bundles are measured on and deployed to: devices.yaml.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(devices_app)
+
+
+@devices_app.command("add")
+@configured(DeviceSettings, leave_out=("name", "kind", "address"))
+def devices_add(
+    name: Annotated[str, typer.Argument(help="what it will be called, such as pi5")],
+    kind: Annotated[str, typer.Argument(help="ssh, adb or local")],
+    address: Annotated[str | None, typer.Argument(help="ssh: pi@pi5 or a name of ssh_config; adb: a serial")] = None,
+    as_json: JsonFlag = False,
+    *,
+    config: Callable[..., DeviceSettings],
+) -> None:
+    """Describe a device, in ./devices.yaml if there is one, else in the user's configuration folder.
+
+    Example: kdpipe devices add pi5 ssh pi@pi5
+    """
+    from .devices import DEVICES, book
+
+    settings = config(name=name, kind=kind, address=address)
+    path = book.add(settings, DEVICES)
+    if as_json:
+        _print_json(device=settings.model_dump(), file=str(path))
+    else:
+        typer.echo(f"{name} stands in {path}; look at it: kdpipe devices probe {name}")
+
+
+@devices_app.command("list")
+def devices_list(as_json: JsonFlag = False) -> None:
+    """List the devices that are described.
+
+    Example: kdpipe devices list
+    """
+    from .devices import DEVICES, book
+
+    found = book.known(DEVICES)
+    if as_json:
+        _print_json(devices=[settings.model_dump() for settings in found.values()])
+        return
+    for settings in found.values():
+        typer.echo(printable("  ".join(filter(None, (settings.name, settings.kind, settings.address)))))
+
+
+@devices_app.command("probe")
+def devices_probe(
+    name: Annotated[str, typer.Argument(help="of the device")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Reach a device and say what it is; what cannot be read is "unavailable".
+
+    Example: kdpipe devices probe pi5
+    """
+    from .devices import find_device
+
+    found = find_device(name).probe()
+    if as_json:
+        _print_json(device=name, probe=found.model_dump())
+        return
+    for field, value in found.model_dump().items():
+        typer.echo(printable(f"{field}: {value}"))
+
+
+@devices_app.command("remove")
+def devices_remove(
+    name: Annotated[str, typer.Argument(help="of the device")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Forget a device; nothing on it is touched.
+
+    Example: kdpipe devices remove pi5
+    """
+    from .devices import DEVICES, book
+
+    path = book.remove(name, DEVICES)
+    if as_json:
+        _print_json(removed=name, file=str(path))
+    else:
+        typer.echo(f"{name} is gone from {path}; what lies on it stays")
 
 
 # ---- printing --------------------------------------------------------------------------------------------

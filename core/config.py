@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import UserError, did_you_mean
 from .inputs import InputSpec
-from .sealed import LONGEST_NUMBER, MOST_LEVELS, printable
+from .sealed import LONGEST_NUMBER, MOST_LEVELS, NAME, printable
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Method = Literal[
@@ -469,9 +469,21 @@ class PackageConfig(Config):
 
 
 class DeviceSettings(Config):
-    """A machine that bundles run on."""
+    """A machine that bundles run on, as devices.yaml describes it under its name."""
 
-    kind: str = Field("local", description="local (this machine), or null (none: what measuring itself costs)")
+    name: str = Field("local", pattern=NAME.pattern, max_length=64, description="what it is called here")
+    kind: str = Field(
+        "local", description="how it is reached: local (this machine), ssh, adb, or null (what measuring itself costs)"
+    )
+    address: str | None = Field(
+        None,
+        description="ssh: anything that ssh takes, such as pi@pi5 or a name of ssh_config; adb: serial or host:port",
+    )
+    python: str = Field("python3", description="command that starts Python 3.9 or newer there")
+    folder: str | None = Field(
+        None, description="where kdpipe keeps what it brings [.kdpipe in the home; adb: /data/local/tmp/kdpipe]"
+    )
+    emulated: bool = Field(False, description="an emulator: its latencies are marked and never ranked")
 
 
 class MeasureSettings(Config):

@@ -33,6 +33,10 @@ class UserError(KdpipeError):
     exit_code = ExitCode.MISTAKE
 
 
+class DeviceLost(KdpipeError):
+    """The link to a device is gone, or was never there: what was asked may or may not have happened (exit 2)."""
+
+
 class GateFailed(KdpipeError):
     """The work was done and its result was refused (exit 1)."""
 

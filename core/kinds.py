@@ -393,6 +393,7 @@ class Probe(Record):
     memory_bytes: int | Unavailable
     governor: str
     runtimes: dict[str, str] | Unavailable  # versions of those installed
+    targets: list[str]  # whose bundles it can open with their own runtime
     current_khz: str
     temperatures_millicelsius: dict[str, str] | Unavailable
     load_average: list[float] | Unavailable

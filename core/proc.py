@@ -113,6 +113,31 @@ def children_signal_kept() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before)
 
 
+def run_group(
+    command: Sequence[str], seconds: float, stdin: bytes = b"", environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a command with all that it starts, to its end; past the limit, or when this is interrupted, all is ended.
+
+    Raises:
+        subprocess.TimeoutExpired: it did not end in time.
+    """
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,
+    ) as process:
+        try:
+            stdout, stderr = process.communicate(stdin, timeout=seconds)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
 RUNNER_SECONDS = 600.0
 
 

@@ -17,12 +17,9 @@ from ..core.errors import GateFailed, UserError, choice
 from ..core.kinds import Bundle, BundleFacts, Model
 from ..core.proc import RUNNER_SECONDS, ask_runner, quiet
 from ..data.dataset import Dataset, load_images
+from ..devices.runner import copy_runner
 from ..runtime.bundle import GOLDEN, TOLERANCES
 from ..runtime.task import TASKS
-
-# A file of this name lies where Python would make a folder for compiled modules: so running the bundle's own runner
-# writes nothing into the sealed folder, whatever the device's environment says.
-NO_COMPILED_MODULES = ("__pycache__", "Nothing is written into a sealed folder.\n")
 
 
 def package(order: Order[PackageConfig], model: Model, dataset: Dataset, out: Path) -> Bundle:
@@ -65,15 +62,6 @@ def check_task(path: Path, task: str) -> None:
     """Refuse an artifact of a task that this version does not know. Raises UserError."""
     if task not in TASKS:
         raise choice(f"task of {path}", task, TASKS)
-
-
-def copy_runner(folder: Path) -> None:
-    """Copy the sources of ``kdpipe.runtime``, which run anywhere as ``python -m runtime``."""
-    folder.mkdir()
-    for source in sorted(Path(runtime.__file__).parent.glob("*.py")):
-        shutil.copyfile(source, folder / source.name)
-    name, text = NO_COMPILED_MODULES
-    (folder / name).write_text(text)
 
 
 def verify(path: Path, seconds: float = RUNNER_SECONDS) -> tuple[Bundle, dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Protocol
 from ..core.config import DeviceSettings, MeasureSettings
 from ..core.errors import choice
 from ..core.kinds import Prediction, Probe, Samples
+from . import book
 from .local import LocalDevice
 from .null import NullDevice
 
@@ -17,6 +18,7 @@ from .null import NullDevice
 class Device(Protocol):
     """A machine that bundles are pushed to, asked and measured on, in whatever way it can."""
 
+    name: str  # in devices.yaml
     emulated: bool  # numbers of an emulated device are never ranked
 
     def __init__(self, settings: DeviceSettings) -> None:
@@ -70,10 +72,11 @@ DEVICES: dict[str, type[Device]] = {
 
 
 def find_device(name: str) -> Device:
-    """The device of that name, not opened yet. Raises UserError for an unknown one."""
-    if name not in DEVICES:
-        raise choice("device", name, DEVICES)
-    return DEVICES[name](DeviceSettings(kind=name))
+    """The device of that name (see ``book``), not reached yet. Raises UserError for an unknown one."""
+    settings = book.known(DEVICES)
+    if name not in settings:
+        raise choice("device", name, settings)
+    return DEVICES[settings[name].kind](settings[name])
 
 
 @contextmanager

@@ -3,68 +3,71 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
-import signal
-import subprocess
 import sys
-from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from .. import runtime
-from ..core.config import DeviceSettings
-from ..core.errors import KdpipeError, UserError
+from ..core.errors import UserError
 from ..core.kinds import Probe
 from ..runtime.probe import probe
-from .runner import RunnerDevice
+from .runner import RUNNER, RunnerDevice
 
 
 class LocalDevice(RunnerDevice):
-    def __init__(self, settings: DeviceSettings) -> None:
-        super().__init__(settings)
-        self._folder = Path()
+    """Nothing is copied to where it already is: what is pushed to be measured is used where it lies."""
+
+    def argv(self, command: str) -> list[str]:
+        return ["/bin/sh", "-c", command]
+
+    @property
+    def python(self) -> str:
+        # The Python that runs now has the runtimes; another one only where the settings name it.
+        named = self.settings.python != type(self.settings).model_fields["python"].default
+        return self.settings.python if named else shlex.quote(sys.executable)
+
+    @cached_property
+    def root(self) -> str:
+        data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+        folder = Path(self.settings.folder or Path(data) / "kdpipe").absolute()
+        for part in ("store", "work"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        return str(folder)
+
+    @cached_property
+    def runner(self) -> str:
+        self._runner = TemporaryDirectory()  # gone with this object
+        folder = Path(self._runner.name)
+        (folder / RUNNER).symlink_to(Path(runtime.__file__).parent)
+        return str(folder)
 
     def probe(self) -> Probe:
         return Probe.model_validate(probe())
 
-    def runs(self, target: str) -> bool:
-        return runtime.is_available(target)
-
     def open(self, scratch: Path) -> None:
-        self._folder = scratch / "device"
-        self._folder.mkdir()
-        self.push_runner()
-
-    def push(self, source: Path, name: str) -> None:
-        # Nothing is copied to where it already is; the runner checks the hashes through the link.
-        (self._folder / name).symlink_to(source.absolute())
-
-    def pull(self, name: str, target: Path) -> None:
-        try:
-            shutil.move(self._folder / name, target)
-        except FileNotFoundError:
-            raise UserError(f"the runner on 'local' wrote no '{name}'") from None
-
-    def run(self, arguments: Sequence[str], timeout_seconds: float) -> bytes:
-        command = [sys.executable, "-m", "runtime", *arguments]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COV"))}
-        try:
-            done = subprocess.run(
-                command, cwd=self._folder, env=environment, capture_output=True, timeout=timeout_seconds
-            )
-        except subprocess.TimeoutExpired:
-            raise KdpipeError(
-                f"the runner did not end in {timeout_seconds:.0f} s: is the machine overloaded?"
-            ) from None
-        if done.returncode != 0:
-            raise UserError(f"the runner failed on 'local': {_reason(done.returncode, done.stderr)}")
-        return done.stdout
+        self._work = str(scratch / "device")
+        Path(self._work).mkdir()
 
     def close(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self._work, ignore_errors=True)
+        self._places = {}
 
+    def push(self, source: Path, name: str) -> None:
+        if not source.exists():
+            raise UserError(f"nothing at {source}: wanted a file or folder to push")
+        self._places[name] = str(source.absolute())
 
-def _reason(returncode: int, stderr: bytes) -> str:
-    if returncode < 0:  # what it printed before is not why
-        return f"killed by signal {-returncode} ({signal.strsignal(-returncode)})"
-    lines = stderr.decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else f"exit code {returncode}"
+    def send(self, source: Path, path: str) -> None:
+        if source.is_dir():
+            shutil.copytree(source, path, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(source, path)
+
+    def receive(self, path: str, target: Path) -> None:
+        try:
+            shutil.move(path, target)
+        except FileNotFoundError:
+            raise UserError(f"the runner on '{self.name}' wrote no '{Path(path).name}'") from None

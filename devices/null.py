@@ -14,6 +14,7 @@ import numpy as np
 from ..core.config import DeviceSettings, MeasureSettings
 from ..core.errors import UserError
 from ..core.kinds import Bundle, Prediction, Probe, RuntimeSession, Samples, WarmUp
+from ..runtime import RUNTIMES
 from ..runtime.bundle import GOLDEN
 from ..runtime.measure import peak_memory_bytes
 from ..runtime.probe import UNAVAILABLE
@@ -26,6 +27,7 @@ class NullDevice:
 
     def __init__(self, settings: DeviceSettings) -> None:
         self.settings = settings
+        self.name = settings.name
         self._pushed: dict[str, Path] = {}
 
     def probe(self) -> Probe:
@@ -39,6 +41,7 @@ class NullDevice:
             memory_bytes=UNAVAILABLE,
             governor=UNAVAILABLE,
             runtimes=UNAVAILABLE,
+            targets=list(RUNTIMES),
             current_khz=UNAVAILABLE,
             temperatures_millicelsius=UNAVAILABLE,
             load_average=UNAVAILABLE,

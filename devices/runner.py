@@ -1,9 +1,20 @@
-"""What devices with a Python have in common: they run the shipped runner, ``python -m runtime``."""
+"""What devices with a Python have in common: they run the shipped runner, ``python -m runtime``.
+
+A kind of device gives three things: how a shell line is run there, and how files get there and back.
+"""
 
 from __future__ import annotations
 
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,41 +23,246 @@ from pydantic import ValidationError
 from .. import runtime
 from ..core.artifact import Record
 from ..core.config import DeviceSettings, MeasureSettings
-from ..core.errors import UserError
-from ..core.kinds import Prediction, Samples
-from ..core.sealed import parse_json
+from ..core.errors import DeviceLost, KdpipeError, UserError
+from ..core.kinds import Prediction, Probe, Samples
+from ..core.proc import run_group
+from ..core.sealed import parse_json, printable
 
 R = TypeVar("R", bound=Record)
 RUNNER = "runtime"
 OUTPUTS = "outputs.npy"
+SHELL_SECONDS = 60.0  # for what only looks or makes a folder
+PROBE_SECONDS = 120.0  # a slow board imports numpy for many seconds
+OLDEST_PYTHON = (3, 9)
+NOT_FOUND = 127  # what a shell says of a command that is not there
+# A file of this name lies where Python would make a folder for compiled modules: so running a bundle's own runner
+# writes nothing into the sealed folder, whatever the device's environment says.
+NO_COMPILED_MODULES = ("__pycache__", "Nothing is written into a sealed folder.\n")
+
+
+def copy_runner(folder: Path) -> None:
+    """Copy the sources of ``kdpipe.runtime``, which run anywhere as ``python -m runtime``."""
+    folder.mkdir()
+    for source in sorted(Path(runtime.__file__).parent.glob("*.py")):
+        shutil.copyfile(source, folder / source.name)
+    name, text = NO_COMPILED_MODULES
+    (folder / name).write_text(text)
+
+
+class Received(Record):
+    """Something that was pushed lies in the store, whole."""
+
+    digest: str
 
 
 class RunnerDevice(ABC):
-    """A device on which the runner lies in the working folder."""
+    """A device that runs the runner. ``root`` is the folder there in which everything of kdpipe lies."""
 
-    emulated = False
+    FOLDER = ".kdpipe"  # the root, unless the settings say another; relative to where a shell starts
 
     def __init__(self, settings: DeviceSettings) -> None:
         self.settings = settings
+        self.name = settings.name
+        self.emulated = settings.emulated
+        self._places: dict[str, str] = {}
+        self._work = ""
+
+    # ---- what a kind of device gives -----------------------------------------------------------------------
 
     @abstractmethod
-    def run(self, arguments: Sequence[str], timeout_seconds: float) -> bytes:
-        """What ``python -m runtime *arguments`` prints, in the working folder, in a fresh process.
+    def argv(self, command: str) -> list[str]:
+        """What to run here so that ``command``, a line for a POSIX shell, runs there, in the user's home.
 
-        Raises:
-            KdpipeError: it failed, or did not end in time.
+        Its streams are those of that line, and so is its exit code.
         """
 
     @abstractmethod
-    def push(self, source: Path, name: str) -> None:
-        """Put a file or folder of this host into the working folder."""
+    def send(self, source: Path, path: str) -> None:
+        """Copy a file or folder of this host to ``path`` there, whose parent exists; what a cut left is gone on with.
+
+        Raises:
+            DeviceLost: the link is gone.
+            UserError: no space, or no right to write.
+        """
 
     @abstractmethod
-    def pull(self, name: str, target: Path) -> None:
-        """Get the file ``name`` of the working folder."""
+    def receive(self, path: str, target: Path) -> None:
+        """Copy the file ``path`` there to ``target`` here. Raises as ``send`` does."""
 
-    def push_runner(self) -> None:
-        self.push(Path(runtime.__file__).parent, RUNNER)
+    def lost(self, returncode: int, stderr: bytes) -> str | None:
+        """Why the link is gone, if that is what a failure of ``argv`` means."""
+        return None
+
+    @property
+    def python(self) -> str:
+        """The words of a shell line that start Python there."""
+        return self.settings.python
+
+    # ---- the shell -----------------------------------------------------------------------------------------
+
+    def environment(self) -> dict[str, str]:
+        """Of the processes here: nothing of this Python's may reach one that runs on this machine."""
+        return {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COV"))}
+
+    def attempt(self, command: str, timeout_seconds: float, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+        """Run a shell line there and say how it ended.
+
+        Raises:
+            DeviceLost: the link is gone.
+            KdpipeError: it did not end in time.
+        """
+        try:
+            done = run_group(self.argv(command), timeout_seconds, stdin, self.environment())
+        except subprocess.TimeoutExpired:
+            raise KdpipeError(f"'{self.name}' did not answer in {timeout_seconds:.0f} s: is it overloaded?") from None
+        if done.returncode != 0 and (reason := self.lost(done.returncode, done.stderr)) is not None:
+            raise DeviceLost(f"'{self.name}' cannot be reached: {printable(reason, 500)}")
+        return done
+
+    def shell(self, command: str, timeout_seconds: float = SHELL_SECONDS) -> str:
+        """What a shell line prints there, stripped. Raises as ``attempt`` does, and UserError where it fails."""
+        done = self.attempt(command, timeout_seconds)
+        if done.returncode != 0:
+            raise UserError(f"'{self.name}' refused: {failure(done)}")
+        return done.stdout.decode(errors="replace").strip()
+
+    # ---- the folder there, and the runner in it --------------------------------------------------------------
+
+    @cached_property
+    def root(self) -> str:
+        """The folder there of everything that is kdpipe's, absolute; it is made. Raises as ``shell`` does."""
+        folder = shlex.quote(self.settings.folder or self.FOLDER)
+        return self.shell(f"mkdir -p {folder}/store {folder}/work && cd {folder} && pwd -P").splitlines()[-1]
+
+    @cached_property
+    def runner(self) -> str:
+        """The folder there in which the runner lies; it is brought if it is not there.
+
+        Raises:
+            UserError: no Python there, too old a one, or one without numpy.
+        """
+        self._check_python()
+        with tempfile.TemporaryDirectory() as scratch:
+            source = Path(scratch) / "runner"
+            source.mkdir()
+            copy_runner(source / RUNNER)
+            return self._stored(source, None)
+
+    def _check_python(self) -> None:
+        code = "import sys; print(*sys.version_info[:2]); import numpy"
+        done = self.attempt(f"{self.python} -c {shlex.quote(code)}", PROBE_SECONDS)
+        oldest = ".".join(map(str, OLDEST_PYTHON))
+        said = done.stdout.decode(errors="replace").splitlines()
+        found = said[-1].split() if said else []
+        if done.returncode == NOT_FOUND or len(found) != 2 or not all(part.isdigit() for part in found):
+            raise UserError(
+                f"'{self.name}' has no '{self.python}' ({failure(done)}): wanted Python {oldest} or newer; "
+                f"name it with `python:` in devices.yaml"
+            )
+        if (int(found[0]), int(found[1])) < OLDEST_PYTHON:
+            raise UserError(f"'{self.name}' has Python {'.'.join(found)}: wanted {oldest} or newer")
+        if done.returncode != 0:
+            raise UserError(f"'{self.name}' has no numpy: run there {self.pip_line('numpy')}")
+
+    def pip_line(self, *distributions: str) -> str:
+        """What installs them there."""
+        return f"`{self.python} -m pip install {' '.join(distributions)}`"
+
+    def store(self, source: Path) -> str:
+        """Put a file or folder of this host into the store there, by content; returns its path there.
+
+        Only what is not there yet is sent, and it counts once it was compared there.
+
+        Raises:
+            UserError: nothing at ``source``, no space, or it arrived changed.
+            DeviceLost: the link is gone; the next call goes on with what arrived.
+        """
+        if not source.exists():
+            raise UserError(f"nothing at {source}: wanted a file or folder to push")
+        return self._stored(source, self.runner)
+
+    def _stored(self, source: Path, runner: str | None) -> str:
+        """``store``, by that runner, or by the one that is being sent."""
+        from ..runtime.store import digest
+
+        found = digest(source)
+        place = f"{self.root}/store/{found}"
+        if self.attempt(f"test -e {shlex.quote(place)}", SHELL_SECONDS).returncode != 0:
+            arriving = f"{place}.part"
+            self.send(source, arriving)
+            self.ask(Received, ["receive", self.root, found], PROBE_SECONDS, runner or arriving)
+        return place
+
+    # ---- asking the runner -----------------------------------------------------------------------------------
+
+    def command(self, arguments: Sequence[str], runner: str | None = None) -> str:
+        """The shell line of ``python -m runtime *arguments``."""
+        started = f"cd {shlex.quote(runner or self.runner)} && {self.python} -m {RUNNER} {shlex.join(arguments)}"
+        return f"{started}; exit $?"  # the shell stays, so that a killed runner has an exit code over every link
+
+    def ask(self, kind: type[R], arguments: Sequence[str], timeout_seconds: float, runner: str | None = None) -> R:
+        """What ``python -m runtime *arguments`` answers, in a fresh process, which ends itself in time too.
+
+        Args:
+            runner: the folder of another runner than this device's.
+
+        Raises:
+            KdpipeError: it failed, answered something else, or did not end in time.
+        """
+        limited = [*arguments, "--limit-seconds", f"{timeout_seconds:.3f}"]
+        # A moment more, so that the device's own limit comes first and its answer says why.
+        done = self.attempt(self.command(limited, runner), timeout_seconds + 5)
+        if done.returncode == 128 + signal.SIGALRM:
+            raise UserError(f"the runner on '{self.name}' did not end in {timeout_seconds:.0f} s: is it overloaded?")
+        if done.returncode != 0:
+            raise UserError(f"the runner failed on '{self.name}': {failure(done)}")
+        try:
+            return read_answer(kind, done.stdout)
+        except ValueError as error:
+            raise UserError(
+                f"the runner on '{self.name}' answered '{arguments[0]}' with {error}, wanted one JSON object "
+                f"of protocol version {runtime.PROTOCOL_VERSION}: is it this version of kdpipe's?"
+            ) from None
+
+    def start(self, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+        """``python -m runtime *arguments``, left running; it hears and answers through pipes."""
+        return subprocess.Popen(
+            self.argv(self.command(arguments)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=self.environment(),
+            start_new_session=True,
+        )
+
+    # ---- what a device does (see ``Device``) -----------------------------------------------------------------
+
+    def probe(self) -> Probe:
+        return self.ask(Probe, ["probe"], PROBE_SECONDS)
+
+    def runs(self, target: str) -> bool:
+        return target in self._targets
+
+    @cached_property
+    def _targets(self) -> list[str]:
+        return self.probe().targets
+
+    def open(self, scratch: Path) -> None:
+        self._work = f"{self.root}/work/{secrets.token_hex(8)}"
+        self.shell(f"mkdir {shlex.quote(self._work)}")
+
+    def close(self) -> None:
+        self.shell(f"rm -rf {shlex.quote(self._work)}")
+        self._places = {}
+
+    def push(self, source: Path, name: str) -> None:
+        self._places[name] = self.store(source)
+
+    def place(self, name: str) -> str:
+        """Where something that was pushed lies there. Raises UserError where nothing was."""
+        if name not in self._places:
+            raise UserError(f"nothing was pushed to '{self.name}' as '{name}'")
+        return self._places[name]
 
     def predict(
         self,
@@ -59,31 +275,33 @@ class RunnerDevice(ABC):
         batch: int = 64,
         threads: int = 0,
     ) -> Prediction:
+        written = f"{self._work}/{OUTPUTS}"
         arguments = [
-            *("predict", bundle, "--images", images, "--logits", OUTPUTS),
+            *("predict", self.place(bundle), "--images", self.place(images), "--logits", written),
             *("--batch", str(batch), "--threads", str(threads)),
             *(["--stand-in"] if stand_in else []),
         ]
-        answer = self._ask(Prediction, arguments, timeout_seconds)
-        self.pull(OUTPUTS, outputs)
+        answer = self.ask(Prediction, arguments, timeout_seconds)
+        self.receive(written, outputs)
         return answer
 
     def measure(self, bundle: str, images: str, settings: MeasureSettings, timeout_seconds: float) -> Samples:
         arguments = [
-            *("measure", bundle, "--images", images, "--image-count", str(settings.images)),
+            *("measure", self.place(bundle), "--images", self.place(images), "--image-count", str(settings.images)),
             *("--threads", str(settings.threads), "--seconds", str(settings.seconds)),
             *("--min-samples", str(settings.min_samples), "--warm-up-seconds", str(settings.warm_up_seconds)),
         ]
-        return self._ask(Samples, arguments, timeout_seconds)
+        return self.ask(Samples, arguments, timeout_seconds)
 
-    def _ask(self, kind: type[R], arguments: Sequence[str], timeout_seconds: float) -> R:
-        try:
-            return read_answer(kind, self.run(arguments, timeout_seconds))
-        except ValueError as error:
-            raise UserError(
-                f"the runner on '{self.settings.kind}' answered '{arguments[0]}' with {error}, wanted one JSON object "
-                f"of protocol version {runtime.PROTOCOL_VERSION}: is it this version of kdpipe's?"
-            ) from None
+
+def failure(done: subprocess.CompletedProcess[bytes]) -> str:
+    """Why a process failed: the signal that ended it, else its last line, else its exit code."""
+    # A shell says 128 and the number of a signal that ended its command.
+    number = -done.returncode if done.returncode < 0 else done.returncode - 128
+    if number in set(signal.Signals):  # what it printed before is not why
+        return f"killed by signal {number} ({signal.strsignal(number)})"
+    lines = done.stderr.decode(errors="replace").strip().splitlines()
+    return printable(lines[-1], 500) if lines else f"exit code {done.returncode}"
 
 
 def read_answer(kind: type[R], printed: bytes) -> R:

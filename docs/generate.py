@@ -31,10 +31,21 @@ def help_of(*command: str) -> str:
     return subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment).stdout.strip()
 
 
+def commands_in(text: str) -> list[str]:
+    """The commands that a page of help lists."""
+    return re.findall(r"^  ([a-z]+) ", text.partition("Commands:")[2], re.MULTILINE)
+
+
+def section(*command: str) -> str:
+    """A command's help, and that of the commands in it."""
+    text = help_of(*command)
+    below = "".join("\n" + section(*command, name) for name in commands_in(text))
+    return f"{'#' * (1 + len(command))} kdpipe {' '.join(command)}\n\n```\n{text}\n```\n{below}"
+
+
 def commands() -> str:
     overview = help_of()
-    names = re.findall(r"^  ([a-z]+) ", overview.partition("Commands:")[2], re.MULTILINE)
-    sections = "\n".join(f"## kdpipe {name}\n\n```\n{help_of(name)}\n```\n" for name in names)
+    sections = "\n".join(section(name) for name in commands_in(overview))
     return (
         f"# Commands\n\nWritten by `make docs` from the command line's own help.\n\n```\n{overview}\n```\n\n{sections}"
     )

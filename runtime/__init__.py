@@ -18,7 +18,7 @@ from .openvino import OpenVinoSession
 from .tensorrt import TensorRtSession
 from .tflite import TfliteSession
 
-PROTOCOL_VERSION = 2  # of what ``python -m runtime`` takes and answers
+PROTOCOL_VERSION = 3  # of what ``python -m runtime`` takes and answers
 
 
 class Session(Protocol):

@@ -1,4 +1,4 @@
-"""``python -m runtime``: verify, predict and measure a bundle on the machine it lies on.
+"""``python -m runtime``: verify, predict and measure a bundle on the machine it lies on, and say what that is.
 
 One JSON object goes to standard output; a failure is one line on standard error and exit code 1.
 """
@@ -9,9 +9,10 @@ import argparse
 import json
 import os
 import resource
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,50 +21,21 @@ import numpy as np
 from . import PROTOCOL_VERSION, open_session, predict, store
 from .bundle import BundleError, read_facts, replay_golden
 from .measure import measure
+from .probe import probe
 from .sealed import printable
 from .weights import ModelFileError
 
-# What is asked of a store, and of how many digests (None: any number).
-STORE_COMMANDS = {"have": None, "receive": 1, "install": 1, "rollback": 0, "status": 0, "clean": 0}
 BATCH = 64  # images that are run at once, and read at once
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="runtime", description=__doc__)
-    parser.add_argument("command", choices=["verify", "predict", "measure", *STORE_COMMANDS])
-    parser.add_argument("bundle", type=Path, help="folder of the bundle; of the store, for what is asked of it")
-    parser.add_argument("digests", nargs="*", help="of what lies in the store (have, receive, install)")
-    parser.add_argument("--images", type=Path, help=".npy of uint8 [N, H, W, 3] (predict, measure)")
-    parser.add_argument("--image-count", type=int, default=64, help="images rotated through (measure)")
-    parser.add_argument("--logits", type=Path, help=".npy to write float32 [N, K] to (predict)")
-    parser.add_argument(
-        "--batch", type=int, default=BATCH, help="images of one call, where the model takes them (predict)"
-    )
-    parser.add_argument("--threads", type=int, default=0, help="0: every core")
-    parser.add_argument("--seconds", type=float, default=1.0, help="steady time (measure)")
-    parser.add_argument("--min-samples", type=int, default=64, help="inferences at least (measure)")
-    parser.add_argument("--warm-up-seconds", type=float, default=1.0, help="warm-up at least (measure)")
-    parser.add_argument("--stand-in", action="store_true", help="open with the runtime that reads the same file")
-    parser.add_argument("--memory-bytes", type=int, default=0, help="end where it wants more memory; 0: no limit")
-    parser.add_argument("--keep-versions", type=int, default=3, help="bundles kept that were live (install)")
-    parser.add_argument("--keep-bytes", type=int, default=0, help="that those may take; 0: any (install)")
-    parser.add_argument("--everything", action="store_true", help="what is live too (clean)")
-    args = parser.parse_args()
+    args = _parser().parse_args()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a fault of a runtime leaves no file behind
     if args.memory_bytes:
         resource.setrlimit(resource.RLIMIT_DATA, (args.memory_bytes, args.memory_bytes))
-    threads = args.threads or len(os.sched_getaffinity(0))
+    signal.setitimer(signal.ITIMER_REAL, args.limit_seconds)  # whoever asked may be gone, and cannot end this process
     try:
-        facts = {} if args.command in STORE_COMMANDS else read_facts(args.bundle)
-        if args.command in STORE_COMMANDS:
-            result = _ask_store(args, threads)
-        elif args.command == "verify":
-            result = replay_golden(args.bundle, facts, threads, args.stand_in)
-        elif args.command == "predict":
-            result = _predict(args, facts, threads)
-        else:
-            images = np.load(args.images, mmap_mode="r", allow_pickle=False)[: args.image_count]
-            result = measure(args.bundle, facts, images, threads, args.seconds, args.min_samples, args.warm_up_seconds)
+        result = args.answer(args)
     except Exception as error:  # every runtime raises its own for a model that it cannot run
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         whose = (
@@ -75,24 +47,85 @@ def main() -> int:
     return 0
 
 
-def _ask_store(args: argparse.Namespace, threads: int) -> dict[str, Any]:
-    root, wanted = args.bundle, STORE_COMMANDS[args.command]
-    if wanted is not None and len(args.digests) != wanted:
-        raise store.StoreError(f"{args.command} was asked of {len(args.digests)} digests: wanted {wanted}")
-    if args.command == "have":
-        return store.have(root, args.digests)
-    if args.command == "receive":
-        return store.receive(root, *args.digests)
-    if args.command == "install":
-        return store.install(root, *args.digests, threads, args.stand_in, args.keep_versions, args.keep_bytes)
-    if args.command == "rollback":
-        return store.rollback(root, threads, args.stand_in)
-    return store.clean(root, args.everything) if args.command == "clean" else store.status(root)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="runtime", description=__doc__)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    parser.set_defaults(answer=lambda _: parser.error("wanted a command"))
+    of_all = argparse.ArgumentParser(add_help=False)
+    of_all.add_argument("--memory-bytes", type=int, default=0, help="end where it wants more memory; 0: no limit")
+    of_all.add_argument("--limit-seconds", type=float, default=0, help="end after so long; 0: no limit")
+
+    def command(name: str, answer: Callable[[argparse.Namespace], dict[str, Any]], about: str) -> Any:
+        added = commands.add_parser(name, help=about, description=about, parents=[of_all])
+        added.set_defaults(answer=answer)
+        return added
+
+    def of_bundle(name: str, answer: Callable[[argparse.Namespace], dict[str, Any]], about: str) -> Any:
+        added = command(name, answer, about)
+        added.add_argument("bundle", type=Path, help="folder of the bundle")
+        added.add_argument("--threads", type=int, default=0, help="0: every core")
+        added.add_argument("--stand-in", action="store_true", help="open with the runtime that reads the same file")
+        return added
+
+    of_bundle("verify", _verify, "check the hashes of a bundle and replay its golden inputs")
+    predicting = of_bundle("predict", _predict, "run a bundle on images")
+    predicting.add_argument("--images", type=Path, required=True, help=".npy of uint8 [N, H, W, 3]")
+    predicting.add_argument("--logits", type=Path, required=True, help=".npy to write float32 [N, K] to")
+    predicting.add_argument("--batch", type=int, default=BATCH, help="images of one call, where the model takes them")
+    measuring = of_bundle("measure", _measure, "time a bundle")
+    measuring.add_argument("--images", type=Path, required=True, help=".npy of uint8 [N, H, W, 3]")
+    measuring.add_argument("--image-count", type=int, default=64, help="images rotated through")
+    measuring.add_argument("--seconds", type=float, default=1.0, help="steady time")
+    measuring.add_argument("--min-samples", type=int, default=64, help="inferences at least")
+    measuring.add_argument("--warm-up-seconds", type=float, default=1.0, help="warm-up at least")
+    command("probe", lambda _: probe(), "say what this machine is")
+
+    def of_store(name: str, answer: Callable[[argparse.Namespace], dict[str, Any]], about: str) -> Any:
+        added = command(name, answer, about)
+        added.add_argument("root", type=Path, help="folder of everything that is kdpipe's")
+        return added
+
+    having = of_store("have", lambda args: store.have(args.root, args.digest), "say what lies there whole")
+    having.add_argument("digest", nargs="*", help="of what is asked for")
+    receiving = of_store("receive", lambda args: store.receive(args.root, args.digest), "check an upload, and keep it")
+    receiving.add_argument("digest", help="of what was uploaded to store/DIGEST.part")
+    installing = of_store("install", _install, "check a bundle that was pushed, replay it, and make it live")
+    installing.add_argument("digest", help="of the bundle's folder")
+    installing.add_argument("--keep-versions", type=int, default=3, help="bundles that were live, kept")
+    installing.add_argument("--keep-bytes", type=int, default=0, help="that they may take; 0: any")
+    rolling = of_store("rollback", lambda args: store.rollback(args.root, _threads(args), args.stand_in), "go back")
+    for replaying in (installing, rolling):
+        replaying.add_argument("--threads", type=int, default=0, help="0: every core")
+        replaying.add_argument("--stand-in", action="store_true", help="replay with the runtime that reads the file")
+    of_store("status", lambda args: store.status(args.root), "say what is live, and what else lies there")
+    cleaning = of_store("clean", lambda args: store.clean(args.root, args.everything), "remove what nothing needs")
+    cleaning.add_argument("--everything", action="store_true", help="what is live too")
+    return parser
 
 
-def _predict(args: argparse.Namespace, facts: dict[str, Any], threads: int) -> dict[str, Any]:
+def _threads(args: argparse.Namespace) -> int:
+    return int(args.threads or len(os.sched_getaffinity(0)))
+
+
+def _install(args: argparse.Namespace) -> dict[str, Any]:
+    kept = args.keep_versions, args.keep_bytes
+    return store.install(args.root, args.digest, _threads(args), args.stand_in, *kept)
+
+
+def _verify(args: argparse.Namespace) -> dict[str, Any]:
+    return replay_golden(args.bundle, read_facts(args.bundle), _threads(args), args.stand_in)
+
+
+def _measure(args: argparse.Namespace) -> dict[str, Any]:
+    facts = read_facts(args.bundle)
+    images = np.load(args.images, mmap_mode="r", allow_pickle=False)[: args.image_count]
+    return measure(args.bundle, facts, images, _threads(args), args.seconds, args.min_samples, args.warm_up_seconds)
+
+
+def _predict(args: argparse.Namespace) -> dict[str, Any]:
+    facts = read_facts(args.bundle)
     begun = time.monotonic()
-    session = open_session(args.bundle, facts, threads, args.stand_in)
+    session = open_session(args.bundle, facts, _threads(args), args.stand_in)
     opened = time.monotonic()
     outputs = [predict(session, images, args.batch) for images in _batches(args.images)]
     np.save(args.logits, np.concatenate(outputs), allow_pickle=False)

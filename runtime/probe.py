@@ -9,7 +9,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from . import RUNTIMES
+from . import RUNTIMES, is_available
 
 UNAVAILABLE = "unavailable"
 
@@ -58,6 +58,7 @@ def probe() -> dict[str, Any]:
         "memory_bytes": int(memory) * 1024 if memory else UNAVAILABLE,
         "governor": read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "runtimes": runtime_versions(),
+        "targets": [name for name in RUNTIMES if is_available(name)],
         "current_khz": read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq"),
         "temperatures_millicelsius": {zone.parent.name: read(str(zone)) for zone in zones} or UNAVAILABLE,
         "load_average": list(os.getloadavg()),

@@ -254,7 +254,14 @@ def test_a_runner_that_does_not_end_is_stopped(made: Made, tmp_path: Path) -> No
         device.push(made.bundles["onnxruntime-int8"].path, "bundle")
         device.push(tmp_path / "images.npy", "images.npy")
         with pytest.raises(KdpipeError, match="did not end"):
-            device.run(["measure", "bundle", "--images", "images.npy", "--seconds", "60"], 2)
+            device.measure("bundle", "images.npy", MeasureSettings(seconds=60), 2)
+
+
+def _without_inputs(device: LocalDevice, folder: Path) -> None:
+    """Push what is never opened, since another program stands where the runner ought to be."""
+    for name in ("bundle", "images.npy"):
+        (folder / name).touch()
+        device.push(folder / name, name)
 
 
 @pytest.mark.parametrize(
@@ -269,30 +276,32 @@ def test_a_runner_that_does_not_end_is_stopped(made: Made, tmp_path: Path) -> No
         (b'{"images": "\xff\xfe"}', "bytes that are no UTF-8"),
         (b"{}", "protocol version 'None'"),
         (b'{"protocol_version": 1, "images": 3}', "protocol version '1'"),
-        (b'{"protocol_version": 2, "images": "three"}', "a wrong 'images'"),
-        (b'{"protocol_version": 2, "images": 3, "open_seconds": NaN}', "no JSON"),
+        (b'{"protocol_version": 3, "images": "three"}', "a wrong 'images'"),
+        (b'{"protocol_version": 3, "images": 3, "open_seconds": NaN}', "no JSON"),
     ],
 )
 def test_a_runner_that_answers_rubbish_is_refused(tmp_path: Path, printed: bytes, found: str) -> None:
     """Another program where the runner ought to be: what a broken or hostile device prints is checked."""
     device = LocalDevice(LOCAL)
     with opened(device, tmp_path):
-        (tmp_path / "device" / "runtime").unlink()
-        (tmp_path / "device" / "runtime.py").write_text(f"import os; os.write(1, {printed!r})")
+        _without_inputs(device, tmp_path)
+        (Path(device.runner) / "runtime").unlink()
+        (Path(device.runner) / "runtime.py").write_text(f"import os; os.write(1, {printed!r})")
         with pytest.raises(UserError) as refused:
             device.predict("bundle", "images.npy", tmp_path / "outputs.npy", 60)
     message = str(refused.value)
     assert f"answered 'predict' with {found}" in message and "\n" not in message and len(message) < 300
-    assert "wanted one JSON object of protocol version 2" in message
+    assert "wanted one JSON object of protocol version 3" in message
 
 
 def test_a_runner_that_is_killed_or_writes_no_outputs_is_named(tmp_path: Path) -> None:
     device = LocalDevice(LOCAL)
-    answer = {"protocol_version": 2, "images": 3, "open_seconds": 0, "predict_seconds": 0}
+    answer = {"protocol_version": 3, "images": 3, "open_seconds": 0, "predict_seconds": 0}
     answer["session"] = {"runtime": "none", "version": "0", "threads": 1}
     with opened(device, tmp_path):
-        (tmp_path / "device" / "runtime").unlink()
-        runner = tmp_path / "device" / "runtime.py"
+        _without_inputs(device, tmp_path)
+        (Path(device.runner) / "runtime").unlink()
+        runner = Path(device.runner) / "runtime.py"
         runner.write_text("import os; os.write(2, b'\\xff'); os.kill(os.getpid(), 11)")
         with pytest.raises(UserError, match="killed by signal 11"):
             device.predict("bundle", "images.npy", tmp_path / "outputs.npy", 60)
