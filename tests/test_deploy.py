@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from conftest import ROOT, Made, flip_a_byte, replace_file, rewrite_manifest
+from conftest import ROOT, Made, assert_one_line, command, flip_a_byte, kdpipe, replace_file, rewrite_manifest
 
 from kdpipe.runtime import store
 from kdpipe.runtime.bundle import BundleError
@@ -164,12 +166,12 @@ def test_one_link_is_switched_and_switched_back(root: Path, versions: list[Path]
     names = [upload(root, path) for path in versions[:3]]
     for at, name in enumerate(names):
         found = answer("install", root, name)
-        assert (found["live"], found["previous"]) == (name, names[at - 1] if at else None)
+        assert (found["live"]["digest"], found["previous"]) == (name, names[at - 1] if at else None)
         assert found["golden_images"] == 8
         assert str((root / "live").readlink()) == f"store/{name}"
         assert live_is_whole(root) == name
-    assert answer("rollback", root)["live"] == names[1]
-    assert answer("rollback", root)["live"] == names[0]
+    assert answer("rollback", root)["live"]["digest"] == names[1]
+    assert answer("rollback", root)["live"]["digest"] == names[0]
     done = ask("rollback", root)
     assert done.returncode == 1 and "no bundle was live before" in done.stderr
     assert live_is_whole(root) == names[0]
@@ -251,7 +253,7 @@ def test_old_versions_are_kept_to_a_number_and_a_space(root: Path, versions: lis
     assert sorted(path.name for path in (root / "store").iterdir()) == sorted(names[3:])
     upload(root, versions[2])
     assert store.install(root, names[2], keep_versions=1, keep_bytes=1)["removed"] == [names[3]]
-    assert store.rollback(root)["live"] == names[4]
+    assert store.rollback(root)["live"]["digest"] == names[4]
 
 
 def test_what_is_no_version_is_no_business_of_a_deployment(root: Path, versions: list[Path]) -> None:
@@ -305,7 +307,7 @@ def test_clean_leaves_what_is_live_and_what_was_before(root: Path, versions: lis
     assert sorted(path.name for path in root.iterdir()) == ["beside", "history.json", "live", "lock", "python", "store"]
     assert [path.name for path in (root / "beside").iterdir()] == [names[2]]
     assert live_is_whole(root) == names[2]
-    assert store.rollback(root)["live"] == names[1]
+    assert store.rollback(root)["live"]["digest"] == names[1]
     answer("clean", root, "--everything")
     assert sorted(path.name for path in root.iterdir()) == ["beside", "lock", "store"]
     assert list((root / "store").iterdir()) == []
@@ -350,9 +352,9 @@ def test_a_store_or_a_live_bundle_that_is_not_ours_is_left_alone(
     name = upload(root, versions[0])
     for target in (str(outside), f"../outside/{name}", f"store/../{name}", "store/x"):
         (root / "live").symlink_to(target)
-        for command in ("install", "rollback", "status", "clean"):
-            done = ask(command, root, *([name] if command == "install" else []))
-            assert done.returncode == 1 and "none of ours" in done.stderr, command
+        for asked in ("install", "rollback", "status", "clean"):
+            done = ask(asked, root, *([name] if asked == "install" else []))
+            assert done.returncode == 1 and "none of ours" in done.stderr, asked
         assert str((root / "live").readlink()) == target
         (root / "live").unlink()
     (root / "live").mkdir()
@@ -403,8 +405,9 @@ def test_killed_before_any_change_the_old_version_is_live_or_the_new_one(root: P
     store.install(root, old)
     assert store.status(root)["previous"] == versions_name
     root.rename(begun)
-    seen = set()
-    for at in range(200):
+    seen: set[str | None] = set()
+    at = 0
+    while True:
         shutil.rmtree(root, ignore_errors=True)
         shutil.copytree(begun, root, symlinks=True)
         ended = not killed(at, "install", root, new)
@@ -412,10 +415,143 @@ def test_killed_before_any_change_the_old_version_is_live_or_the_new_one(root: P
         assert store.status(root)["live"]["fault"] is None
         assert store._previous(root) in (old, versions_name)
         assert store.have(root, [old, new, versions_name])["have"] == [old, new, versions_name]
-        if at % 5 == 0:
+        if at % 3 == 0:
             assert live_is_whole(root) in (old, new)
-            assert store.install(root, new)["live"] == new and store.rollback(root)["live"] == old
+            assert store.install(root, new)["live"]["digest"] == new and store.rollback(root)["live"]["digest"] == old
         if ended:
             break
-    assert ended and at > 5 and seen == {old, new}
+        at += 1 if seen == {old} else 5  # what follows the switch only removes files
+    assert at > 5 and seen == {old, new}
     assert gone not in store.status(root)["entries"]
+
+
+# ---- kdpipe deploy -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(root: Path, workdir: Path) -> Path:
+    """The project folder, whose devices.yaml knows ``board``: this machine, with a folder of its own."""
+    (workdir / "devices.yaml").write_text(f"board: {{kind: local, folder: {root}, keep_versions: 2}}\n")
+    return workdir
+
+
+def lying(root: Path) -> dict[str, str]:
+    """Everything on the device: contents of files and targets of links, by name."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        if path.is_symlink():
+            found[str(path.relative_to(root))] = str(path.readlink())
+        elif path.is_file():
+            found[str(path.relative_to(root))] = store.digest(path)
+    return found
+
+
+def test_deploy_status_rollback_clean(here: Path, root: Path, versions: list[Path]) -> None:
+    for path in versions[:3]:
+        done = kdpipe("deploy", path, "--device", "board")
+        assert done.returncode == 0, done.stderr
+        assert "board: onnxruntime int8" in done.stdout and "intact; 8 golden images within" in done.stdout
+        assert live_is_whole(root) == digest(path)
+    assert "old versions removed: 1" in done.stdout
+    found = json.loads(kdpipe("devices", "status", "board", "--json").stdout)["devices"]["board"]
+    assert found["live"]["digest"] == digest(versions[2]) and found["previous"] == digest(versions[1])
+    assert set(found["entries"]) == {digest(path) for path in versions[1:3]}
+    back = json.loads(kdpipe("deploy", "--rollback", "--device", "board", "--json").stdout)
+    assert back["live"]["digest"] == digest(versions[1]) and live_is_whole(root) == digest(versions[1])
+    assert_one_line(kdpipe("deploy", "--rollback", "--device", "board"), 1, "no bundle was live before", "'board'")
+    (root / "work" / "left").touch()
+    assert "1 removed" in kdpipe("devices", "clean", "board").stdout
+    assert live_is_whole(root) == digest(versions[1]) and not (root / "work").exists()
+    assert kdpipe("deploy", versions[2], "--device", "board").returncode == 0
+    assert kdpipe("devices", "clean", "board", "--everything").returncode == 0
+    assert "board: nothing is live" in kdpipe("devices", "status", "board").stdout
+
+
+def test_a_damaged_live_bundle_is_told_and_mended(here: Path, root: Path, versions: list[Path]) -> None:
+    kdpipe("deploy", versions[0], "--device", "board")
+    flip_a_byte(root / "live" / "model.onnx")
+    done = kdpipe("devices", "status", "board")
+    assert_one_line(done, 1, "'board' is damaged", "model.onnx differs", "deploy it again")
+    assert kdpipe("deploy", versions[0], "--device", "board").returncode == 0
+    assert kdpipe("devices", "status", "board").returncode == 0
+    assert live_is_whole(root) == digest(versions[0])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda path: flip_a_byte(path / "labels.json"), "labels.json differs from its manifest"),
+        (lambda path: (path / "more").symlink_to("/etc/passwd"), "is a link or a special file"),
+        (lambda path: rewrite_manifest(path, escape), "names a file outside itself"),
+        (lambda path: rewrite_manifest(path, lambda value: value.update(schema_version=99)), "has schema version 99"),
+        (lambda path: rewrite_manifest(path, lambda value: value["facts"].update(target="coreml")), "coreml"),
+        (lambda path: rewrite_manifest(path, lambda value: value["facts"].update(task="x")), "unknown task"),
+        (lambda path: shutil.rmtree(path), "no artifact at"),
+    ],
+)
+def test_what_is_no_bundle_is_refused_before_the_device_is_touched(
+    here: Path, root: Path, versions: list[Path], spoil: Callable[[Path], object], said: str
+) -> None:
+    kdpipe("deploy", versions[0], "--device", "board")
+    before = lying(root)
+    spoil(versions[1])
+    assert_one_line(kdpipe("deploy", versions[1], "--device", "board"), 2, said)
+    assert lying(root) == before
+
+
+def test_wrong_golden_outputs_are_refused_by_the_device(here: Path, root: Path, versions: list[Path]) -> None:
+    kdpipe("deploy", versions[0], "--device", "board")
+    with np.load(versions[1] / "golden.npz") as golden:
+        np.savez(versions[1] / "other.npz", images=golden["images"], logits=golden["logits"][::-1])
+    replace_file(versions[1], "golden.npz", (versions[1] / "other.npz").read_bytes())
+    (versions[1] / "other.npz").unlink()
+    done = kdpipe("deploy", versions[1], "--device", "board")
+    assert_one_line(done, 1, "golden outputs are off", "'board' serves what it did before")
+    assert live_is_whole(root) == digest(versions[0])
+
+
+def test_a_device_without_the_runtime_says_the_line_that_installs_it(
+    here: Path, root: Path, versions: list[Path], tmp_path: Path
+) -> None:
+    """Another Python, which has numpy and nothing else."""
+    venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
+    [site] = (tmp_path / "bare" / "lib").glob("python*/site-packages")
+    for package in (Path(np.__file__).parent, *Path(np.__file__).parent.parent.glob("numpy.libs")):
+        (site / package.name).symlink_to(package)
+    python = tmp_path / "bare" / "bin" / "python"
+    (here / "devices.yaml").write_text(f"board: {{kind: local, folder: {root}, python: {python}}}\n")
+    done = kdpipe("deploy", versions[0], "--device", "board")
+    assert_one_line(done, 2, "cannot open a bundle of onnxruntime", f"`{python} -m pip install onnxruntime`")
+    assert not (root / "live").exists() and list((root / "store").iterdir()) == []
+
+
+def test_wrong_words(here: Path, versions: list[Path]) -> None:
+    assert_one_line(kdpipe("deploy", "--device", "board"), 2, "wanted the folder of a bundle, or --rollback")
+    assert_one_line(kdpipe("deploy", versions[0], "--rollback"), 2, "not both")
+    assert_one_line(kdpipe("deploy", versions[0], "--device", "bord"), 2, "unknown device 'bord'", "'board'")
+    assert_one_line(kdpipe("deploy", versions[0], "--device", "null"), 2, "nothing lies on 'null'")
+    assert_one_line(kdpipe("devices", "clean", "null"), 2, "nothing lies on 'null'")
+
+
+def test_an_upload_that_was_cut_is_gone_on_with(here: Path, root: Path, versions: list[Path]) -> None:
+    name = digest(versions[0])
+    part = root / "store" / f"{name}.part"
+    part.mkdir(parents=True)
+    shutil.copy(versions[0] / "labels.json", part)
+    (part / "model.onnx").write_bytes((versions[0] / "model.onnx").read_bytes()[:1000])
+    assert kdpipe("deploy", versions[0], "--device", "board").returncode == 0
+    assert live_is_whole(root) == name
+    # What an upload left that nobody can go on with costs one more try, not a person's time.
+    second = root / "store" / f"{digest(versions[1])}.part"
+    second.mkdir()
+    (second / ".model.onnx.Xy12").write_bytes(b"of another program")
+    assert kdpipe("deploy", versions[1], "--device", "board").returncode == 0
+    assert live_is_whole(root) == digest(versions[1])
+
+
+def test_two_deployments_at_once_both_end(here: Path, root: Path, versions: list[Path]) -> None:
+    kdpipe("deploy", versions[0], "--device", "board")
+    both = [versions[1], versions[1], versions[2]]
+    begun = [subprocess.Popen(command("deploy", path, "--device", "board"), cwd=here) for path in both]
+    assert [each.wait(120) for each in begun] == [0, 0, 0]
+    assert live_is_whole(root) in {digest(path) for path in both}
