@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, Made, assert_one_line, command, flip_a_byte, kdpipe, replace_file, rewrite_manifest
+from conftest import ROOT, assert_one_line, command, flip_a_byte, kdpipe, replace_file, rewrite_manifest
 
+from kdpipe.core.kinds import Bundle
 from kdpipe.runtime import store
 from kdpipe.runtime.bundle import BundleError
 from kdpipe.runtime.store import StoreError, digest
@@ -50,12 +51,12 @@ def upload(root: Path, source: Path) -> str:
 
 
 @pytest.fixture
-def versions(made: Made, tmp_path: Path) -> list[Path]:
+def versions(packed: Bundle, tmp_path: Path) -> list[Path]:
     """Five bundles that differ in what their manifests say of when they were made."""
     paths = []
     for at in range(5):
         paths.append(tmp_path / "bundles" / str(at))
-        shutil.copytree(made.bundles["onnxruntime-int8"].path, paths[-1])
+        shutil.copytree(packed.path, paths[-1])
         rewrite_manifest(paths[-1], lambda value, at=at: value.update(created_utc=f"2026-01-0{at + 1}T00:00:00+00:00"))
     return paths
 
@@ -450,7 +451,7 @@ def test_deploy_status_rollback_clean(here: Path, root: Path, versions: list[Pat
     for path in versions[:3]:
         done = kdpipe("deploy", path, "--device", "board")
         assert done.returncode == 0, done.stderr
-        assert "board: onnxruntime int8" in done.stdout and "intact; 8 golden images within" in done.stdout
+        assert "board: onnxruntime float32" in done.stdout and "intact; 8 golden images within" in done.stdout
         assert live_is_whole(root) == digest(path)
     assert "old versions removed: 1" in done.stdout
     found = json.loads(kdpipe("devices", "status", "board", "--json").stdout)["devices"]["board"]
@@ -522,7 +523,7 @@ def test_a_device_without_the_runtime_says_the_line_that_installs_it(
     (here / "devices.yaml").write_text(f"board: {{kind: local, folder: {root}, python: {python}}}\n")
     done = kdpipe("deploy", versions[0], "--device", "board")
     assert_one_line(done, 2, "cannot open a bundle of onnxruntime", f"`{python} -m pip install onnxruntime`")
-    assert not (root / "live").exists() and list((root / "store").iterdir()) == []
+    assert lying(root) == {}
 
 
 def test_wrong_words(here: Path, versions: list[Path]) -> None:
