@@ -13,6 +13,7 @@ from ..core.kinds import Prediction, Probe, Samples
 from . import book
 from .local import LocalDevice
 from .null import NullDevice
+from .ssh import SshDevice
 
 
 class Device(Protocol):
@@ -68,6 +69,7 @@ class Device(Protocol):
 DEVICES: dict[str, type[Device]] = {
     "local": LocalDevice,
     "null": NullDevice,
+    "ssh": SshDevice,
 }
 
 
