@@ -178,6 +178,8 @@ SYSTEM_PACKAGES = {
     "ethtool": "ethtool",
     "faketime": "faketime",
     "ip": "iproute2",
+    "mkfs.ext4": "e2fsprogs",
+    "mount": "mount",
     "nft": "nftables",
     "nsenter": "util-linux",
     "pkill": "procps",
