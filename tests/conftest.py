@@ -117,6 +117,15 @@ def trained(small: tuple[Recipe, Path]) -> Trained:
 
 
 @pytest.fixture(scope="session")
+def packed(small: tuple[Recipe, Path], trained: Trained) -> Bundle:
+    """The float32 bundle for ONNX Runtime, one of ``made.bundles`` without the rest."""
+    recipe, folder = small
+    chain = Chain(folder)
+    config = ExportConfig.of(recipe.export, target="onnxruntime")
+    return chain.package(recipe.package, chain.export(config, trained.student, trained.dataset), trained.dataset)
+
+
+@pytest.fixture(scope="session")
 def made(small: tuple[Recipe, Path], trained: Trained) -> Made:
     recipe, folder = small
     chain = Chain(folder)
@@ -185,6 +194,8 @@ SYSTEM_PACKAGES = {
     "ethtool": "ethtool",
     "faketime": "faketime",
     "ip": "iproute2",
+    "mkfs.ext4": "e2fsprogs",
+    "mount": "mount",
     "nft": "nftables",
     "nsenter": "util-linux",
     "pkill": "procps",
