@@ -679,7 +679,7 @@ class Result(Record):
     placement: Placement | None = None
     stable: bool | None = None  # in more than half of the processes
     p50_known_within_by_process: list[float | None] | None = None
-    sustained: list[Sustained] | None = None
+    sustained: Sustained | None = None
     warm_up_settled: bool | None = None  # in every process
     warm_up_settled_by_process: list[bool] | None = None
     over_float32: Interval | None = None  # latency over that of the same target's float32, paired by round

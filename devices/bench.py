@@ -97,6 +97,7 @@ def bench(order: Order[BenchConfig], bundles: Mapping[str, Bundle], dataset: Dat
             run = _Run(device, dataset, config, journal, images, timing)
             processes = len(installed) + len({bundles[name].facts.target for name in installed})  # and the controls
             steps = len(bundles) + config.rounds * processes + config.cold_starts * len(installed)
+            steps += len(installed) if config.sustained else 0
             with progress("measuring", steps) as advance:
                 results: dict[str, Result] = {}
                 for name, bundle in bundles.items():
@@ -124,7 +125,8 @@ def bench(order: Order[BenchConfig], bundles: Mapping[str, Bundle], dataset: Dat
                 began = starts.get(name, [])
                 write_json(draft.path / Measurement.starts_name(name), [start.model_dump() for start in began])
                 precision = bundles[name].facts.precision
-                found = summary(repeats, began, precision) if failure is None else _failed(failure)
+                long = journal.runs.get((config.rounds, name))
+                found = summary(repeats, began, precision, long) if failure is None else _failed(failure)
                 results[name] = results[name].model_copy(update=found)
         failures = [f"{name} {result.status}" for name, result in results.items() if result.failed]
         if failures and not any(result.accuracy for result in results.values()):
@@ -148,6 +150,8 @@ def _measure_rounds(
 ) -> None:
     """Measure what the journal lacks of every round, each process into the journal as it ends.
 
+    Long runs are one more round after the others, without controls: they heat the device.
+
     Args:
         repeated: the controls, each by the bundle that it measures again.
     """
@@ -157,7 +161,8 @@ def _measure_rounds(
         note(f"{forgotten} processes are of another session (too long ago, or other bundles): measuring them again")
     elif journal.runs:
         note(f"{len(journal.runs)} processes were measured before, going on")
-    for at, names in enumerate(turns([*timed, *repeated], run.config.rounds, journal.order_seed)):
+    planned = turns([*timed, *repeated], run.config.rounds, journal.order_seed)
+    for at, names in enumerate([*planned, timed] if run.config.sustained else planned):
         for name in names:
             measured = repeated.get(name, name)
             advance(0, f"round {at + 1}, {name}")
@@ -165,6 +170,8 @@ def _measure_rounds(
                 limit = _time_limit(run, measured)
                 try:
                     settings = settings_of(run.config, measured)
+                    if at < run.config.rounds:
+                        settings = settings.model_copy(update={"sustained": 0.0})
                     samples = _twice(name, run.device.measure, measured, run.timing[measured], settings, limit)
                 except KdpipeError as error:
                     note(f"{measured}: given up in round {at + 1}: {error}")
@@ -352,7 +359,12 @@ def _read_outputs(path: Path, name: str, count: int, bundle: Bundle) -> np.ndarr
     return np.asarray(outputs)
 
 
-def summary(repeats: Sequence[Samples], starts: Sequence[FreshStart] = (), precision: str = "") -> dict[str, Any]:
+def summary(
+    repeats: Sequence[Samples],
+    starts: Sequence[FreshStart] = (),
+    precision: str = "",
+    long: Samples | None = None,
+) -> dict[str, Any]:
     """Numbers of one bundle over its processes, nothing trimmed: the fields of its ``Result``.
 
     Inferences of one process resemble each other more than those of two, so the process is the unit: a
@@ -360,8 +372,10 @@ def summary(repeats: Sequence[Samples], starts: Sequence[FreshStart] = (), preci
     that the inferences of some process are too few for is None.
 
     Args:
-        starts: its processes that only started; without them starting is told of those that timed.
+        starts: its processes that only started. Without them what opening took is told of those that timed, and the
+            time since the start of the process is not, which holds the check of the hashes there.
         precision: what the bundle says that it is.
+        long: the process that went on.
     """
     milliseconds = [np.asarray(samples.latency_ns) / 1e6 for samples in repeats]
     numbers: dict[str, Any] = {}
@@ -377,10 +391,9 @@ def summary(repeats: Sequence[Samples], starts: Sequence[FreshStart] = (), preci
             numbers[f"latency_p{percent}_by_process_ms"] = by_process if whole else None
     end_to_end = [float(np.median(samples.end_to_end_ns)) / 1e6 for samples in repeats if samples.end_to_end_ns]
     began: Sequence[StartUp] = starts or repeats
-    since_start = [start.process_ns / 1e6 for start in began if start.process_ns is not None]
+    since_start = [start.process_ns / 1e6 for start in starts if start.process_ns is not None]
     compiled = [start.compile_ns / 1e6 for start in began if start.compile_ns is not None]
     executed = next((start.executed for start in starts if start.executed is not None), None)
-    sustained = [samples.sustained for samples in repeats if samples.sustained is not None]
     return {
         **numbers,
         "early_stopping_p90_by_process_ms": [early_stopping(values, 90) for values in milliseconds],
@@ -402,7 +415,7 @@ def summary(repeats: Sequence[Samples], starts: Sequence[FreshStart] = (), preci
         "warm_up_settled_by_process": [samples.warm_up.settled for samples in repeats],
         "stable": 2 * sum(samples.stable for samples in repeats) > len(repeats),
         "p50_known_within_by_process": [samples.p50_known_within for samples in repeats],
-        "sustained": sustained or None,
+        "sustained": None if long is None else long.sustained,
         "session": repeats[0].session,
     }
 
