@@ -667,7 +667,7 @@ class Result(Record):
     end_to_end_ms: Interval | None = None  # from the decoded image to the outputs
     prepare_ms: float | None = None
     page_cache: Literal["warm", "dropped"] | None = None  # of the processes that only started; None: those that timed
-    start_ms: Interval | None = None  # from the start of a process to its first outputs
+    start_ms: Interval | None = None  # from the start of a process to its first outputs, of those that only started
     import_ms: list[float] | None = None
     load_ms: list[float] | None = None
     compile_ms: list[float] | None = None
