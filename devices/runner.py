@@ -132,7 +132,7 @@ class RunnerDevice(ABC):
     @cached_property
     def root(self) -> str:
         """The folder there of everything that is kdpipe's, absolute; it is made. Raises as ``shell`` does."""
-        folder = shlex.quote(self.settings.folder or self.FOLDER)
+        folder = shlex.quote((self.settings.folder or self.FOLDER).removeprefix("~/"))  # a shell starts in the home
         return self.shell(f"mkdir -p {folder}/store {folder}/work && cd {folder} && pwd -P").splitlines()[-1]
 
     @cached_property
