@@ -710,7 +710,7 @@ class Result(Record):
     end_to_end_ms: Interval | None = None  # from the decoded image to the outputs
     prepare_ms: float | None = None
     page_cache: Literal["warm", "dropped"] | None = None  # of the processes that only started; None: those that timed
-    start_ms: Interval | None = None  # from the start of a process to its first outputs
+    start_ms: Interval | None = None  # from the start of a process to its first outputs, of those that only started
     import_ms: list[float] | None = None
     load_ms: list[float] | None = None
     compile_ms: list[float] | None = None
@@ -722,7 +722,7 @@ class Result(Record):
     placement: Placement | None = None
     stable: bool | None = None  # in more than half of the processes
     p50_known_within_by_process: list[float | None] | None = None
-    sustained: list[Sustained] | None = None
+    sustained: Sustained | None = None
     warm_up_settled: bool | None = None  # in every process
     warm_up_settled_by_process: list[bool] | None = None
     over_float32: Interval | None = None  # latency over that of the same target's float32, paired by round

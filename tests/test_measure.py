@@ -649,3 +649,17 @@ def test_a_sweep_has_a_row_for_every_number_of_threads(made: Made, tmp_path: Pat
     assert set(facts.results) == set(bundles)
     assert facts.results["onnxruntime-int8@2"].over_float32 is not None
     assert swept(given, (4,)) == given, "one number of threads changes no names"
+
+
+def test_a_long_run_is_one_more_process_after_the_rounds(made: Made, tmp_path: Path) -> None:
+    bundles = {"a": made.bundles["onnxruntime-float32"]}
+    plan = BenchPlan(
+        device="null", rounds=2, seconds=0.01, max_seconds=0.02, min_samples=10, cold_starts=0, sustained="0.5s"
+    )
+    order = Order("bench", bench_config(plan), {**bundles, "data": made.dataset})
+    measured = bench(order, bundles, made.dataset, tmp_path / "out")
+    found = measured.facts.results["a"]
+    assert len(found.latency_p50_by_process_ms) == 2 and len(found.sustained.window_median_ns) == 10
+    assert found.start_ms is None and found.memory_growth_bytes is None and len(found.load_ms) == 2
+    runs = json.loads(measured.file("latency_ns/a.json").read_text())
+    assert [run["sustained"] for run in runs] == [None, None]
