@@ -6,7 +6,9 @@ A kind of device gives three things: how a shell line is run there, and how file
 from __future__ import annotations
 
 import dataclasses
+import getpass
 import os
+import platform
 import secrets
 import shlex
 import shutil
@@ -15,9 +17,10 @@ import subprocess
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import ValidationError
 
@@ -29,6 +32,9 @@ from ..core.kinds import FreshStart, Prediction, Probe, Samples
 from ..core.proc import run_group
 from ..core.sealed import parse_json, printable
 from ..runtime.measure import Plan
+
+if TYPE_CHECKING:
+    from .surroundings import Watch
 
 R = TypeVar("R", bound=Record)
 RUNNER = "runtime"
@@ -260,6 +266,16 @@ class RunnerDevice(ABC):
 
     def push(self, source: Path, name: str) -> None:
         self._places[name] = self.store(source)
+
+    def drop(self, name: str) -> None:
+        place = self._places.pop(name)
+        if place not in self._places.values():
+            self.shell(f"rm -rf {shlex.quote(place)}")
+
+    def watching(self) -> AbstractContextManager[Watch]:
+        from .surroundings import Watch
+
+        return Watch(self, f"{self.root}/lock", f"{getpass.getuser()}@{platform.node()}")
 
     def place(self, name: str) -> str:
         """Where something that was pushed lies there. Raises UserError where nothing was."""
