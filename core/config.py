@@ -568,10 +568,7 @@ class TimingSettings(Config):
         0.0, ge=0, le=1e6, description="images a second that come in, such as 5fps; 0: the next one at once"
     )
     sustained: Seconds = Field(
-        0.0,
-        ge=0,
-        le=86_400,
-        description="how long one more process of each bundle goes on, in seconds or such as 10m; 0: none does",
+        0.0, ge=0, le=86_400, description="how long one more process of each bundle goes on: seconds, or such as 10m"
     )
     images: int = Field(
         64, ge=1, le=1_000_000, description="test images rotated through while timing, spread over the classes"

@@ -20,7 +20,7 @@ from conftest import Made, rewrite_manifest
 
 from kdpipe.core.artifact import Order
 from kdpipe.core.config import BenchPlan, DeviceSettings, MeasureSettings, QuantizeConfig, suited, validated
-from kdpipe.core.errors import UserError
+from kdpipe.core.errors import DeviceLost, UserError
 from kdpipe.core.kinds import UNAVAILABLE, Bundle, Phase, Probe, RuntimeSession, Sight
 from kdpipe.core.stats import early_stopping, percentile_within
 from kdpipe.devices import find_device, opened
@@ -493,7 +493,7 @@ def test_a_machine_is_measured_by_one_at_a_time(tmp_path: Path) -> None:
         first.look()
         os.killpg(first._process.pid, signal.SIGKILL)  # as a power cut: nothing says goodbye
         first._process.wait()
-        with pytest.raises(UserError, match="cannot be watched"):
+        with pytest.raises(DeviceLost, match="cannot be watched"):
             first.look()
         with Watch(device, lock, "bob") as second:
             assert second.look().sights
