@@ -397,6 +397,9 @@ class Probe(Record):
     current_khz: str
     temperatures_millicelsius: dict[str, str] | Unavailable
     load_average: list[float] | Unavailable
+    emulated: bool = False  # another machine's instructions are translated: times mean nothing
+    screen: str = "unavailable"  # of a phone: on or off
+    thermal_status: str = "unavailable"  # of a phone, as its thermal service calls it: none, light, ... shutdown
 
     @property
     def known_flags(self) -> dict[str, bool]:

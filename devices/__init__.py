@@ -11,6 +11,7 @@ from ..core.config import DeviceSettings, MeasureSettings
 from ..core.errors import choice
 from ..core.kinds import Prediction, Probe, Samples
 from . import book
+from .adb import AdbDevice
 from .local import LocalDevice
 from .null import NullDevice
 
@@ -66,6 +67,7 @@ class Device(Protocol):
 
 
 DEVICES: dict[str, type[Device]] = {
+    "adb": AdbDevice,
     "local": LocalDevice,
     "null": NullDevice,
 }

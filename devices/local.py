@@ -23,7 +23,7 @@ class LocalDevice(RunnerDevice):
     def argv(self, command: str) -> list[str]:
         return ["/bin/sh", "-c", command]
 
-    @property
+    @cached_property
     def python(self) -> str:
         # The Python that runs now has the runtimes; another one only where the settings name it.
         named = self.settings.python != type(self.settings).model_fields["python"].default

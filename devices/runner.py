@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import ValidationError
 
@@ -28,12 +28,16 @@ from ..core.kinds import Prediction, Probe, Samples
 from ..core.proc import run_group
 from ..core.sealed import parse_json, printable
 
+if TYPE_CHECKING:
+    from .bootstrap import Kept
+
 R = TypeVar("R", bound=Record)
 RUNNER = "runtime"
 OUTPUTS = "outputs.npy"
 SHELL_SECONDS = 60.0  # for what only looks or makes a folder
 PROBE_SECONDS = 120.0  # a slow board imports numpy for many seconds
 OLDEST_PYTHON = (3, 9)
+OWN_PYTHON = "python/python3"  # below the root: what starts a Python that was brought (see ``bootstrap``)
 NOT_FOUND = 127  # what a shell says of a command that is not there
 # A file of this name lies where Python would make a folder for compiled modules: so running a bundle's own runner
 # writes nothing into the sealed folder, whatever the device's environment says.
@@ -93,10 +97,17 @@ class RunnerDevice(ABC):
         """Why the link is gone, if that is what a failure of ``argv`` means."""
         return None
 
-    @property
+    @cached_property
     def python(self) -> str:
-        """The words of a shell line that start Python there."""
-        return self.settings.python
+        """The words of a shell line that start Python there: one that was brought, else the settings' own."""
+        own = shlex.quote(f"{self.root}/{OWN_PYTHON}")
+        return own if self.attempt(f"test -e {own}", SHELL_SECONDS).returncode == 0 else self.settings.python
+
+    def own_python(self, targets: Sequence[str]) -> Kept:
+        """What to bring so that there is a Python with numpy and the runtimes of ``targets``. Raises UserError."""
+        from .bootstrap import interpreter_of, packages
+
+        return packages(interpreter_of(self), targets)
 
     # ---- the shell -----------------------------------------------------------------------------------------
 
@@ -119,9 +130,9 @@ class RunnerDevice(ABC):
             raise DeviceLost(f"'{self.name}' cannot be reached: {printable(reason, 500)}")
         return done
 
-    def shell(self, command: str, timeout_seconds: float = SHELL_SECONDS) -> str:
+    def shell(self, command: str, timeout_seconds: float = SHELL_SECONDS, stdin: bytes = b"") -> str:
         """What a shell line prints there, stripped. Raises as ``attempt`` does, and UserError where it fails."""
-        done = self.attempt(command, timeout_seconds)
+        done = self.attempt(command, timeout_seconds, stdin)
         if done.returncode != 0:
             raise UserError(f"'{self.name}' refused: {failure(done)}")
         return done.stdout.decode(errors="replace").strip()
@@ -155,14 +166,22 @@ class RunnerDevice(ABC):
         said = done.stdout.decode(errors="replace").splitlines()
         found = said[-1].split() if said else []
         if done.returncode == NOT_FOUND or len(found) != 2 or not all(part.isdigit() for part in found):
-            raise UserError(
-                f"'{self.name}' has no '{self.python}' ({failure(done)}): wanted Python {oldest} or newer; "
-                f"name it with `python:` in devices.yaml"
-            )
+            raise self.no_python(failure(done))
         if (int(found[0]), int(found[1])) < OLDEST_PYTHON:
             raise UserError(f"'{self.name}' has Python {'.'.join(found)}: wanted {oldest} or newer")
         if done.returncode != 0:
-            raise UserError(f"'{self.name}' has no numpy: run there {self.pip_line('numpy')}")
+            raise UserError(
+                f"'{self.name}' has no numpy: run there {self.pip_line('numpy')}, or bring what it lacks from here: "
+                f"kdpipe devices prepare {self.name}"
+            )
+
+    def no_python(self, reason: str) -> UserError:
+        """The mistake of naming a Python that is not there."""
+        oldest = ".".join(map(str, OLDEST_PYTHON))
+        return UserError(
+            f"'{self.name}' has no '{self.settings.python}' ({reason}): wanted Python {oldest} or newer; name it with "
+            f"`python:` in devices.yaml"
+        )
 
     def pip_line(self, *distributions: str) -> str:
         """What installs them there."""
@@ -238,7 +257,9 @@ class RunnerDevice(ABC):
     # ---- what a device does (see ``Device``) -----------------------------------------------------------------
 
     def probe(self) -> Probe:
-        return self.ask(Probe, ["probe"], PROBE_SECONDS)
+        found = self.ask(Probe, ["probe"], PROBE_SECONDS)
+        self.emulated |= found.emulated  # a device that says so is one, whatever devices.yaml says
+        return found
 
     def runs(self, target: str) -> bool:
         return target in self._targets
