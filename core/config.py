@@ -479,6 +479,9 @@ class DeviceSettings(Config):
         None,
         description="ssh: anything that ssh takes, such as pi@pi5 or a name of ssh_config; adb: serial or host:port",
     )
+    ssh_config: str | None = Field(
+        None, description="ssh: a configuration of its own for OpenSSH's client [~/.ssh/config and the system's]"
+    )
     python: str = Field("python3", description="command that starts Python 3.9 or newer there")
     folder: str | None = Field(
         None, description="where kdpipe keeps what it brings [.kdpipe in the home; adb: /data/local/tmp/kdpipe]"

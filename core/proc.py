@@ -114,9 +114,12 @@ def children_signal_kept() -> Iterator[None]:
 
 
 def run_group(
-    command: Sequence[str], seconds: float, stdin: bytes = b"", environment: dict[str, str] | None = None
+    command: Sequence[str], seconds: float | None, stdin: bytes = b"", environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a command with all that it starts, to its end; past the limit, or when this is interrupted, all is ended.
+
+    Args:
+        seconds: the limit; None for what ends by itself.
 
     Raises:
         subprocess.TimeoutExpired: it did not end in time.

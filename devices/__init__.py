@@ -14,6 +14,7 @@ from . import book
 from .adb import AdbDevice
 from .local import LocalDevice
 from .null import NullDevice
+from .ssh import SshDevice
 
 
 class Device(Protocol):
@@ -70,6 +71,7 @@ DEVICES: dict[str, type[Device]] = {
     "adb": AdbDevice,
     "local": LocalDevice,
     "null": NullDevice,
+    "ssh": SshDevice,
 }
 
 

@@ -164,7 +164,21 @@ def evaluated(network: nn.Module, spec: InputSpec, dataset: Dataset, part: Part)
 
 
 # What the lab needs of the system: command, Debian's package. Whatever is missing fails, with the line that helps.
-SYSTEM_PACKAGES = {"chromium": "chromium"}
+SYSTEM_PACKAGES = {
+    "chromium": "chromium",
+    "ethtool": "ethtool",
+    "faketime": "faketime",
+    "ip": "iproute2",
+    "nft": "nftables",
+    "nsenter": "util-linux",
+    "pkill": "procps",
+    "rsync": "rsync",
+    "setpriv": "util-linux",
+    "ssh-keygen": "openssh-client",
+    "sshd": "openssh-server",
+    "tc": "iproute2",
+    "unshare": "util-linux",
+}
 
 
 def system_command(name: str) -> str:
