@@ -21,6 +21,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from ..core.artifact import Record, write_json
@@ -31,7 +32,7 @@ from ..core.sealed import parse_json, printable
 from ..runtime import RUNTIMES
 from ..runtime.sealed import canonical, sha256_file
 from ..runtime.store import digest
-from .runner import OLDEST_PYTHON, OWN_PYTHON, PROBE_SECONDS, Received, RunnerDevice, failure
+from .runner import OLDEST_PYTHON, OWN_PYTHON, PROBE_SECONDS, RUNNER, Received, RunnerDevice, failure
 
 SITE = "site"
 FORM = 1  # of the folders in the cache; another number makes them all anew
@@ -114,6 +115,11 @@ class Kept:
     def size_bytes(self) -> int:
         """Of its files, unpacked."""
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+    @cached_property
+    def digest(self) -> str:
+        """Of its contents, by which it is known on the device."""
+        return digest(self.folder)
 
 
 def cache_folder() -> Path:
@@ -234,14 +240,13 @@ def bring(device: RunnerDevice, targets: Sequence[str]) -> Kept:
         DeviceLost: the link is gone; the next call goes on with what arrived.
     """
     brought = device.own_python(targets)
-    name = digest(brought.folder)
+    name = brought.digest
     own = f"{device.root}/{OWN_PYTHON}"
     folder, trial = str(Path(own).parent), f"{own}.new"
     place = f"{folder}/store/{name}"
     shell = device.shell(f"mkdir -p {shlex.quote(folder)}/store && command -v sh").splitlines()[-1]
     if device.attempt(f"test -e {shlex.quote(place)}", PROBE_SECONDS).returncode != 0:
-        _check_space(device, brought)
-        with progress(f"sending {_megabytes(brought.size_bytes)} to '{device.name}'", None):
+        with progress(f"sending {brought.size_bytes / 1e6:.0f} MB to '{device.name}'", None):
             device.send(brought.folder, f"{place}.part")
         for program in brought.parts.programs:  # not every link brings more than contents
             device.shell(f"chmod +x {shlex.quote(f'{place}.part/{program}')}")
@@ -273,24 +278,11 @@ export PYTHONPATH="$here/{SITE}" PYTHONPYCACHEPREFIX={shlex.quote(compiled)} PYT
 """
 
 
-def _check_space(device: RunnerDevice, brought: Kept) -> None:
-    """Refuse to send what does not fit. Raises UserError."""
-    words = device.shell(f"df -Pk {shlex.quote(device.root)}").split()
-    free = int(words[-3]) * 1024 if len(words) > 3 and words[-3].isdigit() else None
-    if free is not None and free < brought.size_bytes:
-        raise UserError(
-            f"'{device.name}' has {_megabytes(free)} free at {device.root}, wanted {_megabytes(brought.size_bytes)}: "
-            "make room there, or name another `folder:` in devices.yaml"
-        )
-
-
 def _check_imports(device: RunnerDevice, targets: Sequence[str]) -> None:
-    """Import there what opens models of ``targets``. Raises UserError."""
+    """Import there what opens models of ``targets``, as the runner would. Raises UserError."""
     modules = [alternatives[0] for target in targets for alternatives in RUNTIMES[target].modules]
-    done = device.attempt(f"{device.python} -c {shlex.quote('import ' + ', '.join(modules))}", PROBE_SECONDS)
+    code = f"import {RUNNER}, {', '.join(modules)}"
+    line = f"cd {shlex.quote(device.runner)} && {device.python} -c {shlex.quote(code)}"
+    done = device.attempt(line, PROBE_SECONDS)
     if done.returncode != 0:
         raise UserError(f"what was brought does not run on '{device.name}': {failure(done)}")
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .layout import to_input
+
+# From 1.29 on its builds for Linux tell Microsoft of every model that is opened, and keep a file of their own for it in
+# the home, unless the environment says no before it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 class OnnxRuntimeSession:
