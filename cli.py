@@ -543,6 +543,42 @@ def devices_prepare(
         _print_json(**found)
 
 
+@devices_app.command("benchmark")
+def devices_benchmark(
+    name: Annotated[str, typer.Argument(help="of the device, whose `benchmark_model` is named in devices.yaml")],
+    bundle: Annotated[Path, typer.Argument(help="folder of a tflite bundle")],
+    accelerator: Annotated[str, typer.Option("--accelerator", help="cpu, gpu or nnapi")] = "gpu",
+    threads: Annotated[int, typer.Option("--threads", min=1, help="of what stays on the CPU")] = 1,
+    as_json: JsonFlag = False,
+) -> None:
+    """Ask your own benchmark_model for a latency on the GPU or NPU.
+
+    It is another tool's number: random input, its own boundaries, no accuracy. It goes into no measurement.
+
+    Example: kdpipe devices benchmark pixel artifacts/bundle-1a2b --accelerator gpu
+    """
+    from .core.errors import UserError, choice
+    from .core.kinds import Bundle
+    from .devices import find_device
+    from .devices.benchmark_model import OPTIONS, ask
+    from .devices.runner import RunnerDevice
+
+    device = find_device(name)
+    if accelerator not in OPTIONS:
+        raise choice("accelerator", accelerator, OPTIONS)
+    if not isinstance(device, RunnerDevice):
+        raise UserError(f"nothing runs on '{name}'")
+    told = ask(device, Bundle.open(bundle), accelerator, threads)
+    if as_json:
+        _print_json(device=name, **told.model_dump())
+        return
+    typer.echo(
+        f"{told.mean_ms:.3g} ms a run on the {accelerator}"
+        + (f" ({told.executed} there)" if told.executed else "")
+        + f", first {told.first_ms:.3g} ms, init {told.init_ms:.3g} ms; by benchmark_model, another tool: random input"
+    )
+
+
 def _prepare(name: str, targets: tuple[str, ...], as_json: bool) -> dict[str, Any]:
     """Make what a device lacks and bring it; says of what it is made, unless a machine is told."""
     from .core import progress

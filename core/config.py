@@ -487,6 +487,10 @@ class DeviceSettings(Config):
         None, description="where kdpipe keeps what it brings [.kdpipe in the home; adb: /data/local/tmp/kdpipe]"
     )
     emulated: bool = Field(False, description="an emulator: its latencies are marked and never ranked")
+    benchmark_model: str | None = Field(
+        None,
+        description="your own benchmark_model of LiteRT's for it, a file here: GPU and NPU latency of tflite bundles",
+    )
 
 
 class MeasureSettings(Config):

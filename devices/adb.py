@@ -104,10 +104,16 @@ class AdbDevice(RunnerDevice):
             )
         if self._connected or not self.settings.address or not ADDRESS.fullmatch(self.settings.address):
             return
-        said = self._run(CONNECT_SECONDS, "adb", "connect", self.settings.address).stdout
-        if not said.startswith((b"connected to", b"already connected to")):
-            raise self._lost(said)
-        self._connected = True
+        # A device that was away is connected by name, though its link is dead: that has to be given up first.
+        for first in ((), ("adb", "disconnect", self.settings.address)):
+            if first:
+                self._run(CONNECT_SECONDS, *first)
+            said = self._run(CONNECT_SECONDS, "adb", "connect", self.settings.address).stdout
+            state = self._run(CONNECT_SECONDS, *self._adb, "get-state")
+            self._connected = state.stdout.strip() == b"device"
+            if self._connected:
+                return
+        raise self._lost(state.stderr if said.startswith((b"connected to", b"already connected to")) else said)
 
     def _transfer(self, size_bytes: int, *arguments: str) -> None:
         self._connect()
@@ -183,8 +189,9 @@ def services(power: str, thermal: str, battery: str) -> dict[str, Any]:
         found["thermal_status"] = THERMAL_STATUS[int(status[1])]
     current = thermal.partition("Current temperatures from HAL")[2].partition("Current cooling")[0]
     heat = re.findall(r"Temperature\{mValue=(-?[\d.]+), mType=-?\d+, mName=([^,}]+)", current)
-    if heat:
-        found["temperatures_millicelsius"] = {name: round(1000 * float(value)) for value, name in heat}
+    read = {name: round(1000 * float(value)) for value, name in heat if float(value)}  # 0: no such sensor
+    if read:
+        found["temperatures_millicelsius"] = read
     values = dict(re.findall(r"^\s*(level|status|temperature): (-?\d+)\s*$", battery, re.MULTILINE))
     if values:
         found["battery"] = {

@@ -81,7 +81,8 @@ def cpu_information(cores: int) -> str:
 def inside(script: str, environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A shell ``script`` in user, mount and process namespaces of its own, where arm64 programs run.
 
-    All that runs in there ends with the block.
+    All that runs in there ends with the block: with the shell, the first process of its namespace, which the kernel
+    ends with its parent as long as it is the same user (so the script does not replace it by another's).
     """
     if os.geteuid() != 0:
         pytest.fail("the lab's computers are namespaces: run 'make lab' as root")
@@ -100,7 +101,7 @@ def inside(script: str, environment: Mapping[str, str], log: Path) -> Iterator[s
     namespaces = ["--user", "--mount", "--pid", "--propagation", "private", "--fork", "--kill-child"]
     with log.open("ab") as written:
         process = subprocess.Popen(
-            [system_command("unshare"), *namespaces, "sh", "-c", prepare + script],
+            [system_command("unshare"), *namespaces, "sh", "-c", f"{prepare}\n{script}\nexit $?"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=written,
@@ -171,7 +172,7 @@ def board() -> Iterator[Board]:
             chmod 1777 tmp
             cp {folder}/host_key {folder}/sshd_config etc/ssh/
             cp {folder}/key.pub etc/ssh/authorized_keys
-            exec chroot . /usr/sbin/sshd -D -e -f /etc/ssh/sshd_config
+            chroot . /usr/sbin/sshd -D -e -f /etc/ssh/sshd_config
         """
         with inside(script, {}, folder / "log"):
             connect = [system_command("ssh"), "-F", folder / "config", "-o", "BatchMode=yes", "board", "true"]
@@ -198,10 +199,15 @@ class Phone:
 
     def start(self) -> None:
         """Switch it on."""
-        program = [sys.executable, Path(__file__).with_name("adbd.py"), self.port, self.folder / "home/.android/adbkey.pub"]
+        program = [
+            sys.executable,
+            Path(__file__).with_name("adbd.py"),
+            self.port,
+            self.folder / "home/.android/adbkey.pub",
+        ]
         line = shlex.join(map(str, program))
         # Of its own it finds no more than a phone's shell would.
-        script = f"cd {self.storage}; exec env -i PATH={self.folder}/bin QEMU_CPU={CORE['QEMU_CPU']} {line}"
+        script = f"cd {self.storage}; env -i PATH={self.folder}/bin QEMU_CPU={CORE['QEMU_CPU']} {line}"
         process = self.running.enter_context(inside(script, {}, self.folder / "log"))
         assert process.stdout is not None
         assert process.stdout.readline() == b"listening\n", (self.folder / "log").read_text()
@@ -238,7 +244,9 @@ def phone() -> Iterator[Phone]:
             "HOME": str(folder / "home"),
             "ANDROID_ADB_SERVER_PORT": str(free_port()),
         }
-        subprocess.run([adb, "keygen", folder / "home/.android/adbkey"], env=environment, capture_output=True, check=True)
+        subprocess.run(
+            [adb, "keygen", folder / "home/.android/adbkey"], env=environment, capture_output=True, check=True
+        )
         made = Phone(folder, free_port(), environment, running)
         made.start()
         try:

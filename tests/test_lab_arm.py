@@ -12,8 +12,8 @@ import pytest
 import yaml
 from conftest import Made, assert_one_line, kdpipe
 
-from kdpipe.core.kinds import Bundle
-from kdpipe.devices import Device, bootstrap, find_device, opened
+from kdpipe.core.kinds import Measurement
+from kdpipe.devices import find_device, opened
 from kdpipe.devices.ssh import SshDevice
 
 pytestmark = pytest.mark.lab
@@ -50,7 +50,7 @@ def brought(board: arm64.Board, project: Path) -> dict[str, object]:
 
 
 @pytest.fixture
-def pi(brought: dict[str, object], project: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
+def pi(brought: dict[str, object], project: Path, monkeypatch: pytest.MonkeyPatch) -> SshDevice:
     monkeypatch.chdir(project)
     return find_device("pi")
 
@@ -69,3 +69,52 @@ def test_what_a_device_lacks_is_brought_from_here(
     again = kdpipe("devices", "prepare", "pi", *(f"--runtime={target}" for target in TARGETS), cwd=project)
     assert again.returncode == 0 and "taken from" in again.stderr
     assert brought["digest"] in pi.shell(f"ls {pi.root}/python/store")
+
+
+@pytest.mark.parametrize(("target", "variant"), STATIC)
+def test_it_computes_what_this_host_does(made: Made, pi: SshDevice, target: str, variant: str, tmp_path: Path) -> None:
+    """Float32 within 1e-5 of the outputs' range, static INT8 within one step of 255; the same class wins."""
+    bundle = made.bundles[f"{target}-{variant}"]
+    images = made.dataset.fitted_file("test", bundle.facts.input.model_dump(exclude={"layout"}))
+    assert images is not None
+    outputs: dict[str, np.ndarray] = {}
+    for name, device in (("here", find_device("local")), ("there", pi)):
+        (tmp_path / name).mkdir()
+        with opened(device, tmp_path / name):
+            device.push(bundle.path, "bundle")
+            device.push(images, "images")
+            answer = device.predict("bundle", "images", tmp_path / f"{name}.npy", 600)
+        outputs[name] = np.load(tmp_path / f"{name}.npy")
+        assert answer.images == len(outputs[name]) > 0
+    spread = float(np.ptp(outputs["here"]))
+    difference = float(np.abs(outputs["here"] - outputs["there"]).max())
+    assert difference <= spread * (1e-5 if variant == "float32" else 1 / 255)
+    assert (outputs["here"].argmax(1) == outputs["there"].argmax(1)).all()
+
+
+def test_its_latencies_are_marked_and_never_ranked(made: Made, pi: SshDevice, project: Path) -> None:
+    """The whole command: whatever an emulated device measures is invalid, and the command says so."""
+    bundles = [made.bundles[f"{target}-{variant}"] for target, variant in STATIC]
+    few = ["--rounds", 2, "--seconds", 0.1, "--min-samples", 5, "--warm-up-seconds", 0, "--images", 4]
+    out = project / "measurement"
+    done = kdpipe("bench", *(bundle.path for bundle in bundles), "--device", "pi", *few, "--out", out, cwd=project)
+    assert_one_line(done, 75, "emulated device")
+    found = Measurement.open(out).facts
+    assert found.emulated and found.probe_before.machine == "aarch64"
+    for result in found.results.values():
+        assert result.accuracy is not None and result.latency_p50_ms is not None, result.status
+        assert result.trust is not None and result.trust.word == "invalid"
+
+
+def test_a_bundle_is_verified_there(made: Made, pi: SshDevice) -> None:
+    for target, variant in STATIC:
+        place = pi.store(made.bundles[f"{target}-{variant}"].path)
+        answer = json.loads(pi.shell(pi.command(["verify", place]), 300).splitlines()[-1])
+        assert answer["max_difference"] <= answer["tolerance"] and answer["golden_images"] > 0
+
+
+def test_what_can_not_be_brought_leaves_what_was_there(pi: SshDevice, project: Path) -> None:
+    """No wheels for it, an unknown runtime: one line, and the Python that was brought before still runs."""
+    assert_one_line(kdpipe("devices", "prepare", "pi", "--runtime", "tensorrt", cwd=project), 2, "no wheels", "aarch64")
+    assert_one_line(kdpipe("devices", "prepare", "pi", "--runtime", "tflit", cwd=project), 2, "did you mean 'tflite'")
+    assert "tflite" in find_device("pi").probe().targets
