@@ -76,7 +76,11 @@ def read(said: str, accelerator: str) -> Told:
     init, first, _, mean = (float(value) / 1000 for value in timings.groups())
     return Told.model_validate(
         {
-            "accelerator": accelerator, "executed": taken[1] if taken and accelerator != "cpu" else None,
-            "init_ms": init, "first_ms": first, "mean_ms": mean, "runs": int(counts[-1]) if counts else None,
+            "accelerator": accelerator,
+            "executed": taken[1] if taken and accelerator != "cpu" else None,
+            "init_ms": init,
+            "first_ms": first,
+            "mean_ms": mean,
+            "runs": int(counts[-1]) if counts else None,
         }
     )

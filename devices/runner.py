@@ -38,7 +38,6 @@ SHELL_SECONDS = 60.0  # for what only looks or makes a folder
 PROBE_SECONDS = 120.0  # a slow board imports numpy for many seconds
 OLDEST_PYTHON = (3, 9)
 OWN_PYTHON = "python/python3"  # below the root: what starts a Python that was brought (see ``bootstrap``)
-NOT_FOUND = 127  # what a shell says of a command that is not there
 # A file of this name lies where Python would make a folder for compiled modules: so running a bundle's own runner
 # writes nothing into the sealed folder, whatever the device's environment says.
 NO_COMPILED_MODULES = ("__pycache__", "Nothing is written into a sealed folder.\n")
@@ -160,13 +159,15 @@ class RunnerDevice(ABC):
             return self._stored(source, None)
 
     def _check_python(self) -> None:
-        code = "import sys; print(*sys.version_info[:2]); import numpy"
+        # Any Python can say this, and whatever else is printed there by itself.
+        code = "import sys; sys.stdout.write('%d %d\\n' % sys.version_info[:2]); import numpy"
         done = self.attempt(f"{self.python} -c {shlex.quote(code)}", PROBE_SECONDS)
         oldest = ".".join(map(str, OLDEST_PYTHON))
-        said = done.stdout.decode(errors="replace").splitlines()
-        found = said[-1].split() if said else []
-        if done.returncode == NOT_FOUND or len(found) != 2 or not all(part.isdigit() for part in found):
+        said = [line.split() for line in done.stdout.decode(errors="replace").splitlines()]
+        versions = [words for words in said if len(words) == 2 and all(word.isdecimal() for word in words)]
+        if not versions:
             raise self.no_python(failure(done))
+        found = versions[-1]
         if (int(found[0]), int(found[1])) < OLDEST_PYTHON:
             raise UserError(f"'{self.name}' has Python {'.'.join(found)}: wanted {oldest} or newer")
         if done.returncode != 0:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -26,7 +27,7 @@ ADDRESS = re.compile(r"(?P<uri>ssh://)?((?P<user>[^@\s]+)@)?(?P<host>\[[\w:.%]+\
 LINK_FAILED = 255  # ssh's own exit code; a command's is made another (see ``argv``)
 STALLED_SECONDS = 30  # without a byte, after which rsync gives up at both ends
 PERSIST_SECONDS = 60  # that a connection outlives its last command, should this process be killed
-ATTEMPTS = 3  # at a transfer whose link breaks off and is back at once
+ATTEMPTS, PAUSE_SECONDS = 3, 1.0  # at a transfer whose link breaks off and is back at once
 
 # What OpenSSH's client is told. Of a setting it takes the first value that it reads, so this is not the user's to
 # change: no question is asked, no unknown machine is believed, nothing but commands and files goes over the link.
@@ -106,7 +107,7 @@ class SshDevice(RunnerDevice):
         lines = [f"Host {self._host}"]
         lines += [f"  User {self._user}"] if self._user else []
         lines += [f"  Port {self._port}"] if self._port else []
-        own = OWN_CONFIGURATION
+        own: tuple[str, ...] = OWN_CONFIGURATION
         if self.settings.ssh_config:
             given = Path(self.settings.ssh_config).expanduser().absolute()
             if not given.is_file():
@@ -217,32 +218,44 @@ class SshDevice(RunnerDevice):
             done = copy()
             if done.returncode == 0:
                 return
-            if path is not None:
-                self._check_space(size, path, said=done.stderr)
-            self.shell("exit 0")  # whether the link is there
+            said = done.stderr.decode(errors="replace")
+            if "message too long" in said:
+                raise UserError(
+                    f"'{self.name}': a shell there prints something at every command, which garbles files: let it be "
+                    "silent where nobody is at a terminal (in ~/.bashrc: case $- in *i*) ;; *) return ;; esac)"
+                )
+            time.sleep(PAUSE_SECONDS)
+            if path is None:
+                self.shell("exit 0")  # whether the link is there
+            else:
+                self._check_space(size, path, said)
             if done.returncode not in BROKEN_OFF:
-                lines = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
+                lines = [line for line in said.splitlines() if line.strip()]
                 raise UserError(f"'{self.name}' refused a file: {printable(lines[0] if lines else failure(done), 500)}")
             note(f"'{self.name}': the link broke off and is back, going on")
         raise DeviceLost(f"'{self.name}' breaks off every transfer ({failure(done)})")
 
-    def _check_space(self, size: int, path: str, said: bytes = b"") -> None:
-        """See that ``size`` bytes fit where ``path`` is to lie, less what of them lies there; nothing else is left.
+    def _check_space(self, size: int, path: str, said: str = "") -> None:
+        """See that ``size`` bytes fit where ``path`` is to lie, less what of them lies there; else nothing is left.
 
         Args:
             said: by a transfer that failed.
 
         Raises:
-            UserError: they don't, or it was ``said`` that they didn't.
+            UserError: they don't, or it failed because they didn't.
             DeviceLost: the link is gone.
         """
-        folder, quoted_path = shlex.quote(path.rpartition("/")[0]), shlex.quote(path)
-        printed = self.shell(f"df -Pk {folder} 2>/dev/null; echo; du -sk {quoted_path} 2>/dev/null || echo 0")
+        folder, part = shlex.quote(path.rpartition("/")[0]), shlex.quote(path)
+        printed = self.shell(f"df -Pk {folder} 2>/dev/null; echo; du -sk {part} 2>/dev/null || echo 0")
         free = re.search(r" (\d+) +\d+% ", printed)  # the last number before the share that is used
         there = int(printed.split("\n\n")[-1].split()[0])
-        if b"No space left" in said or b"quota exceeded" in said or (free and size > 1024 * (int(free[1]) + there)):
+        if said:  # sftp has no word for it, a shell has
+            tried = self.attempt(f"head -c 65536 /dev/zero > {part}.try; code=$?; rm -f {part}.try; exit $code", 60)
+            said += tried.stderr.decode(errors="replace")
+        full = "No space left" in said or "quota exceeded" in said
+        if full or (free and size > 1024 * (int(free[1]) + there)):
+            self.shell(f"rm -rf {part}")
             left = f"{int(free[1]) / 1024:.1f} MiB" if free else "nothing"
-            self.shell(f"rm -rf {quoted_path}")
             raise UserError(
                 f"no space on '{self.name}': {left} free in {path.rpartition('/')[0]}, {size / 1024**2:.1f} MiB "
                 "wanted: remove something there, or name another `folder:` in devices.yaml"
@@ -285,7 +298,7 @@ def explain(said: str, settings: DeviceSettings) -> str:
             f"{device}: the host key of {found[1]} is not known here: run '{by_hand}' once, compare the fingerprint "
             "with the device's own and accept it"
         )
-    if found := re.search(r"(?:(\S+): )?Permission denied \((.+)\)", said):
+    if found := re.search(r"(?:(\S+): )?Permission denied \(([a-z,-]+)\)", said):
         raise UserError(
             f"{device}: {found[1] or settings.address} takes none of your keys ({found[2]}): see that '{by_hand}' "
             "works without a password (ssh-copy-id, ssh-add, IdentityFile in your ssh_config)"

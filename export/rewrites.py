@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from functools import cache
 from types import MethodType
 from typing import Any
@@ -25,9 +26,10 @@ def deployed(network: nn.Module) -> nn.Module:
     """A copy of ``network`` with branches and BatchNorms merged into convolutions where timm knows how.
 
     MobileOne, RepVGG, RepViT, FastViT and the like are trained with several branches that one convolution can hold.
+    They are merged in double precision: products of float32 weights lose what the network's own arithmetic kept.
     """
-    merged: nn.Module = reparameterize_model(network)
-    return merged
+    merged: nn.Module = reparameterize_model(deepcopy(network).double(), inplace=True)
+    return merged.float()
 
 
 def for_tflite(network: nn.Module) -> nn.Module:

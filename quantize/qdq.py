@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Collection, Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from .work import Work
 
 INPUT = "image"
 BIASED = ("Conv", "Gemm")
+NORMALIZING = ("InstanceNormalization", "LayerNormalization")  # their third input is a bias too
 # Where LayerNorm stands in the branches nothing bounds the sum that they are added to: its channels differ too much for
 # one range, and a ViT lost 13 dB to it. Matrix products take 8 bits and give float; that is faster as well.
 RESIDUAL = ("Add", "Mul", "LayerNormalization", "Softmax")
@@ -136,18 +138,26 @@ def write_qdq(
 
 
 def _move_biases(path: Path, shifts: Mapping[str, np.ndarray]) -> None:
+    """Add the shifts, and give a bias that several nodes share to each as its own.
+
+    The library would copy it too, as its name with a number behind it: of ``val_12``, as torch's exporter calls things,
+    that is ``val_124``, which may be another tensor's name (seen in poolformer_s12).
+    """
     import onnx
     from onnx import numpy_helper
 
     model = onnx.load(path)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in model.graph.node:
-        if node.name in shifts:
-            # One of its own: two nodes may share a bias.
-            name = f"{node.name}.moved_bias"
-            moved = numpy_helper.to_array(weights[node.input[2]]) + shifts[node.name]
-            model.graph.initializer.append(numpy_helper.from_array(moved.astype(np.float32), name))
-            node.input[2] = name
+    biased = [node for node in model.graph.node if len(node.input) > 2 and node.op_type in (*BIASED, *NORMALIZING)]
+    users = Counter(node.input[2] for node in biased)
+    for node in biased:
+        bias = weights.get(node.input[2])
+        if bias is None or (node.name not in shifts and users[node.input[2]] == 1):
+            continue
+        name = f"{node.name}.bias_of_its_own"
+        moved = numpy_helper.to_array(bias) + shifts.get(node.name, np.float32(0))
+        model.graph.initializer.append(numpy_helper.from_array(moved.astype(np.float32), name))
+        node.input[2] = name
     onnx.save(model, path)
 
 

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,11 +114,26 @@ class Computer:
                 continue  # it ended meanwhile
         return found
 
+    def script(self, name: str, *lines: str) -> str:
+        """A program of those lines of shell that every user in here can run."""
+        path = self.folder / name
+        path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+        path.chmod(0o755)
+        return str(path)
+
     def hide(self, command: str) -> None:
         """Take a command of the system away: no user in here can start it."""
         (self.folder / "nothing").touch(mode=0o600)
         path = Path(system_command(command)).resolve()
         self.run(f"mount --bind {self.folder}/nothing {shlex.quote(str(path))}")
+
+    def bring(self, folder: Path) -> Path:
+        """A folder of this machine within reach of every user in here, wherever it lies."""
+        place = self.folder / f"brought{str(folder).replace('/', '-')}"
+        if not place.exists():
+            place.mkdir()
+            self.run(f"mount --bind {shlex.quote(str(folder))} {shlex.quote(str(place))}")
+        return place
 
     def python(self, *packages: str) -> str:
         """A Python with these ``packages`` of the test's own and no other; with none named it has all of them.
@@ -127,13 +142,9 @@ class Computer:
         """
         place = self.folder / ("python-" + ("-".join(packages) or "all"))
         if not place.exists():
-            base, site = self.folder / "base", self.folder / "site"
-            if not base.exists():
-                for mounted, source in ((base, sys.base_prefix), (site, packages_folder())):
-                    mounted.mkdir()
-                    self.run(f"mount --bind {shlex.quote(str(source))} {mounted}")
+            base, site = self.bring(Path(sys.base_prefix)), self.bring(packages_folder())
             version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-            self.run(f"{base}/bin/{version} -m venv --without-pip {place}")
+            self.run(f"{shlex.quote(str(base))}/bin/{version} -m venv --without-pip {place}")
             own = place / "lib" / version / "site-packages"
             if packages:
                 for name in packages:
@@ -164,7 +175,7 @@ class Sshd:
     address: str
     port: int
     config: Path
-    options: dict[str, str] = field(default_factory=dict)  # of sshd_config, beyond the lab's
+    options: dict[str, str]  # of sshd_config, beyond the lab's
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -204,14 +215,16 @@ class Sshd:
         return subprocess.run(self.computer.command("sh", "-c", line)).returncode == 0
 
     def stop(self) -> None:
-        """End it and all its sessions, as a computer does that loses power."""
+        """End it and all its sessions at once. No other sshd of the computer outlives it either."""
         self.computer.run("pkill -KILL -x sshd", check=False)
         if self.process is not None:
             self.process.wait()
 
-    def new_host_key(self) -> None:
-        """As if the computer had been installed anew, or were another."""
-        make_key(self.folder / "host_key")
+    def change(self, old: str, new: str) -> None:
+        """Change a line of the client's configuration."""
+        text = self.config.read_text()
+        assert old in text
+        self.config.write_text(text.replace(old, new))
 
 
 def make_key(path: Path) -> None:
@@ -307,12 +320,20 @@ class Link:
         self.far.run("ip link set far down")
 
     def plug(self) -> None:
-        self.far.run("ip link set far up")
+        self.far.run("ip link set far up && ip neigh flush dev far")
+        self.near.run("ip neigh flush dev near")  # who did not answer is asked again at once
 
     def received(self) -> int:
         """Bytes that arrived at the far end so far, headers of the packets included."""
+        return int(self._counters()[0])
+
+    def sent(self) -> int:
+        """Bytes that left the far end so far, headers of the packets included."""
+        return int(self._counters()[8])
+
+    def _counters(self) -> list[str]:
         lines = self.far.run("cat /proc/net/dev").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.strip().startswith("far:"))
+        return next(line.partition(":")[2].split() for line in lines if line.strip().startswith("far:"))
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from kdpipe.export.rewrites import FOR_TFLITE, AsTorchComputes, deployed, for_tf
 from kdpipe.networks import models
 from kdpipe.quantize import VARIANTS
 from kdpipe.quantize.layers import signal_to_noise_db
+from kdpipe.quantize.qdq import OnnxActivations, write_qdq
 from kdpipe.quantize.tflite import TfliteActivations
 
 
@@ -389,3 +390,32 @@ def test_a_manifest_has_one_figure(made: Made) -> None:
         last = corrected["before_db"] if corrected["layers"] == 0 else corrected["after_db"]
         assert facts.against_float32 is not None
         assert facts.against_float32.signal_to_noise_db == pytest.approx(last, abs=2.5)
+
+
+def test_a_bias_that_nodes_share_is_each_ones_own(tmp_path: Path) -> None:
+    """The library's copy of ``val_1`` is ``val_10``, and torch's exporter gives such names to outputs of nodes."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    generator = np.random.default_rng(0)
+    bias = generator.normal(size=3).astype(np.float32)
+    weights = {"scale": np.ones(3, np.float32), "val_1": bias}
+    norms = [("image", "val_10"), ("val_10", "val_11"), ("val_11", "logits")]
+    graph = helper.make_graph(
+        [
+            helper.make_node("InstanceNormalization", [at, "scale", "val_1"], [to], name=f"norm-{to}")
+            for at, to in norms
+        ],
+        "network",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, 3, 8, 8])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    source, out = tmp_path / "float32.onnx", tmp_path / "int8.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), source)
+    image = generator.uniform(0, 255, (1, 3, 8, 8)).astype(np.float32)
+    before = OnnxActivations(source)(image)
+    ranges = {name: (float(value.min()), float(value.max())) for name, value in before.items() if name != "image"}
+    write_qdq(source, ranges, {}, out, "uint8", (), False, {})
+    after = OnnxActivations(out)(image)["logits"]
+    assert signal_to_noise_db(before["logits"], after - before["logits"]) > 20
