@@ -68,8 +68,12 @@ class AdbDevice(RunnerDevice):
         if source.is_dir():  # into a folder that is there its contents are put, and nothing of them twice
             self.shell(f"mkdir -p {shlex.quote(path)}")
             size = sum(file.stat().st_size for file in source.rglob("*") if file.is_file())
-        self._check_space(size, path)
-        self._transfer(size, "push", "--sync", f"{source}/." if source.is_dir() else str(source), path)
+        self.check_space(size, path)
+        try:
+            self._transfer(size, "push", "--sync", f"{source}/." if source.is_dir() else str(source), path)
+        except UserError as error:
+            self.check_space(size, path, said=str(error))
+            raise
 
     def receive(self, path: str, target: Path) -> None:
         size = int(self.shell(f"wc -c <{shlex.quote(path)}"))
@@ -78,18 +82,6 @@ class AdbDevice(RunnerDevice):
         except BaseException:
             target.unlink(missing_ok=True)
             raise
-
-    def _check_space(self, size: int, path: str) -> None:
-        """See that ``size`` bytes fit where ``path`` is to lie, less what of them lies there. Raises UserError."""
-        folder = shlex.quote(path.rpartition("/")[0])
-        printed = self.shell(f"df -Pk {folder}; echo; du -sk {shlex.quote(path)} 2>/dev/null || echo 0")
-        free = re.search(r" (\d+) +\d+% ", printed)  # the last number before the share that is used
-        there = int(printed.split("\n\n")[-1].split()[0])
-        if free and size > 1024 * (int(free[1]) + there):
-            raise UserError(
-                f"no space on '{self.name}': {int(free[1]) / 1024:.1f} MiB free in {folder}, {size / 1024**2:.1f} MiB "
-                "wanted: remove something there, or name another `folder:` in devices.yaml"
-            )
 
     @property
     def _adb(self) -> list[str]:

@@ -6,6 +6,7 @@ A kind of device gives three things: how a shell line is run there, and how file
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -187,6 +188,32 @@ class RunnerDevice(ABC):
     def pip_line(self, *distributions: str) -> str:
         """What installs them there."""
         return f"`{self.python} -m pip install {' '.join(distributions)}`"
+
+    def check_space(self, size: int, path: str, said: str = "") -> None:
+        """See that ``size`` bytes fit where ``path`` is to lie, less what of them lies there; else nothing is left.
+
+        Args:
+            said: by a transfer that failed.
+
+        Raises:
+            UserError: they don't, or it failed because they didn't.
+            DeviceLost: the link is gone.
+        """
+        folder, part = shlex.quote(path.rpartition("/")[0]), shlex.quote(path)
+        printed = self.shell(f"df -Pk {folder} 2>/dev/null; echo; du -sk {part} 2>/dev/null || echo 0")
+        free = re.search(r" (\d+) +\d+% ", printed)  # the last number before the share that is used
+        there = int(printed.split("\n\n")[-1].split()[0])
+        if said:  # sftp has no word for it, a shell has
+            tried = self.attempt(f"head -c 65536 /dev/zero > {part}.try; code=$?; rm -f {part}.try; exit $code", 60)
+            said += tried.stderr.decode(errors="replace")
+        full = "No space left" in said or "quota exceeded" in said
+        if full or (free and size > 1024 * (int(free[1]) + there)):
+            self.shell(f"rm -rf {part}")
+            left = f"{int(free[1]) / 1024:.1f} MiB" if free else "nothing"
+            raise UserError(
+                f"no space on '{self.name}': {left} free in {path.rpartition('/')[0]}, {size / 1024**2:.1f} MiB "
+                "wanted: remove something there, or name another `folder:` in devices.yaml"
+            )
 
     def store(self, source: Path) -> str:
         """Put a file or folder of this host into the store there, by content; returns its path there.

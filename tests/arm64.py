@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import system_command
 from lab import clean_environment, free_port, make_key, wait_until
@@ -66,6 +67,17 @@ def root_file_system() -> Path:
     os.chown(part / f"home/{USER}", 1000, 1000)
     part.rename(folder)
     return folder
+
+
+def assert_same_outputs(here: np.ndarray, there: np.ndarray, variant: str) -> None:
+    """Float32 outputs [N, K] within 1e-5 of their range, of static INT8 within one step; the same class wins."""
+    limit = 1e-5 * float(np.ptp(here))
+    if variant == "int8":
+        step = float(np.diff(np.unique(here)).min())  # its outputs are whole multiples of it
+        assert step > np.ptp(here) / 256
+        limit = 1.01 * step
+    assert float(np.abs(here - there).max()) <= limit
+    assert (here.argmax(1) == there.argmax(1)).all()
 
 
 def cpu_information(cores: int) -> str:
