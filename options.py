@@ -85,7 +85,7 @@ def configured(kind: type[BaseModel], leave_out: tuple[str, ...] = ()) -> Callab
     return decorate
 
 
-def _complete(kind: type[BaseModel], values: dict[str, Any], **more: Any) -> Any:
+def _complete(kind: type[BaseModel], values: dict[str, Any], /, **more: Any) -> Any:
     """The options with what the command adds, validated. Raises UserError."""
     return validated(kind, {**values, **more}, "options")
 

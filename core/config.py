@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import reprlib
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
@@ -471,7 +472,7 @@ class PackageConfig(Config):
 class DeviceSettings(Config):
     """A machine that bundles run on, as devices.yaml describes it under its name."""
 
-    name: str = Field("local", pattern=NAME.pattern, max_length=64, description="what it is called here")
+    name: str = Field("local", pattern=f"^{NAME.pattern}$", max_length=64, description="what it is called here")
     kind: str = Field(
         "local", description="how it is reached: local (this machine), ssh, adb, or null (what measuring itself costs)"
     )
@@ -657,7 +658,7 @@ def _count_values(node: Any, known: dict[int, int]) -> int:
     """How many values a YAML node holds when its aliases are written out.
 
     Raises:
-        ValueError: too many, or a number that is not finite or endless.
+        ValueError: too many, a key given twice, or a number that is not finite or endless.
     """
     text = getattr(node, "value", "")
     if isinstance(text, str) and node.tag.endswith((":int", ":float")):
@@ -668,6 +669,9 @@ def _count_values(node: Any, known: dict[int, int]) -> int:
     if id(node) not in known:
         known[id(node)] = MOST_VALUES + 1  # until it is counted: a node inside itself has no end
         inside = text if isinstance(text, list) else []
+        keys = Counter(item[0].value for item in inside if isinstance(item, tuple) and isinstance(item[0].value, str))
+        if twice := [key for key, times in keys.items() if times > 1]:
+            raise ValueError(f"'{printable(twice[0], 80)}' is given twice")
         parts = [part for item in inside for part in (item if isinstance(item, tuple) else (item,))]
         known[id(node)] = 1 + sum(_count_values(part, known) for part in parts)
     if known[id(node)] > MOST_VALUES:

@@ -22,6 +22,7 @@ STAGES: dict[str, type[BaseModel]] = {
     "kdpipe quantize": config.QuantizeConfig,
     "kdpipe package": config.PackageConfig,
     "kdpipe bench": config.BenchPlan,
+    "Device": config.DeviceSettings,
 }
 
 
