@@ -444,10 +444,11 @@ class Chain:
         Raises:
             UserError: ``out`` exists, or as ``devices.bench`` does.
         """
-        from .devices.session import bench_config
+        from .devices.session import bench_config, swept
 
         for bundle in bundles.values():
             check_known(bundle)
+        bundles = swept(bundles, plan.threads)
         if out is not None and out.exists():
             raise UserError(f"{out} exists already: each measurement gets a folder of its own, choose another --out")
         inputs: dict[str, AnyArtifact] = {**bundles, "data": dataset}

@@ -204,7 +204,9 @@ def main(
             title: chain.package(PackageConfig(), model, dataset) for title, model in models.items()
         }
         begun = time.monotonic()
-        measured = chain.bench(BenchPlan(rounds=rounds, seconds=seconds, threads=threads), bundles, dataset)
+        measured = chain.bench(
+            BenchPlan(effort="quick", rounds=rounds, seconds=seconds, threads=(threads,)), bundles, dataset
+        )
         page = chain.report(ReportConfig(title=f"peers, {name}"), measured, {"student": student})
         numbers = page.numbers
         made_in = {title: model.manifest.seconds for title, model in models.items()}

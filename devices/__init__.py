@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ..core.config import DeviceSettings, MeasureSettings
 from ..core.errors import UserError, choice
-from ..core.kinds import Prediction, Probe, Samples
+from ..core.kinds import FreshStart, Prediction, Probe, Samples
 from . import book
 from .adb import AdbDevice
 from .local import LocalDevice
@@ -66,6 +66,18 @@ class Device(Protocol):
 
     def measure(self, bundle: str, images: str, settings: MeasureSettings, timeout_seconds: float) -> Samples:
         """Time single-image inference of the pushed ``bundle`` in a fresh process. Raises as ``predict`` does."""
+
+    def start_fresh(
+        self, bundle: str, images: str, settings: MeasureSettings, timeout_seconds: float, *, examine: bool = False
+    ) -> FreshStart:
+        """Open the pushed ``bundle`` and run one image in a fresh process that does nothing else.
+
+        Args:
+            examine: afterwards, ask the runtime in which precision it ran the layers.
+
+        Raises:
+            KdpipeError: as ``predict`` does.
+        """
 
     def close(self) -> None:
         """Remove the working folder."""

@@ -6,33 +6,37 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
 from ..core.artifact import Order, drafting, write_json
-from ..core.config import BenchConfig, MeasureSettings
+from ..core.config import BenchConfig
 from ..core.errors import KdpipeError, UserError
 from ..core.kinds import (
     BatchOne,
     Bundle,
+    FreshStart,
     Measurement,
     MeasurementFacts,
     Prediction,
     Result,
     Samples,
+    StartUp,
     float32_by_bundle,
 )
 from ..core.proc import first_line
 from ..core.progress import note, progress
-from ..core.stats import Interval, median_interval, percentile_interval
+from ..core.stats import Interval, early_stopping, median_interval, percentile_interval, percentile_within
 from ..data.dataset import Dataset, load_labels, write_images
 from ..runtime.measure import longest_seconds
 from ..runtime.task import TASKS
 from . import Device, find_device, opened
 from .journal import Accuracy, Journal
+from .session import settings_of
+from .surroundings import fell_back
 from .trust import assess, control_name, controlled
 
 SLACK, SLACK_SECONDS = 10, 60.0  # a process that takes so many times what it should, and a minute, hangs
@@ -92,7 +96,8 @@ def bench(order: Order[BenchConfig], bundles: Mapping[str, Bundle], dataset: Dat
             timing = _push_timing_images(device, bundles, images, dataset, config.images, Path(scratch))
             run = _Run(device, dataset, config, journal, images, timing)
             processes = len(installed) + len({bundles[name].facts.target for name in installed})  # and the controls
-            with progress("measuring", len(bundles) + config.rounds * processes) as advance:
+            steps = len(bundles) + config.rounds * processes + config.cold_starts * len(installed)
+            with progress("measuring", steps) as advance:
                 results: dict[str, Result] = {}
                 for name, bundle in bundles.items():
                     advance(0, f"accuracy of {name}")
@@ -102,8 +107,9 @@ def bench(order: Order[BenchConfig], bundles: Mapping[str, Bundle], dataset: Dat
                 controls = controlled({name: bundles[name].facts.target for name in timed}, float32)
                 repeated = {control_name(name): name for name in controls.values()}
                 _measure_rounds(run, timed, repeated, advance)
+                starts = _start_fresh(run, timed, advance)
         for name in bundles:
-            for file in (Measurement.outputs_name(name), Measurement.samples_name(name)):
+            for file in (Measurement.outputs_name(name), Measurement.samples_name(name), Measurement.starts_name(name)):
                 (draft.path / file).parent.mkdir(exist_ok=True)
             if journal.accuracy(name) is not None:
                 journal.outputs(name).rename(draft.path / Measurement.outputs_name(name))
@@ -115,7 +121,10 @@ def bench(order: Order[BenchConfig], bundles: Mapping[str, Bundle], dataset: Dat
             if failure is None:
                 runs[name] = repeats
             if name in results:
-                found = summary(repeats) if failure is None else _failed(failure)
+                began = starts.get(name, [])
+                write_json(draft.path / Measurement.starts_name(name), [start.model_dump() for start in began])
+                precision = bundles[name].facts.precision
+                found = summary(repeats, began, precision) if failure is None else _failed(failure)
                 results[name] = results[name].model_copy(update=found)
         failures = [f"{name} {result.status}" for name, result in results.items() if result.failed]
         if failures and not any(result.accuracy for result in results.values()):
@@ -142,7 +151,7 @@ def _measure_rounds(
     Args:
         repeated: the controls, each by the bundle that it measures again.
     """
-    journal, settings = run.journal, MeasureSettings.of(run.config)
+    journal = run.journal
     forgotten = journal.begin(timed)
     if forgotten:
         note(f"{forgotten} processes are of another session (too long ago, or other bundles): measuring them again")
@@ -155,6 +164,7 @@ def _measure_rounds(
             if measured not in journal.failed and (at, name) not in journal.runs:
                 limit = _time_limit(run, measured)
                 try:
+                    settings = settings_of(run.config, measured)
                     samples = _twice(name, run.device.measure, measured, run.timing[measured], settings, limit)
                 except KdpipeError as error:
                     note(f"{measured}: given up in round {at + 1}: {error}")
@@ -162,6 +172,23 @@ def _measure_rounds(
                 else:
                     journal.add(at, name, samples)
             advance(1, "")
+
+
+def _start_fresh(run: _Run, timed: Sequence[str], advance: Callable[[int, str], None]) -> dict[str, list[FreshStart]]:
+    """Start every bundle in fresh processes, in turns; one that fails twice starts no more, its latencies stand."""
+    starts: dict[str, list[FreshStart]] = {name: [] for name in timed if name not in run.journal.failed}
+    for at in range(run.config.cold_starts):
+        for name in timed:
+            advance(0, f"start {at + 1}, {name}")
+            if name in starts and len(starts[name]) == at:
+                limit, settings = _time_limit(run, name), settings_of(run.config, name)
+                call = partial(run.device.start_fresh, name, run.timing[name], settings, limit, examine=at == 0)
+                try:
+                    starts[name].append(_twice(name, call))
+                except KdpipeError as error:
+                    note(f"{name}: not started again: {error}")
+            advance(1, "")
+    return starts
 
 
 def _twice(what: str, call: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
@@ -182,14 +209,7 @@ def _time_limit(run: _Run, name: str) -> float:
     """Seconds after which a process that measures hangs: by how long the timing images took, one at a time."""
     found, config = run.journal.accuracy(name), run.config
     assert found is not None  # only what was run is timed
-    return SLACK_SECONDS + SLACK * longest_seconds(
-        found.alone.open_seconds,
-        _image_seconds(found.alone),
-        config.images,
-        config.seconds,
-        config.min_samples,
-        config.warm_up_seconds,
-    )
+    return SLACK_SECONDS + SLACK * longest_seconds(found.alone.open_seconds, _image_seconds(found.alone), config)
 
 
 def _image_seconds(alone: Prediction) -> float:
@@ -298,7 +318,7 @@ def _predict(run: _Run, name: str, bundle: Bundle, stand_in: bool) -> Accuracy:
     How long one image takes alone bounds how long all may take. Raises KdpipeError.
     """
     device, written, count = run.device, run.journal.outputs(name), run.dataset.facts.images["test"]
-    threads = run.config.threads
+    threads = settings_of(run.config, name).threads
     alone = device.predict(name, run.timing[name], written, FIRST_SECONDS, stand_in=stand_in, batch=1, threads=threads)
     one_by_one = _read_outputs(written, name, len(run.positions), bundle)
     limit = SLACK_SECONDS + SLACK * (alone.open_seconds + count * _image_seconds(alone))
@@ -332,30 +352,57 @@ def _read_outputs(path: Path, name: str, count: int, bundle: Bundle) -> np.ndarr
     return np.asarray(outputs)
 
 
-def summary(repeats: Sequence[Samples]) -> dict[str, Any]:
+def summary(repeats: Sequence[Samples], starts: Sequence[FreshStart] = (), precision: str = "") -> dict[str, Any]:
     """Numbers of one bundle over its processes, nothing trimmed: the fields of its ``Result``.
 
     Inferences of one process resemble each other more than those of two, so the process is the unit: a
-    percentile is taken in each, and its median over processes is given with the order-statistic interval.
+    percentile is taken in each, and its median over processes is given with the order-statistic interval. A percentile
+    that the inferences of some process are too few for is None.
+
+    Args:
+        starts: its processes that only started; without them starting is told of those that timed.
+        precision: what the bundle says that it is.
     """
     milliseconds = [np.asarray(samples.latency_ns) / 1e6 for samples in repeats]
     numbers: dict[str, Any] = {}
-    for percent in (50, 90):
-        by_process = [percentile_interval(values, percent).value for values in milliseconds]
-        numbers[f"latency_p{percent}_ms"] = median_interval(by_process)
-        numbers[f"latency_p{percent}_by_process_ms"] = by_process
+    for percent in (50, 90, 95, 99):
+        if percent == 50:
+            by_process = [percentile_interval(values, percent).value for values in milliseconds]
+        else:
+            known = [percentile_within(values, percent) for values in milliseconds]
+            by_process = [value for value in known if value is not None]
+        whole = len(by_process) == len(repeats)
+        numbers[f"latency_p{percent}_ms"] = median_interval(by_process) if whole else None
+        if percent in (50, 90):
+            numbers[f"latency_p{percent}_by_process_ms"] = by_process if whole else None
+    end_to_end = [float(np.median(samples.end_to_end_ns)) / 1e6 for samples in repeats if samples.end_to_end_ns]
+    began: Sequence[StartUp] = starts or repeats
+    since_start = [start.process_ns / 1e6 for start in began if start.process_ns is not None]
+    compiled = [start.compile_ns / 1e6 for start in began if start.compile_ns is not None]
+    executed = next((start.executed for start in starts if start.executed is not None), None)
+    sustained = [samples.sustained for samples in repeats if samples.sustained is not None]
     return {
         **numbers,
+        "early_stopping_p90_by_process_ms": [early_stopping(values, 90) for values in milliseconds],
         "inferences": sum(map(len, milliseconds)),
-        "import_ms": [samples.import_ns / 1e6 for samples in repeats],
-        "load_ms": [samples.load_ns / 1e6 for samples in repeats],
-        "first_inference_ms": [samples.first_ns / 1e6 for samples in repeats],
+        "end_to_end_ms": median_interval(end_to_end) if end_to_end else None,
         "prepare_ms": float(np.median(np.concatenate([samples.prepare_ns for samples in repeats]))) / 1e6,
-        "peak_memory_bytes": max(samples.peak_memory_bytes for samples in repeats),
-        "memory_before_open_bytes": max(samples.memory_before_open_bytes for samples in repeats),
-        "memory_growth_bytes": max(each.peak_memory_bytes - each.memory_before_open_bytes for each in repeats),
+        "page_cache": starts[0].page_cache if starts else None,
+        "start_ms": median_interval(since_start) if since_start else None,
+        "import_ms": [start.import_ns / 1e6 for start in began],
+        "load_ms": [start.load_ns / 1e6 for start in began],
+        "compile_ms": compiled or None,
+        "first_inference_ms": [start.first_ns / 1e6 for start in began],
+        "memory_before_open_bytes": max((start.memory_before_open_bytes for start in starts), default=None),
+        "memory_growth_bytes": max((start.memory_growth_bytes for start in starts), default=None),
+        "executed": executed,
+        "fell_back": fell_back(precision, repeats[0].session, executed),
+        "placement": repeats[0].placement,
         "warm_up_settled": all(samples.warm_up.settled for samples in repeats),
         "warm_up_settled_by_process": [samples.warm_up.settled for samples in repeats],
+        "stable": 2 * sum(samples.stable for samples in repeats) > len(repeats),
+        "p50_known_within_by_process": [samples.p50_known_within for samples in repeats],
+        "sustained": sustained or None,
         "session": repeats[0].session,
     }
 

@@ -5,6 +5,7 @@ A kind of device gives three things: how a shell line is run there, and how file
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import secrets
@@ -25,9 +26,10 @@ from .. import runtime
 from ..core.artifact import Record
 from ..core.config import DeviceSettings, MeasureSettings
 from ..core.errors import DeviceLost, KdpipeError, UserError
-from ..core.kinds import Prediction, Probe, Samples
+from ..core.kinds import FreshStart, Prediction, Probe, Samples
 from ..core.proc import run_group
 from ..core.sealed import parse_json, printable
+from ..runtime.measure import Plan
 
 if TYPE_CHECKING:
     from .bootstrap import Kept
@@ -142,7 +144,7 @@ class RunnerDevice(ABC):
     @cached_property
     def root(self) -> str:
         """The folder there of everything that is kdpipe's, absolute; it is made. Raises as ``shell`` does."""
-        folder = shlex.quote(self.settings.folder or self.FOLDER)
+        folder = shlex.quote((self.settings.folder or self.FOLDER).removeprefix("~/"))  # a shell starts in the home
         return self.shell(f"mkdir -p {folder}/store {folder}/work && cd {folder} && pwd -P").splitlines()[-1]
 
     @cached_property
@@ -335,12 +337,23 @@ class RunnerDevice(ABC):
         return answer
 
     def measure(self, bundle: str, images: str, settings: MeasureSettings, timeout_seconds: float) -> Samples:
+        plan = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Plan)}
+        plan["image_count"] = plan.pop("images")
         arguments = [
-            *("measure", self.place(bundle), "--images", self.place(images), "--image-count", str(settings.images)),
-            *("--threads", str(settings.threads), "--seconds", str(settings.seconds)),
-            *("--min-samples", str(settings.min_samples), "--warm-up-seconds", str(settings.warm_up_seconds)),
+            *("measure", self.place(bundle), "--images", self.place(images), "--threads", str(settings.threads)),
+            *(word for name, value in plan.items() for word in (f"--{name.replace('_', '-')}", str(value))),
         ]
         return self.ask(Samples, arguments, timeout_seconds)
+
+    def start_fresh(
+        self, bundle: str, images: str, settings: MeasureSettings, timeout_seconds: float, *, examine: bool = False
+    ) -> FreshStart:
+        arguments = [
+            *("start", self.place(bundle), "--images", self.place(images), "--threads", str(settings.threads)),
+            *("--page-cache", settings.page_cache),
+            *(["--examine"] if examine else []),
+        ]
+        return self.ask(FreshStart, arguments, timeout_seconds)
 
 
 def failure(done: subprocess.CompletedProcess[bytes]) -> str:

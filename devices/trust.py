@@ -161,8 +161,12 @@ def judge(result: Result, control: Interval | None, resolution: float, *, emulat
         return Trust(word="invalid", reason="an emulated device says nothing about the hardware")
     if result.latency_p50_ms is None or control is None:
         return Trust(word="invalid", reason="not every process that it needs could be measured")
+    if result.fell_back:
+        return Trust(word="invalid", reason=result.fell_back)
     if result.warm_up_settled is False:
         return Trust(word="noisy", reason="warm-up did not settle")
+    if result.stable is False:
+        return Trust(word="noisy", reason="UNSTABLE: in most processes the median was not known well enough at the end")
     told = {"p50": result.latency_p50_ms, "the ratio to float32": result.over_float32}
     doubts = [too_wide(what, found, known_within(found)) for what, found in told.items() if found is not None]
     doubts.append(too_wide("the A/A control of its target", control, known_within(control)))

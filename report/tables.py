@@ -160,6 +160,9 @@ def trust(measurement: Measurement, attempts: int) -> Numbers:
         "controls": {name: control.as_dict() for name, control in facts.controls.items()},
         "rounds": config["rounds"],
         "threads": config["threads"],
+        "effort": config["effort"],
+        "cold_starts": config["cold_starts"],
+        "page_cache": config["page_cache"],
         "attempt": config["attempt"],
         "attempts": attempts,
     }
@@ -179,12 +182,24 @@ def bundle_rows(measurement: Measurement) -> list[Numbers]:
                 "accuracy": _plain(result.accuracy),
                 "latency_p50_ms": _plain(result.latency_p50_ms),
                 "latency_p90_ms": _plain(result.latency_p90_ms),
+                "latency_p95_ms": _plain(result.latency_p95_ms),
+                "latency_p99_ms": _plain(result.latency_p99_ms),
                 "latency_over_float32": _plain(result.over_float32),
+                "end_to_end_ms": _plain(result.end_to_end_ms),
+                "prepare_ms": result.prepare_ms,
                 "size_bytes": bundle.facts.size_bytes,
+                "start_ms": _plain(result.start_ms),
+                "import_ms": _median(result.import_ms),
                 "load_ms": _median(result.load_ms),
+                "compile_ms": _median(result.compile_ms),
                 "first_inference_ms": _median(result.first_inference_ms),
-                "peak_memory_bytes": _peak_memory(result),
+                "memory_growth_bytes": result.memory_growth_bytes,
                 "warm_up_settled": result.warm_up_settled,
+                "stable": result.stable,
+                "slowed_after_seconds": _slowed_after(result),
+                "executed": result.executed,
+                "threads": None if result.placement is None else result.placement.threads,
+                "cpus": None if result.placement is None else result.placement.cpus,
             }
         )
     return rows
@@ -203,10 +218,10 @@ def _median(values: Sequence[float] | None) -> float | None:
     return float(np.median(values)) if values else None
 
 
-def _peak_memory(result: Result) -> int | None:
-    """The peak, unless it was reached before the model was opened: then it says nothing of the model."""
-    peak, before = result.peak_memory_bytes, result.memory_before_open_bytes
-    return peak if peak is not None and before is not None and peak > before else None
+def _slowed_after(result: Result) -> float | None:
+    """After how many seconds of a long run it became slower for good, in the process that did so first."""
+    onsets = [each.slowed_after_seconds for each in result.sustained or [] if each.slowed_after_seconds is not None]
+    return min(onsets, default=None)
 
 
 def believed(rows: Sequence[Numbers]) -> list[str]:

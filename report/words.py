@@ -84,6 +84,50 @@ def mebibytes(size_bytes: int | None) -> str:
     return NOTHING if size_bytes is None else figure(size_bytes / 2**20)
 
 
+def percentile(found: Mapping[str, Any] | None, p50: Mapping[str, Any] | None) -> str:
+    """A percentile, or why there is none beside a median."""
+    if found is not None:
+        return figure(found["value"])
+    return NOTHING if p50 is None else "n too small"
+
+
+def phases(row: Mapping[str, Any]) -> str:
+    """Import, load and first inference of a row, in milliseconds."""
+    if row["load_ms"] is None:
+        return ""
+    return f"{figure(row['import_ms'])} + {figure(row['load_ms'])} + {figure(row['first_inference_ms'])}"
+
+
+def timing_remarks(row: Mapping[str, Any]) -> str:
+    """What is to be known of how a row was timed, each remark after a semicolon."""
+    remarks = []
+    if row["warm_up_settled"] is False:
+        remarks.append("warm-up did not settle")
+    if row["stable"] is False:
+        remarks.append("UNSTABLE")
+    if row["slowed_after_seconds"] is not None:
+        remarks.append(f"slower by 5 % after {row['slowed_after_seconds']:.0f} s of a long run")
+    return "".join(f"; {remark}" for remark in remarks)
+
+
+def threads_sentence(trust: Mapping[str, Any]) -> str:
+    """On how many threads, kept where."""
+    if len(trust["threads"]) > 1:
+        told = "the threads in each row's name"
+    else:
+        told = "a thread on every core" if trust["threads"] == [0] else f"{trust['threads'][0]} thread(s)"
+    return f"{told}, kept to one CPU a core, the fast ones where cores differ."
+
+
+def starts(trust: Mapping[str, Any]) -> str:
+    """Of how many processes a start is told, and where the file was."""
+    if not trust["cold_starts"]:
+        return "those processes"
+    memory = "in memory" if trust["page_cache"] == "warm" else "on the disk"
+    few = "" if trust["cold_starts"] >= 10 else " (few)"
+    return f"{trust['cold_starts']}{few} that did nothing else, the bundle's files {memory}"
+
+
 def listed(items: list[str]) -> str:
     """``a, b and c``."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

@@ -27,6 +27,7 @@ class Session(Protocol):
     needs: tuple[str, ...]  # distributions that open it
     modules: tuple[tuple[str, ...], ...]  # what importing them means: one of each of these
     batched: bool  # whether one call takes any number of images
+    compile_ns: int | None  # of opening, what compiling took where the runtime does it apart
 
     def __init__(self, folder: Path, facts: dict[str, Any], threads: int) -> None:
         """Open the model in ``folder`` as its ``facts`` (of the manifest) say."""
@@ -37,8 +38,11 @@ class Session(Protocol):
     def infer(self, prepared: Any) -> np.ndarray:
         """The model's own input to float32 logits [N, K], which stand until the next call."""
 
+    def executed(self, prepared: Any) -> dict[str, int] | None:
+        """How many layers with weights run in which precision; None where the runtime does not say. May run it."""
+
     def describe(self) -> dict[str, Any]:
-        """Runtime, version and settings that were really taken."""
+        """Runtime, version, settings that were really taken, and what ``infer`` does besides running the graph."""
 
 
 RUNTIMES: dict[str, type[Session]] = {

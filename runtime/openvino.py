@@ -6,12 +6,17 @@ set, and what the compiled model really took is read back.
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .layout import to_input
+
+LAYERS = ("Convolution", "FullyConnected", "MatMul", "Deconvolution")
+PRECISIONS = {"f32": "float32", "f16": "float16", "bf16": "bf16", "i8": "int8", "u8": "int8"}
 
 
 class OpenVinoSession:
@@ -36,7 +41,9 @@ class OpenVinoSession:
         shape = model.input().partial_shape
         shape[0] = 1
         model.reshape(shape)
+        start = time.perf_counter_ns()
         self._compiled = self._core.compile_model(model, "CPU", self._settings)
+        self.compile_ns: int | None = time.perf_counter_ns() - start
         self._one = self._compiled.create_infer_request()
         self._size_of_one = self._one.get_input_tensor().size
         self._several: Any = None
@@ -57,6 +64,16 @@ class OpenVinoSession:
             self._several = self._core.compile_model(self._file, "CPU", self._settings).create_infer_request()
         return self._several
 
+    def executed(self, prepared: Any) -> dict[str, int] | None:
+        """As the plugin tells of the graph that it compiled."""
+        found: Counter[str] = Counter()
+        for node in self._compiled.get_runtime_model().get_ops():
+            told = node.get_rt_info()
+            if told["layerType"].astype(str) in LAYERS:
+                precision = told["runtimePrecision"].astype(str)
+                found[PRECISIONS.get(precision, precision)] += 1
+        return dict(found)
+
     def describe(self) -> dict[str, Any]:
         precision = self._compiled.get_property("INFERENCE_PRECISION_HINT")
         return {
@@ -64,4 +81,7 @@ class OpenVinoSession:
             "version": self._version,
             "threads": int(self._compiled.get_property("INFERENCE_NUM_THREADS")),
             "inference_precision": precision.get_type_name(),
+            "wanted_precision": self._settings["INFERENCE_PRECISION_HINT"],
+            "devices": list(self._compiled.get_property("EXECUTION_DEVICES")),
+            "inside": [],
         }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import numpy as np
 
 from .installed import installed
 from .layout import to_input
+
+LAYERS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV", "BATCH_MATMUL")
 
 
 class TfliteSession:
@@ -26,7 +30,9 @@ class TfliteSession:
         self._interpreter = importlib.import_module(module).Interpreter(
             str(folder / facts["entry"]), num_threads=threads
         )
+        start = time.perf_counter_ns()
         self._interpreter.allocate_tensors()
+        self.compile_ns: int | None = time.perf_counter_ns() - start
         self._input = self._interpreter.get_input_details()[0]
         self._output = self._interpreter.get_output_details()[0]
 
@@ -48,10 +54,29 @@ class TfliteSession:
         scale, zero_point = self._output["quantization"]
         return np.asarray((values.astype(np.float32) - zero_point) * scale, dtype=np.float32)
 
+    def executed(self, prepared: np.ndarray) -> dict[str, int] | None:
+        """By the types of the tensors: int8 where the weights are, whatever comes in."""
+        types = {each["index"]: np.dtype(each["dtype"]).name for each in self._interpreter.get_tensor_details()}
+        found: Counter[str] = Counter()
+        for node in self._nodes():
+            if node["op_name"] in LAYERS:
+                found[types.get(int(node["inputs"][1]), "unknown")] += 1
+        return dict(found) or None
+
+    def _nodes(self) -> list[dict[str, Any]]:
+        """Every operator of the file, and one DELEGATE for each part that XNNPACK has taken over; none if not told."""
+        listed = getattr(self._interpreter, "_get_ops_details", None)
+        return list(listed()) if listed is not None else []
+
     def describe(self) -> dict[str, Any]:
+        quantised = not np.issubdtype(self._output["dtype"], np.floating)
         return {
             "runtime": self._distribution,
             "version": importlib.metadata.version(self._distribution),
             "threads": self._threads,
+            "delegated_parts": sum(
+                node["op_name"] == "DELEGATE" for node in self._nodes()
+            ),  # XNNPACK's; none is the reference kernels'
             "input_dtype": np.dtype(self._input["dtype"]).name,
+            "inside": ["a copy of the input", "a copy of the outputs", *(["dequantising the outputs"] * quantised)],
         }

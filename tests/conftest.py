@@ -55,7 +55,14 @@ SMALL_RECIPE = {
     "student": {"model": "test_resnet", "input": {"size": 32}},
     "distill": {"label_fraction": 0.3, "seeds": [0, 1], "train": SMALL_TRAIN},
     "quantize": {"variants": EVERY_VARIANT, "calibrate": {"images": 64}, "check_images": 32},
-    "bench": {"rounds": 2, "seconds": 0.1, "min_samples": 40, "warm_up_seconds": 0.1},
+    "bench": {
+        "rounds": 2,
+        "seconds": 0.1,
+        "max_seconds": 0.1,
+        "min_samples": 40,
+        "warm_up_seconds": 0.1,
+        "cold_starts": 1,
+    },
 }
 
 

@@ -127,7 +127,8 @@ def test_the_demo_says_what_cannot_be_trusted_and_exits_0(
 def test_every_measurement_is_an_attempt_and_the_last_trusted_one_is_reported(made: Made, tmp_path: Path) -> None:
     bundles = [made.bundles[name].path for name in ("onnxruntime-float32", "onnxruntime-int8")]
     folder, data = tmp_path / "attempts", made.dataset.path
-    settings = ["--device", "null", "--rounds", 2, "--seconds", 0.01, "--min-samples", 5, "--data", data]
+    settings = ["--device", "null", "--effort", "quick", "--rounds", 2, "--max-seconds", 0.5]
+    settings += ["--seconds", 0.01, "--min-samples", 5, "--data", data]
     (folder / "of-something-else").mkdir(parents=True)
     (folder / "of-something-else" / "manifest.json").write_text("[]")
     for number in (1, 2, 3):
@@ -202,8 +203,14 @@ def by_hand(made: Made, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
         made_here["bundle-int8"],
         "--rounds",
         2,
+        "--effort",
+        "quick",
         "--seconds",
         0.1,
+        "--max-seconds",
+        0.1,
+        "--cold-starts",
+        1,
         "--warm-up-seconds",
         0.1,
         "--threads",

@@ -163,7 +163,8 @@ def test_a_named_seed_of_the_views_is_the_same_as_the_one_that_is_meant(tmp_path
 
 def trust(**change: object) -> Numbers:
     return {
-        "device": "local", "emulated": False, "word": "noisy", "timed": 3, "resolution": 0.1, "rounds": 6, "threads": 1,
+        "device": "local", "emulated": False, "word": "noisy", "timed": 3, "resolution": 0.1, "rounds": 6,
+        "threads": [1], "effort": "default", "cold_starts": 10, "page_cache": "warm",
         "attempt": 1, "attempts": 1, "controls": {"a": {"value": 1.0, "low": 0.99, "high": 1.02, "n": 6}},
         "untrusted": [{"name": "b", "word": "noisy", "reason": "p50 is known within 12 %, wanted 10 %"}],
         **change,
