@@ -10,6 +10,7 @@ started with a folder of unpacked wheels in its path, by a script that lies belo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -20,8 +21,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..core.artifact import Record, write_json
@@ -31,7 +31,7 @@ from ..core.progress import note, progress
 from ..core.sealed import parse_json, printable
 from ..runtime import RUNTIMES
 from ..runtime.sealed import canonical, sha256_file
-from ..runtime.store import digest
+from ..runtime.store import StoreError, digest
 from .runner import OLDEST_PYTHON, OWN_PYTHON, PROBE_SECONDS, RUNNER, Received, RunnerDevice, failure
 
 SITE = "site"
@@ -106,20 +106,16 @@ class Parts(Record):
 
 @dataclass(frozen=True)
 class Kept:
-    """A folder in the cache of this host, ready to be pushed, and what it was made of."""
+    """A folder in the cache of this host, ready to be pushed: its digest, by which a device knows it; what is in it."""
 
     folder: Path
+    digest: str
     parts: Parts
 
     @property
     def size_bytes(self) -> int:
         """Of its files, unpacked."""
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-
-    @cached_property
-    def digest(self) -> str:
-        """Of its contents, by which it is known on the device."""
-        return digest(self.folder)
 
 
 def cache_folder() -> Path:
@@ -128,23 +124,36 @@ def cache_folder() -> Path:
 
 
 def kept(key: object, make: Callable[[Path], Parts]) -> Kept:
-    """The folder of ``key`` in the cache; ``make`` fills it the first time, and it counts once it is whole."""
+    """The folder of ``key`` in the cache; ``make`` fills it where it is not there, or not as it was made."""
     name = hashlib.sha256(canonical([FORM, key])).hexdigest()[:16]
     place = cache_folder() / name
-    if not place.exists():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent, prefix=f"{name}.") as scratch:
-            part = Path(scratch) / name
-            (part / "folder").mkdir(parents=True)
-            write_json(part / "parts.json", make(part / "folder").model_dump())
-            try:
-                part.rename(place)
-            except OSError:  # another process was faster
-                if not place.exists():
-                    raise
-    else:
+    found = _read(place)
+    if found is not None:
         note(f"taken from {place}; remove that folder to have it made anew")
-    return Kept(place / "folder", Parts.model_validate(parse_json((place / "parts.json").read_bytes())))
+        return found
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f"{name}.") as scratch:
+        part = Path(scratch) / name
+        (part / "folder").mkdir(parents=True)
+        parts = make(part / "folder")
+        write_json(part / "made.json", {"digest": digest(part / "folder"), "parts": parts.model_dump()})
+        shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another process was faster
+            part.rename(place)
+    found = _read(place)
+    if found is None:
+        raise UserError(f"{place} does not stay as it was made: is something else writing there?")
+    return found
+
+
+def _read(place: Path) -> Kept | None:
+    """What is in the cache at ``place``, if it is there and as it was made."""
+    try:
+        made = parse_json((place / "made.json").read_bytes())
+        found = Kept(place / "folder", made["digest"], Parts.model_validate(made["parts"]))
+        return found if digest(found.folder) == found.digest else None
+    except (OSError, ValueError, TypeError, KeyError, StoreError):
+        return None
 
 
 def requirements(targets: Sequence[str]) -> list[str]:
@@ -165,13 +174,12 @@ def packages(interpreter: Interpreter, targets: Sequence[str]) -> Kept:
 
     def make(folder: Path) -> Parts:
         return Parts(
-            parts=fetch_wheels(interpreter, wanted, folder / SITE),
-            python=str(interpreter),
-            start=f'exec {shlex.quote(interpreter.executable)} "$@"',
-            programs=[],
+            parts=fetch_wheels(interpreter, wanted, folder / SITE), python=str(interpreter), start="", programs=[]
         )
 
-    return kept({"wanted": wanted, "interpreter": interpreter.model_dump()}, make)
+    found = kept({"wanted": wanted, "interpreter": interpreter.model_dump(exclude={"executable"})}, make)
+    start = f'exec {shlex.quote(interpreter.executable)} "$@"'  # wherever it lies: the wheels are the same
+    return replace(found, parts=found.parts.model_copy(update={"start": start}))
 
 
 def fetch_wheels(interpreter: Interpreter, wanted: Sequence[str], site: Path) -> list[Part]:

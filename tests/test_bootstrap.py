@@ -19,6 +19,7 @@ from kdpipe.devices.adb import services
 from kdpipe.devices.local import LocalDevice
 from kdpipe.devices.runner import RunnerDevice
 from kdpipe.runtime.probe import is_emulated
+from kdpipe.runtime.store import digest
 
 CPYTHON = {"executable": "/usr/bin/python3", "implementation": "cpython", "bits": 64}
 
@@ -56,6 +57,26 @@ def test_a_wheel_is_unpacked_as_if_installed(tmp_path: Path) -> None:
     assert found == {"one-1-py3-none-any.whl", *(f"a/site/{name}" for name in names)}
 
 
+def test_what_is_kept_is_made_once_and_again_when_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made: list[Path] = []
+
+    def make(folder: Path) -> bootstrap.Parts:
+        made.append(folder)
+        (folder / "a").write_text("1")
+        return bootstrap.Parts(parts=[], python="this", start="", programs=[])
+
+    first = bootstrap.kept("key", make)
+    assert bootstrap.kept("key", make) == first and len(made) == 1
+    assert bootstrap.kept("another", make).folder != first.folder and len(made) == 2
+    (first.folder / "a").write_text("2")
+    assert bootstrap.kept("key", make) == first and len(made) == 3
+    assert (first.folder / "a").read_text() == "1"
+    assert sorted(path.name for path in bootstrap.cache_folder().iterdir()) == sorted(
+        {bootstrap.kept(key, make).folder.parent.name for key in ("key", "another")}
+    )
+
+
 class Near(RunnerDevice):
     """A folder of this machine, reached as one would reach another."""
 
@@ -86,7 +107,7 @@ def to_bring(folder: Path, mark: str, program: str = sys.executable) -> bootstra
     (folder / "site").mkdir(parents=True)
     (folder / "site" / f"{mark}.py").write_text("")
     start = f'exec {shlex.quote(program)} "$@"'
-    return bootstrap.Kept(folder, bootstrap.Parts(parts=[], python="this", start=start, programs=[]))
+    return bootstrap.Kept(folder, digest(folder), bootstrap.Parts(parts=[], python="this", start=start, programs=[]))
 
 
 def test_what_is_brought_is_used_from_then_on(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from kdpipe.devices.adb import AdbDevice
 
 pytestmark = pytest.mark.lab
 
-SHORT = MeasureSettings(seconds=0.1, min_samples=4, images=2, warm_up_seconds=0)
+SHORT = MeasureSettings(seconds=0.1, max_seconds=0.1, min_samples=4, images=2, warm_up_seconds=0)
 
 
 @pytest.fixture(scope="module")
