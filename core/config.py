@@ -623,10 +623,9 @@ Threads = Annotated[
 ]
 
 
-class BenchPlan(TimingSettings):
+class SessionSettings(TimingSettings):
     """One measuring session: every bundle in a fresh process each time, interleaved."""
 
-    device: str = Field("local", description="name of the device: local, or null for what measuring itself costs")
     threads: Threads = Field(
         (0,),
         min_length=1,
@@ -645,14 +644,43 @@ class BenchPlan(TimingSettings):
     )
 
 
-class BenchConfig(BenchPlan):
+class BenchPlan(SessionSettings):
+    """Where bundles are measured, and in how many sessions."""
+
+    devices: tuple[str, ...] = Field(
+        ("local",),
+        min_length=1,
+        description="names of the devices, measured side by side: local, those of devices.yaml, or null for what "
+        "measuring itself costs",
+    )
+    sessions: int = Field(
+        1, ge=1, le=1000, description="sessions of each device, one after the other: a claim is pooled over them"
+    )
+
+    @field_validator("devices")
+    @classmethod
+    def _each_once(cls, devices: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(devices)) < len(devices):
+            raise ValueError("each device can be named once")
+        return devices
+
+
+class BenchConfig(SessionSettings):
     """A session on the device as it is now, and which attempt at it this is: a measurement is an event.
 
     Another machine, kernel, governor or version of a runtime makes another session, another attempt another key.
     """
 
+    device: str = Field(description="name of the device")
     device_fingerprint: dict[str, Any]
     attempt: int = Field(0, ge=0, description="from 1 on; 0 names the session itself")
+
+
+class StrangeConfig(Config):
+    """A model of somebody else's, by content, and what its user says of the images that it takes."""
+
+    sha256: dict[str, str]
+    input: InputSpec | None
 
 
 class ReportConfig(Config):
@@ -660,7 +688,6 @@ class ReportConfig(Config):
 
     title: str = Field("kdpipe", description="title of the page")
     max_drop: float = Field(0.5, gt=0, description="points of accuracy that an advised variant may lose to float32")
-    attempts: int = Field(1, ge=1, description="how often this session was measured: counted, not chosen")
 
 
 class Recipe(Config):

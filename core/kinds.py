@@ -361,6 +361,8 @@ class Bundle(Labelled[BundleFacts]):
     RUNNER = "runtime"  # folder of the runner's sources
 
 
+Runnable = Bundle | Model  # what a device runs; a model by itself is somebody else's
+
 AT_THREADS = "@"  # between a bundle's name and its threads, in a session that measures it on several numbers of them
 
 
@@ -619,6 +621,45 @@ class BatchOne(Record):
     within_tolerance: bool
 
 
+class Conditions(Record):
+    """What else the device did while a bundle's processes were timed, seen from outside of them: over all of them.
+
+    CPU time of others, and time that the host of a virtual machine took away, in cores: 0.5 is half of one core's.
+    ``frequency_drop``: by which share the clock of its slowest process lay below that of its fastest one.
+    """
+
+    others_cores: float | Unavailable
+    steal_cores: float | Unavailable
+    frequency_drop: float | Unavailable
+    throttled: bool | Unavailable
+
+
+class AgainstHost(Record):
+    """A bundle's outputs on the device against those of the same bundle on the host that measured it, image by image.
+
+    ``lost``: right on the host alone; ``won``: right on the device alone. ``mismatches`` counts the images of which the
+    two say something else, right or wrong: their names are in a file of the measurement.
+    """
+
+    by: str  # the runtime that ran it on the host
+    max_difference: float
+    mismatches: int
+    lost: int
+    won: int
+    difference: Interval  # of the metric, the device less the host
+    mcnemar_p: float
+
+
+class Mismatch(Record):
+    """A test image of which a bundle says something else on the device than on the host."""
+
+    position: int  # among the test images
+    image: str
+    label: str
+    host: str
+    device: str
+
+
 # Of every latency. Trusted: known as well as was asked for. Noisy: not so well, and measuring again may cure it.
 # Invalid: not a latency of this device, however often it is measured.
 TrustWord = Literal["trusted", "noisy", "invalid"]
@@ -635,13 +676,14 @@ class Comparison(Record):
     """Two bundles of one session, paired by round.
 
     ``ratio`` is the first one's latency over the second's, its interval at the level of its step in Holm's
-    correction over all pairs; they differ where it lies beyond what the session's controls leave open.
+    correction over all pairs; they differ where it lies beyond what the session's controls leave open, a share.
     """
 
     first: str
     second: str
     ratio: Interval
     differ: bool
+    left_open: float | None  # None where a control bounds nothing
 
 
 class Result(Record):
@@ -686,15 +728,17 @@ class Result(Record):
     warm_up_settled: bool | None = None  # in every process
     warm_up_settled_by_process: list[bool] | None = None
     over_float32: Interval | None = None  # latency over that of the same target's float32, paired by round
+    conditions: Conditions | None = None
+    against_host: AgainstHost | None = None  # of another device than the host itself
     trust: Trust | None = None
 
 
 class MeasurementFacts(Record):
     """One session on one device: results by bundle, A/A controls, and which bundles differ in latency.
 
-    A control is a bundle over itself, measured twice in every round. ``resolution`` is the share within which a
-    latency had to be known. ``order_seed`` drew who was measured when. ``pauses_seconds``: the session was stopped and
-    went on after so long.
+    A control is a bundle over itself, measured twice in every round; ``judged_by`` names those that each bundle is
+    judged by. ``resolution`` is the share within which a latency had to be known. ``order_seed`` drew who was measured
+    when. ``pauses_seconds``: the session was stopped and went on after so long.
     """
 
     task: str
@@ -705,6 +749,7 @@ class MeasurementFacts(Record):
     results: dict[str, Result]
     resolution: float
     controls: dict[str, Interval]
+    judged_by: dict[str, list[str]]
     comparisons: list[Comparison]
     order_seed: int
     pauses_seconds: list[float]
@@ -751,6 +796,16 @@ class Measurement(Artifact[MeasurementFacts]):
         """The file of a bundle's outputs [N, ...] for the test part."""
         return f"logits/{bundle}.npy"
 
+    def mismatches(self, bundle: str) -> list[Mismatch]:
+        """Test images of which a bundle says something else here than on the host; none where that was not asked."""
+        name = self.mismatches_name(bundle)
+        return self.rows(name, Mismatch) if name in self.manifest.files else []
+
+    @staticmethod
+    def mismatches_name(bundle: str) -> str:
+        """The file of those images."""
+        return f"mismatches/{bundle}.json"
+
     @staticmethod
     def starts_name(bundle: str) -> str:
         """The file of what a bundle's fresh processes took to start."""
@@ -772,12 +827,23 @@ class GainFacts(Record):
     gain_points: Interval | None
 
 
-class ReportFacts(Record):
-    """The report in a few words; each of ``pareto`` is one place on the front, with those that tie for it."""
+class DeviceReport(Record):
+    """One device in a few words: its worst word, and how many sessions stand behind its numbers, at most.
 
+    Each of ``pareto`` is one place on the front, with those that tie for it.
+    """
+
+    device: str
     trust: TrustWord | None
+    sessions: int
     bundles: int
     pareto: list[list[str]]
+
+
+class ReportFacts(Record):
+    """The report in a few words."""
+
+    devices: list[DeviceReport]
     gains: list[GainFacts]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,6 +16,7 @@ from .local import LocalDevice
 from .null import NullDevice
 from .runner import RunnerDevice
 from .ssh import SshDevice
+from .surroundings import Watch
 
 if TYPE_CHECKING:
     from .bootstrap import Kept
@@ -25,6 +26,7 @@ class Device(Protocol):
     """A machine that bundles are pushed to, asked and measured on, in whatever way it can."""
 
     name: str  # in devices.yaml
+    settings: DeviceSettings
     emulated: bool  # numbers of an emulated device are never ranked
 
     def __init__(self, settings: DeviceSettings) -> None:
@@ -41,6 +43,18 @@ class Device(Protocol):
 
     def push(self, source: Path, name: str) -> None:
         """Put a file or folder of this host into the working folder as ``name``."""
+
+    def drop(self, name: str) -> None:
+        """Remove what was pushed as ``name``, unless it lies on this host."""
+
+    def watching(self) -> AbstractContextManager[Watch | None]:
+        """A process that looks at the device from outside of what is timed, and holds its lock, for a block.
+
+        None where there is nothing to look at.
+
+        Raises:
+            UserError: somebody else measures there.
+        """
 
     def predict(
         self,

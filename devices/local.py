@@ -60,6 +60,9 @@ class LocalDevice(RunnerDevice):
             raise UserError(f"nothing at {source}: wanted a file or folder to push")
         self._places[name] = str(source.absolute())
 
+    def drop(self, name: str) -> None:
+        del self._places[name]
+
     def send(self, source: Path, path: str) -> None:
         if source.is_dir():
             shutil.copytree(source, path, dirs_exist_ok=True)

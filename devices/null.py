@@ -7,6 +7,7 @@ never ranked.
 from __future__ import annotations
 
 import dataclasses
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,12 @@ class NullDevice:
         if not source.exists():
             raise UserError(f"nothing at {source}: wanted a file or folder to push")
         self._pushed[name] = source
+
+    def drop(self, name: str) -> None:
+        del self._pushed[name]
+
+    def watching(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def predict(
         self,

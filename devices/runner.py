@@ -6,7 +6,9 @@ A kind of device gives three things: how a shell line is run there, and how file
 from __future__ import annotations
 
 import dataclasses
+import getpass
 import os
+import platform
 import re
 import secrets
 import shlex
@@ -16,6 +18,7 @@ import subprocess
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -33,6 +36,7 @@ from ..runtime.measure import Plan
 
 if TYPE_CHECKING:
     from .bootstrap import Kept
+    from .surroundings import Watch
 
 R = TypeVar("R", bound=Record)
 RUNNER = "runtime"
@@ -308,6 +312,16 @@ class RunnerDevice(ABC):
 
     def push(self, source: Path, name: str) -> None:
         self._places[name] = self.store(source)
+
+    def drop(self, name: str) -> None:
+        place = self._places.pop(name)
+        if place not in self._places.values():
+            self.shell(f"rm -rf {shlex.quote(place)}")
+
+    def watching(self) -> AbstractContextManager[Watch]:
+        from .surroundings import Watch
+
+        return Watch(self, f"{self.root}/lock", f"{getpass.getuser()}@{platform.node()}")
 
     def place(self, name: str) -> str:
         """Where something that was pushed lies there. Raises UserError where nothing was."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..core.errors import KdpipeError, UserError
+from ..core.errors import DeviceLost, KdpipeError, UserError
 from ..core.kinds import UNAVAILABLE, Phase, RuntimeSession, Sight, Sights, Surroundings, Unavailable
 from ..core.sealed import printable
 from .runner import RunnerDevice, read_answer
@@ -30,6 +30,7 @@ class Watch:
         arguments = ["watch", "--holder", holder, *(["--lock", lock] if lock is not None else [])]
         self._device = device  # what it runs from may go with it
         self._process = device.start(arguments)
+        self._began = False
 
     def __enter__(self) -> Watch:
         try:
@@ -37,10 +38,16 @@ class Watch:
         except BaseException:
             self.__exit__()
             raise
+        self._began = True
         return self
 
     def look(self) -> Sights:
-        """What was seen since the last look, the last of it now. Raises KdpipeError where the watch has ended."""
+        """What was seen since the last look, the last of it now.
+
+        Raises:
+            DeviceLost: the watch has ended, or the link.
+            UserError: it could not begin.
+        """
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(b"\n")
@@ -66,7 +73,10 @@ class Watch:
         assert self._process.stderr is not None
         said = self._process.stderr.read().decode(errors="replace").strip().splitlines()
         reason = printable(said[-1].removeprefix("runtime: "), 500) if said else str(error)
-        return UserError(f"'{self._device.name}' cannot be watched: {reason}")
+        lost = self._device.lost(self._process.returncode, "\n".join(said).encode())
+        if lost is not None:
+            return DeviceLost(f"'{self._device.name}' cannot be reached: {printable(lost, 500)}")
+        return (DeviceLost if self._began else UserError)(f"'{self._device.name}' cannot be watched: {reason}")
 
     def _stop(self) -> None:
         assert self._process.stdin is not None

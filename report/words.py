@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..core.kinds import MeasurementFacts
 from ..core.stats import NoWorse
 
 NOTHING = "\N{EN DASH}"
@@ -135,11 +136,53 @@ def listed(items: list[str]) -> str:
 
 def chain_sentence(numbers: Mapping[str, Any]) -> str:
     """What was done, in one sentence."""
-    chain, trust, device = numbers["chain"], numbers["trust"], numbers["environment"]["device_before"]
+    chain = numbers["chain"]
     students = [_student(student, chain, numbers["task"]) for student in chain["students"]]
     files = f"exported to {listed(chain['targets'])} in {listed(chain['variants'])}"
-    machine = f"{device.get('cpu', 'unavailable')}, {device.get('usable_cores', 'unavailable')} usable cores"
-    return f"{'; '.join(students) or 'A network'}; {files}; measured on '{trust['device']}' ({machine})."
+    machines = [f"'{device['device']}' ({machine(device)})" for device in numbers["devices"]]
+    return f"{'; '.join(students) or 'A network'}; {files}; measured on {listed(machines)}."
+
+
+def machine(device: Mapping[str, Any]) -> str:
+    """What a device is, in a few words."""
+    probe = device["probe_before"]
+    return f"{probe.get('cpu', 'unavailable')}, {probe.get('usable_cores', 'unavailable')} usable cores"
+
+
+def random_input_lines(facts: MeasurementFacts) -> list[str]:
+    """Of models that were timed on random input, a line each."""
+    lines = []
+    for name, result in facts.results.items():
+        if result.latency_p50_ms is None or result.trust is None:
+            lines.append(f"{name} on {facts.device}: {result.status}")
+            continue
+        p50 = interval(result.latency_p50_ms.as_dict())
+        lines.append(f"{name} on {facts.device}: p50 {p50} ms on random input, {result.trust.word}")
+    return lines
+
+
+def device_heading(device: Mapping[str, Any]) -> str:
+    """Above what was measured on one of several devices."""
+    return f"On {device['device']} ({machine(device)}{', emulated' if device['trust']['emulated'] else ''}):"
+
+
+# Below what was measured on several devices.
+APART = (
+    "Each device is told for itself: other cores, runtimes and clocks, so no row is ranked against another device's."
+)
+
+
+def host_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How the outputs of a device differ from those of the same bundles on the host, where they were compared."""
+    compared = {row["name"]: row["against_host"] for row in rows if row["against_host"] is not None}
+    alike = [name for name, found in compared.items() if not found["mismatches"]]
+    lines = [f"says the same of every image as on the host: {', '.join(alike)}"] if alike else []
+    return lines + [
+        f"{name}: {found['mismatches']} images are called something else than on the host "
+        f"({found['by']}; lost {found['lost']}, won {found['won']}, p {p_value(found['mcnemar_p'])})"
+        for name, found in compared.items()
+        if found["mismatches"]
+    ]
 
 
 def _student(student: Mapping[str, Any], chain: Mapping[str, Any], task: Mapping[str, Any]) -> str:
@@ -174,8 +217,14 @@ def trust_sentence(trust: Mapping[str, Any]) -> str:
     controls = [f"{name} {interval(found)}" for name, found in trust["controls"].items()]
     if controls:
         text += f" A/A controls (a bundle over itself, {trust['rounds']} rounds): {'; '.join(controls)}."
+    if trust["sessions"] > 1:
+        text += (
+            f" Pooled over up to {trust['sessions']} trusted sessions of {trust['attempts']}: a session is one value."
+        )
+    elif doubted < timed:
+        text += " This holds for this session only: of the next one `--again` tells."
     if trust["attempts"] > 1:
-        text += f" Attempt {trust['attempt']} of {trust['attempts']}: the last trusted one, else the last."
+        text += f" Shown: attempt {trust['attempt']} of {trust['attempts']}, the last trusted one, else the last."
     return text
 
 
@@ -201,10 +250,14 @@ def front(places: Sequence[Sequence[str]]) -> str:
 
 def shaky_advice(numbers: Mapping[str, Any]) -> str | None:
     """Which latencies that the advice rests on are not to be believed, in one line; None if all are."""
-    doubted = {row["name"]: row for advised in numbers["advice"] for row in advised["untrusted"]}
-    return (
-        f"the advice rests on latencies that are not trusted: {_by_word(list(doubted.values()))}" if doubted else None
-    )
+    told = []
+    for device in numbers["devices"]:
+        doubted = {row["name"]: row for advised in device["advice"] for row in advised["untrusted"]}
+        if doubted and not device["trust"]["emulated"]:
+            told.append(
+                (f"on {device['device']} " if len(numbers["devices"]) > 1 else "") + _by_word(list(doubted.values()))
+            )
+    return f"the advice rests on latencies that are not trusted: {'; '.join(told)}" if told else None
 
 
 def emulated_sentence(trust: Mapping[str, Any]) -> str:

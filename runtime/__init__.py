@@ -15,6 +15,7 @@ import numpy as np
 from .installed import installed
 from .onnxruntime import OnnxRuntimeSession
 from .openvino import OpenVinoSession
+from .strange import RandomInput
 from .tensorrt import TensorRtSession
 from .tflite import TfliteSession
 
@@ -37,6 +38,9 @@ class Session(Protocol):
 
     def infer(self, prepared: Any) -> np.ndarray:
         """The model's own input to float32 logits [N, K], which stand until the next call."""
+
+    def random(self, generator: np.random.Generator) -> Any:
+        """What ``infer`` takes, of every input's own shape and type, at random. Raises ValueError for open ones."""
 
     def executed(self, prepared: Any) -> dict[str, int] | None:
         """How many layers with weights run in which precision; None where the runtime does not say. May run it."""
@@ -74,6 +78,11 @@ def open_session(folder: Path, facts: dict[str, Any], threads: int = 1, stand_in
         ImportError: the runtime is not installed.
     """
     name = facts["stand_in"] if stand_in else facts["target"]
+    settings = facts.get("runtime", {})
+    if settings.get("random_input"):
+        return RandomInput(RUNTIMES[name](folder, facts, threads))
+    if settings.get("normalised_input"):
+        facts = {**facts, "input": {**facts["input"], "normalised": True}}
     return RUNTIMES[name](folder, facts, threads)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .layout import to_input
+from .strange import random_values
 
 # From 1.29 on its builds for Linux tell Microsoft of every model that is opened, and keep a file of their own for it in
 # the home, unless the environment says no before it is imported.
@@ -19,6 +20,10 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 PROVIDERS = ["CPUExecutionProvider"]
 LAYERS = ("Conv", "Gemm", "MatMul")  # what the names of operators with weights hold, fused or quantised too
+TYPES = {  # of inputs, as numpy has them
+    "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64", "tensor(bool)": "bool",
+    **{f"tensor({name})": name for name in ("uint8", "int8", "uint16", "int16", "int32", "int64", "uint32", "uint64")},
+}  # fmt: skip
 PRECISIONS = {"float": "float32", "float16": "float16", "bfloat16": "bf16", "uint8": "int8", "int8": "int8"}
 
 
@@ -52,14 +57,23 @@ class OnnxRuntimeSession:
     def prepare(self, images: np.ndarray) -> np.ndarray:
         return to_input(images, self._spec)
 
-    def infer(self, prepared: np.ndarray) -> np.ndarray:
-        return np.asarray(self._session.run(None, {self._input: prepared})[0])
+    def infer(self, prepared: Any) -> np.ndarray:
+        return np.asarray(self._session.run(None, self._fed(prepared))[0])
 
-    def executed(self, prepared: np.ndarray) -> dict[str, int] | None:
+    def random(self, generator: np.random.Generator) -> dict[str, np.ndarray]:
+        return {
+            each.name: random_values(generator, each.name, each.shape, TYPES.get(each.type, object))
+            for each in self._session.get_inputs()
+        }
+
+    def _fed(self, prepared: Any) -> dict[str, np.ndarray]:
+        return prepared if isinstance(prepared, dict) else {self._input: prepared}
+
+    def executed(self, prepared: Any) -> dict[str, int] | None:
         """By the runtime's own profile of one inference, in a session of its own."""
         with tempfile.TemporaryDirectory() as folder:
             session = self._open(f"{folder}/profile")
-            session.run(None, {self._input: prepared})
+            session.run(None, self._fed(prepared))
             events = json.loads(Path(session.end_profiling()).read_text())
         found: Counter[str] = Counter()
         for event in events:

@@ -55,6 +55,9 @@ class TensorRtSession:
             raise RuntimeError(f"CUDA answered {answer[0].name}")
         return answer[1] if len(answer) > 1 else None
 
+    def random(self, generator: np.random.Generator) -> np.ndarray:
+        return generator.random((1, 3, self._spec["size"], self._spec["size"]), dtype=np.float32)
+
     def prepare(self, images: np.ndarray) -> np.ndarray:
         return to_input(images, self._spec)
 

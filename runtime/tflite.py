@@ -13,6 +13,7 @@ import numpy as np
 
 from .installed import installed
 from .layout import to_input
+from .strange import random_values
 
 LAYERS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV", "BATCH_MATMUL")
 
@@ -33,7 +34,8 @@ class TfliteSession:
         start = time.perf_counter_ns()
         self._interpreter.allocate_tensors()
         self.compile_ns: int | None = time.perf_counter_ns() - start
-        self._input = self._interpreter.get_input_details()[0]
+        self._inputs = self._interpreter.get_input_details()
+        self._input = self._inputs[0]
         self._output = self._interpreter.get_output_details()[0]
 
     def prepare(self, images: np.ndarray) -> np.ndarray:
@@ -45,8 +47,16 @@ class TfliteSession:
         limits = np.iinfo(dtype)
         return np.asarray(np.clip(np.round(values / scale) + zero_point, limits.min, limits.max), dtype=dtype)
 
-    def infer(self, prepared: np.ndarray) -> np.ndarray:
-        self._interpreter.set_tensor(self._input["index"], prepared)
+    def random(self, generator: np.random.Generator) -> list[np.ndarray]:
+        return [
+            random_values(generator, str(each["name"]), list(map(int, each["shape"])), each["dtype"])
+            for each in self._interpreter.get_input_details()
+        ]
+
+    def infer(self, prepared: Any) -> np.ndarray:
+        given = prepared if isinstance(prepared, list) else [prepared]
+        for each, values in zip(self._inputs, given):
+            self._interpreter.set_tensor(each["index"], values)
         self._interpreter.invoke()
         values = np.asarray(self._interpreter.get_tensor(self._output["index"]))
         if np.issubdtype(values.dtype, np.floating):
@@ -54,7 +64,7 @@ class TfliteSession:
         scale, zero_point = self._output["quantization"]
         return np.asarray((values.astype(np.float32) - zero_point) * scale, dtype=np.float32)
 
-    def executed(self, prepared: np.ndarray) -> dict[str, int] | None:
+    def executed(self, prepared: Any) -> dict[str, int] | None:
         """By the types of the tensors: int8 where the weights are, whatever comes in."""
         types = {each["index"]: np.dtype(each["dtype"]).name for each in self._interpreter.get_tensor_details()}
         found: Counter[str] = Counter()
