@@ -60,8 +60,17 @@ class AdbDevice(RunnerDevice):
         done = super().attempt(marked, timeout_seconds, stdin)
         said, ended, _ = done.stderr.rpartition(ENDED)
         if not ended:
-            raise self._lost(done.stderr or b"it went away in the middle of a command")
+            raise self._lost(b"it went away in the middle of a command")
         return subprocess.CompletedProcess(done.args, done.returncode, done.stdout, said)
+
+    def lost(self, returncode: int, stderr: bytes) -> str | None:
+        if ENDED in stderr:
+            return None
+        state = self._run(CONNECT_SECONDS, *self._adb, "get-state")
+        if state.stdout.strip() == b"device":
+            return None
+        self._connected = False
+        return _with_cure(state.stderr or stderr)
 
     def send(self, source: Path, path: str) -> None:
         size = source.stat().st_size
@@ -127,9 +136,7 @@ class AdbDevice(RunnerDevice):
 
     def _lost(self, said: bytes) -> DeviceLost:
         self._connected = False
-        text = _line(said)
-        cure = next((cure for word, cure in CURES.items() if word in text), None)
-        return DeviceLost(f"'{self.name}' cannot be reached: {text}" + (f"; {cure}" if cure else ""))
+        return DeviceLost(f"'{self.name}' cannot be reached: {_with_cure(said)}")
 
     # ---- what is brought ----
 
@@ -192,6 +199,13 @@ def services(power: str, thermal: str, battery: str) -> dict[str, Any]:
             "celsius": int(values["temperature"]) / 10 if "temperature" in values else UNAVAILABLE,
         }
     return found
+
+
+def _with_cure(said: bytes) -> str:
+    """What adb said of a link that is not there, and what may help."""
+    text = _line(said)
+    cure = next((cure for word, cure in CURES.items() if word in text), None)
+    return f"{text}; {cure}" if cure else text
 
 
 def _line(said: bytes) -> str:
