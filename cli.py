@@ -500,6 +500,42 @@ def verify(
 
 
 @app.command()
+def deploy(
+    bundle: Annotated[Path | None, typer.Argument(help="folder of a bundle")] = None,
+    device: Annotated[str, typer.Option("--device", help="where to, as devices.yaml names it")] = "local",
+    rollback: Annotated[bool, typer.Option("--rollback", help="go back to the bundle that was live before")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make a bundle live on a device, or go back to the one before.
+
+    It is pushed by content, every hash is checked there, its golden inputs are replayed there, and then one link is
+    switched. Whatever happens, the device serves the old bundle or the new one. Exits 1 when the bundle does not
+    compute there what it promises.
+
+    Example: kdpipe deploy BUNDLE --device pi5
+    """
+    from .core.errors import UserError
+    from .deploy import install
+    from .devices import find_device
+
+    if (bundle is None) != rollback:
+        raise UserError("wanted the folder of a bundle, or --rollback, and not both")
+    there = find_device(device)
+    found = install.rollback(there) if bundle is None else install.deploy(bundle, there)
+    if as_json:
+        _print_json(device=device, **found.model_dump())
+        return
+    typer.echo(
+        printable(
+            f"{device}: {found.live.words}; {found.golden_images} golden images within {found.max_difference:.2g} "
+            f"(tolerance {found.tolerance:.2g})"
+        )
+    )
+    if found.removed:
+        typer.echo(f"old versions removed: {len(found.removed)}")
+
+
+@app.command()
 def report(
     artifacts: Annotated[
         list[Path],
@@ -717,6 +753,66 @@ def _prepare(name: str, targets: tuple[str, ...], as_json: bool) -> dict[str, An
         "digest": made.digest,
         "python": python,
     }
+
+
+@devices_app.command("status")
+def devices_status(
+    names: Annotated[list[str] | None, typer.Argument(help="of devices [default: all that are described]")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Say which bundle is live on a device, since when and whether it is intact, and what else lies there.
+
+    Exits 1 when a bundle that is live is damaged, 2 when a device cannot be reached.
+
+    Example: kdpipe devices status pi5
+    """
+    from .core.errors import GateFailed
+    from .deploy import install
+    from .devices import find_device
+
+    found: dict[str, Any] = {}
+    faults: list[KdpipeError] = []
+    for name in names or install.described():
+        try:
+            status = install.status(find_device(name))
+        except KdpipeError as error:
+            found[name] = {"error": str(error)}
+            faults.append(error)
+            continue
+        found[name] = status.model_dump()
+        if status.live is not None and status.live.fault is not None:
+            faults.insert(0, GateFailed(f"what is live on '{name}' is damaged ({status.live.fault}): deploy it again"))
+        for at, line in enumerate([] if as_json else status.lines()):
+            typer.echo(printable(line if at else f"{name}: {line}"))
+    if as_json:
+        _print_json(devices=found)
+    if len(faults) > 1:
+        raise type(faults[0])("; ".join(map(str, faults)))
+    if faults:
+        raise faults[0]
+
+
+@devices_app.command("clean")
+def devices_clean(
+    name: Annotated[str, typer.Argument(help="of the device")],
+    everything: Annotated[bool, typer.Option("--everything", help="the deployed bundles too")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Remove from a device what is neither live nor the bundle before: uploads, images, outputs, the runner.
+
+    Where nothing is live, the Python that was brought goes too.
+
+    Example: kdpipe devices clean pi5
+    """
+    from .deploy import install
+    from .devices import find_device
+
+    found = install.clean(find_device(name), everything)
+    if as_json:
+        _print_json(device=name, **found.model_dump())
+    else:
+        kept = f"; {len(found.kept)} deployed bundles stay (--everything removes them too)" if found.kept else ""
+        typer.echo(f"{name}: {len(found.removed)} removed, {found.freed_bytes / 1e6:.1f} MB free again{kept}")
 
 
 @devices_app.command("remove")

@@ -498,6 +498,10 @@ class DeviceSettings(Config):
     folder: str | None = Field(
         None, description="where kdpipe keeps what it brings [.kdpipe in the home; adb: /data/local/tmp/kdpipe]"
     )
+    keep_versions: int = Field(
+        3, ge=1, description="deployed bundles kept there; the live and the previous one stay in any case"
+    )
+    keep_bytes: int = Field(2**30, ge=0, description="that the deployed bundles may take there; 0: any")
     emulated: bool = Field(False, description="an emulator: its latencies are marked and never ranked")
     benchmark_model: str | None = Field(
         None,

@@ -359,6 +359,7 @@ class Bundle(Labelled[BundleFacts]):
     largest_bytes = LARGEST_MODEL_BYTES
     roles = frozenset({"model"})
     RUNNER = "runtime"  # folder of the runner's sources
+    CONFORMANCE = "conformance"  # folder of an image and what is right of it, for whoever writes their own
 
 
 Runnable = Bundle | Model  # what a device runs; a model by itself is somebody else's

@@ -43,6 +43,9 @@ RUNNER = "runtime"
 OUTPUTS = "outputs.npy"
 SHELL_SECONDS = 60.0  # for what only looks or makes a folder
 PROBE_SECONDS = 120.0  # a slow board imports numpy for many seconds
+SLOWEST_BYTES_A_SECOND = 5e6  # to hash what was pushed, and to bring it to a card
+BLOCK = 4096  # of a disk, in bytes: a file takes whole ones
+SPARE_BLOCKS = 256  # that a push leaves free: folders, and the little files that say what is live
 OLDEST_PYTHON = (3, 9)
 OWN_PYTHON = "python/python3"  # below the root: what starts a Python that was brought (see ``bootstrap``)
 # A file of this name lies where Python would make a folder for compiled modules: so running a bundle's own runner
@@ -63,6 +66,14 @@ class Received(Record):
     """Something that was pushed lies in the store, whole."""
 
     digest: str
+
+
+class Lying(Record):
+    """Which of the contents asked for lie in the store whole, what of the others arrived, and what is free."""
+
+    have: list[str]
+    part_bytes: dict[str, int]
+    free_bytes: int
 
 
 class RunnerDevice(ABC):
@@ -236,14 +247,37 @@ class RunnerDevice(ABC):
 
     def _stored(self, source: Path, runner: str | None) -> str:
         """``store``, by that runner, or by the one that is being sent."""
-        from ..runtime.store import digest
+        from ..runtime.store import StoreError, digest, sizes
 
-        found = digest(source)
+        try:
+            found, blocks = digest(source), sum(-(-size // BLOCK) for size in sizes(source).values())
+        except StoreError as error:
+            raise UserError(str(error)) from None
         place = f"{self.root}/store/{found}"
-        if self.attempt(f"test -e {shlex.quote(place)}", SHELL_SECONDS).returncode != 0:
-            arriving = f"{place}.part"
-            self.send(source, arriving)
-            self.ask(Received, ["receive", self.root, found], PROBE_SECONDS, runner or arriving)
+        arriving, seconds = f"{place}.part", PROBE_SECONDS + blocks * BLOCK / SLOWEST_BYTES_A_SECOND
+        for last in (False, True):
+            if runner is None:
+                if self.attempt(f"test -e {shlex.quote(place)}", SHELL_SECONDS).returncode == 0:
+                    return place
+            else:
+                lying = self.ask(Lying, ["have", self.root, found], seconds, runner)
+                if found in lying.have:
+                    return place
+                wanted = (blocks + SPARE_BLOCKS) * BLOCK - lying.part_bytes.get(found, 0)
+                if wanted > lying.free_bytes:
+                    raise UserError(
+                        f"'{self.name}' has no space for {source}: wanted {wanted} bytes, {lying.free_bytes} are free; "
+                        f"kdpipe devices clean {self.name} removes what nothing needs"
+                    )
+            try:
+                self.send(source, arriving)
+                self.ask(Received, ["receive", self.root, found], seconds, runner or arriving)
+            except UserError:  # not where the link was lost: the next call goes on with what arrived
+                self.attempt(f"rm -rf {shlex.quote(arriving)}", SHELL_SECONDS)
+                if last:
+                    raise
+            else:
+                break
         return place
 
     # ---- asking the runner -----------------------------------------------------------------------------------

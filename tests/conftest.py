@@ -117,6 +117,15 @@ def trained(small: tuple[Recipe, Path]) -> Trained:
 
 
 @pytest.fixture(scope="session")
+def packed(small: tuple[Recipe, Path], trained: Trained) -> Bundle:
+    """The float32 bundle for ONNX Runtime, one of ``made.bundles`` without the rest."""
+    recipe, folder = small
+    chain = Chain(folder)
+    config = ExportConfig.of(recipe.export, target="onnxruntime")
+    return chain.package(recipe.package, chain.export(config, trained.student, trained.dataset), trained.dataset)
+
+
+@pytest.fixture(scope="session")
 def made(small: tuple[Recipe, Path], trained: Trained) -> Made:
     recipe, folder = small
     chain = Chain(folder)
@@ -186,7 +195,9 @@ SYSTEM_PACKAGES = {
     "ethtool": "ethtool",
     "faketime": "faketime",
     "ip": "iproute2",
+    "mkfs.ext4": "e2fsprogs",
     "mmdebstrap": "mmdebstrap",
+    "mount": "mount",
     "nft": "nftables",
     "nsenter": "util-linux",
     "pkill": "procps",
