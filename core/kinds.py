@@ -435,6 +435,9 @@ class Probe(Record):
     throttle_bits: int | Unavailable = UNAVAILABLE
     battery: Battery | Unavailable = UNAVAILABLE
     load_average: list[float] | Unavailable
+    emulated: bool = False  # another machine's instructions are translated: times mean nothing
+    screen: str = "unavailable"  # of a phone: on or off
+    thermal_status: str = "unavailable"  # of a phone, as its thermal service calls it: none, light, ... shutdown
 
     @property
     def known_flags(self) -> dict[str, bool]:
