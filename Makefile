@@ -13,9 +13,11 @@ demo: install
 
 test: lint types layers unit
 
+# The runner runs on whatever Python from 3.9 on a device has.
 lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/vermin --quiet --no-tips --target=3.9- --violations runtime
 
 # The link gives the package its name, whatever this folder is called.
 types: install

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -25,6 +25,7 @@ from .core.artifact import (
 )
 from .core.config import (
     AdoptConfig,
+    BenchConfig,
     BenchPlan,
     CacheConfig,
     CacheSettings,
@@ -42,9 +43,9 @@ from .core.config import (
     TrainConfig,
     suited,
 )
-from .core.errors import GateFailed, UserError, choice
+from .core.errors import DeviceLost, GateFailed, KdpipeError, UserError, choice
 from .core.inputs import InputSpec
-from .core.kinds import Bundle, Cache, Checkpoint, Graph, Measurement, Model, Probe, Report
+from .core.kinds import Bundle, Cache, Checkpoint, Graph, Measurement, Model, Probe, Report, Runnable
 from .core.proc import require
 from .core.progress import note, progress
 from .data.copies import are_photographs
@@ -56,6 +57,7 @@ from .runtime.task import TASKS
 
 if TYPE_CHECKING:
     from .report.compression import Sources
+    from .report.pooled import Pooled
 
 A = TypeVar("A", bound=AnyArtifact)
 PRECISIONS = ".precisions"  # what train.precision auto took, so that a network and its controls take one
@@ -384,19 +386,36 @@ class Chain:
         Raises:
             GateFailed: a named one is refused.
         """
+        return self.variants_of(plan, model, dataset, {"": device})[""]
+
+    def variants_of(
+        self, plan: QuantizePlan, model: Model, dataset: Dataset, devices: Mapping[str, Probe]
+    ) -> dict[str, list[Model]]:
+        """For each device its ``variants``; what several want in the same way is made once."""
         from .quantize import VARIANTS
 
         check_known(model)
-        made = []
-        for name, kind in VARIANTS[model.facts.target].items():
-            if kind.suits(model.facts, device.known_flags) if plan.variants == "auto" else name in plan.variants:
-                try:
-                    made.append(self.quantize(QuantizeConfig.of(plan, variant=name), model, dataset, device))
-                except GateFailed as error:
-                    if plan.variants != "auto":
-                        raise
-                    note(f"{model.facts.target} goes without {name}: {error}")
-        return made
+        made: dict[QuantizeConfig, Model | None] = {}
+        found: dict[str, list[Model]] = {device: [] for device in devices}
+        for device, probe in devices.items():
+            for name, kind in VARIANTS[model.facts.target].items():
+                if not (
+                    kind.suits(model.facts, probe.known_flags) if plan.variants == "auto" else name in plan.variants
+                ):
+                    continue
+                config = suited(QuantizeConfig.of(plan, variant=name), probe.machine, probe.known_flags)
+                if config not in made:
+                    try:
+                        made[config] = self.quantize(config, model, dataset, probe)
+                    except GateFailed as error:
+                        if plan.variants != "auto":
+                            raise
+                        note(f"{model.facts.target} goes without {name}: {error}")
+                        made[config] = None
+                variant = made[config]
+                if variant is not None:
+                    found[device].append(variant)
+        return found
 
     def _nearest(self, artifact: AnyArtifact, kind: type[A]) -> A | None:
         """The nearest ancestor of ``kind``, if it lies beside ``artifact``."""
@@ -431,78 +450,188 @@ class Chain:
     def bench(
         self,
         plan: BenchPlan,
-        bundles: Mapping[str, Bundle],
-        dataset: Dataset,
+        bundles: Mapping[str, Runnable] | Mapping[str, Mapping[str, Runnable]],
+        dataset: Dataset | None,
         out: Path | None = None,
         again: bool = True,
-    ) -> Measurement:
-        """Measure: every call is an attempt of its own, ``NAME-KEY-ATTEMPT``, KEY being that of the session.
+        resume: bool = False,
+    ) -> Benched:
+        """Measure on every device of the plan, side by side: each session is an attempt, ``NAME-KEY-ATTEMPT``.
+
+        KEY is that of the session. A device that is lost, or on which nothing runs, leaves the others' results whole.
 
         Args:
-            again: False takes what was measured before, if anything was: see ``believed``.
+            bundles: by name, the same for all devices; or for each device its own. Models of somebody else's too.
+            dataset: None times models on random input (see ``strange``).
+            again: as many new sessions as the plan says; False measures only what is lacking of them.
+            resume: only what a device lacks of the sessions that the others have.
 
         Raises:
-            UserError: ``out`` exists, or as ``devices.bench`` does.
+            UserError: ``out`` exists or would be of several, or an unknown device.
+            KdpipeError: as ``devices.bench`` does, where no device is left.
         """
-        from .devices.session import bench_config
+        from .devices.session import bench_config, swept
 
-        for bundle in bundles.values():
+        own = {device: swept(_of_device(bundles, device), plan.threads) for device in plan.devices}
+        for bundle in {bundle.key: bundle for its in own.values() for bundle in its.values()}.values():
             check_known(bundle)
+        if out is not None and (len(own) > 1 or plan.sessions > 1):
+            raise UserError("--out names one measurement: several devices or sessions lie beside the bundles")
         if out is not None and out.exists():
             raise UserError(f"{out} exists already: each measurement gets a folder of its own, choose another --out")
-        inputs: dict[str, AnyArtifact] = {**bundles, "data": dataset}
-        session = Order("bench", bench_config(plan), inputs)
-        keys = {role: artifact.key for role, artifact in inputs.items()}
-        earlier = attempts(out.parent if out else self.folder, session.config.model_dump(mode="json"), keys)
-        taken = None if again or not earlier else believed(earlier)
-        number = 1 + max(map(attempt_of, earlier.values()), default=0) if taken is None else attempt_of(earlier[taken])
-        path = taken or out or self.path("measurement", session, number)
-        order = Order("bench", session.config.model_copy(update={"attempt": number}), inputs)
+        benched = Benched()
+        sessions: dict[str, Order[BenchConfig]] = {}
+        earlier: dict[str, dict[Path, Manifest]] = {}
+        for device, its in own.items():
+            try:
+                inputs: dict[str, AnyArtifact] = {**its, **({} if dataset is None else {"data": dataset})}
+                session = Order("bench", bench_config(plan, device), inputs)
+            except DeviceLost as error:
+                benched.lost[device] = error
+                continue
+            keys = {role: artifact.key for role, artifact in session.inputs.items()}
+            config = session.config.model_dump(mode="json")
+            earlier[device] = attempts(out.parent if out else self.folder, config, keys)
+            sessions[device] = session
+        done = {device: max(map(attempt_of, found.values()), default=0) for device, found in earlier.items()}
+        goal = max(plan.sessions, *done.values()) if resume and done else plan.sessions
+        goals = {device: done[device] + plan.sessions if again and not resume else goal for device in sessions}
+        for device, session in sessions.items():
+            if done[device] >= goals[device]:
+                taken = believed(earlier[device])
+                order = attempt_order(session, attempt_of(earlier[device][taken]))
+                benched.measured[device] = [self.step("measurement", Measurement, order, Measurement.open, taken)]
+        for number in range(1, max(goals.values(), default=0) + 1):
+            turn = {
+                out or self.path("measurement", session, number): (attempt_order(session, number), own[device])
+                for device, session in sessions.items()
+                if done[device] < number <= goals[device] and device not in benched.lost
+            }
+            self._measure(turn, dataset, benched)
+        if not benched.measured:
+            raise next(iter(benched.lost.values()))
+        return benched
+
+    def _measure(
+        self,
+        sessions: Mapping[Path, tuple[Order[BenchConfig], Mapping[str, Runnable]]],
+        dataset: Dataset | None,
+        benched: Benched,
+    ) -> None:
+        """One session of each device side by side, as a step each."""
+        found: dict[Path, Measurement | KdpipeError] = {}
+        along_with: dict[Path, str] = {}
 
         def make(path: Path) -> Measurement:
-            from .devices.bench import bench
+            if not found:
+                from .devices.bench import bench_side_by_side
 
-            return bench(order, bundles, dataset, path)
+                found.update(bench_side_by_side(sessions, dataset))
+                along_with.update({other: path.name for other in found if other != path})
+            made = found[path]
+            if isinstance(made, KdpipeError):
+                raise made
+            return made
 
-        return self.step("measurement", Measurement, order, make, path)
+        for path, (order, _) in sessions.items():
+            device = order.config.device
+            try:
+                made = self.step("measurement", Measurement, order, make, path, along_with)
+            except KdpipeError as error:
+                benched.lost[device] = error
+            else:
+                benched.measured.setdefault(device, []).append(made)
 
     def report(
         self,
         config: ReportConfig,
-        measurement: Measurement,
+        measurements: Iterable[Measurement],
         checkpoints: Mapping[str, Checkpoint],
         out: Path | None = None,
     ) -> Report:
-        check_task(measurement.path, measurement.facts.task)
+        """The page of one session of each device; with it go the other attempts at that session beside it.
+
+        Raises:
+            UserError: two sessions of one device.
+        """
+        sessions: dict[str, list[Measurement]] = {}
+        for measurement in measurements:
+            check_task(measurement.path, measurement.facts.task)
+            found = {path: measurement if path == measurement.path.absolute() else Measurement.open(path)
+                     for path in attempts_beside(measurement)}  # fmt: skip
+            device = measurement.facts.device
+            if device in sessions and measurement.key not in {other.key for other in sessions[device]}:
+                raise UserError(
+                    f"{measurement.path} is another session of '{device}': a report takes one of each device"
+                )
+            sessions[device] = list(found.values())
         for checkpoint in checkpoints.values():
             check_task(checkpoint.path, checkpoint.facts.task)
-        sources = self._sources(measurement)
-        config = config.model_copy(update={"attempts": len(attempts_beside(measurement))})
-        order = Order("report", config, {"measurement": measurement, **checkpoints, **sources.as_inputs()})
+        everyone = {
+            f"measurement-{device}-{attempt_of(each.manifest)}": each
+            for device in sessions
+            for each in sessions[device]
+        }
+        sources = self._sources(everyone.values())
+        order = Order("report", config, {**everyone, **checkpoints, **sources.as_inputs()})
 
         def make(path: Path) -> Report:
             require("the report", ("jinja2", "matplotlib"), "report")
             from .report.page import report
 
-            return report(order, measurement, checkpoints, sources, path)
+            return report(order, sessions, checkpoints, sources, path)
 
         return self.step("report", Report, order, make, out)
 
-    def _sources(self, measurement: Measurement) -> Sources:
-        """Graphs, models and dataset behind ``measurement`` that lie beside it."""
+    def _sources(self, measurements: Iterable[Measurement]) -> Sources:
+        """Graphs, models and dataset behind ``measurements`` that lie beside them."""
         from .report.compression import Sources
 
-        lineage = measurement.manifest.provenance()
+        def found(kind: type[A]) -> dict[str, A]:
+            by_key: dict[str, A] = {}
+            for measurement in measurements:
+                lineage = measurement.manifest.provenance()
+                keys = {ancestor.key for ancestor in find_ancestors(lineage, kind)} - by_key.keys()
+                by_key |= {each.key: each for each in beside(measurement, kind, keys).values()}
+            return by_key
 
-        def found(kind: type[A]) -> list[A]:
-            keys = {ancestor.key for ancestor in find_ancestors(lineage, kind)}
-            return list(beside(measurement, kind, keys).values())
+        return Sources(found(Graph), found(Model), next(iter(found(Dataset).values()), None))
 
-        return Sources(
-            {graph.key: graph for graph in found(Graph)},
-            {model.key: model for model in found(Model)},
-            next(iter(found(Dataset)), None),
-        )
+
+@dataclass
+class Benched:
+    """What a call measured, by device: its sessions; and which devices were lost, and why."""
+
+    measured: dict[str, list[Measurement]] = field(default_factory=dict)
+    lost: dict[str, KdpipeError] = field(default_factory=dict)
+
+    @property
+    def one_of_each(self) -> list[Measurement]:
+        """A session of each device that was measured: what a report is made of."""
+        return [sessions[-1] for sessions in self.measured.values()]
+
+    @property
+    def told_lost(self) -> str:
+        """Which devices were lost, and why, in a line; empty where none was."""
+        return "; ".join(f"'{device}' was not measured: {error}" for device, error in self.lost.items())
+
+
+def _of_device(
+    bundles: Mapping[str, Runnable] | Mapping[str, Mapping[str, Runnable]], device: str
+) -> Mapping[str, Runnable]:
+    """The bundles of one device, where each has its own."""
+    its: dict[str, Runnable] = {}
+    for name, found in bundles.items():
+        if isinstance(found, (Bundle, Model)):
+            its[name] = found
+        elif name == device:
+            its |= found
+    return its
+
+
+def attempt_order(session: Order[BenchConfig], number: int) -> Order[BenchConfig]:
+    """An attempt at a session."""
+    return Order(session.stage, session.config.model_copy(update={"attempt": number}), session.inputs)
 
 
 def attempts(folder: Path, config: Mapping[str, Any], input_keys: Mapping[str, str]) -> dict[Path, Manifest]:
@@ -550,6 +679,13 @@ def believed_beside(measurement: Measurement) -> Measurement:
     """The attempt at the session of ``measurement`` that is to be reported."""
     path = believed(attempts_beside(measurement))
     return measurement if path == measurement.path.absolute() else Measurement.open(path)
+
+
+def pooled_beside(measurement: Measurement) -> Pooled:
+    """All attempts at the session of ``measurement`` as one."""
+    from .report.pooled import pool
+
+    return pool([Measurement.open(path) for path in attempts_beside(measurement)])
 
 
 def cache_order(config: CacheConfig, dataset: Dataset, teacher: Checkpoint) -> Order[CacheConfig]:

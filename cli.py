@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +29,7 @@ from .options import configured
 if TYPE_CHECKING:
     from .chain import Chain
     from .core.artifact import AnyArtifact
-    from .core.kinds import Cache, Checkpoint
+    from .core.kinds import Bundle, Cache, Checkpoint, Runnable
     from .data.dataset import Dataset
 
 JSON_VERSION = 1
@@ -90,9 +91,11 @@ def run(
 
     Example: kdpipe run my.yaml
     """
-    from .core.errors import Untrusted
+    from .core.errors import Untrusted, UserError
 
-    doubt = _run(recipe, artifacts, again, as_json)
+    doubt, lost = _run(recipe, artifacts, again, as_json)
+    if lost:
+        raise UserError(f"{lost}; the others are reported, run the same again when it is back")
     if doubt is not None:
         raise Untrusted(f"{doubt}; measure again on a quiet machine: kdpipe run {recipe} --again bench")
 
@@ -100,13 +103,13 @@ def run(
 @app.command()
 def demo(artifacts: ArtifactsOption = ARTIFACTS, again: AgainOption = None, as_json: JsonFlag = False) -> None:
     """Run recipes/digits.yaml: everything for real, in minutes."""
-    doubt = _run(Path(__file__).parent / "recipes" / "digits.yaml", artifacts, again, as_json)
+    doubt, _ = _run(Path(__file__).parent / "recipes" / "digits.yaml", artifacts, again, as_json)
     if doubt is not None:
         typer.echo(f"{doubt}; measure again on a quiet machine: kdpipe demo --again bench", err=True)
 
 
-def _run(recipe_path: Path, artifacts: Path, again: str | None, as_json: bool) -> str | None:
-    """Run and print; returns which latencies that the advice rests on are not to be trusted."""
+def _run(recipe_path: Path, artifacts: Path, again: str | None, as_json: bool) -> tuple[str | None, str]:
+    """Run and print; returns which latencies that the advice rests on are not to be trusted, and which devices lost."""
     from . import pipeline
     from .core.config import read_recipe
     from .report.words import shaky_advice
@@ -118,12 +121,12 @@ def _run(recipe_path: Path, artifacts: Path, again: str | None, as_json: bool) -
     if as_json:
         bundles = {name: str(bundle.path) for name, bundle in outcome.bundles.items()}
         _print_json(report=str(page), bundles=bundles, seconds=_seconds(chain), numbers=numbers)
-        return shaky_advice(numbers)
+        return shaky_advice(numbers), outcome.lost
     _print_summary(numbers)
     done = [step for step in chain.steps if not step.sealed_before]
     typer.echo(f"{len(chain.steps)} stages, {len(done)} done now in {sum(step.seconds for step in done):.0f} s")
     typer.echo(f"report: {page}")
-    return shaky_advice(numbers)
+    return shaky_advice(numbers), outcome.lost
 
 
 # ---- one stage at a time ---------------------------------------------------------------------------------
@@ -335,36 +338,140 @@ def package(
 
 
 @app.command()
-@configured(BenchPlan)
+@configured(BenchPlan, leave_out=("devices",))
 def bench(
-    bundles: Annotated[list[Path], typer.Argument(help="folders of bundles, float32 ones among them to compare with")],
+    bundles: Annotated[
+        list[Path],
+        typer.Argument(
+            help="folders of bundles, float32 ones among them to compare with; or models of others: "
+            "model.onnx, model.tflite, model.xml"
+        ),
+    ],
     data: DataOption = None,
+    input: Annotated[
+        str | None,
+        typer.Option(
+            "--input",
+            metavar="{...}",
+            help="with --data, how images become a model's input, such as '{size: 224, layout: NHWC}'; "
+            "mean and std where it takes normalised ones",
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", help="devices, measured side by side, such as pi5,orin (see devices list)")
+    ] = "local",
+    against: Annotated[
+        Path | None, typer.Option("--against", help="a bundle that the others are compared with, one sentence each")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="only what a lost device lacks of the sessions that the others have")
+    ] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="further sessions of the same (as every call): claims are pooled over all")
+    ] = False,
     out: OutOption = None,
     as_json: JsonFlag = False,
     *,
     config: Callable[..., BenchPlan],
 ) -> None:
-    """Measure accuracy and latency of bundles.
+    """Measure accuracy and latency of bundles, on one device or several.
 
-    All in one session, interleaved, each time in a fresh process. Every call is an attempt of its own. Exits 75 when
-    a latency cannot be trusted.
+    All in one session a device, interleaved, each time in a fresh process. Every call is an attempt of its own. A lost
+    device leaves the others' results whole: exit 2, then --resume. Models that are no bundles are timed on random
+    input, unless --data and --input say what they are to be shown. Exits 75 when a latency cannot be trusted.
 
-    Example: kdpipe bench BUNDLE BUNDLE
+    Example: kdpipe bench BUNDLE --against BUNDLE --device pi5
     """
-    from .core.errors import Untrusted
-    from .core.kinds import Bundle
-    from .report.words import untrusted_lines
+    from .chain import pooled_beside
+    from .core.errors import Untrusted, UserError
+    from .report.against import against as compare
+    from .report.words import random_input_lines, untrusted_lines
 
-    opened = [Bundle.open(path) for path in bundles]
-    named = {f"{bundle.facts.target}-{bundle.facts.variant}": bundle for bundle in opened}
-    if len(named) < len(opened):  # several of one kind: tell them apart by their keys
-        named = {f"{bundle.facts.target}-{bundle.facts.variant}-{bundle.key[:8]}": bundle for bundle in opened}
-    dataset = _dataset_of(opened[0], data)
-    measurement = _chain(bundles[0].parent).bench(config(), named, dataset, out)
-    _print_artifact(measurement, as_json)
-    doubted = [{"name": name, **trust.model_dump()} for name, trust in measurement.facts.untrusted.items()]
-    if doubted:
-        raise Untrusted("; ".join(untrusted_lines(doubted)) + "; measure again when the machine is quiet")
+    if resume and again:
+        raise UserError("--resume measures what is lacking, --again measures more: choose one of them")
+    plan = config(devices=tuple(name.strip() for name in device.split(",")))
+    with _to_bench([*bundles, *([against] if against is not None else [])], data, input) as (named, dataset):
+        benched = _chain(bundles[0].parent).bench(plan, named, dataset, out, resume=resume)
+    pooled = [pooled_beside(measurement) for measurement in benched.one_of_each]
+    sentences = []
+    if against is not None:
+        *others, base = named
+        rows = [(name, base) for name in others]
+        sentences = [compare(of_device, *pair) for of_device in pooled for pair in rows]
+    made = [measurement for sessions in benched.measured.values() for measurement in sessions]
+    if as_json:
+        _print_json(
+            measurements=[_described(measurement) for measurement in made],
+            comparisons=[found.as_dict() for found in sentences],
+            lost={name: str(error) for name, error in benched.lost.items()},
+        )
+    else:
+        for measurement in made:
+            typer.echo(printable(str(measurement.path)))
+        for of_device in pooled if dataset is None else ():
+            for line in random_input_lines(of_device.facts):
+                typer.echo(printable(line))
+        for found in sentences:
+            typer.echo(found.sentence())
+    if benched.lost:
+        raise UserError(f"{benched.told_lost}; what the others found is whole, go on with --resume")
+    doubts = []
+    for of_device in pooled:
+        rows_of = [{"name": name, **trust.model_dump()} for name, trust in of_device.facts.untrusted.items()]
+        prefix = f"{of_device.facts.device}: " if len(pooled) > 1 else ""
+        doubts += [prefix + line for line in untrusted_lines(rows_of)]
+    if doubts:
+        raise Untrusted("; ".join(doubts) + "; measure again when the machine is quiet")
+
+
+@contextmanager
+def _to_bench(
+    paths: Sequence[Path], data: Path | None, input: str | None
+) -> Iterator[tuple[Mapping[str, Runnable], Dataset | None]]:
+    """Bundles by name and their dataset; or models of others, wrapped for as long as the block takes."""
+    import re
+    import tempfile
+
+    from .core.config import parse_yaml
+    from .core.errors import UserError
+    from .core.kinds import Bundle
+    from .deploy import strange
+
+    files = [path for path in paths if path.suffix in strange.TARGETS and not path.is_dir()]
+    if not files:
+        if input is not None:
+            raise UserError("--input is of models that are no bundles: a bundle says by itself what it takes")
+        opened = [Bundle.open(path) for path in paths]
+        yield _bundle_names(opened), _dataset_of(opened[0], data)
+        return
+    if len(files) < len(paths):
+        raise UserError("bundles and models of others are measured apart: name only one kind")
+    if (data is None) != (input is None):
+        raise UserError("--data and --input go together: images, and how they become the model's input")
+    dataset = None if data is None else _open_dataset(data)
+    spec = None if input is None else strange.described(parse_yaml(input, "--input"))
+    with tempfile.TemporaryDirectory() as folder:
+        named: dict[str, Runnable] = {}
+        for path in files:
+            name = re.sub(r"[^A-Za-z0-9._-]", "-", path.name)
+            if name in named:
+                raise UserError(f"two models are called {name}: rename one")
+            named[name] = strange.wrap(path, Path(folder) / name, spec, dataset)
+        yield named, dataset
+
+
+def _bundle_names(opened: Sequence[Bundle]) -> dict[str, Bundle]:
+    """Bundles by target and variant; several of one kind are told apart by their keys."""
+    kinds = [f"{bundle.facts.target}-{bundle.facts.variant}" for bundle in opened]
+    named = {
+        kind if kinds.count(kind) == 1 else f"{kind}-{bundle.key[:8]}": bundle
+        for kind, bundle in zip(kinds, opened, strict=True)
+    }
+    if len(named) < len(opened):
+        from .core.errors import UserError
+
+        raise UserError("a bundle is named twice: name each once")
+    return named
 
 
 @app.command()
@@ -430,30 +537,38 @@ def deploy(
 
 @app.command()
 def report(
-    measurement: Annotated[Path, typer.Argument(help="folder of a measurement")],
-    checkpoints: Annotated[
-        list[Path] | None,
-        typer.Argument(help="folders of checkpoints [default: those beside the measurement that share its data]"),
-    ] = None,
+    artifacts: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="MEASUREMENT... [CHECKPOINT...]",
+            help="folders of a measurement of each device, and of checkpoints "
+            "[default: those beside the measurement that share its data]",
+        ),
+    ],
     title: Annotated[str, typer.Option(help="title of the page")] = "kdpipe",
     out: OutOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Write the page from what was measured.
+    """Write the page from what was measured, on one device or several.
 
-    Of several attempts at one session the last trusted one is taken, else the last, and the page says of how many.
+    A claim is pooled over all trusted attempts at one session. What holds for one session alone is told of the last
+    trusted one, else the last, and the page says of how many.
 
     Example: kdpipe report artifacts/measurement-1a2b
     """
-    from .chain import believed_beside, checkpoints_beside, open_checkpoints
+    from .chain import checkpoints_beside, open_checkpoints
+    from .core.artifact import read_manifest
     from .core.config import ReportConfig
+    from .core.errors import UserError
     from .core.kinds import Measurement
 
-    opened = believed_beside(Measurement.open(measurement))
-    if opened.path.absolute() != measurement.absolute():
-        typer.echo(f"of these attempts {opened.path} is taken: the last trusted one, else the last", err=True)
-    found = open_checkpoints(checkpoints) if checkpoints else checkpoints_beside(opened)
-    made = _chain(measurement.parent).report(ReportConfig(title=title), opened, found, out)
+    measured = [path for path in artifacts if read_manifest(path).kind == Measurement.kind]
+    if not measured:
+        raise UserError(f"{artifacts[0]} is no measurement: name one of each device, then checkpoints")
+    opened = [Measurement.open(path) for path in measured]
+    paths = [path for path in artifacts if path not in measured]
+    found = open_checkpoints(paths) if paths else checkpoints_beside(opened[0])
+    made = _chain(measured[0].parent).report(ReportConfig(title=title), opened, found, out)
     if not as_json:
         _print_summary(made.numbers)
     _print_artifact(made, as_json)
@@ -648,9 +763,18 @@ def _print_artifact(artifact: AnyArtifact, as_json: bool) -> None:
     if process_number():
         return
     if as_json:
-        _print_json(artifact=str(artifact.path), kind=artifact.kind, key=artifact.key, facts=artifact.manifest.facts)
+        _print_json(**_described(artifact))
     else:
         typer.echo(printable(str(artifact.path)))
+
+
+def _described(artifact: AnyArtifact) -> dict[str, Any]:
+    return {
+        "artifact": str(artifact.path),
+        "kind": artifact.kind,
+        "key": artifact.key,
+        "facts": artifact.manifest.facts,
+    }
 
 
 def _print_summary(numbers: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,8 +19,8 @@ from .core.config import (
     changed,
     control_of,
 )
-from .core.errors import UserError, choice
-from .core.kinds import Bundle, Graph, Measurement, Report, unshown
+from .core.errors import DeviceLost, KdpipeError, UserError, choice
+from .core.kinds import Bundle, Graph, Measurement, Model, Probe, Report, unshown
 from .core.proc import require
 from .core.progress import note
 
@@ -36,7 +38,8 @@ def check_recipe(recipe: Recipe) -> None:
     from .export.onnx import NEEDS as GRAPH_NEEDS
     from .quantize import VARIANTS
 
-    find_device(recipe.bench.device)
+    for device in recipe.bench.devices:
+        find_device(device)
     require("training", TRAIN_NEEDS, "train")
     require("the report", ("jinja2", "matplotlib"), "report")
     for target in recipe.export.targets:
@@ -114,11 +117,22 @@ def wants(recipe: Recipe) -> Wants:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run ends with; ``table`` and ``figure`` show themselves in a notebook."""
+    """What a run ends with; ``table`` and ``figure`` show themselves in a notebook.
+
+    ``bundles`` are those of all devices, by name: one that a further device has in a form of its own is called
+    ``NAME-DEVICE``. ``measurements`` has of each device one session, ``lost`` says in a line which could not be
+    measured and why.
+    """
 
     report: Report
-    measurement: Measurement
+    measurements: dict[str, Measurement]
     bundles: dict[str, Bundle]
+    lost: str
+
+    @property
+    def measurement(self) -> Measurement:
+        """That of the first device."""
+        return next(iter(self.measurements.values()))
 
     @property
     def table(self) -> Table:
@@ -138,13 +152,12 @@ def run(recipe: Recipe, chain: Chain, again: str | None = None) -> Outcome:
     """The whole chain of ``recipe``.
 
     The shipped student is the one of the first seed by the method: chosen beforehand, never by its test
-    accuracy. The measurement is the last trusted one, else the last; with ``again="bench"`` there is a new one too.
+    accuracy. Each device measures the variants that suit it. Sessions are measured until there are as many as the
+    recipe says; with ``again="bench"`` as many more.
 
     Raises:
         KdpipeError: as its stages do.
     """
-    from .devices import find_device
-
     if again not in (None, *AGAIN):
         raise choice("stage to do again", again, AGAIN)
     chain.check = lambda: check_recipe(recipe)
@@ -155,20 +168,52 @@ def run(recipe: Recipe, chain: Chain, again: str | None = None) -> Outcome:
     checkpoints |= chain.train_all(runs, dataset, teacher, recipe.distill.together)
     shipped = checkpoints[f"student-{recipe.distill.method}-seed{recipe.distill.seeds[0]}"]
 
-    device = find_device(recipe.bench.device).probe()
-    bundles: dict[str, Bundle] = {}
+    probes, lost = probe_all(recipe.bench.devices)
+    bundles: dict[str, dict[str, Bundle]] = {device: {} for device in probes}
     for target in recipe.export.targets:
-        models = [chain.export(ExportConfig.of(recipe.export, target=target), shipped, dataset)]
+        float32 = chain.export(ExportConfig.of(recipe.export, target=target), shipped, dataset)
+        variants: dict[str, list[Model]] = {device: [] for device in probes}
         if recipe.quantize is not None:
-            variants = chain.variants(recipe.quantize, models[0], dataset, device)
-            if told := unshown(variants):
-                note(told)
-            models += variants
-        for model in models:
-            bundles[f"{target}-{model.facts.variant}"] = chain.package(recipe.package, model, dataset)
-    measurement = believed_beside(chain.bench(recipe.bench, bundles, dataset, again=again == "bench"))
+            variants = chain.variants_of(recipe.quantize, float32, dataset, probes)
+        models = {model.key: model for model in [float32, *itertools.chain.from_iterable(variants.values())]}
+        if told := unshown(models.values()):
+            note(told)
+        packed = {key: chain.package(recipe.package, model, dataset) for key, model in models.items()}
+        for device, its in variants.items():
+            for model in [float32, *its]:
+                bundles[device][f"{target}-{model.facts.variant}"] = packed[model.key]
+    plan = recipe.bench.model_copy(update={"devices": tuple(probes)})
+    benched = chain.bench(plan, bundles, dataset, again=again == "bench")
     page = ReportConfig(title=recipe.name)
     if recipe.quantize is not None and recipe.quantize.max_drop is not None:
         page = page.model_copy(update={"max_drop": recipe.quantize.max_drop})
-    report = chain.report(page, measurement, checkpoints)
-    return Outcome(report, measurement, bundles)
+    report = chain.report(page, benched.one_of_each, checkpoints)
+    benched.lost.update(lost)
+    measurements = {found.facts.device: found for found in map(believed_beside, benched.one_of_each)}
+    return Outcome(report, measurements, _named(bundles), benched.told_lost)
+
+
+def probe_all(devices: Iterable[str]) -> tuple[dict[str, Probe], dict[str, KdpipeError]]:
+    """What each device is, and why some could not be reached. Raises UserError for an unknown one, or none left."""
+    from .devices import find_device
+
+    probes: dict[str, Probe] = {}
+    lost: dict[str, KdpipeError] = {}
+    for device in devices:
+        try:
+            probes[device] = find_device(device).probe()
+        except DeviceLost as error:
+            lost[device] = error
+    if not probes:
+        raise next(iter(lost.values()))
+    return probes, lost
+
+
+def _named(bundles: Mapping[str, Mapping[str, Bundle]]) -> dict[str, Bundle]:
+    """The bundles of all devices, each once."""
+    found: dict[str, Bundle] = {}
+    for device, its in bundles.items():
+        for name, bundle in its.items():
+            if found.setdefault(name, bundle).key != bundle.key:
+                found[f"{name}-{device}"] = bundle
+    return found

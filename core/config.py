@@ -8,13 +8,24 @@ it is what the artifact's key is made of.
 from __future__ import annotations
 
 import os
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from .errors import UserError, did_you_mean
 from .inputs import InputSpec
@@ -494,26 +505,135 @@ class DeviceSettings(Config):
     emulated: bool = Field(False, description="an emulator: its latencies are marked and never ranked")
 
 
-class MeasureSettings(Config):
-    """How one bundle is measured once, in one process."""
+def _of_unit(units: Mapping[str, float], wanted: str) -> BeforeValidator:
+    """Takes a number, or the text of one with its unit."""
 
-    threads: int = Field(0, ge=0, description="threads of the runtime; 0 takes every core of the device")
-    seconds: float = Field(0.5, gt=0, le=86_400, description="steady time of one measurement")
-    min_samples: int = Field(64, ge=1, le=1_000_000, description="inferences of one measurement, at least")
+    def read(value: Any) -> Any:
+        found = re.fullmatch(r"([0-9]*\.?[0-9]+) ?([a-z]+)", value.strip()) if isinstance(value, str) else None
+        if found is None:
+            return value
+        if found[2] not in units:
+            raise ValueError(f"wanted a number, or one such as {wanted}")
+        return float(found[1]) * units[found[2]]
+
+    return BeforeValidator(read)
+
+
+Seconds = Annotated[float, _of_unit({"s": 1, "m": 60, "min": 60, "h": 3600}, "90s, 10m or 1h")]
+ImagesPerSecond = Annotated[float, _of_unit({"fps": 1}, "5fps")]
+
+Effort = Literal["quick", "default", "thorough", "mlperf"]
+# What an effort means for every field that is not given. mlperf has the duration and the statistic of MLPerf's single
+# stream scenario, and none of its other rules: its numbers are no MLPerf results.
+EFFORTS: dict[str, dict[str, float]] = {
+    "quick": {
+        "seconds": 0.5, "min_samples": 64, "max_seconds": 2, "warm_up_seconds": 1, "cold_starts": 3, "rounds": 6
+    },
+    "default": {
+        "seconds": 2, "min_samples": 128, "max_seconds": 10, "warm_up_seconds": 1, "cold_starts": 10, "rounds": 10
+    },
+    "thorough": {
+        "seconds": 10, "min_samples": 1024, "max_seconds": 60, "warm_up_seconds": 3, "cold_starts": 20, "rounds": 10
+    },
+    "mlperf": {
+        "seconds": 600, "min_samples": 1024, "max_seconds": 900, "warm_up_seconds": 3, "cold_starts": 10, "rounds": 2
+    },
+}  # fmt: skip
+
+
+class TimingSettings(Config):
+    """How long one process times, and when it stops: after the time, the inferences and the certainty asked for."""
+
+    effort: Effort = Field(
+        "default",
+        description="what is meant by each setting that is left out: quick for a first look, thorough for a claim, "
+        "mlperf with that benchmark's durations (its numbers are no MLPerf results)",
+    )
+    seconds: float = Field(2.0, gt=0, le=86_400, description="steady time of one measurement, at least")
+    min_samples: int = Field(128, ge=1, le=1_000_000, description="inferences of one measurement, at least")
+    p50_within: float = Field(
+        0.01, gt=0, le=1, description="share within which its median must be known before it stops"
+    )
+    max_seconds: float = Field(
+        10.0, gt=0, le=86_400, description="steady time after which it stops all the same and is called unstable"
+    )
     warm_up_seconds: float = Field(
         1.0, ge=0, le=3600, description="warm-up before one measurement, at least; and ten calls"
+    )
+    cold_starts: int = Field(10, ge=0, le=1000, description="fresh processes that only open the model and run it once")
+    page_cache: Literal["warm", "dropped"] = Field(
+        "warm", description="dropped: the bundle's files are not in memory when such a process starts"
+    )
+    rate: ImagesPerSecond = Field(
+        0.0, ge=0, le=1e6, description="images a second that come in, such as 5fps; 0: the next one at once"
+    )
+    sustained: Seconds = Field(
+        0.0, ge=0, le=86_400, description="how long to go on after that, in seconds or such as 10m"
     )
     images: int = Field(
         64, ge=1, le=1_000_000, description="test images rotated through while timing, spread over the classes"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_effort(cls, values: Any) -> Any:
+        """What the effort says of the fields that are not given; a longer ``seconds`` lengthens ``max_seconds``."""
+        effort = values.get("effort", "default") if isinstance(values, dict) else None
+        if not isinstance(effort, str) or effort not in EFFORTS:
+            return values  # the fields say what is wrong
+        meant = {name: value for name, value in EFFORTS[effort].items() if name in cls.model_fields}
+        given = values.get("seconds")
+        if isinstance(given, (int, float)) and given > meant["max_seconds"]:
+            meant["max_seconds"] = given
+        return meant | values
 
-class BenchPlan(MeasureSettings):
+    @field_validator("max_seconds")
+    @classmethod
+    def _not_below_seconds(cls, value: float, known: ValidationInfo) -> float:
+        if value < known.data.get("seconds", 0):
+            raise ValueError(f"wanted at least 'seconds', {known.data['seconds']:g}")
+        return value
+
+
+class MeasureSettings(TimingSettings):
+    """How one bundle is measured once, in one process."""
+
+    threads: int = Field(0, ge=0, description="threads of the runtime; 0 takes every core that counts")
+
+
+def _listed(value: Any) -> Any:
+    """Numbers of threads as a command line gives them: 4, or 1,2,4,all."""
+    if isinstance(value, str):
+        value = value.split(",")
+    if isinstance(value, int):
+        value = (value,)
+    if not isinstance(value, (list, tuple)):
+        return value
+    return tuple(0 if isinstance(each, str) and each.strip() == "all" else each for each in value)
+
+
+def _each_once(value: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(value)) < len(value):
+        raise ValueError("wanted every number of threads once")
+    return value
+
+
+Threads = Annotated[
+    tuple[Annotated[int, Field(ge=0, le=4096)], ...], BeforeValidator(_listed), AfterValidator(_each_once)
+]
+
+
+class SessionSettings(TimingSettings):
     """One measuring session: every bundle in a fresh process each time, interleaved."""
 
-    device: str = Field("local", description="name of the device: local, or null for what measuring itself costs")
+    threads: Threads = Field(
+        (0,),
+        min_length=1,
+        description="threads of the runtime; 0 or all takes one a core (of the fast ones, where cores differ); several "
+        "such as 1,2,all make a row each",
+    )
     rounds: int = Field(
-        6,
+        10,
         ge=2,
         multiple_of=2,
         description="fresh processes for each bundle, an even number (every second round runs backwards); "
@@ -524,14 +644,43 @@ class BenchPlan(MeasureSettings):
     )
 
 
-class BenchConfig(BenchPlan):
+class BenchPlan(SessionSettings):
+    """Where bundles are measured, and in how many sessions."""
+
+    devices: tuple[str, ...] = Field(
+        ("local",),
+        min_length=1,
+        description="names of the devices, measured side by side: local, those of devices.yaml, or null for what "
+        "measuring itself costs",
+    )
+    sessions: int = Field(
+        1, ge=1, le=1000, description="sessions of each device, one after the other: a claim is pooled over them"
+    )
+
+    @field_validator("devices")
+    @classmethod
+    def _each_once(cls, devices: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(devices)) < len(devices):
+            raise ValueError("each device can be named once")
+        return devices
+
+
+class BenchConfig(SessionSettings):
     """A session on the device as it is now, and which attempt at it this is: a measurement is an event.
 
     Another machine, kernel, governor or version of a runtime makes another session, another attempt another key.
     """
 
+    device: str = Field(description="name of the device")
     device_fingerprint: dict[str, Any]
     attempt: int = Field(0, ge=0, description="from 1 on; 0 names the session itself")
+
+
+class StrangeConfig(Config):
+    """A model of somebody else's, by content, and what its user says of the images that it takes."""
+
+    sha256: dict[str, str]
+    input: InputSpec | None
 
 
 class ReportConfig(Config):
@@ -539,7 +688,6 @@ class ReportConfig(Config):
 
     title: str = Field("kdpipe", description="title of the page")
     max_drop: float = Field(0.5, gt=0, description="points of accuracy that an advised variant may lose to float32")
-    attempts: int = Field(1, ge=1, description="how often this session was measured: counted, not chosen")
 
 
 class Recipe(Config):
@@ -579,7 +727,8 @@ def validated(kind: type[C], values: Any, where: str) -> C:
                 f"{where}: unknown key '{path}'{did_you_mean(word, known)} (known: {', '.join(known)})"
             ) from None
         found = "nothing" if first["type"] == "missing" else _shown(first["input"])
-        raise UserError(f"{where}: '{path}': {_lower_first(first['msg'])}, found {found}") from None
+        reason = _lower_first(first["msg"].removeprefix("Value error, "))
+        raise UserError(f"{where}: '{path}': {reason}, found {found}") from None
 
 
 def changed(config: C, changes: Any, where: str) -> C:

@@ -362,6 +362,11 @@ class Bundle(Labelled[BundleFacts]):
     CONFORMANCE = "conformance"  # folder of an image and what is right of it, for whoever writes their own
 
 
+Runnable = Bundle | Model  # what a device runs; a model by itself is somebody else's
+
+AT_THREADS = "@"  # between a bundle's name and its threads, in a session that measures it on several numbers of them
+
+
 def student_of(bundle: Provenance) -> str | None:
     """Key of the checkpoint that ``bundle`` was made from."""
     nearest = next(iter(find_ancestors(bundle, Checkpoint)), None)
@@ -369,9 +374,12 @@ def student_of(bundle: Provenance) -> str | None:
 
 
 def float32_by_bundle(bundles: Mapping[str, Provenance]) -> dict[str, str]:
-    """For each bundle the float32 one of the same target and student, itself perhaps; none where there is none."""
+    """For each bundle the float32 one of its target, student and threads, itself perhaps; none where there is none."""
     facts = {name: Bundle.facts_of(source) for name, source in bundles.items()}
-    kinds = {name: (facts[name].target, student_of(source)) for name, source in bundles.items()}
+    kinds = {
+        name: (facts[name].target, student_of(source), name.partition(AT_THREADS)[2])
+        for name, source in bundles.items()
+    }
     whole = {kind: name for name, kind in reversed(kinds.items()) if facts[name].precision == "float32"}
     return {name: whole[kind] for name, kind in kinds.items() if kind in whole}
 
@@ -380,23 +388,52 @@ def float32_by_bundle(bundles: Mapping[str, Provenance]) -> dict[str, str]:
 
 
 Unavailable = Literal["unavailable"]  # what could not be read, never 0
+UNAVAILABLE: Unavailable = "unavailable"
+
+
+class CoreClass(Record):
+    """Cores that are as fast as each other: capacity by the kernel (of 1024), else highest clock in kHz."""
+
+    cpus: list[int]
+    speed: int | Unavailable
+
+
+class Battery(Record):
+    """Of a phone or a laptop: its charge, whether it takes or gives, how warm it is."""
+
+    percent: int | Unavailable
+    status: str
+    celsius: float | Unavailable
 
 
 class Probe(Record):
-    """What a device is, read from its kernel."""
+    """What a device is, read from its kernel and its tools."""
 
     system: str
+    distribution: str = UNAVAILABLE
+    python: str = UNAVAILABLE
     machine: str
     cpu: str
+    board: str = UNAVAILABLE
     cores: int | Unavailable
     usable_cores: int | Unavailable
+    core_classes: list[CoreClass] | Unavailable = UNAVAILABLE  # fastest first
+    siblings: list[list[int]] | Unavailable = UNAVAILABLE  # CPUs that share a core, core by core
+    quota_cores: float | Unavailable = UNAVAILABLE  # of the control group
     flags: dict[str, bool] | Unavailable  # of the CPU, that decide how fast small precisions run
     memory_bytes: int | Unavailable
     governor: str
     runtimes: dict[str, str] | Unavailable  # versions of those installed
     targets: list[str]  # whose bundles it can open with their own runtime
+    gpus: list[str] | Unavailable = UNAVAILABLE
+    power_mode: str = UNAVAILABLE  # of a Jetson
+    energy_meters: list[str] | Unavailable = UNAVAILABLE
     current_khz: str
-    temperatures_millicelsius: dict[str, str] | Unavailable
+    clocks_khz: dict[str, int] | Unavailable = UNAVAILABLE
+    temperatures_millicelsius: dict[str, int] | Unavailable
+    throttle_events: int | Unavailable = UNAVAILABLE
+    throttle_bits: int | Unavailable = UNAVAILABLE
+    battery: Battery | Unavailable = UNAVAILABLE
     load_average: list[float] | Unavailable
 
     @property
@@ -408,7 +445,7 @@ class Probe(Record):
     def fingerprint(self) -> dict[str, Any]:
         """The part that names the device and what runs on it: other on another machine, or after an update."""
         lasting = {"machine", "cpu", "cores", "usable_cores", "flags", "memory_bytes", "system", "governor", "runtimes"}
-        return self.model_dump(include=lasting)
+        return self.model_dump(include=lasting | {"python", "quota_cores", "power_mode", "gpus"})
 
 
 class Prediction(Record):
@@ -429,18 +466,144 @@ class WarmUp(Record):
     settled: bool
 
 
-class Samples(Record):
-    """One measurement in one process: durations in nanoseconds, memory in bytes, nothing trimmed."""
+class Placement(Record):
+    """Which CPUs a process kept to: one a core, the fastest where cores differ; and how threads were told to wait.
 
+    ``siblings_left_out`` share a core with one of ``cpus``, ``slower_left_out`` are of a slower kind. ``environment``
+    holds what OpenMP and the like were told (``OMP_...``, ``KMP_...``).
+    """
+
+    threads: int
+    cpus: list[int] | Unavailable
+    siblings_left_out: list[int]
+    slower_left_out: list[int]
+    environment: dict[str, str]
+
+
+class StartUp(Record):
+    """What a process took until its first inference was done, in nanoseconds.
+
+    ``import_ns`` is the runtime's modules, ``load_ns`` opening the model, of which ``compile_ns`` is compiling or
+    building where the runtime does that apart (else None). ``process_ns`` goes from the start of the process, which
+    the kernel tells to 10 ms, to the end of the first inference; None where it cannot be read.
+    """
+
+    process_ns: int | None = None
     import_ns: int
     load_ns: int
+    compile_ns: int | None = None
     first_ns: int
+    session: RuntimeSession
+
+
+class FreshStart(StartUp):
+    """One process that opened the model, ran one image and did nothing else: no hash was checked, nothing timed again.
+
+    ``memory_before_open_bytes`` is the largest resident set once the runtime's modules were imported, the baseline of
+    an empty runtime; ``peak_memory_bytes`` the largest when a few inferences were done. ``page_cache`` says whether the
+    bundle's files lay in memory when it began. ``executed`` counts the layers with weights by the precision in which
+    they really ran, None where the runtime does not say or was not asked.
+    """
+
+    page_cache: Literal["warm", "dropped"]
+    memory_before_open_bytes: int
+    peak_memory_bytes: int
+    executed: dict[str, int] | None = None
+
+    @property
+    def memory_growth_bytes(self) -> int:
+        """What opening and running the model added to the empty runtime."""
+        return self.peak_memory_bytes - self.memory_before_open_bytes
+
+
+class Phase(Record):
+    """A stretch of time by the device's monotonic clock, and the CPU time that all threads of a process took in it."""
+
+    begun_ns: int
+    ended_ns: int
+    cpu_ns: int
+
+
+class Sustained(Record):
+    """The median of every window of a long run, after the steady phase.
+
+    ``slowed_after_seconds`` is when the medians became 5 % slower than the steady one for three windows in a row; None
+    where they never did.
+    """
+
+    window_seconds: float
+    window_median_ns: list[float]
+    slowed_after_seconds: float | None
+
+
+class Samples(StartUp):
+    """One measurement in one process: durations in nanoseconds, nothing trimmed.
+
+    ``latency_ns`` is from the runtime's own input to float32 outputs; ``prepare_ns`` makes that input of a decoded
+    uint8 image, ``end_to_end_ns`` is both in one. ``p50_known_within`` is the share within which the median of this
+    process is known, None where it has too few inferences to tell; ``stable`` whether that is as narrow as was wanted.
+    """
+
     prepare_ns: list[int] = Field(min_length=1)
     warm_up: WarmUp
     latency_ns: list[Annotated[int, Field(gt=0)]] = Field(min_length=1)
-    peak_memory_bytes: int
-    memory_before_open_bytes: int
-    session: RuntimeSession
+    end_to_end_ns: list[int] = Field([])
+    p50_known_within: float | None = None
+    stable: bool = True
+    steady: Phase | None = None  # the timed inferences, first to last
+    sustained: Sustained | None = None
+    placement: Placement | None = None
+
+    @property
+    def overhead_ns(self) -> float | None:
+        """What the runner itself took for each inference outside the timed call, the mean; None where it waited."""
+        if self.steady is None:
+            return None
+        return (self.steady.ended_ns - self.steady.begun_ns - sum(self.latency_ns)) / len(self.latency_ns)
+
+
+class Sight(Record):
+    """What ``watch`` saw of a device at one moment of its monotonic clock, from outside the timed process.
+
+    ``busy_ns``, ``idle_ns`` and ``steal_ns`` are those of all CPUs together since the kernel started, told in its ticks
+    (10 ms mostly). The rest is read less often, None in between: the clock of every CPU, temperatures by sensor, how
+    often the CPU throttled itself, a Raspberry Pi's throttle bits, meters of energy (cumulative) and of power.
+    """
+
+    monotonic_ns: int
+    busy_ns: int | Unavailable
+    idle_ns: int | Unavailable
+    steal_ns: int | Unavailable
+    khz: dict[str, int] | Unavailable | None = None
+    millicelsius: dict[str, int] | Unavailable | None = None
+    throttle_events: int | Unavailable | None = None
+    throttle_bits: int | Unavailable | None = None
+    energy_uj: dict[str, int] | Unavailable | None = None
+    power_mw: dict[str, int] | Unavailable | None = None
+
+
+class Sights(Record):
+    """What ``watch`` saw since it was last asked, with the CPU time that it took itself."""
+
+    sights: list[Sight]
+    own_cpu_ns: int
+    cpus: int
+
+
+class Surroundings(Record):
+    """What a device did in one stretch of time, besides what was timed.
+
+    Shares are of the time of all CPUs. ``throttled`` says that the device held itself back in it, by its own word.
+    """
+
+    seconds: float
+    others_share: float | Unavailable
+    steal_share: float | Unavailable
+    lowest_khz: int | Unavailable
+    highest_khz: int | Unavailable
+    highest_celsius: float | Unavailable
+    throttled: bool | Unavailable
+    watts: float | Unavailable  # of all that its meters cover
 
 
 class BatchOne(Record):
@@ -454,6 +617,45 @@ class BatchOne(Record):
     tolerance: float
     agreement: float  # of what both say of an image, 0 to 1
     within_tolerance: bool
+
+
+class Conditions(Record):
+    """What else the device did while a bundle's processes were timed, seen from outside of them: over all of them.
+
+    CPU time of others, and time that the host of a virtual machine took away, in cores: 0.5 is half of one core's.
+    ``frequency_drop``: by which share the clock of its slowest process lay below that of its fastest one.
+    """
+
+    others_cores: float | Unavailable
+    steal_cores: float | Unavailable
+    frequency_drop: float | Unavailable
+    throttled: bool | Unavailable
+
+
+class AgainstHost(Record):
+    """A bundle's outputs on the device against those of the same bundle on the host that measured it, image by image.
+
+    ``lost``: right on the host alone; ``won``: right on the device alone. ``mismatches`` counts the images of which the
+    two say something else, right or wrong: their names are in a file of the measurement.
+    """
+
+    by: str  # the runtime that ran it on the host
+    max_difference: float
+    mismatches: int
+    lost: int
+    won: int
+    difference: Interval  # of the metric, the device less the host
+    mcnemar_p: float
+
+
+class Mismatch(Record):
+    """A test image of which a bundle says something else on the device than on the host."""
+
+    position: int  # among the test images
+    image: str
+    label: str
+    host: str
+    device: str
 
 
 # Of every latency. Trusted: known as well as was asked for. Noisy: not so well, and measuring again may cure it.
@@ -472,13 +674,14 @@ class Comparison(Record):
     """Two bundles of one session, paired by round.
 
     ``ratio`` is the first one's latency over the second's, its interval at the level of its step in Holm's
-    correction over all pairs; they differ where it lies beyond what the session's controls leave open.
+    correction over all pairs; they differ where it lies beyond what the session's controls leave open, a share.
     """
 
     first: str
     second: str
     ratio: Interval
     differ: bool
+    left_open: float | None  # None where a control bounds nothing
 
 
 class Result(Record):
@@ -498,26 +701,42 @@ class Result(Record):
     latency_p90_ms: Interval | None = None
     latency_p50_by_process_ms: list[PositiveFloat] | None = None
     latency_p90_by_process_ms: list[PositiveFloat] | None = None
+    latency_p95_ms: Interval | None = None
+    latency_p99_ms: Interval | None = None
+    early_stopping_p90_by_process_ms: list[PositiveFloat | None] | None = (
+        None  # as ``core.stats.early_stopping`` has it
+    )
     inferences: int | None = None
+    end_to_end_ms: Interval | None = None  # from the decoded image to the outputs
+    prepare_ms: float | None = None
+    page_cache: Literal["warm", "dropped"] | None = None  # of the processes that only started; None: those that timed
+    start_ms: Interval | None = None  # from the start of a process to its first outputs
     import_ms: list[float] | None = None
     load_ms: list[float] | None = None
+    compile_ms: list[float] | None = None
     first_inference_ms: list[float] | None = None
-    prepare_ms: float | None = None
-    peak_memory_bytes: int | None = None
     memory_before_open_bytes: int | None = None
     memory_growth_bytes: int | None = None  # from before opening to the peak, the largest of the processes
+    executed: dict[str, int] | None = None  # layers by the precision in which they ran
+    fell_back: str = ""  # what the runtime did in silence in place of what was asked for
+    placement: Placement | None = None
+    stable: bool | None = None  # in more than half of the processes
+    p50_known_within_by_process: list[float | None] | None = None
+    sustained: list[Sustained] | None = None
     warm_up_settled: bool | None = None  # in every process
     warm_up_settled_by_process: list[bool] | None = None
     over_float32: Interval | None = None  # latency over that of the same target's float32, paired by round
+    conditions: Conditions | None = None
+    against_host: AgainstHost | None = None  # of another device than the host itself
     trust: Trust | None = None
 
 
 class MeasurementFacts(Record):
     """One session on one device: results by bundle, A/A controls, and which bundles differ in latency.
 
-    A control is a bundle over itself, measured twice in every round. ``resolution`` is the share within which a
-    latency had to be known. ``order_seed`` drew who was measured when. ``pauses_seconds``: the session was stopped and
-    went on after so long.
+    A control is a bundle over itself, measured twice in every round; ``judged_by`` names those that each bundle is
+    judged by. ``resolution`` is the share within which a latency had to be known. ``order_seed`` drew who was measured
+    when. ``pauses_seconds``: the session was stopped and went on after so long.
     """
 
     task: str
@@ -528,6 +747,7 @@ class MeasurementFacts(Record):
     results: dict[str, Result]
     resolution: float
     controls: dict[str, Interval]
+    judged_by: dict[str, list[str]]
     comparisons: list[Comparison]
     order_seed: int
     pauses_seconds: list[float]
@@ -574,6 +794,21 @@ class Measurement(Artifact[MeasurementFacts]):
         """The file of a bundle's outputs [N, ...] for the test part."""
         return f"logits/{bundle}.npy"
 
+    def mismatches(self, bundle: str) -> list[Mismatch]:
+        """Test images of which a bundle says something else here than on the host; none where that was not asked."""
+        name = self.mismatches_name(bundle)
+        return self.rows(name, Mismatch) if name in self.manifest.files else []
+
+    @staticmethod
+    def mismatches_name(bundle: str) -> str:
+        """The file of those images."""
+        return f"mismatches/{bundle}.json"
+
+    @staticmethod
+    def starts_name(bundle: str) -> str:
+        """The file of what a bundle's fresh processes took to start."""
+        return f"starts/{bundle}.json"
+
     @staticmethod
     def samples_name(bundle: str) -> str:
         """The file of a bundle's raw latencies, in nanoseconds, by process."""
@@ -590,12 +825,23 @@ class GainFacts(Record):
     gain_points: Interval | None
 
 
-class ReportFacts(Record):
-    """The report in a few words; each of ``pareto`` is one place on the front, with those that tie for it."""
+class DeviceReport(Record):
+    """One device in a few words: its worst word, and how many sessions stand behind its numbers, at most.
 
+    Each of ``pareto`` is one place on the front, with those that tie for it.
+    """
+
+    device: str
     trust: TrustWord | None
+    sessions: int
     bundles: int
     pareto: list[list[str]]
+
+
+class ReportFacts(Record):
+    """The report in a few words."""
+
+    devices: list[DeviceReport]
     gains: list[GainFacts]
 
 

@@ -113,6 +113,16 @@ def children_signal_kept() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before)
 
 
+_groups: set[int] = set()  # process groups that are waited for now, by any thread
+
+
+def end_groups() -> None:
+    """End all that ``run_group`` waits for in other threads: an interrupt reaches the main one alone."""
+    for group in list(_groups):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+
+
 def run_group(
     command: Sequence[str], seconds: float | None, stdin: bytes = b"", environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[bytes]:
@@ -132,12 +142,15 @@ def run_group(
         env=environment,
         start_new_session=True,
     ) as process:
+        _groups.add(process.pid)
         try:
             stdout, stderr = process.communicate(stdin, timeout=seconds)
         except BaseException:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             raise
+        finally:
+            _groups.discard(process.pid)
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 

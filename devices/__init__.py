@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from ..core.config import DeviceSettings, MeasureSettings
 from ..core.errors import choice
-from ..core.kinds import Prediction, Probe, Samples
+from ..core.kinds import FreshStart, Prediction, Probe, Samples
 from . import book
 from .local import LocalDevice
 from .null import NullDevice
 from .ssh import SshDevice
+from .surroundings import Watch
 
 
 class Device(Protocol):
     """A machine that bundles are pushed to, asked and measured on, in whatever way it can."""
 
     name: str  # in devices.yaml
+    settings: DeviceSettings
     emulated: bool  # numbers of an emulated device are never ranked
 
     def __init__(self, settings: DeviceSettings) -> None:
@@ -36,6 +38,18 @@ class Device(Protocol):
 
     def push(self, source: Path, name: str) -> None:
         """Put a file or folder of this host into the working folder as ``name``."""
+
+    def drop(self, name: str) -> None:
+        """Remove what was pushed as ``name``, unless it lies on this host."""
+
+    def watching(self) -> AbstractContextManager[Watch | None]:
+        """A process that looks at the device from outside of what is timed, and holds its lock, for a block.
+
+        None where there is nothing to look at.
+
+        Raises:
+            UserError: somebody else measures there.
+        """
 
     def predict(
         self,
@@ -61,6 +75,18 @@ class Device(Protocol):
 
     def measure(self, bundle: str, images: str, settings: MeasureSettings, timeout_seconds: float) -> Samples:
         """Time single-image inference of the pushed ``bundle`` in a fresh process. Raises as ``predict`` does."""
+
+    def start_fresh(
+        self, bundle: str, images: str, settings: MeasureSettings, timeout_seconds: float, *, examine: bool = False
+    ) -> FreshStart:
+        """Open the pushed ``bundle`` and run one image in a fresh process that does nothing else.
+
+        Args:
+            examine: afterwards, ask the runtime in which precision it ran the layers.
+
+        Raises:
+            KdpipeError: as ``predict`` does.
+        """
 
     def close(self) -> None:
         """Remove the working folder."""

@@ -1,176 +1,398 @@
-"""The bench stage: every bundle measured in one session, interleaved, each time in a fresh process."""
+"""The bench stage: every bundle measured in one session a device, interleaved, each time in a fresh process."""
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..core.artifact import Order, drafting, write_json
-from ..core.config import BenchConfig, MeasureSettings
-from ..core.errors import KdpipeError, UserError
+from ..core.config import BenchConfig
+from ..core.errors import DeviceLost, KdpipeError, UserError
 from ..core.kinds import (
-    BatchOne,
     Bundle,
+    FreshStart,
     Measurement,
     MeasurementFacts,
-    Prediction,
     Result,
+    Runnable,
     Samples,
+    StartUp,
     float32_by_bundle,
 )
-from ..core.proc import first_line
-from ..core.progress import note, progress
-from ..core.stats import Interval, median_interval, percentile_interval
-from ..data.dataset import Dataset, load_labels, write_images
+from ..core.proc import end_groups
+from ..core.progress import progress
+from ..core.stats import Interval, early_stopping, median_interval, percentile_interval, percentile_within
+from ..data.dataset import Dataset, load_labels
 from ..runtime.measure import longest_seconds
 from ..runtime.task import TASKS
-from . import Device, find_device, opened
-from .journal import Accuracy, Journal
+from . import find_device, opened
+from .accuracy import (
+    ALONE,
+    SLACK,
+    SLACK_SECONDS,
+    Asked,
+    HostOutputs,
+    against_host,
+    ask,
+    batch_one,
+    block_count,
+    gather,
+    image_seconds,
+    on_host,
+    part,
+    push,
+    twice,
+)
+from .conditions import conditions, seen_around
+from .journal import Journal
+from .lock import held
+from .session import settings_of, threads_of
+from .surroundings import Watch, fell_back
+from .talk import Talk, together
 from .trust import assess, control_name, controlled
 
-SLACK, SLACK_SECONDS = 10, 60.0  # a process that takes so many times what it should, and a minute, hangs
-FIRST_SECONDS = 3600.0  # of the first process of a bundle, of which nothing is known
+LINK_TRIES, LINK_WAIT_SECONDS = 3, 5.0  # before a device counts as lost
+HOST = "local"
+RANDOM_INPUT = "measured on random input"
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class _Run:
-    """One session: where it runs, what the bundles are asked about, what is known so far."""
+    """One session: what the bundles are asked, and how they are timed."""
 
-    device: Device
-    dataset: Dataset
+    asked: Asked
     config: BenchConfig
-    journal: Journal
-    images: Mapping[str, str]  # by bundle: the pushed file of its test images
-    timing: Mapping[str, str]  # by bundle: that of the images that are timed
+
+    @property
+    def journal(self) -> Journal:
+        return self.asked.journal
 
     @cached_property
-    def positions(self) -> np.ndarray:
-        """Where the timing images are among the test images, in their order."""
-        return _timing_positions(self.dataset, self.config.images)
+    def float32(self) -> dict[str, str]:
+        """For each bundle the float32 one of its target, student and threads, where there is one."""
+        bundles = {name: each.manifest for name, each in self.asked.bundles.items() if isinstance(each, Bundle)}
+        return float32_by_bundle(bundles)
 
 
-def bench(order: Order[BenchConfig], bundles: Mapping[str, Bundle], dataset: Dataset, out: Path) -> Measurement:
-    """Measure accuracy on the test part and single-image latency of every bundle.
+def bench(
+    order: Order[BenchConfig],
+    bundles: Mapping[str, Runnable],
+    dataset: Dataset | None,
+    out: Path,
+    talk: Talk | None = None,
+    host: Mapping[str, HostOutputs] | None = None,
+) -> Measurement:
+    """Measure accuracy on the test part and single-image latency of every bundle on one device.
 
-    Each round measures all bundles and, as A/A controls, the float32 one of each target again (see ``turns``). A
+    Each round measures all bundles and, as A/A controls, some of them again (see ``turns`` and ``controlled``). A
     bundle whose runtime is not installed gets its accuracy from a stand-in where one reads the same file, and no
     latency. A process that fails is started once more, then its bundle is marked as failed and the others go on.
-    What was measured outlives a kill: the same call goes on from there (see ``Journal``).
+    What was measured outlives a kill and a lost link: the same call goes on from there (see ``Journal``).
+
+    Args:
+        talk: where several devices are measured side by side; else this session has a progress of its own.
+        host: what the same bundles said on the host, by key, to compare with.
 
     Raises:
         UserError: no bundles, bundles of other data, or whatever can be run failed.
+        DeviceLost: the link is gone, and did not come back.
     """
     config = order.config
     if not bundles:
         raise UserError("nothing to measure: give at least one bundle")
-    for bundle in bundles.values():
-        dataset.check_classes_of(bundle, "the bundle")
+    if dataset is not None:
+        for bundle in bundles.values():
+            dataset.check_classes_of(bundle, "the bundle")
+    if talk is None:
+        with progress("measuring", step_count(config, bundles, dataset)) as advance:
+            return bench(order, bundles, dataset, out, Talk(advance), host)
     device = find_device(config.device)
-    installed = [name for name, bundle in bundles.items() if device.runs(bundle.facts.target)]
-    for name in bundles.keys() - set(installed):
-        note(f"{name}: {bundles[name].facts.target} is not installed on '{config.device}': no latency")
-    float32 = float32_by_bundle({name: bundle.manifest for name, bundle in bundles.items()})
     with (
+        held(device.settings, talk),
         drafting(Measurement, order, out, resumable=True) as draft,
         tempfile.TemporaryDirectory() as scratch,
     ):
         assert draft.resume is not None  # the draft was begun as a resumable one
         journal = Journal(draft.resume)
         before = device.probe()
-        with opened(device, Path(scratch)):
-            images = _push_inputs(device, bundles, dataset, Path(scratch), draft.path)
-            timing = _push_timing_images(device, bundles, images, dataset, config.images, Path(scratch))
-            run = _Run(device, dataset, config, journal, images, timing)
-            processes = len(installed) + len({bundles[name].facts.target for name in installed})  # and the controls
-            with progress("measuring", len(bundles) + config.rounds * processes) as advance:
-                results: dict[str, Result] = {}
-                for name, bundle in bundles.items():
-                    advance(0, f"accuracy of {name}")
-                    results[name] = _accuracy(run, name, bundle)
-                    advance(1, "")
-                timed = [name for name in installed if not results[name].failed]
-                controls = controlled({name: bundles[name].facts.target for name in timed}, float32)
-                repeated = {control_name(name): name for name in controls.values()}
-                _measure_rounds(run, timed, repeated, advance)
-        for name in bundles:
-            for file in (Measurement.outputs_name(name), Measurement.samples_name(name)):
-                (draft.path / file).parent.mkdir(exist_ok=True)
-            if journal.accuracy(name) is not None:
-                journal.outputs(name).rename(draft.path / Measurement.outputs_name(name))
-        runs: dict[str, list[Samples]] = {}
-        for name in [*timed, *repeated]:
-            repeats = [journal.runs[at, name] for at in range(config.rounds) if (at, name) in journal.runs]
-            write_json(draft.path / Measurement.samples_name(name), [samples.model_dump() for samples in repeats])
-            failure = journal.failed.get(repeated.get(name, name))
-            if failure is None:
-                runs[name] = repeats
-            if name in results:
-                found = summary(repeats) if failure is None else _failed(failure)
-                results[name] = results[name].model_copy(update=found)
+        asked = Asked(device, bundles, dataset, journal, Path(scratch), talk, config)
+        run = _Run(asked, config)
+        for name, bundle in bundles.items():
+            if not device.runs(bundle.facts.target):
+                talk.note(f"{name}: {bundle.facts.target} is not installed on '{config.device}': no latency")
+
+        def all_of_it() -> tuple[dict[str, Result], dict[str, list[str]], dict[str, list[FreshStart]]]:
+            with opened(device, Path(scratch)), device.watching() as watch:
+                push(asked)
+                results = _accuracies(run, ask(asked), draft.path, host or {})
+                timed = [name for name, result in results.items() if not result.failed and not asked.stand_in(name)]
+                judged_by = _controls(run, timed)
+                _measure_rounds(run, timed, judged_by, watch)
+                starts = _start_fresh(run, timed)
+            return results, judged_by, starts
+
+        results, judged_by, starts = _patiently(talk, all_of_it)
         failures = [f"{name} {result.status}" for name, result in results.items() if result.failed]
-        if failures and not any(result.accuracy for result in results.values()):
+        if failures and all(result.failed for result in results.values() if result.session or result.failed):
             shutil.rmtree(draft.resume)  # nothing to go on from
             raise UserError(f"no bundle could be run: {failures[0]}")
+        if dataset is not None:
+            np.save(draft.path / Measurement.LABELS, _labels(run, dataset))
+        after = device.probe()
+        runs = _collect(run, results, judged_by, starts, draft.path, after.cores)
         draft.facts = MeasurementFacts(
-            task=dataset.facts.task,
+            task=next(iter(bundles.values())).facts.task,
             device=config.device,
             emulated=device.emulated,
             probe_before=before,
-            probe_after=device.probe(),
+            probe_after=after,
             order_seed=journal.order_seed,
             pauses_seconds=journal.pauses_seconds,
-            **assess(by_round(runs), results, controls, float32, config.resolution, emulated=device.emulated),
+            **assess(
+                by_round(runs),
+                results,
+                judged_by,
+                run.float32,
+                config.resolution,
+                emulated=device.emulated,
+                cores=after.usable_cores,
+                pauses_seconds=journal.pauses_seconds,
+            ),
         )
     return draft.artifact
 
 
-def _measure_rounds(
-    run: _Run, timed: Sequence[str], repeated: Mapping[str, str], advance: Callable[[int, str], None]
-) -> None:
-    """Measure what the journal lacks of every round, each process into the journal as it ends.
+def step_count(config: BenchConfig, bundles: Mapping[str, Runnable], dataset: Dataset | None) -> int:
+    """How many steps of progress a session takes."""
+    return block_count(bundles, dataset) + (config.rounds + config.cold_starts) * len(bundles)
+
+
+def bench_side_by_side(
+    sessions: Mapping[Path, tuple[Order[BenchConfig], Mapping[str, Runnable]]], dataset: Dataset | None
+) -> dict[Path, Measurement | KdpipeError]:
+    """One session on each of several devices, each in a thread of its own; a lost one leaves the others' whole.
+
+    Outputs of the same bundles on this host are computed before, to compare those of other devices with.
 
     Args:
-        repeated: the controls, each by the bundle that it measures again.
+        sessions: by where each measurement is written.
+
+    Returns:
+        Of each its measurement, or why there is none.
     """
-    journal, settings = run.journal, MeasureSettings.of(run.config)
-    forgotten = journal.begin(timed)
+    total = sum(step_count(order.config, bundles, dataset) for order, bundles in sessions.values())
+    stopped = threading.Event()
+    with tempfile.TemporaryDirectory() as folder, progress("measuring", total) as advance:
+        devices = [order.config.device for order, _ in sessions.values()]
+        alone = len(devices) == 1
+        talks = {devices[0]: Talk(advance)} if alone else together(advance, devices, stopped)
+        elsewhere = {path for path, (order, _) in sessions.items() if _is_elsewhere(order.config.device)}
+        compared = {bundle.key: bundle for path in elsewhere for bundle in sessions[path][1].values()}
+        host: dict[str, HostOutputs] = {}
+        if compared and dataset is not None:
+            host = on_host(compared, dataset, Path(folder), Talk(lambda _, detail: advance(0, f"host: {detail}")))
+
+        def one(path: Path) -> Measurement | KdpipeError:
+            order, bundles = sessions[path]
+            try:
+                compare = host if path in elsewhere else {}
+                return bench(order, bundles, dataset, path, talks[order.config.device], compare)
+            except KdpipeError as error:
+                return error
+
+        if alone:
+            return {path: one(path) for path in sessions}
+        with ThreadPoolExecutor(len(sessions)) as pool:
+            try:
+                return dict(zip(sessions, pool.map(one, sessions), strict=True))
+            except BaseException:
+                stopped.set()
+                end_groups()  # what the threads wait for
+                raise
+
+
+def _is_elsewhere(device: str) -> bool:
+    """Whether it is another machine than this host, with outputs of its own to compare."""
+    return find_device(device).settings.kind not in (HOST, "null")
+
+
+def _patiently(talk: Talk, call: Callable[[], T]) -> T:
+    """A link that comes back at once costs a few seconds, and what was under way. Raises DeviceLost."""
+    for _ in range(LINK_TRIES - 1):
+        try:
+            return call()
+        except DeviceLost as error:
+            talk.check()
+            talk.note(f"{error}; trying again")
+            time.sleep(LINK_WAIT_SECONDS)
+    return call()
+
+
+def _controls(run: _Run, timed: Sequence[str]) -> dict[str, list[str]]:
+    """For each timed bundle those that are measured again in every round and judge it."""
+    targets, seconds = {}, {}
+    for name in timed:
+        alone = run.journal.answer(name, ALONE)
+        assert alone is not None  # only what was run is timed
+        targets[name] = f"{run.asked.bundles[name].facts.target} {threads_of(run.config, name)}"
+        seconds[name] = image_seconds(alone)
+    return controlled(targets, run.float32, seconds)
+
+
+def _labels(run: _Run, dataset: Dataset) -> np.ndarray:
+    spec = next(iter(run.asked.bundles.values())).facts.input.model_dump()
+    return load_labels(dataset.samples("test"), spec)
+
+
+def _accuracies(
+    run: _Run, given_up: Mapping[str, str], folder: Path, host: Mapping[str, HostOutputs]
+) -> dict[str, Result]:
+    """How right every bundle is, from the outputs in the journal, which become files of the measurement."""
+    asked, found = run.asked, {}
+    for name, bundle in asked.bundles.items():
+        stand_in, task = asked.stand_in(name), TASKS[bundle.facts.task]
+        if name in given_up:
+            found[name] = Result(**_failed(given_up[name]))
+            continue
+        if stand_in and bundle.facts.stand_in is None:
+            found[name] = Result(status=f"{bundle.facts.target} is not installed on this device")
+            continue
+        if asked.dataset is None:
+            alone = asked.journal.answer(name, ALONE)
+            found[name] = Result(status=RANDOM_INPUT, session=None if alone is None else alone.session)
+            continue
+        for file in (Measurement.outputs_name(name), Measurement.mismatches_name(name)):
+            (folder / file).parent.mkdir(exist_ok=True)
+        outputs = gather(asked, name, folder / Measurement.outputs_name(name))
+        labels = load_labels(asked.dataset.samples("test"), bundle.facts.input.model_dump())
+        apart, answer = batch_one(asked, name, outputs), asked.journal.answer(name, part(0))
+        assert answer is not None  # outputs were gathered
+        if not apart.within_tolerance:
+            asked.talk.note(
+                f"{name}: one image at a time its outputs are off by {apart.max_difference:.3g} from those in batches, "
+                f"allowed {apart.tolerance:.3g}: its accuracy may not be that of what is timed"
+            )
+        compared = None
+        if bundle.key in host and host[bundle.key].outputs.shape == outputs.shape:
+            compared, rows = against_host(bundle, asked.dataset, outputs, host[bundle.key])
+            write_json(folder / Measurement.mismatches_name(name), [row.model_dump() for row in rows])
+        found[name] = Result(
+            status="not built here" if stand_in else "measured",
+            accuracy_by=answer.session.runtime,
+            accuracy=Interval(*task.summary(task.scores(outputs, labels))),
+            batch_one=apart,
+            against_host=compared,
+            session=answer.session,
+        )
+    return found
+
+
+def _measure_rounds(
+    run: _Run, timed: Sequence[str], judged_by: Mapping[str, Sequence[str]], watch: Watch | None
+) -> None:
+    """Measure what the journal lacks of every round, each process into the journal as it ends."""
+    journal, talk, asked = run.journal, run.asked.talk, run.asked
+    repeated = _repeated(judged_by)
+    forgotten = journal.begin([*timed, *repeated])
     if forgotten:
-        note(f"{forgotten} processes are of another session (too long ago, or other bundles): measuring them again")
+        talk.note(
+            f"{forgotten} processes are of another session (too long ago, or other bundles): measuring them again"
+        )
     elif journal.runs:
-        note(f"{len(journal.runs)} processes were measured before, going on")
+        talk.note(f"{len(journal.runs)} processes were measured before, going on")
     for at, names in enumerate(turns([*timed, *repeated], run.config.rounds, journal.order_seed)):
         for name in names:
             measured = repeated.get(name, name)
-            advance(0, f"round {at + 1}, {name}")
+            talk.advance(0, f"round {at + 1}, {name}")
             if measured not in journal.failed and (at, name) not in journal.runs:
-                limit = _time_limit(run, measured)
+                talk.check()
+                settings, limit = settings_of(run.config, measured), _time_limit(run, measured)
+                look = None if watch is None else watch.look()
                 try:
-                    samples = _twice(name, run.device.measure, measured, run.timing[measured], settings, limit)
+                    samples = twice(talk, name, asked.device.measure, measured, asked.timing[measured], settings, limit)
+                except DeviceLost:
+                    raise
                 except KdpipeError as error:
-                    note(f"{measured}: given up in round {at + 1}: {error}")
+                    talk.check()
+                    talk.note(f"{measured}: given up in round {at + 1}: {error}")
                     journal.give_up(at, measured, str(error))
                 else:
-                    journal.add(at, name, samples)
-            advance(1, "")
+                    around = None if watch is None or look is None else seen_around(look, watch.look(), samples.steady)
+                    journal.add(at, name, samples, around)
+            talk.advance(int(name not in repeated), "")
+        talk.advance(len(asked.bundles) - len(timed), "")
 
 
-def _twice(what: str, call: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
-    """A process may fail for a reason that is gone at once: the second failure counts. Raises KdpipeError."""
-    try:
-        return call(*arguments, **options)
-    except KdpipeError as error:
-        note(f"{what}: {error}; once more")
-        return call(*arguments, **options)
+def _start_fresh(run: _Run, timed: Sequence[str]) -> dict[str, list[FreshStart]]:
+    """Start every bundle in fresh processes, in turns; one that fails twice starts no more, its latencies stand."""
+    asked, starts = run.asked, {name: list[FreshStart]() for name in timed if name not in run.journal.failed}
+    for at in range(run.config.cold_starts):
+        for name in timed:
+            asked.talk.advance(0, f"start {at + 1}, {name}")
+            if name in starts and len(starts[name]) == at:
+                asked.talk.check()
+                limit, settings = _time_limit(run, name), settings_of(run.config, name)
+                call = partial(asked.device.start_fresh, name, asked.timing[name], settings, limit, examine=at == 0)
+                try:
+                    starts[name].append(twice(asked.talk, name, call))
+                except DeviceLost:
+                    raise
+                except KdpipeError as error:
+                    asked.talk.check()
+                    asked.talk.note(f"{name}: not started again: {error}")
+            asked.talk.advance(1, "")
+        asked.talk.advance(len(asked.bundles) - len(timed), "")
+    return starts
+
+
+def _repeated(judged_by: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """The controls, each by the bundle that it measures again."""
+    return {control_name(name): name for name in dict.fromkeys(itertools.chain.from_iterable(judged_by.values()))}
+
+
+def _collect(
+    run: _Run,
+    results: dict[str, Result],
+    judged_by: Mapping[str, Sequence[str]],
+    starts: Mapping[str, Sequence[FreshStart]],
+    folder: Path,
+    cores: int | str,
+) -> dict[str, list[Samples]]:
+    """Raw samples into files, what they come to into ``results``; returns those of what did not fail."""
+    journal, repeated = run.journal, _repeated(judged_by)
+    runs: dict[str, list[Samples]] = {}
+    for name in [*judged_by, *repeated]:
+        rounds = [at for at in range(run.config.rounds) if (at, name) in journal.runs]
+        repeats = [journal.runs[at, name] for at in rounds]
+        (folder / Measurement.samples_name(name)).parent.mkdir(exist_ok=True)
+        write_json(folder / Measurement.samples_name(name), [samples.model_dump() for samples in repeats])
+        failure = journal.failed.get(repeated.get(name, name))
+        if failure is None:
+            runs[name] = repeats
+        if name in results:
+            began, precision = starts.get(name, []), run.asked.bundles[name].facts.precision
+            (folder / Measurement.starts_name(name)).parent.mkdir(exist_ok=True)
+            write_json(folder / Measurement.starts_name(name), [start.model_dump() for start in began])
+            found = _failed(failure) if failure is not None else summary(repeats, began, precision)
+            if run.asked.dataset is None:  # random inputs are made, not prepared from an image
+                found |= {"prepare_ms": None, "end_to_end_ms": None}
+            if failure is None and not run.asked.device.emulated:
+                found["conditions"] = conditions([journal.around[at, name] for at in rounds], cores)
+            results[name] = results[name].model_copy(update=found)
+    return runs
 
 
 def _failed(reason: str) -> dict[str, Any]:
@@ -180,20 +402,9 @@ def _failed(reason: str) -> dict[str, Any]:
 
 def _time_limit(run: _Run, name: str) -> float:
     """Seconds after which a process that measures hangs: by how long the timing images took, one at a time."""
-    found, config = run.journal.accuracy(name), run.config
-    assert found is not None  # only what was run is timed
-    return SLACK_SECONDS + SLACK * longest_seconds(
-        found.alone.open_seconds,
-        _image_seconds(found.alone),
-        config.images,
-        config.seconds,
-        config.min_samples,
-        config.warm_up_seconds,
-    )
-
-
-def _image_seconds(alone: Prediction) -> float:
-    return alone.predict_seconds / max(1, alone.images)
+    alone = run.journal.answer(name, ALONE)
+    assert alone is not None  # only what was run is timed
+    return SLACK_SECONDS + SLACK * longest_seconds(alone.open_seconds, image_seconds(alone), run.config)
 
 
 def turns(names: Sequence[str], rounds: int, seed: int) -> list[list[str]]:
@@ -210,152 +421,57 @@ def turns(names: Sequence[str], rounds: int, seed: int) -> list[list[str]]:
     return planned
 
 
-def _push_inputs(
-    device: Device, bundles: Mapping[str, Bundle], dataset: Dataset, scratch: Path, draft: Path
-) -> dict[str, str]:
-    """Put bundles and test images onto the device; images are decoded once per kind of input."""
-    samples = dataset.samples("test")
-    spec = next(iter(bundles.values())).facts.input.model_dump()
-    np.save(draft / Measurement.LABELS, load_labels(samples, spec))
-    pushed: dict[str, str] = {}
-    images = {}
-    for name, bundle in bundles.items():
-        device.push(bundle.path, name)
-        spec = bundle.facts.input.model_dump(exclude={"layout"})
-        kind = repr(sorted(spec.items()))
-        if kind not in pushed:
-            pushed[kind] = f"images-{len(pushed)}.npy"
-            ready = dataset.fitted_file("test", spec)
-            if ready is None:
-                ready = scratch / pushed[kind]
-                write_images(ready, samples, spec)
-            device.push(ready, pushed[kind])
-        images[name] = pushed[kind]
-    return images
-
-
-def _push_timing_images(
-    device: Device,
-    bundles: Mapping[str, Bundle],
-    images: Mapping[str, str],
-    dataset: Dataset,
-    count: int,
-    scratch: Path,
-) -> dict[str, str]:
-    """Put the images that are timed onto the device, once per kind of input: seeded, spread over the classes.
-
-    A file of their own, in the order of their positions: a process that times opens nothing else.
-    """
-    samples = dataset.samples("test")
-    chosen = [samples[int(at)] for at in _timing_positions(dataset, count)]
-    pushed: dict[str, str] = {}
-    for name, bundle in bundles.items():
-        if images[name] not in pushed:
-            pushed[images[name]] = f"timing-{images[name]}"
-            file = scratch / pushed[images[name]]
-            write_images(file, chosen, bundle.facts.input.model_dump())
-            device.push(file, file.name)
-    return {name: pushed[images[name]] for name in bundles}
-
-
-def _timing_positions(dataset: Dataset, count: int) -> np.ndarray:
-    return dataset.positions("test", count, seed=0)
-
-
-def _accuracy(run: _Run, name: str, bundle: Bundle) -> Result:
-    """What a bundle says of the test images, kept in the journal, and how right that is."""
-    stand_in = not run.device.runs(bundle.facts.target)
-    if stand_in and bundle.facts.stand_in is None:
-        return Result(status=f"{bundle.facts.target} is not installed on this device")
-    found = run.journal.accuracy(name)
-    if found is None:
-        try:
-            found = _twice(name, _predict, run, name, bundle, stand_in)
-        except KdpipeError as error:
-            note(f"{name}: given up: {error}")
-            return Result(**_failed(str(error)))
-        run.journal.add_accuracy(name, found)
-    outputs = np.load(run.journal.outputs(name), allow_pickle=False)
-    labels = load_labels(run.dataset.samples("test"), bundle.facts.input.model_dump())
-    task, apart = TASKS[bundle.facts.task], found.batch_one
-    if not apart.within_tolerance:
-        note(
-            f"{name}: one image at a time its outputs are off by {apart.max_difference:.3g} from those in batches, "
-            f"allowed {apart.tolerance:.3g}: its accuracy may not be that of what is timed"
-        )
-    return Result(
-        status="not built here" if stand_in else "measured",
-        accuracy_by=found.answer.session.runtime,
-        accuracy=Interval(*task.summary(task.scores(outputs, labels))),
-        batch_one=apart,
-        session=found.answer.session,
-    )
-
-
-def _predict(run: _Run, name: str, bundle: Bundle, stand_in: bool) -> Accuracy:
-    """Outputs of the test images into the journal; before, those of the timing images one at a time, as they are timed.
-
-    How long one image takes alone bounds how long all may take. Raises KdpipeError.
-    """
-    device, written, count = run.device, run.journal.outputs(name), run.dataset.facts.images["test"]
-    threads = run.config.threads
-    alone = device.predict(name, run.timing[name], written, FIRST_SECONDS, stand_in=stand_in, batch=1, threads=threads)
-    one_by_one = _read_outputs(written, name, len(run.positions), bundle)
-    limit = SLACK_SECONDS + SLACK * (alone.open_seconds + count * _image_seconds(alone))
-    answer = device.predict(name, run.images[name], written, limit, stand_in=stand_in)
-    batched = _read_outputs(written, name, count, bundle)[run.positions]
-    difference, tolerance = float(np.abs(one_by_one - batched).max()), bundle.facts.golden_tolerance
-    return Accuracy(
-        answer=answer,
-        alone=alone,
-        batch_one=BatchOne(
-            images=len(run.positions),
-            max_difference=difference,
-            tolerance=tolerance,
-            agreement=TASKS[bundle.facts.task].agreement(one_by_one, batched),
-            within_tolerance=difference <= tolerance,
-        ),
-    )
-
-
-def _read_outputs(path: Path, name: str, count: int, bundle: Bundle) -> np.ndarray:
-    """Outputs [N, ...] as a device wrote them. Raises UserError for anything else."""
-    try:
-        outputs = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the outputs of {name} are no array ({first_line(error)})") from None
-    if len(outputs.shape) < 2 or outputs.shape[:2] != (count, len(bundle.labels)) or outputs.dtype != np.float32:
-        wanted = f"float32 [{count}, {len(bundle.labels)}, ...]"
-        raise UserError(f"the outputs of {name} are {outputs.dtype} {list(outputs.shape)}, wanted {wanted}")
-    if not np.isfinite(outputs).all():
-        raise UserError(f"the outputs of {name} are not all finite")
-    return np.asarray(outputs)
-
-
-def summary(repeats: Sequence[Samples]) -> dict[str, Any]:
+def summary(repeats: Sequence[Samples], starts: Sequence[FreshStart] = (), precision: str = "") -> dict[str, Any]:
     """Numbers of one bundle over its processes, nothing trimmed: the fields of its ``Result``.
 
     Inferences of one process resemble each other more than those of two, so the process is the unit: a
-    percentile is taken in each, and its median over processes is given with the order-statistic interval.
+    percentile is taken in each, and its median over processes is given with the order-statistic interval. A percentile
+    that the inferences of some process are too few for is None.
+
+    Args:
+        starts: its processes that only started; without them starting is told of those that timed.
+        precision: what the bundle says that it is.
     """
     milliseconds = [np.asarray(samples.latency_ns) / 1e6 for samples in repeats]
     numbers: dict[str, Any] = {}
-    for percent in (50, 90):
-        by_process = [percentile_interval(values, percent).value for values in milliseconds]
-        numbers[f"latency_p{percent}_ms"] = median_interval(by_process)
-        numbers[f"latency_p{percent}_by_process_ms"] = by_process
+    for percent in (50, 90, 95, 99):
+        if percent == 50:
+            by_process = [percentile_interval(values, percent).value for values in milliseconds]
+        else:
+            known = [percentile_within(values, percent) for values in milliseconds]
+            by_process = [value for value in known if value is not None]
+        whole = len(by_process) == len(repeats)
+        numbers[f"latency_p{percent}_ms"] = median_interval(by_process) if whole else None
+        if percent in (50, 90):
+            numbers[f"latency_p{percent}_by_process_ms"] = by_process if whole else None
+    end_to_end = [float(np.median(samples.end_to_end_ns)) / 1e6 for samples in repeats if samples.end_to_end_ns]
+    began: Sequence[StartUp] = starts or repeats
+    since_start = [start.process_ns / 1e6 for start in began if start.process_ns is not None]
+    compiled = [start.compile_ns / 1e6 for start in began if start.compile_ns is not None]
+    executed = next((start.executed for start in starts if start.executed is not None), None)
+    sustained = [samples.sustained for samples in repeats if samples.sustained is not None]
     return {
         **numbers,
+        "early_stopping_p90_by_process_ms": [early_stopping(values, 90) for values in milliseconds],
         "inferences": sum(map(len, milliseconds)),
-        "import_ms": [samples.import_ns / 1e6 for samples in repeats],
-        "load_ms": [samples.load_ns / 1e6 for samples in repeats],
-        "first_inference_ms": [samples.first_ns / 1e6 for samples in repeats],
+        "end_to_end_ms": median_interval(end_to_end) if end_to_end else None,
         "prepare_ms": float(np.median(np.concatenate([samples.prepare_ns for samples in repeats]))) / 1e6,
-        "peak_memory_bytes": max(samples.peak_memory_bytes for samples in repeats),
-        "memory_before_open_bytes": max(samples.memory_before_open_bytes for samples in repeats),
-        "memory_growth_bytes": max(each.peak_memory_bytes - each.memory_before_open_bytes for each in repeats),
+        "page_cache": starts[0].page_cache if starts else None,
+        "start_ms": median_interval(since_start) if since_start else None,
+        "import_ms": [start.import_ns / 1e6 for start in began],
+        "load_ms": [start.load_ns / 1e6 for start in began],
+        "compile_ms": compiled or None,
+        "first_inference_ms": [start.first_ns / 1e6 for start in began],
+        "memory_before_open_bytes": max((start.memory_before_open_bytes for start in starts), default=None),
+        "memory_growth_bytes": max((start.memory_growth_bytes for start in starts), default=None),
+        "executed": executed,
+        "fell_back": fell_back(precision, repeats[0].session, executed),
+        "placement": repeats[0].placement,
         "warm_up_settled": all(samples.warm_up.settled for samples in repeats),
         "warm_up_settled_by_process": [samples.warm_up.settled for samples in repeats],
+        "stable": 2 * sum(samples.stable for samples in repeats) > len(repeats),
+        "p50_known_within_by_process": [samples.p50_known_within for samples in repeats],
+        "sustained": sustained or None,
         "session": repeats[0].session,
     }
 

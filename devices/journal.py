@@ -10,21 +10,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..core.artifact import Record
-from ..core.kinds import BatchOne, Prediction, Samples
+from ..core.kinds import Prediction, Samples, Surroundings
 
 # A session that stood still for longer is not one: the machine is another by then (its load, clock, heat), and
 # rounds of before and after must not be pooled. Outputs do not depend on when they were made.
 PAUSE_LIMIT_SECONDS = 600.0
 
 R = TypeVar("R", bound=Record)
-
-
-class Accuracy(Record):
-    """What came with the outputs of a bundle, which lie in the journal."""
-
-    answer: Prediction
-    alone: Prediction  # of the timing images, one at a time
-    batch_one: BatchOne
 
 
 class _Session(Record):
@@ -42,26 +34,29 @@ class _Process(Record):
     round: int
     name: str
     samples: Samples | None = None
+    around: Surroundings | None = None
     failure: str | None = None
 
 
 class Journal:
     """The folder in which a session is kept until it is sealed.
 
-    After ``begin``: ``order_seed`` draws who is measured when, ``runs`` holds what was measured by (round, name),
-    ``failed`` why a bundle was given up, ``pauses_seconds`` how long the session stood still.
+    After ``begin``: ``order_seed`` draws who is measured when, ``runs`` holds what was measured by (round, name) and
+    ``around`` what the device did meanwhile, ``failed`` why a bundle was given up, ``pauses_seconds`` how long the
+    session stood still.
     """
 
     def __init__(self, folder: Path) -> None:
         self._session, self._processes = folder / "session.json", folder / "processes.jsonl"
-        self._accuracy, self._outputs = folder / "accuracy", folder / "outputs"
+        self._outputs = folder / "outputs"
         self.runs: dict[tuple[int, str], Samples] = {}
+        self.around: dict[tuple[int, str], Surroundings | None] = {}
         self.failed: dict[str, str] = {}
         self.pauses_seconds: list[float] = []
         self.order_seed = secrets.randbits(32)
 
     def begin(self, timed: Sequence[str]) -> int:
-        """Go on with the session of these bundles if it is still one, else begin anew.
+        """Go on with the session of these rows if it is still one, else begin anew.
 
         After a pause of more than ten minutes times are taken anew, in another order.
 
@@ -84,35 +79,35 @@ class Journal:
             self._take(process)
         return 0
 
-    def add(self, at: int, name: str, samples: Samples) -> None:
-        """Keep what one process measured in round ``at``."""
-        self._append(_Process(ended_unix=time.time(), round=at, name=name, samples=samples))
+    def add(self, at: int, name: str, samples: Samples, around: Surroundings | None) -> None:
+        """Keep what one process measured in round ``at``, and what the device did meanwhile."""
+        self._append(_Process(ended_unix=time.time(), round=at, name=name, samples=samples, around=around))
 
     def give_up(self, at: int, name: str, failure: str) -> None:
         """Keep why a bundle failed for good in round ``at``."""
         self._append(_Process(ended_unix=time.time(), round=at, name=name, failure=failure))
 
-    def outputs(self, name: str) -> Path:
-        """Where a bundle's outputs are put; they count once ``add_accuracy`` was called."""
-        self._outputs.mkdir(exist_ok=True)
-        return self._outputs / f"{name}.npy"
+    def outputs(self, bundle: str, part: str) -> Path:
+        """Where a bundle's outputs for a part of the images are put; they count once ``add_answer`` was called."""
+        (self._outputs / bundle).mkdir(parents=True, exist_ok=True)
+        return self._outputs / bundle / f"{part}.npy"
 
-    def add_accuracy(self, name: str, found: Accuracy) -> None:
+    def add_answer(self, bundle: str, part: str, answer: Prediction) -> None:
         """Keep what came with a bundle's outputs, once these are safe."""
-        self._accuracy.mkdir(exist_ok=True)
-        with self.outputs(name).open("rb") as stream:
+        path = self.outputs(bundle, part)
+        with path.open("rb") as stream:
             os.fsync(stream.fileno())
-        _replace(self._accuracy / f"{name}.json", found.model_dump_json())
+        _replace(path.with_suffix(".json"), answer.model_dump_json())
 
-    def accuracy(self, name: str) -> Accuracy | None:
-        """What came with a bundle's outputs, if they lie here."""
-        if not self.outputs(name).is_file():
-            return None
-        return _load(Accuracy, self._accuracy / f"{name}.json")
+    def answer(self, bundle: str, part: str) -> Prediction | None:
+        """What came with a bundle's outputs for a part of the images, if they lie here."""
+        path = self.outputs(bundle, part)
+        return _load(Prediction, path.with_suffix(".json")) if path.is_file() else None
 
     def _take(self, process: _Process) -> None:
         if process.samples is not None:
             self.runs[process.round, process.name] = process.samples
+            self.around[process.round, process.name] = process.around
         if process.failure is not None:
             self.failed[process.name] = process.failure
 

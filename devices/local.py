@@ -65,6 +65,9 @@ class LocalDevice(RunnerDevice):
             raise UserError(f"nothing at {source}: wanted a file or folder to push")
         self._places[name] = str(source.absolute())
 
+    def drop(self, name: str) -> None:
+        del self._places[name]
+
     def send(self, source: Path, path: str) -> None:
         try:
             if source.is_dir():

@@ -6,17 +6,18 @@ never ranked.
 
 from __future__ import annotations
 
-import time
+import dataclasses
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
 
 from ..core.config import DeviceSettings, MeasureSettings
 from ..core.errors import UserError
-from ..core.kinds import Bundle, Prediction, Probe, RuntimeSession, Samples, WarmUp
+from ..core.kinds import Bundle, FreshStart, Prediction, Probe, RuntimeSession, Samples, WarmUp
 from ..runtime import RUNTIMES
 from ..runtime.bundle import GOLDEN
-from ..runtime.measure import peak_memory_bytes
+from ..runtime.measure import Plan, peak_memory_bytes, time_calls
 from ..runtime.probe import UNAVAILABLE
 
 SESSION = RuntimeSession(runtime="null", version="0", threads=0)
@@ -58,6 +59,12 @@ class NullDevice:
             raise UserError(f"nothing at {source}: wanted a file or folder to push")
         self._pushed[name] = source
 
+    def drop(self, name: str) -> None:
+        del self._pushed[name]
+
+    def watching(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def predict(
         self,
         bundle: str,
@@ -76,22 +83,33 @@ class NullDevice:
 
     def measure(self, bundle: str, images: str, settings: MeasureSettings, timeout_seconds: float) -> Samples:
         self._found(bundle)
-        latency_ns: list[int] = []
-        begun = time.monotonic()
-        while time.monotonic() - begun < settings.seconds or len(latency_ns) < settings.min_samples:
-            start = time.perf_counter_ns()
-            latency_ns.append(max(1, time.perf_counter_ns() - start))
-        memory = peak_memory_bytes()
+        plan = Plan(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Plan)})
+        timed = time_calls(lambda _: None, plan)
         return Samples(
             import_ns=0,
             load_ns=0,
-            first_ns=latency_ns[0],
+            first_ns=0,
             prepare_ns=[0],
             warm_up=WarmUp(window_median_ns=[], calls=0, seconds=0, settled=True),
-            latency_ns=latency_ns,
-            peak_memory_bytes=memory,
-            memory_before_open_bytes=memory,
+            end_to_end_ns=[0],
             session=SESSION,
+            **timed,
+        )
+
+    def start_fresh(
+        self, bundle: str, images: str, settings: MeasureSettings, timeout_seconds: float, *, examine: bool = False
+    ) -> FreshStart:
+        self._found(bundle)
+        memory = peak_memory_bytes()
+        return FreshStart(
+            process_ns=0,
+            import_ns=0,
+            load_ns=0,
+            first_ns=0,
+            session=SESSION,
+            page_cache=settings.page_cache,
+            memory_before_open_bytes=memory,
+            peak_memory_bytes=memory,
         )
 
     def close(self) -> None:

@@ -5,7 +5,10 @@ A kind of device gives three things: how a shell line is run there, and how file
 
 from __future__ import annotations
 
+import dataclasses
+import getpass
 import os
+import platform
 import secrets
 import shlex
 import shutil
@@ -14,9 +17,10 @@ import subprocess
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import ValidationError
 
@@ -24,9 +28,13 @@ from .. import runtime
 from ..core.artifact import Record
 from ..core.config import DeviceSettings, MeasureSettings
 from ..core.errors import DeviceLost, KdpipeError, UserError
-from ..core.kinds import Prediction, Probe, Samples
+from ..core.kinds import FreshStart, Prediction, Probe, Samples
 from ..core.proc import run_group
 from ..core.sealed import parse_json, printable
+from ..runtime.measure import Plan
+
+if TYPE_CHECKING:
+    from .surroundings import Watch
 
 R = TypeVar("R", bound=Record)
 RUNNER = "runtime"
@@ -141,7 +149,7 @@ class RunnerDevice(ABC):
     @cached_property
     def root(self) -> str:
         """The folder there of everything that is kdpipe's, absolute; it is made. Raises as ``shell`` does."""
-        folder = shlex.quote(self.settings.folder or self.FOLDER)
+        folder = shlex.quote((self.settings.folder or self.FOLDER).removeprefix("~/"))  # a shell starts in the home
         return self.shell(f"mkdir -p {folder}/store {folder}/work && cd {folder} && pwd -P").splitlines()[-1]
 
     @cached_property
@@ -293,6 +301,16 @@ class RunnerDevice(ABC):
     def push(self, source: Path, name: str) -> None:
         self._places[name] = self.store(source)
 
+    def drop(self, name: str) -> None:
+        place = self._places.pop(name)
+        if place not in self._places.values():
+            self.shell(f"rm -rf {shlex.quote(place)}")
+
+    def watching(self) -> AbstractContextManager[Watch]:
+        from .surroundings import Watch
+
+        return Watch(self, f"{self.root}/lock", f"{getpass.getuser()}@{platform.node()}")
+
     def place(self, name: str) -> str:
         """Where something that was pushed lies there. Raises UserError where nothing was."""
         if name not in self._places:
@@ -321,12 +339,23 @@ class RunnerDevice(ABC):
         return answer
 
     def measure(self, bundle: str, images: str, settings: MeasureSettings, timeout_seconds: float) -> Samples:
+        plan = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Plan)}
+        plan["image_count"] = plan.pop("images")
         arguments = [
-            *("measure", self.place(bundle), "--images", self.place(images), "--image-count", str(settings.images)),
-            *("--threads", str(settings.threads), "--seconds", str(settings.seconds)),
-            *("--min-samples", str(settings.min_samples), "--warm-up-seconds", str(settings.warm_up_seconds)),
+            *("measure", self.place(bundle), "--images", self.place(images), "--threads", str(settings.threads)),
+            *(word for name, value in plan.items() for word in (f"--{name.replace('_', '-')}", str(value))),
         ]
         return self.ask(Samples, arguments, timeout_seconds)
+
+    def start_fresh(
+        self, bundle: str, images: str, settings: MeasureSettings, timeout_seconds: float, *, examine: bool = False
+    ) -> FreshStart:
+        arguments = [
+            *("start", self.place(bundle), "--images", self.place(images), "--threads", str(settings.threads)),
+            *("--page-cache", settings.page_cache),
+            *(["--examine"] if examine else []),
+        ]
+        return self.ask(FreshStart, arguments, timeout_seconds)
 
 
 def failure(done: subprocess.CompletedProcess[bytes]) -> str:

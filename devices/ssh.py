@@ -23,7 +23,9 @@ from ..core.sealed import printable
 from .runner import RunnerDevice, failure
 
 Done = subprocess.CompletedProcess[bytes]
-ADDRESS = re.compile(r"(?P<uri>ssh://)?((?P<user>[^@\s]+)@)?(?P<host>\[[\w:.%]+\]|[\w.%][\w.%-]*)(:(?P<port>\d+))?/?")
+ADDRESS = re.compile(
+    r"(?P<uri>ssh://)?((?P<user>\S+)@)?(?P<host>\[[\w:.%]+\]|[\w.%][\w.%-]*|[\w.%]*:[\w:.%]*:[\w:.%]*)(:(?P<port>\d+))?/?"
+)
 LINK_FAILED = 255  # ssh's own exit code; a command's is made another (see ``argv``)
 STALLED_SECONDS = 30  # without a byte, after which rsync gives up at both ends
 PERSIST_SECONDS = 60  # that a connection outlives its last command, should this process be killed
@@ -134,6 +136,11 @@ class SshDevice(RunnerDevice):
     def _client(self, tool: str, configuration: str = "shared") -> list[str]:
         return [tool, "-F", str(self._folder / configuration)]
 
+    @property
+    def _bracketed(self) -> str:
+        """The host as rsync and sftp take it, for which a colon begins a path."""
+        return f"[{self._host}]" if ":" in self._host else self._host
+
     def lost(self, returncode: int, stderr: bytes) -> str | None:
         """Why the link is gone, asked once more. Raises UserError where another attempt won't help: keys."""
         if returncode != LINK_FAILED:
@@ -165,8 +172,7 @@ class SshDevice(RunnerDevice):
 
     def _rsync(self, source: Path | str, target: Path | str) -> Done:
         """Bring ``source`` to ``target``, of which the one there is given as text."""
-        there = f"[{self._host}]" if ":" in self._host else self._host
-        ends = [f"{there}:{end}" if isinstance(end, str) else str(end.absolute()) for end in (source, target)]
+        ends = [f"{self._bracketed}:{end}" if isinstance(end, str) else str(end.absolute()) for end in (source, target)]
         if isinstance(source, Path) and source.is_dir():
             ends[0] += "/"  # what is in it, not itself
         # In place: however the link ends, what has arrived is there to go on from, and checksums find it.
@@ -198,7 +204,7 @@ class SshDevice(RunnerDevice):
         return self._sftp([f"{verb} {quoted(path)} {quoted(str(part.absolute()))}"] if there != size else [])
 
     def _sftp(self, lines: Sequence[str]) -> Done:
-        return self._run([*self._client("sftp"), "-b", "-", self._host], "\n".join([*lines, ""]).encode())
+        return self._run([*self._client("sftp"), "-b", "-", self._bracketed], "\n".join([*lines, ""]).encode())
 
     def _run(self, command: Sequence[str], stdin: bytes = b"") -> Done:
         return run_group(command, None, stdin, self.environment())
@@ -230,8 +236,9 @@ class SshDevice(RunnerDevice):
             else:
                 self._check_space(size, path, said)
             if done.returncode not in BROKEN_OFF:
-                lines = [line for line in said.splitlines() if line.strip()]
-                raise UserError(f"'{self.name}' refused a file: {printable(lines[0] if lines else failure(done), 500)}")
+                lines = [line for line in said.splitlines() if line.strip()] or [failure(done)]
+                reason = next((line for line in lines if line.startswith("rsync: ")), lines[-1])
+                raise UserError(f"'{self.name}' refused a file: {printable(reason, 500)}")
             note(f"'{self.name}': the link broke off and is back, going on")
         raise DeviceLost(f"'{self.name}' breaks off every transfer ({failure(done)})")
 
@@ -298,13 +305,17 @@ def explain(said: str, settings: DeviceSettings) -> str:
             f"{device}: the host key of {found[1]} is not known here: run '{by_hand}' once, compare the fingerprint "
             "with the device's own and accept it"
         )
-    if found := re.search(r"(?:(\S+): )?Permission denied \(([a-z,-]+)\)", said):
+    refused = r"(?:(\S+): )?Permission denied \(([a-z,-]+)\)|(Too many authentication failures)"
+    if found := re.search(refused, said):
+        whose, why = found[1] or settings.address, found[2] or found[3]
         raise UserError(
-            f"{device}: {found[1] or settings.address} takes none of your keys ({found[2]}): see that '{by_hand}' "
+            f"{device}: {whose} takes none of your keys ({why}): see that '{by_hand}' "
             "works without a password (ssh-copy-id, ssh-add, IdentityFile in your ssh_config)"
         )
-    if found := re.search(r".+: (?:line \d+: )?(?:Bad configuration option|Bad owner or permissions).*", said):
-        raise UserError(f"{device}: ssh refuses its configuration: {printable(found[0], 300)}")
+    if found := re.search(r".*(?:Bad configuration option|Bad owner or permissions|Unable to negotiate).*", said):
+        raise UserError(f"{device}: ssh refuses: {printable(found[0], 300)}")
+    if "Host key verification failed" in said:  # for another reason: it was revoked
+        raise UserError(f"{device}: its host key is refused: see what '{by_hand}' says of it")
     for words, cure in LOST.items():
         if found := re.search(rf".*(?:{words}).*", said):
             return f"{found[0].strip().removeprefix('ssh: ')}: {cure}"

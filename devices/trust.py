@@ -1,8 +1,12 @@
 """What a session's latencies are worth: the rules, from what every bundle took in each round.
 
 *Trusted* is a latency that is known within the resolution that was asked for, on a machine that could tell a bundle
-from itself within it. *Noisy* is one that was measured and is not known so well: measuring again may cure it. *Invalid*
-is none of this device, however often it is measured.
+from itself within it and did nothing else meanwhile. *Noisy* is one that was measured and is not known so well:
+measuring again may cure it. *Invalid* is none of this device, however often it is measured.
+
+A bundle over itself shows what differs from one process to the next. It cannot show what stands from the first moment
+to the last: a load slows all alike, float32 more than INT8, and every control is one. So what else the machine did is
+sampled from outside the timed processes, and is a gate of its own.
 
 Two bundles differ where their paired ratio lies beyond what the A/A controls leave open, corrected for all pairs of the
 session (Holm): what is not resolved is a tie.
@@ -12,15 +16,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..core.kinds import Comparison, Result, Trust
-from ..core.stats import Interval, holm_levels, ratio_interval
+from ..core.stats import Interval, compare_logs, known_within, ratio_interval
+from ..runtime.probe import UNAVAILABLE
 
 Rounds = Mapping[str, Sequence[float | None]]  # by bundle: one latency a round, in ms, None where it failed
+
+PAUSE_SECONDS = 60.0  # a session that stood still for longer is told; from ten minutes on it begins anew
 
 
 def control_name(bundle: str) -> str:
@@ -31,51 +38,75 @@ def control_name(bundle: str) -> str:
 def assess(
     rounds: Rounds,
     results: Mapping[str, Result],
-    controls: Mapping[str, str],
+    judged_by: Mapping[str, Sequence[str]],
     float32: Mapping[str, str],
     resolution: float,
     *,
     emulated: bool = False,
+    cores: int | str = UNAVAILABLE,
+    pauses_seconds: Sequence[float] = (),
 ) -> dict[str, Any]:
     """The fields of a ``MeasurementFacts`` that say what to believe.
 
     Args:
         rounds: of the timed bundles and of their controls, under ``control_name``; without those that failed.
         results: of every bundle, timed or not.
-        controls: for each timed bundle the one whose control it is judged by, as ``controlled`` finds it.
+        judged_by: for each timed bundle those whose control it is judged by, as ``controlled`` finds them.
         float32: for each bundle the float32 one of its target and student, where there is one.
         resolution: share within which a latency must be known.
+        cores: of the device that a process may use, where that is known.
+        pauses_seconds: how long the session stood still, each time.
     """
-    measured = {name: ratio(rounds, control_name(name), name) for name in dict.fromkeys(controls.values())}
+    repeated = dict.fromkeys(itertools.chain.from_iterable(judged_by.values()))
+    measured = {name: ratio(rounds, control_name(name), name) for name in repeated}
     known = {name: found for name, found in measured.items() if found is not None}
     judged = {}
     for name, result in results.items():
-        if name in controls:
+        if name in judged_by:
             base = float32.get(name, name)
             over = ratio(rounds, name, base) if base != name else None
             result = result.model_copy(update={"over_float32": over})
-            word = judge(result, known.get(controls[name]), resolution, emulated=emulated)
+            word = judge(
+                result,
+                {other: known.get(other) for other in judged_by[name]},
+                resolution,
+                emulated=emulated,
+                cores=cores,
+                pauses_seconds=pauses_seconds,
+                base=results.get(base) if over is not None else None,
+            )
             result = result.model_copy(update={"trust": word})
         judged[name] = result
     return {
         "results": judged,
         "resolution": resolution,
         "controls": known,
-        "comparisons": compare(rounds, known, controls),
+        "judged_by": {name: list(others) for name, others in judged_by.items()},
+        "comparisons": compare(rounds, known, judged_by),
     }
 
 
-def controlled(targets: Mapping[str, str], float32: Mapping[str, str]) -> dict[str, str]:
-    """For every timed bundle the one of its target that is measured twice: float32, where there is one.
+def controlled(
+    targets: Mapping[str, str], float32: Mapping[str, str], image_seconds: Mapping[str, float]
+) -> dict[str, list[str]]:
+    """For every timed bundle those that are measured twice in a round and judge it.
+
+    Of each target its float32 one, where there is one; and the fastest of all judges itself too: what disturbs a
+    process for so many microseconds shows in it first.
 
     Args:
         targets: of the timed bundles, by name.
         float32: the float32 bundle of each, as ``float32_by_bundle`` finds it.
+        image_seconds: about how long each takes for an image, from before the session.
     """
     by_target: dict[str, str] = {}
     for name in sorted(targets, key=lambda name: float32.get(name) != name):
         by_target.setdefault(targets[name], name)
-    return {name: by_target[target] for name, target in targets.items()}
+    fastest = min(targets, key=image_seconds.__getitem__, default=None)
+    return {
+        name: list(dict.fromkeys([by_target[target], *([name] if name == fastest else [])]))
+        for name, target in targets.items()
+    }
 
 
 def ratio(rounds: Rounds, first: str, second: str) -> Interval | None:
@@ -92,89 +123,140 @@ def from_one(control: Interval) -> tuple[float, float] | None:
     return max(control.low, 1 / control.high, 1) - 1, max(control.high, 1 / control.low) - 1
 
 
-def known_within(found: Interval) -> float | None:
-    """The share within which a latency or a ratio is known: the longer arm of its interval."""
-    if found.low is None or found.high is None:
-        return None
-    return max(found.high / found.value, found.value / found.low) - 1
-
-
-def compare(rounds: Rounds, controls: Mapping[str, Interval], control_of: Mapping[str, str]) -> list[Comparison]:
+def compare(
+    rounds: Rounds, controls: Mapping[str, Interval], judged_by: Mapping[str, Sequence[str]]
+) -> list[Comparison]:
     """Every pair of bundles that share two rounds or more.
 
-    The hypothesis that is tested says: they differ by no more than the controls of the two leave open (the wider one).
-    The mean logarithm of the paired ratios is held against it by Student's t, at Holm's level over all pairs.
+    The hypothesis that is tested says: they differ by no more than the controls of the two leave open (the widest one).
 
     Args:
-        control_of: for each bundle to compare, the one whose control it is judged by.
+        judged_by: for each bundle to compare, those whose control it is judged by.
     """
-    from scipy.special import stdtr, stdtrit  # Student's distribution and its inverse
-
-    logs = {name: np.log(np.array(rounds[name], dtype=np.float64)) for name in control_of if name in rounds}
+    logs = {name: np.log(np.array(rounds[name], dtype=np.float64)) for name in judged_by if name in rounds}
     differences = {pair: logs[pair[0]] - logs[pair[1]] for pair in itertools.combinations(logs, 2)}  # None became NaN
     shared = {pair: found[~np.isnan(found)] for pair, found in differences.items()}
     shared = {pair: found for pair, found in shared.items() if len(found) > 1}
-    count = np.array([len(found) for found in shared.values()])
-    mean = np.array([found.mean() for found in shared.values()])
-    error = np.array([found.std(ddof=1) for found in shared.values()]) / np.sqrt(count)
-    margin = np.array([max(_margin(controls.get(control_of[name])) for name in pair) for pair in shared])
-    beyond = np.abs(mean) - margin
-    with np.errstate(divide="ignore", invalid="ignore"):
-        p_values = np.where(beyond > 0, 2 * stdtr(count - 1, -beyond / error), 1.0)
-    rejected, levels = holm_levels(p_values)
-    arm = stdtrit(count - 1, 1 - levels / 2) * error
-    values, lows, highs = np.exp([mean, mean - arm, mean + arm]).tolist()
+    open_by_pair = {pair: left_open(pair, controls, judged_by) for pair in shared}
+    margins = [math.inf if left is None else math.log1p(left) for left in open_by_pair.values()]
     return [
-        Comparison(
-            first=pair[0],
-            second=pair[1],
-            ratio=Interval(values[at], lows[at], highs[at], len(shared[pair])),
-            differ=bool(rejected[at]),
-        )
-        for at, pair in enumerate(shared)
+        Comparison(first=pair[0], second=pair[1], ratio=found, differ=differ, left_open=open_by_pair[pair])
+        for pair, (found, differ) in zip(shared, compare_logs(list(shared.values()), margins), strict=True)
     ]
 
 
-def _margin(control: Interval | None) -> float:
-    """What a control leaves open, as a difference of logarithms; infinite where it bounds nothing."""
-    off = None if control is None else from_one(control)
-    return math.inf if off is None else math.log1p(off[1])
+def left_open(
+    names: Sequence[str], controls: Mapping[str, Interval], judged_by: Mapping[str, Sequence[str]]
+) -> float | None:
+    """By which share the controls that judge ``names`` may be off, the widest; None where one bounds nothing."""
+    judges = [controls.get(control) for name in names for control in judged_by[name]]
+    found = [None if control is None else from_one(control) for control in judges]
+    return None if None in found else max(off[1] for off in found if off is not None)
 
 
-def judge(result: Result, control: Interval | None, resolution: float, *, emulated: bool) -> Trust:
+def judge(
+    result: Result,
+    controls: Mapping[str, Interval | None],
+    resolution: float,
+    *,
+    emulated: bool = False,
+    cores: int | str = UNAVAILABLE,
+    pauses_seconds: Sequence[float] = (),
+    base: Result | None = None,
+) -> Trust:
     """The word on one bundle's latency, and the reason where it is not "trusted".
 
     Args:
-        control: of the bundle's target; None where its processes failed.
-        resolution: share within which the latency, its ratio to float32 and the control must be known.
+        controls: those that judge it, by bundle; None where a control's processes failed.
+        resolution: share within which the latency, its ratio to float32 and the controls must be known.
+        cores, pauses_seconds: as ``assess`` takes them.
+        base: the result of its float32 bundle: what disturbed that one disturbs the ratio.
     """
-
-    def too_wide(what: str, found: Interval, within: float | None) -> Trust | None:
-        if within is None:
-            return Trust(word="noisy", reason=f"{what} has no interval: {found.n} rounds are too few")
-        if within > resolution:
-            reason = f"{what} is known within {_percent(within)}, wanted {_percent(resolution)}"
-            return Trust(word="noisy", reason=reason)
-        return None
-
     if emulated:
         return Trust(word="invalid", reason="an emulated device says nothing about the hardware")
-    if result.latency_p50_ms is None or control is None:
+    if result.latency_p50_ms is None or any(control is None for control in controls.values()):
         return Trust(word="invalid", reason="not every process that it needs could be measured")
+    if result.fell_back:
+        return Trust(word="invalid", reason=result.fell_back)
+    if result.batch_one is not None and not result.batch_one.within_tolerance:
+        apart = result.batch_one
+        reason = f"alone its outputs are off by {apart.max_difference:.3g} from those in batches"
+        return Trust(
+            word="invalid", reason=f"{reason}, allowed {apart.tolerance:.3g}: what is timed is not what is judged"
+        )
+    for name, control in controls.items():
+        off = None if control is None else from_one(control)
+        within = None if control is None else known_within(control)
+        narrow = within is not None and within <= resolution
+        if off is not None and narrow and off[0] > resolution:  # what is left of it is no noise
+            return Trust(word="invalid", reason=f"the A/A control of {name} is off by {_percent(off[0])} or more")
+    doubts = itertools.chain(  # what disturbs first: the others may come of it
+        _disturbed(result, resolution, cores, ""),
+        () if base is None else _disturbed(base, resolution, cores, "its float32 bundle: "),
+        _unsteady(result, pauses_seconds),
+        _too_wide(result, controls, resolution),
+    )
+    doubt = next(doubts, None)
+    return Trust(word="trusted") if doubt is None else Trust(word="noisy", reason=doubt)
+
+
+def _unsteady(result: Result, pauses_seconds: Sequence[float]) -> Iterator[str]:
+    """Why the bundle's own times are none of one steady state."""
     if result.warm_up_settled is False:
-        return Trust(word="noisy", reason="warm-up did not settle")
+        yield "warm-up did not settle"
+    if result.stable is False:
+        yield "UNSTABLE: in most processes the median was not known well enough at the end"
+    stood_still = sum(pause for pause in pauses_seconds if pause > PAUSE_SECONDS)
+    if stood_still:
+        yield f"the session stood still for {stood_still:.0f} s, and its rounds are of before and after"
+
+
+def _disturbed(result: Result, resolution: float, cores: int | str, whose: str) -> Iterator[str]:
+    """What else went on while a bundle was timed, beyond what the resolution bears.
+
+    A load that takes a share of the time from a process that uses every core slows it by about that share: so many
+    cores' time of others as the resolution is a share are borne, and of half the cores that it leaves free.
+    """
+    found = result.conditions
+    if found is None:
+        return
+    limit = limit_cores(resolution, cores, result.session.threads if result.session else UNAVAILABLE)
+    if found.others_cores == UNAVAILABLE:
+        yield f"{whose}what else ran on the device could not be read"
+    elif float(found.others_cores) > limit:
+        yield f"{whose}others took {_plain(found.others_cores)} of a core meanwhile, allowed {_plain(limit)}"
+    if found.steal_cores != UNAVAILABLE and float(found.steal_cores) > limit:
+        yield f"{whose}its host took {_plain(found.steal_cores)} of a core away, allowed {_plain(limit)}"
+    if found.throttled is True:
+        yield f"{whose}the device throttled its clock meanwhile"
+    if found.frequency_drop != UNAVAILABLE and float(found.frequency_drop) > resolution:
+        yield f"{whose}its clock fell by {_percent(float(found.frequency_drop))} within the session"
+
+
+def limit_cores(resolution: float, cores: int | str, threads: int | str) -> float:
+    """How many cores' time others may take: of one core, or of half of those that the process leaves free."""
+    free = int(cores) - int(threads) if isinstance(cores, int) and isinstance(threads, int) else 0
+    return resolution * max(1.0, free / 2)
+
+
+def _too_wide(result: Result, controls: Mapping[str, Interval | None], resolution: float) -> Iterator[str]:
+    """What is not known within the resolution: the latency, its ratio to float32, a bundle over itself."""
     told = {"p50": result.latency_p50_ms, "the ratio to float32": result.over_float32}
-    doubts = [too_wide(what, found, known_within(found)) for what, found in told.items() if found is not None]
-    doubts.append(too_wide("the A/A control of its target", control, known_within(control)))
-    doubt = next((doubt for doubt in doubts if doubt is not None), None)
-    if doubt is not None:
-        return doubt
-    off = from_one(control)  # narrow, so what is left is no noise
-    if off is not None and off[0] > resolution:
-        return Trust(word="invalid", reason=f"the A/A control of its target is off by {_percent(off[0])} or more")
-    if off is not None and off[1] > resolution:
-        return Trust(word="noisy", reason=f"the A/A control of its target may be off by {_percent(off[1])}")
-    return Trust(word="trusted")
+    told |= {f"the A/A control of {name}": control for name, control in controls.items()}
+    for what, found in told.items():
+        within = None if found is None else known_within(found)
+        if found is not None and within is None:
+            yield f"{what} has no interval: {found.n} rounds are too few"
+        elif within is not None and within > resolution:
+            yield f"{what} is known within {_percent(within)}, wanted {_percent(resolution)}"
+    for name, control in controls.items():
+        off = None if control is None else from_one(control)
+        if off is not None and off[1] > resolution:
+            yield f"the A/A control of {name} may be off by {_percent(off[1])}"
+
+
+def _plain(cores: float | str) -> str:
+    return f"{float(cores):.2g}"
 
 
 def _percent(share: float) -> str:

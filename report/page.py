@@ -9,14 +9,14 @@ from typing import Any
 
 from ..core.artifact import Order, drafting, write_json
 from ..core.config import ReportConfig
-from ..core.kinds import Checkpoint, GainFacts, Measurement, Report, ReportFacts
+from ..core.kinds import Checkpoint, DeviceReport, GainFacts, Measurement, Report, ReportFacts
 from . import tables, words
 from .compression import Sources, thumbnail
 
 
 def report(
     order: Order[ReportConfig],
-    measurement: Measurement,
+    sessions: Mapping[str, Sequence[Measurement]],
     checkpoints: Mapping[str, Checkpoint],
     sources: Sources,
     out: Path,
@@ -24,20 +24,28 @@ def report(
     """Write ``report.html`` (self-contained) and ``report.json`` (the same numbers).
 
     Args:
+        sessions: by device every attempt at one session, in their order.
         checkpoints: by name, the teacher and every student run that the page compares.
-        sources: what else lies beside the measurement and stands behind it.
+        sources: what else lies beside the measurements and stands behind them.
 
     Raises:
         UserError: a shipped student that was tested on other images than the bundles.
     """
     with drafting(Report, order, out) as draft:
-        numbers = tables.collect(order.config, measurement, checkpoints, sources)
+        numbers = tables.collect(order.config, sessions, checkpoints, sources)
         write_json(draft.path / Report.NUMBERS, numbers)
         (draft.path / Report.PAGE).write_text(render(numbers, _pictures(numbers, sources)), encoding="utf-8")
         draft.facts = ReportFacts(
-            trust=numbers["trust"]["word"],
-            bundles=len(numbers["bundles"]),
-            pareto=numbers["front"],
+            devices=[
+                DeviceReport(
+                    device=device["device"],
+                    trust=device["trust"]["word"],
+                    sessions=device["trust"]["sessions"],
+                    bundles=len(device["bundles"]),
+                    pareto=device["front"],
+                )
+                for device in numbers["devices"]
+            ],
             gains=[GainFacts(method=gain["method"], gain_points=gain["gain_points"]) for gain in numbers["gains"]],
         )
     return draft.artifact
@@ -53,7 +61,7 @@ def render(numbers: tables.Numbers, pictures: Sequence[str]) -> str:
     """The page of ``numbers``; everything is escaped but the figures drawn here."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    from .plots import figures, gain_names
+    from .plots import figures, gain_names, pareto_name
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -69,6 +77,7 @@ def render(numbers: tables.Numbers, pictures: Sequence[str]) -> str:
         numbers=numbers,
         figures=figures(numbers),
         gain_names=gain_names(numbers["gains"]),
+        pareto_name=pareto_name,
         pictures=pictures,
     )
 

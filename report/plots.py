@@ -50,14 +50,18 @@ class Figure:
 
 
 def figures(numbers: Numbers) -> dict[str, Figure]:
-    """Every figure that has something to show: ``pareto``, ``noise``, ``curves``, and ``gain METHOD`` of each gain."""
+    """Every figure that has something to show: ``pareto``, ``noise``, ``curves``, and ``gain METHOD`` of each gain.
+
+    With several devices there is a ``pareto DEVICE`` of each.
+    """
     import matplotlib
 
     task, found = numbers["task"], {}
-    timed = [row for row in numbers["bundles"] if row["latency_p50_ms"] and row["accuracy"]]
     with matplotlib.rc_context(STYLE):
-        if timed:
-            found["pareto"] = accuracy_against_latency(timed, numbers["front"], task)
+        for device in numbers["devices"]:
+            timed = [row for row in device["bundles"] if row["latency_p50_ms"] and row["accuracy"]]
+            if timed:
+                found[pareto_name(numbers, device)] = accuracy_against_latency(timed, device["front"], task)
         for name, gain in zip(gain_names(numbers["gains"]), numbers["gains"], strict=True):
             if gain["gain_points"]:
                 found[name] = gain_by_seed(gain, task)
@@ -66,6 +70,11 @@ def figures(numbers: Numbers) -> dict[str, Figure]:
         if numbers["curves"]:
             found["curves"] = training_curves(numbers["curves"], task)
     return found
+
+
+def pareto_name(numbers: Numbers, device: Numbers) -> str:
+    """What a device's figure of accuracy against latency is called."""
+    return "pareto" if len(numbers["devices"]) == 1 else f"pareto {device['device']}"
 
 
 def gain_names(gains: Sequence[Numbers]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from io import StringIO
 
@@ -10,7 +11,8 @@ from ..core.errors import choice
 from ..core.kinds import Report
 from ..core.proc import require
 from .plots import Figure, figures
-from .tables import Numbers, print_summary, summary_lines, summary_table
+from .tables import Numbers, closing_lines, device_lines, print_summary, summary_table
+from .words import device_heading
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,23 @@ class Table:
         return "\n".join(line.rstrip() for line in text.splitlines())
 
     def _repr_html_(self) -> str:
-        columns = summary_table(self.numbers).columns
+        devices = self.numbers["devices"]
+        shown = [self._device(device, several=len(devices) > 1) for device in devices]
+        return "".join([*shown, _paragraph(closing_lines(self.numbers))])
+
+    def _device(self, device: Numbers, *, several: bool) -> str:
+        columns = summary_table(device, self.numbers["task"]).columns
         heads = "".join(f"<th>{html.escape(str(column.header))}</th>" for column in columns)
         rows = zip(*(column.cells for column in columns), strict=True)
         lines = ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
         body = "".join(f"<tr>{line}</tr>" for line in lines)
-        said = "<br>".join(html.escape(line) for line in summary_lines(self.numbers))
-        return f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table><p>{said}</p>"
+        above = _paragraph([device_heading(device)]) if several else ""
+        table = f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
+        return above + table + _paragraph(device_lines(device))
+
+
+def _paragraph(lines: Iterable[str]) -> str:
+    return f"<p>{'<br>'.join(map(html.escape, lines))}</p>"
 
 
 def table(report: Report) -> Table:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,53 +34,85 @@ from ..data.dataset import Dataset
 from ..runtime.task import TASKS, Task
 from . import words
 from .compression import Packed, Sources, advice, flips, guards, noise_by_layer
+from .pooled import Pooled, pool
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 Numbers = dict[str, Any]
 Checkpoints = Mapping[str, Checkpoint]
 Shown = Callable[[str, str], bool]  # of the first of two bundles, over the second
 
 
-def collect(config: ReportConfig, measurement: Measurement, checkpoints: Checkpoints, sources: Sources) -> Numbers:
+def collect(
+    config: ReportConfig, sessions: Mapping[str, Sequence[Measurement]], checkpoints: Checkpoints, sources: Sources
+) -> Numbers:
     """Every number of the report, JSON-serialisable and finite.
+
+    What is measured is told by device, never one device's beside another's: nothing is ranked over devices.
+
+    Args:
+        sessions: by device every attempt at one session, in their order.
 
     Raises:
         UserError: a checkpoint that was tested on other images than the bundles.
     """
-    check_results(measurement)
-    task, bundles, labels = TASKS[measurement.facts.task], bundles_of(measurement), measurement.labels
-    faster, rows = surely_faster(measurement.facts.comparisons), bundle_rows(measurement)
-    front = pareto_front(rows, faster, surely_better(measurement, believed(rows)))
-    hops = accuracy_hops(measurement, checkpoints, sources.graphs)
-    pairs = [
+    for measurement in itertools.chain.from_iterable(sessions.values()):
+        check_results(measurement)
+    devices = {device: pool(attempts) for device, attempts in sessions.items()}
+    shown = {device: pooled.shown for device, pooled in devices.items()}
+    first = next(iter(shown.values()))
+    task = TASKS[first.facts.task]
+    bundles = each_bundle(shown)
+    told = [device_numbers(config, pooled, checkpoints, sources) for pooled in devices.values()]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "title": config.title,
+        "task": {name: getattr(task, name) for name in ("name", "metric", "unit", "summary_note", "change_note")},
+        "measured_utc": max(measurement.manifest.created_utc for measurement in shown.values()),
+        "chain": chain(shown.values(), checkpoints),
+        "devices": told,
+        "flips": flips(first, _variants(told[0]["hops"], bundles_of(first)), first.labels, sources),
+        "noise_by_layer": noise_by_layer(bundles, sources),
+        "guards": guards(bundles),
+        "gains": distillation_gains(checkpoints),
+        "curves": curves(checkpoints),
+        "lineage": lineage(shown, checkpoints),
+        "environment": environment(shown.values(), checkpoints),
+    }
+
+
+def device_numbers(config: ReportConfig, pooled: Pooled, checkpoints: Checkpoints, sources: Sources) -> Numbers:
+    """What was measured on one device, and what it comes to."""
+    shown, facts = pooled.shown, pooled.facts
+    faster, rows = surely_faster(facts.comparisons), bundle_rows(pooled)
+    front = pareto_front(rows, faster, surely_better(shown, believed(rows)))
+    hops = accuracy_hops(shown, checkpoints, sources.graphs)
+    return {
+        "device": facts.device,
+        "trust": trust(pooled),
+        "bundles": [{**row, "pareto": any(row["name"] in place for place in front)} for row in rows],
+        "front": front,
+        "advice": advice(rows, hops, config.max_drop, faster),
+        "hops": hops,
+        "probe_before": shown.facts.probe_before.model_dump(),
+        "probe_after": shown.facts.probe_after.model_dump(),
+        "runtimes": {
+            name: result.session.model_dump() for name, result in facts.results.items() if result.session is not None
+        },
+    }
+
+
+def _variants(hops: Sequence[Numbers], bundles: Mapping[str, Packed]) -> list[tuple[str, str]]:
+    """Pairs of a float32 bundle and a variant of it."""
+    return [
         (base, step["bundle"])
         for hop in hops
         for step in hop["steps"]
         if step["variant"] and (base := float32_of(step["bundle"], bundles)) is not None
     ]
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "title": config.title,
-        "task": {name: getattr(task, name) for name in ("name", "metric", "unit", "summary_note", "change_note")},
-        "measured_utc": measurement.manifest.created_utc,
-        "chain": chain(measurement, checkpoints),
-        "trust": trust(measurement, config.attempts),
-        "bundles": [{**row, "pareto": any(row["name"] in place for place in front)} for row in rows],
-        "front": front,
-        "advice": advice(rows, hops, config.max_drop, faster),
-        "hops": hops,
-        "flips": flips(measurement, pairs, labels, sources),
-        "noise_by_layer": noise_by_layer(bundles, sources),
-        "guards": guards(bundles),
-        "gains": distillation_gains(checkpoints),
-        "curves": curves(checkpoints),
-        "lineage": lineage(measurement, checkpoints),
-        "environment": environment(measurement, checkpoints),
-    }
 
 
 def bundles_of(measurement: Measurement) -> dict[str, Packed]:
@@ -90,6 +122,21 @@ def bundles_of(measurement: Measurement) -> dict[str, Packed]:
         for name, source in measurement.manifest.inputs.items()
         if source.kind == Bundle.kind
     }
+
+
+def each_bundle(measurements: Mapping[str, Measurement]) -> dict[str, Packed]:
+    """Every bundle of several devices once; one whose name another has on an earlier device is called after its own.
+
+    One that is timed on several numbers of threads stands under its first row.
+    """
+    found: dict[str, Packed] = {}
+    keys = set()
+    for device, measurement in measurements.items():
+        for name, bundle in bundles_of(measurement).items():
+            if bundle.source.key not in keys:
+                keys.add(bundle.source.key)
+                found[name if name not in found else f"{name} on {device}"] = bundle
+    return found
 
 
 def check_results(measurement: Measurement) -> None:
@@ -113,18 +160,19 @@ def teacher_names(checkpoints: Checkpoints) -> set[str]:
     return {name for name, checkpoint in checkpoints.items() if name == "teacher" or checkpoint.key in taught_by}
 
 
-def chain(measurement: Measurement, checkpoints: Checkpoints) -> Numbers:
+def chain(measurements: Iterable[Measurement], checkpoints: Checkpoints) -> Numbers:
     """Who taught whom on what, and where the result went."""
-    bundles = bundles_of(measurement)
-    shipped = {bundle.student_key for bundle in bundles.values()}
-    data = next((source for source in measurement.manifest.inputs.values() if source.kind == Dataset.kind), None)
+    inputs = [source for measurement in measurements for source in measurement.manifest.inputs.values()]
+    bundles = [Packed(Bundle.facts_of(source), source) for source in inputs if source.kind == Bundle.kind]
+    shipped = {bundle.student_key for bundle in bundles}
+    data = next((source for source in inputs if source.kind == Dataset.kind), None)
     teachers = teacher_names(checkpoints)
     return {
         "teachers": [network(name, checkpoints[name]) for name in checkpoints if name in teachers],
         "students": [network(name, found) for name, found in checkpoints.items() if found.key in shipped],
         "data": data.facts if data else None,
-        "targets": list(dict.fromkeys(bundle.facts.target for bundle in bundles.values())),
-        "variants": list(dict.fromkeys(bundle.facts.variant for bundle in bundles.values())),
+        "targets": list(dict.fromkeys(bundle.facts.target for bundle in bundles)),
+        "variants": list(dict.fromkeys(bundle.facts.variant for bundle in bundles)),
     }
 
 
@@ -147,9 +195,9 @@ def _torch_accuracy(checkpoint: Checkpoint) -> Numbers:
     return task.summary(task.scores(*checkpoint.tested))._asdict()
 
 
-def trust(measurement: Measurement, attempts: int) -> Numbers:
-    """The session's worst word, whose latencies are not to be believed, and what its A/A controls leave open."""
-    facts, config = measurement.facts, measurement.settings
+def trust(pooled: Pooled) -> Numbers:
+    """The device's worst word, whose latencies are not to be believed, and what its A/A controls leave open."""
+    facts, config = pooled.facts, pooled.shown.settings
     return {
         "device": facts.device,
         "emulated": facts.emulated,
@@ -160,15 +208,19 @@ def trust(measurement: Measurement, attempts: int) -> Numbers:
         "controls": {name: control.as_dict() for name, control in facts.controls.items()},
         "rounds": config["rounds"],
         "threads": config["threads"],
+        "effort": config["effort"],
+        "cold_starts": config["cold_starts"],
+        "page_cache": config["page_cache"],
         "attempt": config["attempt"],
-        "attempts": attempts,
+        "attempts": len(pooled.attempts),
+        "sessions": max(pooled.sessions.values(), default=0),
     }
 
 
-def bundle_rows(measurement: Measurement) -> list[Numbers]:
+def bundle_rows(pooled: Pooled) -> list[Numbers]:
     rows = []
-    for name, bundle in bundles_of(measurement).items():
-        result = measurement.facts.results[name]
+    for name, bundle in bundles_of(pooled.shown).items():
+        result = pooled.facts.results[name]
         rows.append(
             {
                 "name": name,
@@ -176,15 +228,29 @@ def bundle_rows(measurement: Measurement) -> list[Numbers]:
                 "variant": bundle.facts.variant,
                 "status": result.status,
                 "trust": None if result.trust is None else result.trust.model_dump(),
+                "sessions": pooled.sessions[name],
+                "against_host": None if result.against_host is None else result.against_host.model_dump(),
                 "accuracy": _plain(result.accuracy),
                 "latency_p50_ms": _plain(result.latency_p50_ms),
                 "latency_p90_ms": _plain(result.latency_p90_ms),
+                "latency_p95_ms": _plain(result.latency_p95_ms),
+                "latency_p99_ms": _plain(result.latency_p99_ms),
                 "latency_over_float32": _plain(result.over_float32),
+                "end_to_end_ms": _plain(result.end_to_end_ms),
+                "prepare_ms": result.prepare_ms,
                 "size_bytes": bundle.facts.size_bytes,
+                "start_ms": _plain(result.start_ms),
+                "import_ms": _median(result.import_ms),
                 "load_ms": _median(result.load_ms),
+                "compile_ms": _median(result.compile_ms),
                 "first_inference_ms": _median(result.first_inference_ms),
-                "peak_memory_bytes": _peak_memory(result),
+                "memory_growth_bytes": result.memory_growth_bytes,
                 "warm_up_settled": result.warm_up_settled,
+                "stable": result.stable,
+                "slowed_after_seconds": _slowed_after(result),
+                "executed": result.executed,
+                "threads": None if result.placement is None else result.placement.threads,
+                "cpus": None if result.placement is None else result.placement.cpus,
             }
         )
     return rows
@@ -203,10 +269,10 @@ def _median(values: Sequence[float] | None) -> float | None:
     return float(np.median(values)) if values else None
 
 
-def _peak_memory(result: Result) -> int | None:
-    """The peak, unless it was reached before the model was opened: then it says nothing of the model."""
-    peak, before = result.peak_memory_bytes, result.memory_before_open_bytes
-    return peak if peak is not None and before is not None and peak > before else None
+def _slowed_after(result: Result) -> float | None:
+    """After how many seconds of a long run it became slower for good, in the process that did so first."""
+    onsets = [each.slowed_after_seconds for each in result.sustained or [] if each.slowed_after_seconds is not None]
+    return min(onsets, default=None)
 
 
 def believed(rows: Sequence[Numbers]) -> list[str]:
@@ -458,11 +524,13 @@ def curves(checkpoints: Checkpoints) -> list[Numbers]:
     return found
 
 
-def lineage(measurement: Measurement, checkpoints: Checkpoints) -> list[Numbers]:
+def lineage(measurements: Mapping[str, Measurement], checkpoints: Checkpoints) -> list[Numbers]:
     """Every stage behind the numbers, inputs first."""
     names = {artifact.key: name for name, artifact in checkpoints.items()}
     found: dict[str, Numbers] = {}
-    roots = {**{name: item.manifest for name, item in checkpoints.items()}, "measurement": measurement.manifest}
+    roots = {name: item.manifest for name, item in checkpoints.items()}
+    for device, measurement in measurements.items():
+        roots["measurement" if len(measurements) == 1 else f"measurement on {device}"] = measurement.manifest
     for role, root in roots.items():
         for name, source in _inputs_first(role, root):
             stage = {"name": names.get(source.key, name), "stage": source.stage, "seconds": source.seconds}
@@ -480,37 +548,27 @@ def _inputs_first(role: str, source: Provenance) -> Iterator[tuple[str, Provenan
     yield (f"{role} ({source.kind})" if source.kind in (Model.kind, Bundle.kind) else role), source
 
 
-def environment(measurement: Measurement, checkpoints: Checkpoints) -> Numbers:
-    """Tool versions (all that took part, where artifacts differ), host, device before and after, runtimes."""
+def environment(measurements: Iterable[Measurement], checkpoints: Checkpoints) -> Numbers:
+    """Tool versions (all that took part, where artifacts differ), and this host."""
     tools: dict[str, list[str]] = {}
-    artifacts: list[AnyArtifact] = [*checkpoints.values(), measurement]
+    artifacts: list[AnyArtifact] = [*checkpoints.values(), *measurements]
     for artifact in artifacts:
         for tool, version in artifact.manifest.tools.items():
             if version not in tools.setdefault(tool, []):
                 tools[tool].append(version)
-    facts = measurement.facts
-    return {
-        "tools": tools,
-        "host": measurement.manifest.host,
-        "device_before": facts.probe_before.model_dump(),
-        "device_after": facts.probe_after.model_dump(),
-        "runtimes": {
-            name: result.session.model_dump() for name, result in facts.results.items() if result.session is not None
-        },
-    }
+    return {"tools": tools, "host": artifacts[-1].manifest.host}
 
 
-def summary_table(numbers: Numbers) -> Table:
-    """One line a bundle, within 110 columns."""
+def summary_table(device: Numbers, task: Numbers) -> Table:
+    """One line a bundle of one device, within 110 columns."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1), pad_edge=False, collapse_padding=True)
-    table.add_column("bundle", no_wrap=True, min_width=max(len(row["name"]) for row in numbers["bundles"]) + 2)
-    task = numbers["task"]
+    table.add_column("bundle", no_wrap=True, min_width=max(len(row["name"]) for row in device["bundles"]) + 2)
     for head in (f"{task['metric']} {task['unit']}", "p50 ms", "trust", "x float32", "MiB"):
         table.add_column(head, justify="right", no_wrap=True)
-    for row in numbers["bundles"]:
+    for row in device["bundles"]:
         table.add_row(
             row["name"] + (" *" if row["pareto"] else ""),
             words.shares(row["accuracy"], 1),
@@ -523,26 +581,38 @@ def summary_table(numbers: Numbers) -> Table:
 
 
 def print_summary(console: Console, numbers: Numbers) -> None:
-    """The report in a terminal: main table and ``summary_lines``."""
-    console.print(summary_table(numbers))
-    for line in summary_lines(numbers):
+    """The report in a terminal: of each device main table and ``device_lines``, then the gains."""
+    for device in numbers["devices"]:
+        if len(numbers["devices"]) > 1:
+            console.print(words.device_heading(device), markup=False, highlight=False)
+        console.print(summary_table(device, numbers["task"]))
+        for line in device_lines(device):
+            console.print(line, markup=False, highlight=False)
+    for line in closing_lines(numbers):
         console.print(line, markup=False, highlight=False)
 
 
-def summary_lines(numbers: Numbers) -> Iterator[str]:
-    """What is said below the main table: accuracy by hop, advice, gain, and whether to believe the latencies."""
-    if numbers["front"]:
-        yield "* on the Pareto front of accuracy and p50: " + words.front(numbers["front"])
-    yield from words.untrusted_lines(numbers["trust"]["untrusted"])
-    for row in numbers["bundles"]:
+def device_lines(device: Numbers) -> Iterator[str]:
+    """What is said below a device's table: accuracy by hop, advice, and whether to believe the latencies."""
+    if device["front"]:
+        yield "* on the Pareto front of accuracy and p50: " + words.front(device["front"])
+    yield from words.untrusted_lines(device["trust"]["untrusted"])
+    for row in device["bundles"]:
         if row["status"] != "measured":
             yield f"{row['name']}: {row['status']}"
-    for hop in numbers["hops"]:
+    for hop in device["hops"]:
         yield from words.hop_lines(hop)
-    for advised in numbers["advice"]:
+    yield from words.host_lines(device["bundles"])
+    for advised in device["advice"]:
         yield words.advice_sentence(advised)
+    yield words.trust_sentence(device["trust"])
+    if device["trust"]["emulated"]:
+        yield words.emulated_sentence(device["trust"])
+
+
+def closing_lines(numbers: Numbers) -> Iterator[str]:
+    """What is said of all devices together: what distillation added, and that no device is ranked against another."""
     for gain in numbers["gains"]:
         yield words.gain_sentence(gain)
-    yield words.trust_sentence(numbers["trust"])
-    if numbers["trust"]["emulated"]:
-        yield words.emulated_sentence(numbers["trust"])
+    if len(numbers["devices"]) > 1:
+        yield words.APART

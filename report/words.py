@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..core.kinds import MeasurementFacts
 from ..core.stats import NoWorse
 
 NOTHING = "\N{EN DASH}"
@@ -84,6 +85,50 @@ def mebibytes(size_bytes: int | None) -> str:
     return NOTHING if size_bytes is None else figure(size_bytes / 2**20)
 
 
+def percentile(found: Mapping[str, Any] | None, p50: Mapping[str, Any] | None) -> str:
+    """A percentile, or why there is none beside a median."""
+    if found is not None:
+        return figure(found["value"])
+    return NOTHING if p50 is None else "n too small"
+
+
+def phases(row: Mapping[str, Any]) -> str:
+    """Import, load and first inference of a row, in milliseconds."""
+    if row["load_ms"] is None:
+        return ""
+    return f"{figure(row['import_ms'])} + {figure(row['load_ms'])} + {figure(row['first_inference_ms'])}"
+
+
+def timing_remarks(row: Mapping[str, Any]) -> str:
+    """What is to be known of how a row was timed, each remark after a semicolon."""
+    remarks = []
+    if row["warm_up_settled"] is False:
+        remarks.append("warm-up did not settle")
+    if row["stable"] is False:
+        remarks.append("UNSTABLE")
+    if row["slowed_after_seconds"] is not None:
+        remarks.append(f"slower by 5 % after {row['slowed_after_seconds']:.0f} s of a long run")
+    return "".join(f"; {remark}" for remark in remarks)
+
+
+def threads_sentence(trust: Mapping[str, Any]) -> str:
+    """On how many threads, kept where."""
+    if len(trust["threads"]) > 1:
+        told = "the threads in each row's name"
+    else:
+        told = "a thread on every core" if trust["threads"] == [0] else f"{trust['threads'][0]} thread(s)"
+    return f"{told}, kept to one CPU a core, the fast ones where cores differ."
+
+
+def starts(trust: Mapping[str, Any]) -> str:
+    """Of how many processes a start is told, and where the file was."""
+    if not trust["cold_starts"]:
+        return "those processes"
+    memory = "in memory" if trust["page_cache"] == "warm" else "on the disk"
+    few = "" if trust["cold_starts"] >= 10 else " (few)"
+    return f"{trust['cold_starts']}{few} that did nothing else, the bundle's files {memory}"
+
+
 def listed(items: list[str]) -> str:
     """``a, b and c``."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
@@ -91,11 +136,53 @@ def listed(items: list[str]) -> str:
 
 def chain_sentence(numbers: Mapping[str, Any]) -> str:
     """What was done, in one sentence."""
-    chain, trust, device = numbers["chain"], numbers["trust"], numbers["environment"]["device_before"]
+    chain = numbers["chain"]
     students = [_student(student, chain, numbers["task"]) for student in chain["students"]]
     files = f"exported to {listed(chain['targets'])} in {listed(chain['variants'])}"
-    machine = f"{device.get('cpu', 'unavailable')}, {device.get('usable_cores', 'unavailable')} usable cores"
-    return f"{'; '.join(students) or 'A network'}; {files}; measured on '{trust['device']}' ({machine})."
+    machines = [f"'{device['device']}' ({machine(device)})" for device in numbers["devices"]]
+    return f"{'; '.join(students) or 'A network'}; {files}; measured on {listed(machines)}."
+
+
+def machine(device: Mapping[str, Any]) -> str:
+    """What a device is, in a few words."""
+    probe = device["probe_before"]
+    return f"{probe.get('cpu', 'unavailable')}, {probe.get('usable_cores', 'unavailable')} usable cores"
+
+
+def random_input_lines(facts: MeasurementFacts) -> list[str]:
+    """Of models that were timed on random input, a line each."""
+    lines = []
+    for name, result in facts.results.items():
+        if result.latency_p50_ms is None or result.trust is None:
+            lines.append(f"{name} on {facts.device}: {result.status}")
+            continue
+        p50 = interval(result.latency_p50_ms.as_dict())
+        lines.append(f"{name} on {facts.device}: p50 {p50} ms on random input, {result.trust.word}")
+    return lines
+
+
+def device_heading(device: Mapping[str, Any]) -> str:
+    """Above what was measured on one of several devices."""
+    return f"On {device['device']} ({machine(device)}{', emulated' if device['trust']['emulated'] else ''}):"
+
+
+# Below what was measured on several devices.
+APART = (
+    "Each device is told for itself: other cores, runtimes and clocks, so no row is ranked against another device's."
+)
+
+
+def host_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How the outputs of a device differ from those of the same bundles on the host, where they were compared."""
+    compared = {row["name"]: row["against_host"] for row in rows if row["against_host"] is not None}
+    alike = [name for name, found in compared.items() if not found["mismatches"]]
+    lines = [f"says the same of every image as on the host: {', '.join(alike)}"] if alike else []
+    return lines + [
+        f"{name}: {found['mismatches']} images are called something else than on the host "
+        f"({found['by']}; lost {found['lost']}, won {found['won']}, p {p_value(found['mcnemar_p'])})"
+        for name, found in compared.items()
+        if found["mismatches"]
+    ]
 
 
 def _student(student: Mapping[str, Any], chain: Mapping[str, Any], task: Mapping[str, Any]) -> str:
@@ -130,8 +217,14 @@ def trust_sentence(trust: Mapping[str, Any]) -> str:
     controls = [f"{name} {interval(found)}" for name, found in trust["controls"].items()]
     if controls:
         text += f" A/A controls (a bundle over itself, {trust['rounds']} rounds): {'; '.join(controls)}."
+    if trust["sessions"] > 1:
+        text += (
+            f" Pooled over up to {trust['sessions']} trusted sessions of {trust['attempts']}: a session is one value."
+        )
+    elif doubted < timed:
+        text += " This holds for this session only: of the next one `--again` tells."
     if trust["attempts"] > 1:
-        text += f" Attempt {trust['attempt']} of {trust['attempts']}: the last trusted one, else the last."
+        text += f" Shown: attempt {trust['attempt']} of {trust['attempts']}, the last trusted one, else the last."
     return text
 
 
@@ -157,10 +250,14 @@ def front(places: Sequence[Sequence[str]]) -> str:
 
 def shaky_advice(numbers: Mapping[str, Any]) -> str | None:
     """Which latencies that the advice rests on are not to be believed, in one line; None if all are."""
-    doubted = {row["name"]: row for advised in numbers["advice"] for row in advised["untrusted"]}
-    return (
-        f"the advice rests on latencies that are not trusted: {_by_word(list(doubted.values()))}" if doubted else None
-    )
+    told = []
+    for device in numbers["devices"]:
+        doubted = {row["name"]: row for advised in device["advice"] for row in advised["untrusted"]}
+        if doubted and not device["trust"]["emulated"]:
+            told.append(
+                (f"on {device['device']} " if len(numbers["devices"]) > 1 else "") + _by_word(list(doubted.values()))
+            )
+    return f"the advice rests on latencies that are not trusted: {'; '.join(told)}" if told else None
 
 
 def emulated_sentence(trust: Mapping[str, Any]) -> str:

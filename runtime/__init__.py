@@ -15,6 +15,7 @@ import numpy as np
 from .installed import installed
 from .onnxruntime import OnnxRuntimeSession
 from .openvino import OpenVinoSession
+from .strange import RandomInput
 from .tensorrt import TensorRtSession
 from .tflite import TfliteSession
 
@@ -27,6 +28,7 @@ class Session(Protocol):
     needs: tuple[str, ...]  # distributions that open it
     modules: tuple[tuple[str, ...], ...]  # what importing them means: one of each of these
     batched: bool  # whether one call takes any number of images
+    compile_ns: int | None  # of opening, what compiling took where the runtime does it apart
 
     def __init__(self, folder: Path, facts: dict[str, Any], threads: int) -> None:
         """Open the model in ``folder`` as its ``facts`` (of the manifest) say."""
@@ -37,8 +39,14 @@ class Session(Protocol):
     def infer(self, prepared: Any) -> np.ndarray:
         """The model's own input to float32 logits [N, K], which stand until the next call."""
 
+    def random(self, generator: np.random.Generator) -> Any:
+        """What ``infer`` takes, of every input's own shape and type, at random. Raises ValueError for open ones."""
+
+    def executed(self, prepared: Any) -> dict[str, int] | None:
+        """How many layers with weights run in which precision; None where the runtime does not say. May run it."""
+
     def describe(self) -> dict[str, Any]:
-        """Runtime, version and settings that were really taken."""
+        """Runtime, version, settings that were really taken, and what ``infer`` does besides running the graph."""
 
 
 RUNTIMES: dict[str, type[Session]] = {
@@ -70,6 +78,11 @@ def open_session(folder: Path, facts: dict[str, Any], threads: int = 1, stand_in
         ImportError: the runtime is not installed.
     """
     name = facts["stand_in"] if stand_in else facts["target"]
+    settings = facts.get("runtime", {})
+    if settings.get("random_input"):
+        return RandomInput(RUNTIMES[name](folder, facts, threads))
+    if settings.get("normalised_input"):
+        facts = {**facts, "input": {**facts["input"], "normalised": True}}
     return RUNTIMES[name](folder, facts, threads)
 
 

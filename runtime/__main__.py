@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ import numpy as np
 
 from . import PROTOCOL_VERSION, open_session, predict, store
 from .bundle import BundleError, read_facts, replay_golden
-from .measure import measure
+from .measure import Plan, keep_to_cores, measure, start_fresh
 from .probe import probe
 from .sealed import printable
+from .watch import Locked, watch
 from .weights import ModelFileError
 
 BATCH = 64  # images that are run at once, and read at once
@@ -38,9 +40,8 @@ def main() -> int:
         result = args.answer(args)
     except Exception as error:  # every runtime raises its own for a model that it cannot run
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        whose = (
-            "" if isinstance(error, (BundleError, ModelFileError, store.StoreError)) else f"{type(error).__name__}: "
-        )
+        ours = (BundleError, Locked, ModelFileError, store.StoreError)
+        whose = "" if isinstance(error, ours) else f"{type(error).__name__}: "
         print(f"runtime: {whose}{printable(text, 500)}", file=sys.stderr)
         return 1
     print(json.dumps({"protocol_version": PROTOCOL_VERSION, **result}))
@@ -74,10 +75,17 @@ def _parser() -> argparse.ArgumentParser:
     predicting.add_argument("--batch", type=int, default=BATCH, help="images of one call, where the model takes them")
     measuring = of_bundle("measure", _measure, "time a bundle")
     measuring.add_argument("--images", type=Path, required=True, help=".npy of uint8 [N, H, W, 3]")
-    measuring.add_argument("--image-count", type=int, default=64, help="images rotated through")
-    measuring.add_argument("--seconds", type=float, default=1.0, help="steady time")
-    measuring.add_argument("--min-samples", type=int, default=64, help="inferences at least")
-    measuring.add_argument("--warm-up-seconds", type=float, default=1.0, help="warm-up at least")
+    for field in fields(Plan):
+        option = "--image-count" if field.name == "images" else "--" + field.name.replace("_", "-")
+        measuring.add_argument(option, type=type(field.default), default=field.default, help="see Plan")
+    starting = of_bundle("start", _start, "open a bundle, run one image and say what that took of time and memory")
+    starting.add_argument("--images", type=Path, required=True, help=".npy of uint8 [N, H, W, 3]")
+    starting.add_argument("--page-cache", choices=["warm", "dropped"], default="warm", help="dropped: read from disk")
+    starting.add_argument("--examine", action="store_true", help="count the layers by the precision in which they ran")
+    watching = command("watch", _watch, "say what the machine does, at every line of standard input until it ends")
+    watching.add_argument("--lock", type=Path, help="file that is held meanwhile, so that nobody else measures")
+    watching.add_argument("--holder", default="somebody", help="who holds it")
+    watching.add_argument("--hertz", type=float, default=10.0, help="looks a second")
     command("probe", lambda _: probe(), "say what this machine is")
 
     def of_store(name: str, answer: Callable[[argparse.Namespace], dict[str, Any]], about: str) -> Any:
@@ -117,9 +125,26 @@ def _verify(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
+    placement = keep_to_cores(args.threads)
     facts = read_facts(args.bundle)
-    images = np.load(args.images, mmap_mode="r", allow_pickle=False)[: args.image_count]
-    return measure(args.bundle, facts, images, _threads(args), args.seconds, args.min_samples, args.warm_up_seconds)
+    named = {field.name: getattr(args, field.name) for field in fields(Plan) if field.name != "images"}
+    plan = Plan(images=args.image_count, **named)
+    images = np.load(args.images, mmap_mode="r", allow_pickle=False)[: plan.images]
+    return measure(args.bundle, facts, images, placement, plan)
+
+
+def _start(args: argparse.Namespace) -> dict[str, Any]:
+    """Hashes are not checked: that would be most of the time, and of the memory, of a small model's start."""
+    placement = keep_to_cores(args.threads)
+    facts = read_facts(args.bundle, hashed=False)
+    images = np.load(args.images, mmap_mode="r", allow_pickle=False)
+    threads = placement["threads"]
+    return start_fresh(args.bundle, facts, images, threads, page_cache=args.page_cache, examine=args.examine)
+
+
+def _watch(args: argparse.Namespace) -> dict[str, Any]:
+    watch(args.lock, args.holder, args.hertz, PROTOCOL_VERSION)
+    return {}
 
 
 def _predict(args: argparse.Namespace) -> dict[str, Any]:

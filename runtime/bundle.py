@@ -29,8 +29,11 @@ class BundleError(Exception):
     """The bundle is not what its manifest says, or does not compute what it promised."""
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
+def read_facts(folder: Path, *, hashed: bool = True) -> dict[str, Any]:
     """The facts of a bundle (or of the model it is made from): target, entry, input, golden tolerance.
+
+    Args:
+        hashed: check the files' hashes too, not only the manifest's own.
 
     Raises:
         BundleError: an edited manifest; a file that is missing, added, changed or outside the folder; a name, number
@@ -38,7 +41,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """
     try:
         manifest = sealed.read_manifest(folder)
-        sealed.check_files(folder, manifest["files"], sealed.LARGEST_MODEL_BYTES)
+        sealed.check_files(folder, manifest["files"], sealed.LARGEST_MODEL_BYTES, hashed=hashed)
     except sealed.Unsound as error:
         raise BundleError(str(error)) from None
     if manifest["kind"] not in ("bundle", "model"):

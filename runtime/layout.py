@@ -9,6 +9,11 @@ import numpy as np
 
 
 def to_input(images: np.ndarray, spec: Mapping[str, Any]) -> np.ndarray:
-    """uint8 [N, H, W, 3] to the InputSpec's dtype and layout, values still 0..255, contiguous."""
+    """uint8 [N, H, W, 3] to the InputSpec's dtype and layout, contiguous.
+
+    Values are still 0..255, since a bundle's graph normalises; of a model of somebody else's they are ``normalised``.
+    """
     values = images.astype(spec["dtype"])
+    if spec.get("normalised"):
+        values = (values / np.float32(255) - np.float32(spec["mean"])) / np.float32(spec["std"])
     return np.ascontiguousarray(values.transpose(0, 3, 1, 2)) if spec["layout"] == "NCHW" else values

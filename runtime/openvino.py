@@ -6,12 +6,18 @@ set, and what the compiled model really took is read back.
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .layout import to_input
+from .strange import random_values
+
+LAYERS = ("Convolution", "FullyConnected", "MatMul", "Deconvolution")
+PRECISIONS = {"f32": "float32", "f16": "float16", "bf16": "bf16", "i8": "int8", "u8": "int8"}
 
 
 class OpenVinoSession:
@@ -33,12 +39,16 @@ class OpenVinoSession:
         self._version = openvino.__version__
         # One image at a time is what a device does: known to be one, it costs less than a batch that may change.
         model = self._core.read_model(self._file)
-        shape = model.input().partial_shape
-        shape[0] = 1
-        model.reshape(shape)
+        shapes = {each: each.partial_shape for each in model.inputs}
+        for shape in shapes.values():
+            if shape.rank.is_static and len(shape) and shape[0].is_dynamic:
+                shape[0] = 1
+        model.reshape(shapes)
+        start = time.perf_counter_ns()
         self._compiled = self._core.compile_model(model, "CPU", self._settings)
+        self.compile_ns: int | None = time.perf_counter_ns() - start
         self._one = self._compiled.create_infer_request()
-        self._size_of_one = self._one.get_input_tensor().size
+        self._size_of_one = self._one.get_input_tensor(0).size
         self._several: Any = None
 
     def prepare(self, images: np.ndarray) -> Any:
@@ -46,16 +56,38 @@ class OpenVinoSession:
         return self._tensor(to_input(images, self._spec), shared_memory=True)
 
     def infer(self, prepared: Any) -> np.ndarray:
+        if isinstance(prepared, list):
+            for at, tensor in enumerate(prepared):
+                self._one.set_input_tensor(at, tensor)
+            return np.asarray(self._one.infer(share_outputs=True).to_tuple()[0], dtype=np.float32)
         request = self._one if prepared.size == self._size_of_one else self._any_batch()
         request.set_input_tensor(prepared)
         # Shared: else every output is copied into an array of its own.
         return np.asarray(request.infer(share_outputs=True).to_tuple()[0], dtype=np.float32)
+
+    def random(self, generator: np.random.Generator) -> list[Any]:
+        found = []
+        for each in self._compiled.inputs:
+            sizes = [size.get_length() if size.is_static else None for size in each.partial_shape]
+            values = random_values(generator, each.any_name, sizes, each.element_type.to_dtype())
+            found.append(self._tensor(np.ascontiguousarray(values), shared_memory=True))
+        return found
 
     def _any_batch(self) -> Any:
         """Compiled when first wanted: a process that times never does."""
         if self._several is None:
             self._several = self._core.compile_model(self._file, "CPU", self._settings).create_infer_request()
         return self._several
+
+    def executed(self, prepared: Any) -> dict[str, int] | None:
+        """As the plugin tells of the graph that it compiled."""
+        found: Counter[str] = Counter()
+        for node in self._compiled.get_runtime_model().get_ops():
+            told = node.get_rt_info()
+            if told["layerType"].astype(str) in LAYERS:
+                precision = told["runtimePrecision"].astype(str)
+                found[PRECISIONS.get(precision, precision)] += 1
+        return dict(found)
 
     def describe(self) -> dict[str, Any]:
         precision = self._compiled.get_property("INFERENCE_PRECISION_HINT")
@@ -64,4 +96,7 @@ class OpenVinoSession:
             "version": self._version,
             "threads": int(self._compiled.get_property("INFERENCE_NUM_THREADS")),
             "inference_precision": precision.get_type_name(),
+            "wanted_precision": self._settings["INFERENCE_PRECISION_HINT"],
+            "devices": list(self._compiled.get_property("EXECUTION_DEVICES")),
+            "inside": [],
         }

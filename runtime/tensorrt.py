@@ -23,6 +23,7 @@ class TensorRtSession:
     needs: tuple[str, ...] = ("tensorrt", "cuda-python")
     modules: tuple[tuple[str, ...], ...] = (("tensorrt",), ("cuda.bindings.runtime",))
     batched: bool = False
+    compile_ns: int | None = None  # the engine was built before
 
     def __init__(self, folder: Path, facts: dict[str, Any], threads: int) -> None:
         import tensorrt
@@ -54,6 +55,9 @@ class TensorRtSession:
             raise RuntimeError(f"CUDA answered {answer[0].name}")
         return answer[1] if len(answer) > 1 else None
 
+    def random(self, generator: np.random.Generator) -> np.ndarray:
+        return generator.random((1, 3, self._spec["size"], self._spec["size"]), dtype=np.float32)
+
     def prepare(self, images: np.ndarray) -> np.ndarray:
         return to_input(images, self._spec)
 
@@ -67,5 +71,9 @@ class TensorRtSession:
         self._checked(self._cuda.cudaStreamSynchronize(self._stream))
         return self._logits
 
+    def executed(self, prepared: np.ndarray) -> dict[str, int] | None:
+        return None  # an engine tells of its layers only where it was built to
+
     def describe(self) -> dict[str, Any]:
-        return {"runtime": "tensorrt", "version": self._version, "threads": 1}
+        inside = ["a copy of the input to the GPU", "a copy of the outputs from it"]
+        return {"runtime": "tensorrt", "version": self._version, "threads": 1, "inside": inside}

@@ -55,7 +55,14 @@ SMALL_RECIPE = {
     "student": {"model": "test_resnet", "input": {"size": 32}},
     "distill": {"label_fraction": 0.3, "seeds": [0, 1], "train": SMALL_TRAIN},
     "quantize": {"variants": EVERY_VARIANT, "calibrate": {"images": 64}, "check_images": 32},
-    "bench": {"rounds": 2, "seconds": 0.1, "min_samples": 40, "warm_up_seconds": 0.1},
+    "bench": {
+        "rounds": 2,
+        "seconds": 0.1,
+        "max_seconds": 0.1,
+        "min_samples": 40,
+        "warm_up_seconds": 0.1,
+        "cold_starts": 1,
+    },
 }
 
 
@@ -78,6 +85,15 @@ class Made(Trained):
     bundles: dict[str, Bundle]
     measurement: Measurement
     report: Report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Locks, devices and what lies on this machine as a device are of these tests alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME"):
+            patch.setenv(name, str(tmp_path_factory.mktemp(name)))
+        yield
 
 
 @pytest.fixture(scope="session")

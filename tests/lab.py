@@ -206,7 +206,7 @@ class Sshd:
             env=clean_environment(),
             stderr=log,
         )
-        listens = f"grep -qi ':{self.port:04X} 00000000:0000 0A' /proc/net/tcp"
+        listens = f"cat /proc/net/tcp /proc/net/tcp6 | grep -q ':{self.port:04X} 0*:0000 0A'"
         wait_until(lambda: self._listens(listens), 10, f"an sshd at port {self.port}")
 
     def _listens(self, line: str) -> bool:

@@ -89,7 +89,7 @@ def test_run_as_json(made: Made, tmp_path: Path) -> None:
     assert answer["schema_version"] == 1
     assert Path(answer["report"]).is_file()
     assert set(answer["bundles"]) == set(made.bundles)
-    assert {row["name"] for row in answer["numbers"]["bundles"]} == set(made.bundles)
+    assert {row["name"] for row in answer["numbers"]["devices"][0]["bundles"]} == set(made.bundles)
 
 
 def test_a_run_measures_once_and_again_when_it_is_told_to(made: Made, tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_run_measures_once_and_again_when_it_is_told_to(made: Made, tmp_path: 
         [line] = [line for line in done.stderr.splitlines() if line.startswith("measurement")]
         assert ("sealed" in line) == (len(seen) == 1)
         seen.append(Path(line.split()[-1]))
-        trust = json.loads(done.stdout)["numbers"]["trust"]
+        trust = json.loads(done.stdout)["numbers"]["devices"][0]["trust"]
         assert (trust["attempt"], trust["attempts"]) == (len(set(seen)), len(set(seen)))
     assert seen[0] == seen[1] and [each.name[-2:] for each in seen] == ["-1", "-1", "-2"]
     done = kdpipe("run", path, "--artifacts", folder, "--again", "data")
@@ -127,7 +127,8 @@ def test_the_demo_says_what_cannot_be_trusted_and_exits_0(
 def test_every_measurement_is_an_attempt_and_the_last_trusted_one_is_reported(made: Made, tmp_path: Path) -> None:
     bundles = [made.bundles[name].path for name in ("onnxruntime-float32", "onnxruntime-int8")]
     folder, data = tmp_path / "attempts", made.dataset.path
-    settings = ["--device", "null", "--rounds", 2, "--seconds", 0.01, "--min-samples", 5, "--data", data]
+    settings = ["--device", "null", "--effort", "quick", "--rounds", 2, "--max-seconds", 0.5]
+    settings += ["--seconds", 0.01, "--min-samples", 5, "--data", data]
     (folder / "of-something-else").mkdir(parents=True)
     (folder / "of-something-else" / "manifest.json").write_text("[]")
     for number in (1, 2, 3):
@@ -138,14 +139,13 @@ def test_every_measurement_is_an_attempt_and_the_last_trusted_one_is_reported(ma
     shutil.rmtree(folder / "of-something-else")
     assert_one_line(kdpipe("bench", *bundles, *settings, "--out", folder / "3"), 2, "exists already")
 
-    def reported(number: int, *options: object) -> tuple[str, dict[str, object]]:
-        done = kdpipe("report", folder / str(number), *options, "--json")
+    def reported(number: object) -> dict[str, object]:
+        done = kdpipe("report", folder / str(number), "--json")
         assert done.returncode == 0, done.stderr
         report = Path(json.loads(done.stdout)["artifact"])
-        return done.stderr, json.loads((report / "report.json").read_text())["trust"]
+        return json.loads((report / "report.json").read_text())["devices"][0]["trust"]
 
-    talk, trust = reported(1)
-    assert f"{folder / '3'} is taken" in talk
+    trust = reported(1)
     assert (trust["attempt"], trust["attempts"], trust["word"]) == (3, 3, "invalid")
 
     def believe(value: dict) -> None:
@@ -153,13 +153,12 @@ def test_every_measurement_is_an_attempt_and_the_last_trusted_one_is_reported(ma
             result["trust"] = {"word": "trusted", "reason": ""}
 
     rewrite_manifest(folder / "2", believe)
-    talk, trust = reported(3)
-    assert f"{folder / '2'} is taken" in talk
+    trust = reported(3)
     assert (trust["attempt"], trust["attempts"], trust["word"]) == (2, 3, "trusted")
     # Another setting is another session.
     kdpipe("bench", *bundles, *settings, "--threads", 1, "--out", folder / "other")
-    talk, trust = reported("other")  # type: ignore[arg-type]
-    assert "is taken" not in talk and (trust["attempt"], trust["attempts"]) == (1, 1)
+    trust = reported("other")
+    assert (trust["attempt"], trust["attempts"]) == (1, 1)
 
 
 @pytest.fixture(scope="session")
@@ -202,8 +201,14 @@ def by_hand(made: Made, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
         made_here["bundle-int8"],
         "--rounds",
         2,
+        "--effort",
+        "quick",
         "--seconds",
         0.1,
+        "--max-seconds",
+        0.1,
+        "--cold-starts",
+        1,
         "--warm-up-seconds",
         0.1,
         "--threads",
@@ -288,7 +293,9 @@ def recipe(folder: Path, **change: object) -> Path:
         ({"student": {"model": "resnet19"}}, ["unknown model 'resnet19'"]),
         ({"teacher": {"model": "test_resnet", "checkpoint": "no.pth"}}, ["teacher.checkpoint", "no.pth"]),
         ({"distill": {"train": {"optimizer": "adamm"}}}, ["unknown optimiser 'adamm'", "did you mean"]),
-        ({"bench": {"device": "pi5"}}, ["unknown device 'pi5'"]),
+        ({"bench": {"device": "pi5"}}, ["unknown key 'bench.device'; did you mean 'devices'?"]),
+        ({"bench": {"devices": ["local", "pi5"]}}, ["unknown device 'pi5'"]),
+        ({"bench": {"devices": ["local", "local"]}}, ["each device can be named once"]),
         ({"data": {"source": "~nosuchuser/photos"}}, ["~nosuchuser/photos", "home directory"]),
         ({"teacher": {"model": "x", "checkpoint": "~nosuchuser/a.pth"}}, ["~nosuchuser/a.pth", "home directory"]),
         ({"data": {"source": "x" * 5000}}, ["File name too long"]),
@@ -344,7 +351,7 @@ def test_a_value_is_shown_by_its_beginning(workdir: Path) -> None:
 
 def test_mistakes_before_any_work(workdir: Path) -> None:
     """A wrong target, student or device at the end of a recipe is told before the teacher is trained."""
-    for change in ({"export": {"targets": ["nope"]}}, {"student": {"model": "nope"}}, {"bench": {"device": "nope"}}):
+    for change in ({"export": {"targets": ["nope"]}}, {"student": {"model": "nope"}}, {"bench": {"devices": ["nope"]}}):
         kdpipe("run", recipe(workdir, **change))
         assert not list(workdir.glob("artifacts/teacher-*"))
 

@@ -209,10 +209,11 @@ def test_flips_of_labels_with_places(made: Made, monkeypatch: pytest.MonkeyPatch
 
 def test_the_report_has_every_hop_and_layer(made: Made) -> None:
     numbers = json.loads(made.report.file("report.json").read_text())
-    at = {hop["target"]: [step["at"] for step in hop["steps"]] for hop in numbers["hops"]}
+    [device] = numbers["devices"]
+    at = {hop["target"]: [step["at"] for step in hop["steps"]] for hop in device["hops"]}
     assert at["onnxruntime"][:4] == at["openvino"][:4] == ["torch", "exported", "simplified", "float32"]
     assert at["tflite"][:2] == ["torch", "float32"], "it does not come from the graph"
-    for hop in numbers["hops"]:
+    for hop in device["hops"]:
         assert {step["bundle"] for step in hop["steps"]} - {None} <= set(made.bundles)
         assert hop["steps"][0]["lost"] is None and all(step["lost"] is not None for step in hop["steps"][1:])
         exact = [step for step in hop["steps"] if step["at"] in ("exported", "simplified", "float32")]

@@ -32,7 +32,7 @@ def test_distilled_student_beats_the_control(demo: tuple[Path, dict]) -> None:
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt", "tflite"])
 def test_int8_stays_within_a_point(demo: tuple[Path, dict], target: str) -> None:
-    accuracy = {row["name"]: row["accuracy"]["value"] for row in demo[1]["numbers"]["bundles"]}
+    accuracy = {row["name"]: row["accuracy"]["value"] for row in demo[1]["numbers"]["devices"][0]["bundles"]}
     assert accuracy[f"{target}-int8"] >= accuracy[f"{target}-float32"] - 0.01
 
 

@@ -131,7 +131,10 @@ def test_every_command_on_a_strangers_manifest_ends_in_one_line(made: Made, tmp_
     """A seeded choice of places in the whole manifest, lineage included: another value there, or none."""
     data, out = ("--data", made.dataset.path), ("--out", tmp_path / "out")
     source, command = {
-        "bundle": (made.bundles["onnxruntime-int8"], ("bench", ..., *data, "--device", "null", "--seconds", 0.01)),
+        "bundle": (
+            made.bundles["onnxruntime-int8"],
+            ("bench", ..., *data, "--device", "null", "--effort", "quick", "--seconds", 0.01),
+        ),
         "model": (made.models["onnxruntime-float32"], ("package", ..., *data)),
         "student": (made.student, ("report", made.measurement.path, ..., *out)),
         "measurement": (made.measurement, ("report", ..., made.teacher.path, made.student.path, *out)),

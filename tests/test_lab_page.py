@@ -27,7 +27,7 @@ def browse(page: Path, profile: Path, *options: str) -> subprocess.CompletedProc
 def test_the_page_shows_every_bundle_and_says_no_error(made: Made, tmp_path: Path) -> None:
     done = browse(made.report.file(made.report.PAGE), tmp_path, "--dump-dom")
     numbers = json.loads(made.report.file(made.report.NUMBERS).read_text())
-    for bundle in numbers["bundles"]:
+    for bundle in numbers["devices"][0]["bundles"]:
         assert f"{bundle['name']}" in done.stdout
     assert done.stdout.count("<svg") >= 3 and "</html>" in done.stdout
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Made, assert_one_line, kdpipe, system_command
-from lab import USER, Computer, Link, Sshd, free_port, make_key, network_of, serve, wait_until
+from conftest import ROOT, Made, assert_one_line, kdpipe, system_command
+from lab import USER, Computer, Link, Sshd, clean_environment, free_port, make_key, network_of, serve, wait_until
 
 from kdpipe.core.config import DeviceSettings, MeasureSettings
 from kdpipe.core.errors import DeviceLost, ExitCode, KdpipeError, UserError
@@ -153,6 +153,65 @@ def test_an_address_may_be_a_uri_or_a_user_and_a_host(sshd: Sshd) -> None:
         assert device_of(sshd, address=address, ssh_config=str(plain)).shell("id -un") == USER
 
 
+def test_an_address_may_be_one_of_ipv6(computer: Computer, without_rsync: Computer, upload: Path) -> None:
+    for each in (computer, without_rsync):
+        sshd = serve(each, "::1")
+        device = device_of(sshd, address="::1")
+        sshd.config.write_text(sshd.config.read_text().replace("Host device", "Host ::1"))
+        place = each.seen(device.store(upload))
+        assert (place / "large.bin").read_bytes() == (upload / "large.bin").read_bytes()
+        device.receive(f"{device.root}/store/{place.name}/empty", upload.parent / "received")
+        assert (upload.parent / "received").read_bytes() == b""
+        sshd.stop()
+        each.run(f"rm -rf {device.root}")
+
+
+def test_the_users_own_configuration_and_agent_hold(sshd: Sshd) -> None:
+    """A user with nothing but ~/.ssh/config, a key in an agent, and a host that was never seen."""
+    client, host = Computer(), f"Host board\n  HostName 127.0.0.1\n  Port {sshd.port}\n  User {USER}\n"
+    packages, sources = client.folder / "packages", client.bring(ROOT)
+    packages.mkdir()
+    (packages / "kdpipe").symlink_to(sources)
+    (client.home / ".ssh").mkdir(mode=0o700)
+    (client.home / ".ssh" / "config").write_text(host)
+    shutil.copy(sshd.folder / "key", client.home / "key")
+    (client.home / "devices.yaml").write_text(
+        f"board: {{kind: ssh, address: board, python: {sshd.computer.python()}}}\n"
+    )
+    client.run(f"chown -R {USER}: {client.home}")
+
+    def as_user(line: str) -> subprocess.CompletedProcess[str]:
+        environment = {**clean_environment(), "PYTHONPATH": str(packages), "SSH_AUTH_SOCK": f"{client.home}/agent"}
+        command = client.command(
+            *("setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", "env", f"HOME={client.home}"),
+            *("sh", "-c", f"cd && {line}"),
+        )
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+    probe = f"{client.python()} -m kdpipe devices probe board"
+    try:
+        assert_one_line(as_user(probe), ExitCode.MISTAKE, "host key of [127.0.0.1]:", "run 'ssh board' once")
+        by_hand = as_user("ssh -o StrictHostKeyChecking=accept-new -o BatchMode=yes board true")
+        assert "Permission denied" in by_hand.stderr  # accepted the host, has no key yet
+        assert_one_line(as_user(probe), ExitCode.MISTAKE, "takes none of your keys (publickey)", "'ssh board' works")
+        added = as_user("ssh-agent -a $SSH_AUTH_SOCK >/dev/null && ssh-add -q key && rm key")
+        assert added.returncode == 0, added.stderr
+        done = as_user(probe)
+        assert done.returncode == 0 and "onnxruntime" in done.stdout, done.stderr
+    finally:
+        client.close()
+
+
+def test_what_a_shell_complains_of_is_not_the_reason(sshd: Sshd, upload: Path) -> None:
+    """Of a locale that is not there, say, as many boards do at every command; ``rsync`` and ``sftp`` pass it on."""
+    (sshd.computer.home / ".bashrc").write_text("echo 'bash: warning: setlocale: cannot change locale' >&2\n")
+    device = device_of(sshd)
+    assert device._has_rsync and device.runner
+    sshd.computer.run(f"chown root {device.root}/store")
+    with pytest.raises(UserError, match=r"'pi' refused a file: rsync: .*Permission denied"):
+        device.store(upload)
+
+
 def test_no_connection_and_no_folder_is_left(sshd: Sshd, tmp_path: Path) -> None:
     """Not by ``close``, and not by a process that ends without it."""
     before = set(Path("/tmp").glob("kdpipe-*"))
@@ -172,7 +231,7 @@ def test_no_connection_and_no_folder_is_left(sshd: Sshd, tmp_path: Path) -> None
 
 
 def unknown_host(sshd: Sshd) -> None:
-    sshd.change("/known_hosts", "/nobody_known")
+    sshd.change("/known_hosts", "/nobody_known\nStrictHostKeyChecking no")  # the user's own word does not loosen it
 
 
 def changed_host(sshd: Sshd) -> None:
@@ -203,7 +262,7 @@ REFUSED: dict[Callable[[Sshd], None], list[str]] = {
     wrong_key: ["takes none of your keys (publickey)", "without a password"],
     refused_connection: ["cannot be reached", "Connection refused", "is an sshd running there"],
     unknown_name: ["cannot be reached", "nowhere.invalid", "is the name right"],
-    wrong_configuration: ["refuses its configuration", "identityonly"],
+    wrong_configuration: ["ssh refuses", "Bad configuration option: identityonly"],
 }
 
 
@@ -511,7 +570,9 @@ def when(true: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
     return thread
 
 
-@pytest.mark.parametrize("cut", ["unplugged", "black hole"])
+@pytest.mark.parametrize(
+    ("far", "cut"), [("rsync", "unplugged"), ("sftp", "unplugged"), ("rsync", "black hole")], indirect=["far"]
+)
 def test_an_upload_goes_on_where_it_was_cut(far: tuple[Link, Sshd, SshDevice], upload: Path, cut: str) -> None:
     link, sshd, device = far
     assert device.runner

@@ -64,7 +64,7 @@ def test_the_documents_blocks_run(
 
 
 def test_outcome_shows_what_the_command_prints(made: Made, tmp_path: Path) -> None:
-    outcome = Outcome(made.report, made.measurement, made.bundles)
+    outcome = Outcome(made.report, {"local": made.measurement}, made.bundles, "")
     assert "onnxruntime-int8" in str(outcome.table) and str(outcome.table) == str(table(made.report))
     outcome.figure("pareto").save(tmp_path / "pareto.svg")
     text = (tmp_path / "pareto.svg").read_text()

@@ -72,7 +72,9 @@ def test_bundles_that_cannot_be_told_apart_share_a_place(
 
 def test_only_shown_differences_count_as_faster() -> None:
     def pair(first: str, second: str, ratio: float, differ: bool) -> Comparison:
-        return Comparison(first=first, second=second, ratio=Interval(ratio, None, None, 6), differ=differ)
+        return Comparison(
+            first=first, second=second, ratio=Interval(ratio, None, None, 6), differ=differ, left_open=0.01
+        )
 
     faster = surely_faster([pair("a", "b", 0.5, True), pair("a", "c", 2.0, True), pair("b", "c", 0.5, False)])
     assert faster("a", "b") and not faster("b", "a")
@@ -95,7 +97,7 @@ def test_accuracies_are_told_apart_by_the_images(made: Made) -> None:
 
 
 def test_accuracies_on_one_line_are_of_the_same_images(made: Made) -> None:
-    numbers = json.loads(made.report.file(made.report.NUMBERS).read_text())
+    [numbers] = json.loads(made.report.file(made.report.NUMBERS).read_text())["devices"]
     images = numbers["hops"][0]["steps"][0]["accuracy"]["n"]
     assert images == len(made.dataset.samples("test")) > 256, "the graph's hops are tested on 256"
     page = made.report.file(made.report.PAGE).read_text()
@@ -163,8 +165,10 @@ def test_a_named_seed_of_the_views_is_the_same_as_the_one_that_is_meant(tmp_path
 
 def trust(**change: object) -> Numbers:
     return {
-        "device": "local", "emulated": False, "word": "noisy", "timed": 3, "resolution": 0.1, "rounds": 6, "threads": 1,
-        "attempt": 1, "attempts": 1, "controls": {"a": {"value": 1.0, "low": 0.99, "high": 1.02, "n": 6}},
+        "device": "local", "emulated": False, "word": "noisy", "timed": 3, "resolution": 0.1, "rounds": 6,
+        "threads": [1], "effort": "default", "cold_starts": 10, "page_cache": "warm",
+        "attempt": 1, "attempts": 1, "sessions": 1,
+        "controls": {"a": {"value": 1.0, "low": 0.99, "high": 1.02, "n": 6}},
         "untrusted": [{"name": "b", "word": "noisy", "reason": "p50 is known within 12 %, wanted 10 %"}],
         **change,
     }  # fmt: skip
@@ -173,8 +177,11 @@ def trust(**change: object) -> Numbers:
 def test_trust_is_told_with_its_numbers() -> None:
     found = words.trust_sentence(trust())
     assert found.startswith("2 of 3 latencies are trusted (known within 10 %, as was asked for).")
-    assert "A/A controls (a bundle over itself, 6 rounds): a 1.00 [0.990, 1.02]." in found and "Attempt" not in found
-    assert "Attempt 2 of 3" in words.trust_sentence(trust(attempt=2, attempts=3))
+    assert "A/A controls (a bundle over itself, 6 rounds): a 1.00 [0.990, 1.02]." in found and "ttempt" not in found
+    assert found.endswith("This holds for this session only: of the next one `--again` tells.")
+    pooled = words.trust_sentence(trust(sessions=3, attempts=4))
+    assert "Pooled over up to 3 trusted sessions of 4" in pooled and "this session only" not in pooled
+    assert "Shown: attempt 2 of 3" in words.trust_sentence(trust(attempt=2, attempts=3))
     assert "no latencies" in words.trust_sentence(trust(word=None))
     assert [words.verdict(trust(word=word)) for word in ("trusted", "invalid", None)] == [
         "Trusted.", "Invalid.", "Not timed.",
@@ -189,7 +196,7 @@ def test_reasons_are_told_once() -> None:
 
 def test_the_page_calls_a_row_noisy_where_it_stands(made: Made) -> None:
     page = made.report.file(made.report.PAGE).read_text()
-    numbers = json.loads(made.report.file(made.report.NUMBERS).read_text())
+    [numbers] = json.loads(made.report.file(made.report.NUMBERS).read_text())["devices"]
     noisy = [row["name"] for row in numbers["bundles"] if row["trust"] and row["trust"]["word"] == "noisy"]
     assert noisy and len(re.findall(r'class="tag bad"[^>]*>noisy<', page)) == len(noisy)
     assert numbers["front"] == [] and "Pareto</span>" not in page

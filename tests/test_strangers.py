@@ -658,7 +658,9 @@ def test_models_of_strangers_are_not_quantised(made: Made, tmp_path: Path, name:
 
 def test_outputs_of_other_classes_are_not_measured(made: Made, bundle: Path) -> None:
     file("model.onnx", of_shape(1, 3))(bundle)
-    done = kdpipe_command("bench", bundle, "--data", made.dataset.path, "--rounds", 2, "--out", bundle.parent / "m")
+    done = kdpipe_command(
+        "bench", bundle, "--data", made.dataset.path, "--effort", "quick", "--rounds", 2, "--out", bundle.parent / "m"
+    )
     assert_one_line(done, 2, "the outputs of", "wanted float32 [")
 
 

@@ -15,16 +15,20 @@ import pytest
 
 from kdpipe.core.config import BenchPlan
 from kdpipe.core.errors import ExitCode, GateFailed, KdpipeError, Untrusted, UserError
-from kdpipe.core.kinds import Result, Trust
-from kdpipe.core.stats import Interval, holm_levels, percentile_interval
-from kdpipe.devices.trust import assess, control_name, controlled, judge
+from kdpipe.core.kinds import BatchOne, Conditions, Result, RuntimeSession, Trust
+from kdpipe.core.stats import Interval, bootstrap_ratio, geometric_interval, holm_levels, percentile_interval
+from kdpipe.devices.trust import assess, control_name, controlled, judge, limit_cores
 
 BUNDLES, ROUNDS, SESSIONS = 8, 6, 200
 NAMES = [f"t{at // 3}-{at % 3}" for at in range(BUNDLES)]
 TARGETS = {name: name[:2] for name in NAMES}
 FLOAT32 = {name: f"{name[:2]}-0" for name in NAMES}
-CONTROLS = controlled(TARGETS, FLOAT32)
-EVERYONE = [*NAMES, *map(control_name, dict.fromkeys(CONTROLS.values()))]
+FASTEST = "t2-1"
+CONTROLS = controlled(TARGETS, FLOAT32, {name: 1.0 - (name == FASTEST) / 2 for name in NAMES})
+REPEATED = [*FLOAT32.values(), FASTEST]
+EVERYONE = [*NAMES, *map(control_name, dict.fromkeys(REPEATED))]
+TWO_THREADS = RuntimeSession(runtime="none", version="0", threads=2)
+QUIET = Conditions(others_cores=0.02, steal_cores=0.0, frequency_drop="unavailable", throttled=False)
 RESOLUTION = BenchPlan().resolution
 MIDDLE = percentile_interval(np.arange(ROUNDS), 50)  # which of six values in order are the median and its interval
 
@@ -61,14 +65,15 @@ class Found:
     sessions_with_a_difference: int = 0
 
 
-def session(latencies: np.ndarray) -> dict:
-    """What is said of ``latencies`` [everyone, rounds]."""
+def session(latencies: np.ndarray, conditions: Conditions = QUIET) -> dict:
+    """What is said of ``latencies`` [everyone, rounds], taken while the device did so much else."""
     rounds = {name: list(map(float, row)) for name, row in zip(EVERYONE, latencies, strict=True)}
     results = {}
     for name in NAMES:
         value, low, high = (sorted(rounds[name])[int(at)] for at in (MIDDLE.value, MIDDLE.low, MIDDLE.high))
-        results[name] = Result(status="measured", latency_p50_ms=Interval(value, low, high, ROUNDS))
-    return assess(rounds, results, CONTROLS, FLOAT32, RESOLUTION)
+        p50 = Interval(value, low, high, ROUNDS)
+        results[name] = Result(status="measured", latency_p50_ms=p50, conditions=conditions, session=TWO_THREADS)
+    return assess(rounds, results, CONTROLS, FLOAT32, RESOLUTION, cores=2)
 
 
 def simulate(noise: Noise, order_effect: float = 0.0, truth: np.ndarray | None = None) -> Found:
@@ -161,39 +166,83 @@ def test_a_control_that_is_wide_says_noisy_of_its_target() -> None:
 
 
 STEADY, LOOSE = Interval(1.0, 0.99, 1.01, 6), Interval(1.0, None, None, 2)
+APART = BatchOne(images=8, max_difference=2.0, tolerance=0.5, agreement=0.5, within_tolerance=False)
 
 
 @pytest.mark.parametrize(
-    ("change", "control", "emulated", "wanted"),
+    ("change", "control", "more", "wanted"),
     [
-        ({}, STEADY, False, ("trusted", "")),
-        ({"over_float32": Interval(0.5, 0.49, 0.52, 6)}, STEADY, False, ("trusted", "")),
-        ({}, STEADY, True, ("invalid", "emulated")),
-        ({}, None, False, ("invalid", "not every process")),
-        ({"latency_p50_ms": None}, STEADY, False, ("invalid", "not every process")),
-        ({"latency_p50_ms": LOOSE}, STEADY, False, ("noisy", "p50 has no interval: 2 rounds are too few")),
-        ({"latency_p50_ms": Interval(1.0, 0.99, 1.12, 6)}, STEADY, False, ("noisy", "within 12 %, wanted 10 %")),
-        ({"latency_p50_ms": Interval(1.0, 0.8, 1.01, 6)}, STEADY, False, ("noisy", "within 25 %, wanted 10 %")),
-        (
-            {"over_float32": Interval(0.5, 0.4, 0.6, 6)},
-            STEADY,
-            False,
-            ("noisy", "ratio to float32 is known within 25 %"),
-        ),
-        ({"warm_up_settled": False}, STEADY, False, ("noisy", "warm-up did not settle")),
-        ({}, LOOSE, False, ("noisy", "control of its target has no interval")),
-        ({}, Interval(1.0, 0.8, 1.2, 6), False, ("noisy", "control of its target is known within 25 %")),
-        ({}, Interval(1.005, 1.003, 1.007, 6), False, ("trusted", "")),  # not 1, and within the resolution
-        ({}, Interval(1.05, 0.99, 1.12, 6), False, ("noisy", "may be off by 12 %")),
-        ({}, Interval(0.7, 0.69, 0.71, 6), False, ("invalid", "off by 40.8 % or more")),
+        ({}, STEADY, {}, ("trusted", "")),
+        ({"over_float32": Interval(0.5, 0.49, 0.52, 6)}, STEADY, {}, ("trusted", "")),
+        ({}, STEADY, {"emulated": True}, ("invalid", "emulated")),
+        ({}, None, {}, ("invalid", "not every process")),
+        ({"latency_p50_ms": None}, STEADY, {}, ("invalid", "not every process")),
+        ({"batch_one": APART}, STEADY, {}, ("invalid", "off by 2 from those in batches, allowed 0.5")),
+        ({"latency_p50_ms": LOOSE}, STEADY, {}, ("noisy", "p50 has no interval: 2 rounds are too few")),
+        ({"latency_p50_ms": Interval(1.0, 0.99, 1.12, 6)}, STEADY, {}, ("noisy", "within 12 %, wanted 10 %")),
+        ({"latency_p50_ms": Interval(1.0, 0.8, 1.01, 6)}, STEADY, {}, ("noisy", "within 25 %, wanted 10 %")),
+        ({"over_float32": Interval(0.5, 0.4, 0.6, 6)}, STEADY, {}, ("noisy", "ratio to float32 is known within 25 %")),
+        ({"warm_up_settled": False}, STEADY, {}, ("noisy", "warm-up did not settle")),
+        ({}, LOOSE, {}, ("noisy", "control of x has no interval")),
+        ({}, Interval(1.0, 0.8, 1.2, 6), {}, ("noisy", "control of x is known within 25 %")),
+        ({}, Interval(1.005, 1.003, 1.007, 6), {}, ("trusted", "")),  # not 1, and within the resolution
+        ({}, Interval(1.0, 1.0, 1.0, 6), {}, ("trusted", "")),
+        ({}, Interval(1.05, 0.99, 1.12, 6), {}, ("noisy", "may be off by 12 %")),
+        ({}, Interval(0.7, 0.69, 0.71, 6), {}, ("invalid", "control of x is off by 40.8 % or more")),
+        ({}, Interval(0.7, 0.7, 0.7, 6), {}, ("invalid", "control of x is off by 42.9 % or more")),
+        ({}, STEADY, {"pauses_seconds": [3.0, 59.0, 7.0]}, ("trusted", "")),
+        ({}, STEADY, {"pauses_seconds": [3.0, 61.0]}, ("noisy", "stood still for 61 s")),
+        ({"others_cores": 0.11}, STEADY, {"cores": 2}, ("noisy", "others took 0.11 of a core meanwhile, allowed 0.1")),
+        ({"others_cores": 0.11}, STEADY, {"cores": 8}, ("trusted", "")),  # six are left free: 0.3 is borne
+        ({"others_cores": "unavailable"}, STEADY, {}, ("noisy", "what else ran on the device could not be read")),
+        ({"steal_cores": 0.2}, STEADY, {"cores": 2}, ("noisy", "its host took 0.2 of a core away")),
+        ({"steal_cores": "unavailable"}, STEADY, {}, ("trusted", "")),
+        ({"frequency_drop": 0.12}, STEADY, {}, ("noisy", "its clock fell by 12 % within the session")),
+        ({"frequency_drop": 0.08}, STEADY, {}, ("trusted", "")),
+        ({"throttled": True}, STEADY, {}, ("noisy", "throttled its clock")),
+        ({"throttled": "unavailable"}, STEADY, {}, ("trusted", "")),
     ],
 )
 def test_the_word_on_a_row(
-    change: dict[str, object], control: Interval | None, emulated: bool, wanted: tuple[str, str]
+    change: dict[str, object], control: Interval | None, more: dict[str, object], wanted: tuple[str, str]
 ) -> None:
-    row = Result(status="measured", latency_p50_ms=STEADY).model_copy(update=change)
-    found: Trust = judge(row, control, 0.1, emulated=emulated)
+    conditions = QUIET.model_copy(
+        update={name: change[name] for name in change.keys() & Conditions.model_fields.keys()}
+    )
+    row = Result(status="measured", latency_p50_ms=STEADY, conditions=conditions, session=TWO_THREADS)
+    row = row.model_copy(update={name: change[name] for name in change.keys() & Result.model_fields.keys()})
+    found: Trust = judge(row, {"x": control}, 0.1, **more)
     assert found.word == wanted[0] and wanted[1] in found.reason and bool(found.reason) == bool(wanted[1])
+
+
+def test_what_disturbs_float32_disturbs_the_ratio_to_it() -> None:
+    mine = Result(status="measured", latency_p50_ms=STEADY, conditions=QUIET)
+    base = mine.model_copy(update={"conditions": QUIET.model_copy(update={"others_cores": 0.9})})
+    assert judge(mine, {"x": STEADY}, 0.1).word == "trusted"
+    found = judge(mine, {"x": STEADY}, 0.1, base=base)
+    assert found.word == "noisy" and found.reason.startswith("its float32 bundle: others took 0.9 of a core")
+
+
+def test_what_others_may_take_grows_with_the_cores_that_are_left_free() -> None:
+    assert limit_cores(0.1, 4, 4) == limit_cores(0.1, 4, 2) == limit_cores(0.1, "unavailable", 1) == 0.1
+    assert limit_cores(0.1, 8, 2) == pytest.approx(0.3) and limit_cores(0.02, 64, 4) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("from_round", [0, 3], ids=["throughout", "from the middle on"])
+def test_a_standing_load_is_not_trusted(from_round: int) -> None:
+    """It slows float32 by 1.4 and INT8 by 1.1, so the controls are one and the ratio is told 0.39 for a true 0.5."""
+    generator, slow = np.random.default_rng(0), np.ones((len(EVERYONE), ROUNDS))
+    for at, name in enumerate(EVERYONE):
+        slow[at, from_round:] = 1.4 if name.removeprefix("control-") in FLOAT32.values() else 1.1
+    truth = np.array([1.0 if name.removeprefix("control-") in FLOAT32.values() else 0.5 for name in EVERYONE])
+    half = QUIET.model_copy(update={"others_cores": (ROUNDS - from_round) / ROUNDS * 0.5})
+    unseen = trusted = 0
+    for _ in range(SESSIONS):
+        taken = truth[:, None] * slow * np.exp(generator.normal(0, 0.01, slow.shape))
+        unseen += session(taken)["results"]["t0-1"].trust.word == "trusted"
+        trusted += session(taken, half)["results"]["t0-1"].trust.word == "trusted"
+    assert trusted == 0
+    assert unseen >= 0.9 * SESSIONS or from_round, "without the gate it would be: the controls do not show it"
 
 
 def test_rounds_in_which_one_failed_are_left_out_of_its_pairs() -> None:
@@ -216,14 +265,22 @@ def test_what_failed_is_invalid_and_the_others_go_on() -> None:
     said = assess(rounds, results, CONTROLS, FLOAT32, RESOLUTION)
     words = {name: said["results"][name].trust.word for name in NAMES}
     assert {name for name, word in words.items() if word == "invalid"} == {"t0-1", "t1-0", "t1-1", "t1-2"}
-    assert list(said["controls"]) == ["t0-0", "t2-0"]
+    assert list(said["controls"]) == ["t0-0", "t2-0", "t2-1"]
     assert not any("t0-1" in (each.first, each.second) for each in said["comparisons"])
 
 
-def test_a_control_for_every_targets_float32() -> None:
+def test_a_control_for_every_targets_float32_and_the_fastest() -> None:
     targets = {"a-int8": "a", "a-float32": "a", "b-int8": "b", "b-float16": "b"}
-    found = controlled(targets, {"a-int8": "a-float32", "a-float32": "a-float32"})
-    assert found == {"a-int8": "a-float32", "a-float32": "a-float32", "b-int8": "b-int8", "b-float16": "b-int8"}
+    seconds = dict(zip(targets, (0.3, 1.0, 0.5, 0.6), strict=True))
+    found = controlled(targets, {"a-int8": "a-float32", "a-float32": "a-float32"}, seconds)
+    assert found == {
+        "a-int8": ["a-float32", "a-int8"],
+        "a-float32": ["a-float32"],
+        "b-int8": ["b-int8"],
+        "b-float16": ["b-int8"],
+    }
+    assert controlled(targets, {}, {**seconds, "b-int8": 0.1})["b-int8"] == ["b-int8"]
+    assert controlled({}, {}, {}) == {}
     assert assess({}, {"x": Result(status="not installed")}, {}, {}, 0.1)["results"]["x"].trust is None
 
 
@@ -233,6 +290,28 @@ def test_holm_by_hand() -> None:
     assert levels == pytest.approx([0.025, 0.0125, 0.025, 0.05 / 3])
     assert holm_levels([])[0].tolist() == []
     assert holm_levels([float("nan"), 0.0])[0].tolist() == [False, True]
+
+
+@pytest.mark.parametrize("blocks", [5, 10])
+def test_the_bootstrap_over_blocks_covers(blocks: int) -> None:
+    """Of 300 sessions with a true ratio of 1.1 at least 270: a correct 95 % interval does in all but 2 of 10,000."""
+    generator = np.random.default_rng(0)
+    logs = np.log(1.1) + 0.03 * generator.standard_normal((300, blocks))
+    found = [bootstrap_ratio(row, seed) for seed, row in enumerate(logs)]
+    assert sum(each.low <= 1.1 <= each.high for each in found) >= 270
+    assert np.median([each.high / each.low for each in found]) < (1.12 if blocks == 5 else 1.06), "and says something"
+
+
+def test_the_bootstrap_by_hand() -> None:
+    assert bootstrap_ratio([0.0] * 4, 0) == Interval(1.0, None, None, 4), "too few blocks bound nothing"
+    same = bootstrap_ratio(np.log([2.0] * 6), 0)
+    assert (same.value, same.low, same.high) == pytest.approx((2, 2, 2))
+    assert bootstrap_ratio(np.arange(6.0), 1) == bootstrap_ratio(np.arange(6.0), 1)
+    with pytest.raises(ValueError, match="at least one block"):
+        bootstrap_ratio([], 0)
+    assert geometric_interval([1.0, 4.0]).value == pytest.approx(2) and geometric_interval([3.0]).low is None
+    with pytest.raises(ValueError, match="positive"):
+        geometric_interval([1.0, 0.0])
 
 
 def test_exit_codes_are_those_that_are_documented() -> None:

@@ -1,0 +1,322 @@
+"""What bundles say of the test images on a device: in blocks, each kept when it is done, so that a cut goes on."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+
+from ..core.config import BenchConfig
+from ..core.errors import DeviceLost, KdpipeError, UserError
+from ..core.kinds import AgainstHost, BatchOne, Bundle, Mismatch, Prediction, Runnable
+from ..core.proc import first_line
+from ..core.sealed import printable
+from ..core.stats import Interval
+from ..data.dataset import Dataset, images_shape, load_labels, write_images
+from ..runtime.bundle import TOLERANCES
+from ..runtime.task import TASKS
+from . import Device, find_device, opened
+from .journal import Journal
+from .session import threads_of
+from .talk import Talk
+
+BLOCK_BYTES = 128 * 2**20  # of images that lie on a device at a time
+SLACK, SLACK_SECONDS = 10, 60.0  # a process that takes so many times what it should, and a minute, hangs
+FIRST_SECONDS = 3600.0  # of the first process of a bundle, of which nothing is known
+ALONE = "alone"  # the part of a bundle's outputs that is of the timing images, one at a time
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Bundles on an opened device, and what they are asked about."""
+
+    device: Device
+    bundles: Mapping[str, Runnable]
+    dataset: Dataset | None  # None: nothing is known of what is right, inputs are random
+    journal: Journal
+    scratch: Path
+    talk: Talk
+    config: BenchConfig
+
+    @cached_property
+    def kinds(self) -> dict[str, list[str]]:
+        """Names of the bundles by what their networks are shown: images are decoded and sent once for all of those."""
+        found: dict[str, list[str]] = {}
+        for name, bundle in self.bundles.items():
+            shown = sorted(bundle.facts.input.model_dump(exclude={"layout"}).items())
+            found.setdefault(repr(shown), []).append(name)
+        return found
+
+    @cached_property
+    def timing(self) -> dict[str, str]:
+        """By bundle what its pushed timing images are called."""
+        return {name: f"timing-{at}.npy" for at, names in enumerate(self.kinds.values()) for name in names}
+
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """Where the timing images are among the test images, in their order."""
+        if self.dataset is None:
+            return np.arange(self.config.images)
+        return self.dataset.positions("test", self.config.images, seed=0)
+
+    @property
+    def count(self) -> int:
+        """Of test images."""
+        return 0 if self.dataset is None else self.dataset.facts.images["test"]
+
+    def blocks(self, name: str) -> list[tuple[int, int]]:
+        """The test images of a bundle in order, from the first to before the last of each block."""
+        step = block_images(self.bundles[name])
+        return [(at, min(self.count, at + step)) for at in range(0, self.count, step)]
+
+    def stand_in(self, name: str) -> bool:
+        """Whether the device runs another runtime in the place of the bundle's own."""
+        return not self.device.runs(self.bundles[name].facts.target)
+
+
+def block_images(bundle: Runnable) -> int:
+    """How many images of its input are sent at a time."""
+    return max(64, BLOCK_BYTES // int(np.prod(images_shape(1, bundle.facts.input.model_dump()))))
+
+
+def block_count(bundles: Mapping[str, Runnable], dataset: Dataset | None) -> int:
+    """How many steps ``ask`` takes."""
+    if dataset is None:
+        return 0
+    return sum(-(-dataset.facts.images["test"] // block_images(bundle)) for bundle in bundles.values())
+
+
+def push(asked: Asked) -> None:
+    """Put the bundles and the images that are timed onto the device.
+
+    Those are seeded, spread over the classes, in a file of their own: a process that times opens nothing else.
+    """
+    for names in asked.kinds.values():
+        file, spec = asked.scratch / asked.timing[names[0]], asked.bundles[names[0]].facts.input.model_dump()
+        if asked.dataset is None:
+            np.save(file, np.zeros(images_shape(len(asked.positions), spec), np.uint8))
+        else:
+            samples = asked.dataset.samples("test")
+            write_images(file, [samples[int(at)] for at in asked.positions], spec)
+        asked.device.push(file, file.name)
+    for name, bundle in asked.bundles.items():
+        asked.device.push(bundle.path, name)
+
+
+def ask(asked: Asked) -> dict[str, str]:
+    """Outputs of all test images into the journal, block by block; first those of the timing images one at a time.
+
+    How long one image takes alone bounds how long a block may take.
+
+    Returns:
+        By bundle why it was given up. One that cannot be run on the device at all is left out silently.
+
+    Raises:
+        DeviceLost: what was asked so far is kept.
+    """
+    failed: dict[str, str] = {}
+    journal = asked.journal
+    for names in asked.kinds.values():
+        able = [name for name in names if not asked.stand_in(name) or asked.bundles[name].facts.stand_in]
+        for name in able:
+            if journal.answer(name, ALONE) is None:
+                asked.talk.advance(0, f"accuracy of {name}")
+                _keep(asked, name, ALONE, asked.timing[name], len(asked.positions), FIRST_SECONDS, failed)
+        for start, stop in asked.blocks(names[0]):
+            lacking = [name for name in able if name not in failed and journal.answer(name, part(start)) is None]
+            if lacking:
+                with _block(asked, lacking[0], start, stop) as images:
+                    for name in lacking:
+                        asked.talk.check()
+                        asked.talk.advance(0, f"accuracy of {name}, images {start + 1} to {stop} of {asked.count}")
+                        alone = journal.answer(name, ALONE)
+                        assert alone is not None  # else it had failed
+                        limit = SLACK_SECONDS + SLACK * (alone.open_seconds + (stop - start) * image_seconds(alone))
+                        _keep(asked, name, part(start), images, stop - start, limit, failed)
+            asked.talk.advance(len(names), "")
+    return failed
+
+
+def part(start: int) -> str:
+    """The part of a bundle's outputs that is of the block from image ``start`` on."""
+    return f"{start:08d}"
+
+
+def image_seconds(alone: Prediction) -> float:
+    """How long an image took of those that were run one at a time."""
+    return alone.predict_seconds / max(1, alone.images)
+
+
+@contextmanager
+def _block(asked: Asked, name: str, start: int, stop: int) -> Iterator[str]:
+    """What a block of images is called on the device, where it lies for as long as this takes."""
+    assert asked.dataset is not None  # else there are no blocks
+    spec = asked.bundles[name].facts.input.model_dump()
+    ready = asked.dataset.fitted_file("test", spec)
+    whole, file = stop - start == asked.count, asked.scratch / f"images-{part(start)}.npy"
+    if ready is None:
+        samples = asked.dataset.samples("test")
+        write_images(file, [samples[at] for at in range(start, stop)], spec)
+    elif not whole:
+        np.save(file, np.load(ready, mmap_mode="r", allow_pickle=False)[start:stop])
+    asked.device.push(ready if ready is not None and whole else file, file.name)
+    try:
+        yield file.name
+    finally:
+        file.unlink(missing_ok=True)
+        if not whole:  # a set that is small stays: the next session has it
+            asked.device.drop(file.name)
+
+
+def _keep(
+    asked: Asked, name: str, what: str, images: str, count: int, limit_seconds: float, failed: dict[str, str]
+) -> None:
+    """Ask about some images; the outputs go into the journal, or why there are none into ``failed``."""
+    written = asked.journal.outputs(name, what)
+
+    def predict() -> Prediction:
+        how = {"batch": 1, "threads": threads_of(asked.config, name)} if what == ALONE else {}
+        answer = asked.device.predict(name, images, written, limit_seconds, stand_in=asked.stand_in(name), **how)
+        if asked.dataset is not None:
+            read_outputs(written, name, count, asked.bundles[name])
+        return answer
+
+    try:
+        asked.journal.add_answer(name, what, twice(asked.talk, name, predict))
+    except DeviceLost:
+        raise
+    except KdpipeError as error:
+        asked.talk.check()
+        asked.talk.note(f"{name}: given up: {error}")
+        failed[name] = str(error)
+
+
+def twice(talk: Talk, what: str, call: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+    """A process may fail for a reason that is gone at once: the second failure counts. Raises KdpipeError."""
+    try:
+        return call(*arguments, **options)
+    except KdpipeError as error:
+        talk.check()
+        talk.note(f"{what}: {error}; once more")
+        return call(*arguments, **options)
+
+
+def read_outputs(path: Path, name: str, count: int, bundle: Runnable) -> np.ndarray:
+    """Outputs [N, ...] as a device wrote them. Raises UserError for anything else."""
+    try:
+        outputs = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the outputs of {name} are no array ({first_line(error)})") from None
+    if len(outputs.shape) < 2 or outputs.shape[:2] != (count, len(bundle.labels)) or outputs.dtype != np.float32:
+        wanted = f"float32 [{count}, {len(bundle.labels)}, ...]"
+        raise UserError(f"the outputs of {name} are {outputs.dtype} {list(outputs.shape)}, wanted {wanted}")
+    if not np.isfinite(outputs).all():
+        raise UserError(f"the outputs of {name} are not all finite")
+    return np.asarray(outputs)
+
+
+def gather(asked: Asked, name: str, out: Path) -> np.ndarray:
+    """A bundle's outputs of all blocks as one file, mapped [N, ...]. Raises UserError where they do not fit."""
+    parts = [read_outputs(asked.journal.outputs(name, part(at)), name, stop - at, asked.bundles[name])
+             for at, stop in asked.blocks(name)]  # fmt: skip
+    if len({found.shape[1:] for found in parts}) > 1:
+        raise UserError(f"the outputs of {name} are of several shapes")
+    whole = np.lib.format.open_memmap(out, "w+", np.float32, (asked.count, *parts[0].shape[1:]))
+    for (start, stop), found in zip(asked.blocks(name), parts, strict=True):
+        whole[start:stop] = found
+    whole.flush()
+    return whole
+
+
+def batch_one(asked: Asked, name: str, outputs: np.ndarray) -> BatchOne:
+    """The timing images one at a time, as they are timed, against the same among all ``outputs``."""
+    bundle, count = asked.bundles[name], len(asked.positions)
+    one_by_one, batched = (
+        read_outputs(asked.journal.outputs(name, ALONE), name, count, bundle),
+        outputs[asked.positions],
+    )
+    difference = float(np.abs(one_by_one - batched).max())
+    if isinstance(bundle, Bundle):
+        tolerance = bundle.facts.golden_tolerance
+    else:  # as a bundle's is set when it is packed
+        tolerance = float(TOLERANCES[bundle.facts.precision] * batched.std())
+    return BatchOne(
+        images=count,
+        max_difference=difference,
+        tolerance=tolerance,
+        agreement=TASKS[bundle.facts.task].agreement(one_by_one, batched),
+        within_tolerance=difference <= tolerance,
+    )
+
+
+# ---- against the host ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HostOutputs:
+    """What the same bundles said of the same images on this host."""
+
+    by: str
+    outputs: np.ndarray  # [N, ...]
+
+
+def on_host(bundles: Mapping[str, Runnable], dataset: Dataset, folder: Path, talk: Talk) -> dict[str, HostOutputs]:
+    """Outputs of all test images on this host, by bundle key; of those that it can run.
+
+    Before any device is timed: this host may be one of them.
+    """
+    device = find_device("local")
+    by_key = {bundle.key: bundle for bundle in bundles.values()}
+    with tempfile.TemporaryDirectory() as scratch, opened(device, Path(scratch)):
+        config = BenchConfig(device=device.name, device_fingerprint={}, images=1)
+        asked = Asked(device, by_key, dataset, Journal(folder), Path(scratch), talk, config)
+        push(asked)
+        ask(asked)
+        found = {}
+        for key in by_key:
+            answers = [asked.journal.answer(key, part(start)) for start, _ in asked.blocks(key)]
+            if answers and None not in answers:
+                outputs = gather(asked, key, folder / f"{key}.npy")
+                found[key] = HostOutputs(answers[0].session.runtime, outputs)  # type: ignore[union-attr]
+    return found
+
+
+def against_host(
+    bundle: Runnable, dataset: Dataset, outputs: np.ndarray, host: HostOutputs
+) -> tuple[AgainstHost, list[Mismatch]]:
+    """How far ``outputs`` [N, ...] are from those of the host, and the images that the two call something else."""
+    task, samples = TASKS[bundle.facts.task], dataset.samples("test")
+    labels = load_labels(samples, bundle.facts.input.model_dump())
+    change = task.change(task.scores(host.outputs, labels), task.scores(outputs, labels))
+    classes = [printable(name) for name in dataset.classes]
+    differing = task.differing(host.outputs, outputs)
+    here, there = (task.decide(each) for each in (host.outputs, outputs))
+    rows = [
+        Mismatch(
+            position=int(at),
+            image=printable(samples[int(at)].path.name),
+            label=task.tell(labels[at], classes),
+            host=task.tell(here[at], classes),
+            device=task.tell(there[at], classes),
+        )
+        for at in differing
+    ]
+    found = AgainstHost(
+        by=host.by,
+        max_difference=float(np.abs(host.outputs - outputs).max()),
+        mismatches=len(rows),
+        lost=change.lost,
+        won=change.won,
+        difference=Interval(change.difference, change.low, change.high, change.n),
+        mcnemar_p=change.p_value,
+    )
+    return found, rows
