@@ -23,7 +23,7 @@ from . import PROTOCOL_VERSION, build, open_session, predict, store
 from .beside import beside
 from .bundle import BundleError, read_facts, replay_golden
 from .measure import Plan, keep_to_cores, measure, start_fresh
-from .probe import probe
+from .probe import place, probe
 from .sealed import printable
 from .tensorrt import EngineError
 from .watch import Locked, watch
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     def of_bundle(name: str, answer: Callable[[argparse.Namespace], dict[str, Any]], about: str) -> Any:
         added = command(name, answer, about)
         added.add_argument("bundle", type=Path, help="folder of the bundle")
-        added.add_argument("--threads", type=int, default=0, help="0: every core")
+        added.add_argument("--threads", type=int, default=0, help="0: one a core")
         added.add_argument("--stand-in", action="store_true", help="open with the runtime that reads the same file")
         return added
 
@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _threads(args: argparse.Namespace) -> int:
-    return int(args.threads or len(os.sched_getaffinity(0)))
+    return place(args.threads, sorted(os.sched_getaffinity(0)))[0]
 
 
 def _install(args: argparse.Namespace) -> dict[str, Any]:

@@ -203,17 +203,21 @@ def evaluated(network: nn.Module, spec: InputSpec, dataset: Dataset, part: Part)
 
 # What the lab needs of the system: command, Debian's package. Whatever is missing fails, with the line that helps.
 SYSTEM_PACKAGES = {
+    "adb": "adb",
     "chromium": "chromium",
     "ethtool": "ethtool",
     "faketime": "faketime",
     "ip": "iproute2",
     "mkfs.ext4": "e2fsprogs",
+    "mmdebstrap": "mmdebstrap",
     "mount": "mount",
     "nft": "nftables",
     "nsenter": "util-linux",
     "pkill": "procps",
+    "qemu-aarch64-static": "qemu-user-static",
     "rsync": "rsync",
     "setpriv": "util-linux",
+    "ssh": "openssh-client",
     "ssh-keygen": "openssh-client",
     "sshd": "openssh-server",
     "tc": "iproute2",

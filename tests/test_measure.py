@@ -20,7 +20,7 @@ from conftest import Made, rewrite_manifest
 
 from kdpipe.core.artifact import Order
 from kdpipe.core.config import BenchPlan, DeviceSettings, MeasureSettings, QuantizeConfig, suited, validated
-from kdpipe.core.errors import UserError
+from kdpipe.core.errors import DeviceLost, UserError
 from kdpipe.core.kinds import UNAVAILABLE, Bundle, Phase, Probe, RuntimeSession, Sight
 from kdpipe.core.stats import early_stopping, percentile_within
 from kdpipe.devices import find_device, opened
@@ -493,7 +493,7 @@ def test_a_machine_is_measured_by_one_at_a_time(tmp_path: Path) -> None:
         first.look()
         os.killpg(first._process.pid, signal.SIGKILL)  # as a power cut: nothing says goodbye
         first._process.wait()
-        with pytest.raises(UserError, match="cannot be watched"):
+        with pytest.raises(DeviceLost, match="cannot be watched"):
             first.look()
         with Watch(device, lock, "bob") as second:
             assert second.look().sights
@@ -649,3 +649,17 @@ def test_a_sweep_has_a_row_for_every_number_of_threads(made: Made, tmp_path: Pat
     assert set(facts.results) == set(bundles)
     assert facts.results["onnxruntime-int8@2"].over_float32 is not None
     assert swept(given, (4,)) == given, "one number of threads changes no names"
+
+
+def test_a_long_run_is_one_more_process_after_the_rounds(made: Made, tmp_path: Path) -> None:
+    bundles = {"a": made.bundles["onnxruntime-float32"]}
+    plan = BenchPlan(
+        device="null", rounds=2, seconds=0.01, max_seconds=0.02, min_samples=10, cold_starts=0, sustained="0.5s"
+    )
+    order = Order("bench", bench_config(plan), {**bundles, "data": made.dataset})
+    measured = bench(order, bundles, made.dataset, tmp_path / "out")
+    found = measured.facts.results["a"]
+    assert len(found.latency_p50_by_process_ms) == 2 and len(found.sustained.window_median_ns) == 10
+    assert found.start_ms is None and found.memory_growth_bytes is None and len(found.load_ms) == 2
+    runs = json.loads(measured.file("latency_ns/a.json").read_text())
+    assert [run["sustained"] for run in runs] == [None, None]
