@@ -242,8 +242,12 @@ def bootstrap_ratio(block_logs: Sequence[float] | np.ndarray, seed: int, draws: 
     return _exponential(Interval(mean, mean - float(high) * error, mean - float(low) * error, n))
 
 
+WIDEST_LOG = 100.0  # an interval of a ratio that reaches beyond it bounds nothing, and soon is no number
+
+
 def _exponential(logs: Interval) -> Interval:
-    low, high = (None if end is None else math.exp(end) for end in (logs.low, logs.high))
+    ends = [end for end in (logs.low, logs.high) if end is not None and abs(end) <= WIDEST_LOG]
+    low, high = map(math.exp, ends) if len(ends) == 2 else (None, None)
     return Interval(math.exp(logs.value), low, high, logs.n)
 
 
@@ -298,8 +302,6 @@ def compare_logs(
         p_values = np.where(beyond > 0, 2 * stdtr(count - 1, -beyond / error), 1.0)
     rejected, levels = holm_levels(p_values, level)
     arm = stdtrit(count - 1, 1 - levels / 2) * error
-    values, lows, highs = np.exp([mean, mean - arm, mean + arm]).tolist()
-    return [
-        (Interval(values[at], lows[at], highs[at], int(count[at])), bool(rejected[at]))
-        for at in range(len(differences))
-    ]
+    logs = zip(mean.tolist(), (mean - arm).tolist(), (mean + arm).tolist(), count.tolist(), strict=True)
+    ratios = [_exponential(Interval(*each)) for each in logs]
+    return list(zip(ratios, map(bool, rejected), strict=True))

@@ -124,3 +124,11 @@ def test_the_images_that_would_tell() -> None:
 @pytest.mark.parametrize(("count", "rounded"), [(1.2, 2), (9, 9), (11, 11), (101, 110), (4601, 4700), (4600, 4600)])
 def test_forecasts_have_two_digits(count: float, rounded: int) -> None:
     assert stats.rounded_up(count) == rounded
+
+
+def test_an_interval_that_bounds_nothing_is_none() -> None:
+    """Two rounds of a machine gone wild, at the level of one of many pairs: no infinity gets into a manifest."""
+    wild = [np.log(np.array([1.0, 9.0])) - np.log(np.array([1.0 + at, 0.1])) for at in range(40)]
+    for ratio, differ in stats.compare_logs(wild, [0.1] * 40):
+        assert math.isfinite(ratio.value) and ratio.low is None and ratio.high is None and not differ
+    assert stats.ratio_interval([1, 1e150], [1, 1e-150]).low is None
