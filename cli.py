@@ -617,6 +617,9 @@ def devices_add(
     name: Annotated[str, typer.Argument(help="what it will be called, such as pi5")],
     kind: Annotated[str, typer.Argument(help="ssh, adb or local")],
     address: Annotated[str | None, typer.Argument(help="ssh: pi@pi5 or a name of ssh_config; adb: a serial")] = None,
+    bootstrap: Annotated[
+        bool, typer.Option("--bootstrap", help="then bring it a Python of its own: kdpipe devices prepare NAME")
+    ] = False,
     as_json: JsonFlag = False,
     *,
     config: Callable[..., DeviceSettings],
@@ -629,10 +632,11 @@ def devices_add(
 
     settings = config(name=name, kind=kind, address=address)
     path = book.add(settings, DEVICES)
-    if as_json:
-        _print_json(device=settings.model_dump(), file=str(path))
-    else:
+    if not as_json:
         typer.echo(f"{name} stands in {path}; look at it: kdpipe devices probe {name}")
+    brought = _prepare(name, ("onnxruntime",), as_json) if bootstrap else {}
+    if as_json:
+        _print_json(device=settings.model_dump(), file=str(path), **brought)
 
 
 @devices_app.command("list")
@@ -668,6 +672,87 @@ def devices_probe(
         return
     for field, value in found.model_dump().items():
         typer.echo(printable(f"{field}: {value}"))
+
+
+@devices_app.command("prepare")
+def devices_prepare(
+    name: Annotated[str, typer.Argument(help="of the device, or 'phone' to only make the folder for one")],
+    runtime: Annotated[
+        list[str] | None, typer.Option("--runtime", help="target whose bundles it is to run (repeatable) [onnxruntime]")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Bring a device what it lacks, from wheels that this host finds for it: no internet and no root needed there.
+
+    A device behind ssh gets numpy and a runtime for its own Python; a phone gets a whole Python, made of Debian's
+    packages (so that takes a Debian here). What was fetched is kept on this host, and pushed by content.
+
+    Example: kdpipe devices prepare phone --runtime tflite
+    """
+    found = _prepare(name, tuple(runtime or ("onnxruntime",)), as_json)
+    if as_json:
+        _print_json(**found)
+
+
+@devices_app.command("benchmark")
+def devices_benchmark(
+    name: Annotated[str, typer.Argument(help="of the device, whose `benchmark_model` is named in devices.yaml")],
+    bundle: Annotated[Path, typer.Argument(help="folder of a tflite bundle")],
+    accelerator: Annotated[str, typer.Option("--accelerator", help="cpu, gpu or nnapi")] = "gpu",
+    threads: Annotated[int, typer.Option("--threads", min=1, help="of what stays on the CPU")] = 1,
+    as_json: JsonFlag = False,
+) -> None:
+    """Ask your own benchmark_model for a latency on the GPU or NPU.
+
+    It is another tool's number: random input, its own boundaries, no accuracy. It goes into no measurement.
+
+    Example: kdpipe devices benchmark pixel artifacts/bundle-1a2b --accelerator gpu
+    """
+    from .core.errors import UserError, choice
+    from .core.kinds import Bundle
+    from .devices import find_device
+    from .devices.benchmark_model import OPTIONS, ask
+    from .devices.runner import RunnerDevice
+
+    device = find_device(name)
+    if accelerator not in OPTIONS:
+        raise choice("accelerator", accelerator, OPTIONS)
+    if not isinstance(device, RunnerDevice):
+        raise UserError(f"nothing runs on '{name}'")
+    told = ask(device, Bundle.open(bundle), accelerator, threads)
+    if as_json:
+        _print_json(device=name, **told.model_dump())
+        return
+    typer.echo(
+        f"{told.mean_ms:.3g} ms a run on the {accelerator}"
+        + (f" ({told.executed} there)" if told.executed else "")
+        + f", first {told.first_ms:.3g} ms, init {told.init_ms:.3g} ms; by benchmark_model, another tool: random input"
+    )
+
+
+def _prepare(name: str, targets: tuple[str, ...], as_json: bool) -> dict[str, Any]:
+    """Make what a device lacks and bring it; says of what it is made, unless a machine is told."""
+    from .core import progress
+    from .devices import bring_python
+    from .terminal import listener
+
+    progress.listen(listener())
+    made, python = bring_python(name, targets)
+    facts = made.parts
+    if not as_json:
+        for part in facts.parts:
+            typer.echo(f"{part.sha256}  {part.size_bytes / 1e6:6.2f} MB  {part.name}")
+        fetched = sum(part.size_bytes for part in facts.parts)
+        typer.echo(f"{facts.python}: {fetched / 1e6:.1f} MB of packages, {made.size_bytes / 1e6:.1f} MB unpacked")
+        typer.echo(f"here {made.folder}" + (f", on '{name}' {python}" if python else ""))
+    return {
+        "made_for": facts.python,
+        "packages": [part.model_dump() for part in facts.parts],
+        "folder": str(made.folder),
+        "size_bytes": made.size_bytes,
+        "digest": made.digest,
+        "python": python,
+    }
 
 
 @devices_app.command("status")

@@ -503,6 +503,10 @@ class DeviceSettings(Config):
     )
     keep_bytes: int = Field(2**30, ge=0, description="that the deployed bundles may take there; 0: any")
     emulated: bool = Field(False, description="an emulator: its latencies are marked and never ranked")
+    benchmark_model: str | None = Field(
+        None,
+        description="your own benchmark_model of LiteRT's for it, a file here: GPU and NPU latency of tflite bundles",
+    )
 
 
 def _of_unit(units: Mapping[str, float], wanted: str) -> BeforeValidator:
@@ -568,7 +572,7 @@ class TimingSettings(Config):
         0.0, ge=0, le=1e6, description="images a second that come in, such as 5fps; 0: the next one at once"
     )
     sustained: Seconds = Field(
-        0.0, ge=0, le=86_400, description="how long to go on after that, in seconds or such as 10m"
+        0.0, ge=0, le=86_400, description="how long one more process of each bundle goes on: seconds, or such as 10m"
     )
     images: int = Field(
         64, ge=1, le=1_000_000, description="test images rotated through while timing, spread over the classes"

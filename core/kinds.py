@@ -307,7 +307,6 @@ class Model(Labelled[ModelFacts]):
     kind = "model"
     Facts = ModelFacts
     largest_bytes = LARGEST_MODEL_BYTES
-    BUILD_SCRIPT = "build_engine.sh"  # of a target whose engine is built on the device
     NOISE_BY_LAYER = f"{EVIDENCE}/layers.json"
     CALIBRATION = f"{EVIDENCE}/calibration.json"
 
@@ -435,6 +434,9 @@ class Probe(Record):
     throttle_bits: int | Unavailable = UNAVAILABLE
     battery: Battery | Unavailable = UNAVAILABLE
     load_average: list[float] | Unavailable
+    emulated: bool = False  # another machine's instructions are translated: times mean nothing
+    screen: str = "unavailable"  # of a phone: on or off
+    thermal_status: str = "unavailable"  # of a phone, as its thermal service calls it: none, light, ... shutdown
 
     @property
     def known_flags(self) -> dict[str, bool]:
@@ -710,7 +712,7 @@ class Result(Record):
     end_to_end_ms: Interval | None = None  # from the decoded image to the outputs
     prepare_ms: float | None = None
     page_cache: Literal["warm", "dropped"] | None = None  # of the processes that only started; None: those that timed
-    start_ms: Interval | None = None  # from the start of a process to its first outputs
+    start_ms: Interval | None = None  # from the start of a process to its first outputs, of those that only started
     import_ms: list[float] | None = None
     load_ms: list[float] | None = None
     compile_ms: list[float] | None = None
@@ -722,7 +724,7 @@ class Result(Record):
     placement: Placement | None = None
     stable: bool | None = None  # in more than half of the processes
     p50_known_within_by_process: list[float | None] | None = None
-    sustained: list[Sustained] | None = None
+    sustained: Sustained | None = None
     warm_up_settled: bool | None = None  # in every process
     warm_up_settled_by_process: list[bool] | None = None
     over_float32: Interval | None = None  # latency over that of the same target's float32, paired by round

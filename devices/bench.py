@@ -177,11 +177,14 @@ def bench(
 
 def step_count(config: BenchConfig, bundles: Mapping[str, Runnable], dataset: Dataset | None) -> int:
     """How many steps of progress a session takes."""
-    return block_count(bundles, dataset) + (config.rounds + config.cold_starts) * len(bundles)
+    rounds = config.rounds + config.cold_starts + (1 if config.sustained else 0)
+    return block_count(bundles, dataset) + rounds * len(bundles)
 
 
 def bench_side_by_side(
-    sessions: Mapping[Path, tuple[Order[BenchConfig], Mapping[str, Runnable]]], dataset: Dataset | None
+    sessions: Mapping[Path, tuple[Order[BenchConfig], Mapping[str, Runnable]]],
+    dataset: Dataset | None,
+    host_folder: Path,
 ) -> dict[Path, Measurement | KdpipeError]:
     """One session on each of several devices, each in a thread of its own; a lost one leaves the others' whole.
 
@@ -189,13 +192,14 @@ def bench_side_by_side(
 
     Args:
         sessions: by where each measurement is written.
+        host_folder: where the host's outputs are kept; the next session finds them there.
 
     Returns:
         Of each its measurement, or why there is none.
     """
     total = sum(step_count(order.config, bundles, dataset) for order, bundles in sessions.values())
     stopped = threading.Event()
-    with tempfile.TemporaryDirectory() as folder, progress("measuring", total) as advance:
+    with progress("measuring", total) as advance:
         devices = [order.config.device for order, _ in sessions.values()]
         alone = len(devices) == 1
         talks = {devices[0]: Talk(advance)} if alone else together(advance, devices, stopped)
@@ -203,15 +207,18 @@ def bench_side_by_side(
         compared = {bundle.key: bundle for path in elsewhere for bundle in sessions[path][1].values()}
         host: dict[str, HostOutputs] = {}
         if compared and dataset is not None:
-            host = on_host(compared, dataset, Path(folder), Talk(lambda _, detail: advance(0, f"host: {detail}")))
+            host = on_host(compared, dataset, host_folder, Talk(lambda _, detail: advance(0, f"host: {detail}")))
 
         def one(path: Path) -> Measurement | KdpipeError:
             order, bundles = sessions[path]
+            talk = talks[order.config.device]
             try:
-                compare = host if path in elsewhere else {}
-                return bench(order, bundles, dataset, path, talks[order.config.device], compare)
+                made = bench(order, bundles, dataset, path, talk, host if path in elsewhere else {})
             except KdpipeError as error:
+                talk.advance(0, "given up")
                 return error
+            talk.advance(0, "done")
+            return made
 
         if alone:
             return {path: one(path) for path in sessions}
@@ -303,7 +310,10 @@ def _accuracies(
 def _measure_rounds(
     run: _Run, timed: Sequence[str], judged_by: Mapping[str, Sequence[str]], watch: Watch | None
 ) -> None:
-    """Measure what the journal lacks of every round, each process into the journal as it ends."""
+    """Measure what the journal lacks of every round, each process into the journal as it ends.
+
+    Long runs are one more round after the others, without controls: they heat the device.
+    """
     journal, talk, asked = run.journal, run.asked.talk, run.asked
     repeated = _repeated(judged_by)
     forgotten = journal.begin([*timed, *repeated])
@@ -313,13 +323,16 @@ def _measure_rounds(
         )
     elif journal.runs:
         talk.note(f"{len(journal.runs)} processes were measured before, going on")
-    for at, names in enumerate(turns([*timed, *repeated], run.config.rounds, journal.order_seed)):
+    planned = turns([*timed, *repeated], run.config.rounds, journal.order_seed)
+    for at, names in enumerate([*planned, timed] if run.config.sustained else planned):
         for name in names:
             measured = repeated.get(name, name)
             talk.advance(0, f"round {at + 1}, {name}")
             if measured not in journal.failed and (at, name) not in journal.runs:
                 talk.check()
                 settings, limit = settings_of(run.config, measured), _time_limit(run, measured)
+                if at < run.config.rounds:
+                    settings = settings.model_copy(update={"sustained": 0.0})
                 look = None if watch is None else watch.look()
                 try:
                     samples = twice(talk, name, asked.device.measure, measured, asked.timing[measured], settings, limit)
@@ -386,7 +399,8 @@ def _collect(
             began, precision = starts.get(name, []), run.asked.bundles[name].facts.precision
             (folder / Measurement.starts_name(name)).parent.mkdir(exist_ok=True)
             write_json(folder / Measurement.starts_name(name), [start.model_dump() for start in began])
-            found = _failed(failure) if failure is not None else summary(repeats, began, precision)
+            long = journal.runs.get((run.config.rounds, name))
+            found = _failed(failure) if failure is not None else summary(repeats, began, precision, long)
             if run.asked.dataset is None:  # random inputs are made, not prepared from an image
                 found |= {"prepare_ms": None, "end_to_end_ms": None}
             if failure is None and not run.asked.device.emulated:
@@ -421,7 +435,12 @@ def turns(names: Sequence[str], rounds: int, seed: int) -> list[list[str]]:
     return planned
 
 
-def summary(repeats: Sequence[Samples], starts: Sequence[FreshStart] = (), precision: str = "") -> dict[str, Any]:
+def summary(
+    repeats: Sequence[Samples],
+    starts: Sequence[FreshStart] = (),
+    precision: str = "",
+    long: Samples | None = None,
+) -> dict[str, Any]:
     """Numbers of one bundle over its processes, nothing trimmed: the fields of its ``Result``.
 
     Inferences of one process resemble each other more than those of two, so the process is the unit: a
@@ -429,8 +448,10 @@ def summary(repeats: Sequence[Samples], starts: Sequence[FreshStart] = (), preci
     that the inferences of some process are too few for is None.
 
     Args:
-        starts: its processes that only started; without them starting is told of those that timed.
+        starts: its processes that only started. Without them what opening took is told of those that timed, and the
+            time since the start of the process is not, which holds the check of the hashes there.
         precision: what the bundle says that it is.
+        long: the process that went on.
     """
     milliseconds = [np.asarray(samples.latency_ns) / 1e6 for samples in repeats]
     numbers: dict[str, Any] = {}
@@ -446,10 +467,9 @@ def summary(repeats: Sequence[Samples], starts: Sequence[FreshStart] = (), preci
             numbers[f"latency_p{percent}_by_process_ms"] = by_process if whole else None
     end_to_end = [float(np.median(samples.end_to_end_ns)) / 1e6 for samples in repeats if samples.end_to_end_ns]
     began: Sequence[StartUp] = starts or repeats
-    since_start = [start.process_ns / 1e6 for start in began if start.process_ns is not None]
+    since_start = [start.process_ns / 1e6 for start in starts if start.process_ns is not None]
     compiled = [start.compile_ns / 1e6 for start in began if start.compile_ns is not None]
     executed = next((start.executed for start in starts if start.executed is not None), None)
-    sustained = [samples.sustained for samples in repeats if samples.sustained is not None]
     return {
         **numbers,
         "early_stopping_p90_by_process_ms": [early_stopping(values, 90) for values in milliseconds],
@@ -471,7 +491,7 @@ def summary(repeats: Sequence[Samples], starts: Sequence[FreshStart] = (), preci
         "warm_up_settled_by_process": [samples.warm_up.settled for samples in repeats],
         "stable": 2 * sum(samples.stable for samples in repeats) > len(repeats),
         "p50_known_within_by_process": [samples.p50_known_within for samples in repeats],
-        "sustained": sustained or None,
+        "sustained": None if long is None else long.sustained,
         "session": repeats[0].session,
     }
 

@@ -25,7 +25,7 @@ class LocalDevice(RunnerDevice):
     def argv(self, command: str) -> list[str]:
         return ["/bin/sh", "-c", command]
 
-    @property
+    @cached_property
     def python(self) -> str:
         return self.settings.python if self._other_python else shlex.quote(sys.executable)
 

@@ -14,10 +14,10 @@ import numpy as np
 
 from ..core.config import DeviceSettings, MeasureSettings
 from ..core.errors import UserError
-from ..core.kinds import Bundle, FreshStart, Prediction, Probe, RuntimeSession, Samples, WarmUp
+from ..core.kinds import Bundle, FreshStart, Prediction, Probe, RuntimeSession, Samples, Sustained, WarmUp
 from ..runtime import RUNTIMES
 from ..runtime.bundle import GOLDEN
-from ..runtime.measure import Plan, peak_memory_bytes, time_calls
+from ..runtime.measure import Plan, peak_memory_bytes, sustain, time_calls
 from ..runtime.probe import UNAVAILABLE
 
 SESSION = RuntimeSession(runtime="null", version="0", threads=0)
@@ -92,6 +92,7 @@ class NullDevice:
             prepare_ns=[0],
             warm_up=WarmUp(window_median_ns=[], calls=0, seconds=0, settled=True),
             end_to_end_ns=[0],
+            sustained=Sustained.model_validate(sustain(lambda _: None, plan, 1.0)) if plan.sustained else None,
             session=SESSION,
             **timed,
         )

@@ -9,6 +9,7 @@ import dataclasses
 import getpass
 import os
 import platform
+import re
 import secrets
 import select
 import shlex
@@ -36,6 +37,7 @@ from ..core.sealed import parse_json, printable
 from ..runtime.measure import Plan
 
 if TYPE_CHECKING:
+    from .bootstrap import Kept
     from .surroundings import Watch
 
 R = TypeVar("R", bound=Record)
@@ -48,6 +50,7 @@ BLOCK = 4096  # of a disk, in bytes: a file takes whole ones
 SPARE_BLOCKS = 256  # that a push leaves free: folders, and the little files that say what is live
 OLDEST_PYTHON = (3, 9)
 BEGUN = "kdpipe-begins-here"  # before it a shell may have printed what it likes
+OWN_PYTHON = "python/python3"  # below the root: what starts a Python that was brought (see ``bootstrap``)
 # A file of this name lies where Python would make a folder for compiled modules: so running a bundle's own runner
 # writes nothing into the sealed folder, whatever the device's environment says.
 NO_COMPILED_MODULES = ("__pycache__", "Nothing is written into a sealed folder.\n")
@@ -114,10 +117,17 @@ class RunnerDevice(ABC):
         """Why the link is gone, if that is what a failure of ``argv`` means."""
         return None
 
-    @property
+    @cached_property
     def python(self) -> str:
-        """The words of a shell line that start Python there."""
-        return self.settings.python
+        """The words of a shell line that start Python there: one that was brought, else the settings' own."""
+        own = shlex.quote(f"{self.root}/{OWN_PYTHON}")
+        return own if self.attempt(f"test -e {own}", SHELL_SECONDS).returncode == 0 else self.settings.python
+
+    def own_python(self, targets: Sequence[str]) -> Kept:
+        """What to bring so that there is a Python with numpy and the runtimes of ``targets``. Raises UserError."""
+        from .bootstrap import interpreter_of, packages
+
+        return packages(interpreter_of(self), targets)
 
     # ---- the shell -----------------------------------------------------------------------------------------
 
@@ -140,9 +150,9 @@ class RunnerDevice(ABC):
             raise DeviceLost(f"'{self.name}' cannot be reached: {printable(reason, 500)}")
         return done
 
-    def shell(self, command: str, timeout_seconds: float = SHELL_SECONDS) -> str:
+    def shell(self, command: str, timeout_seconds: float = SHELL_SECONDS, stdin: bytes = b"") -> str:
         """What a shell line prints there, stripped. Raises as ``attempt`` does, and UserError where it fails."""
-        done = self.attempt(command, timeout_seconds)
+        done = self.attempt(command, timeout_seconds, stdin)
         if done.returncode != 0:
             raise UserError(f"'{self.name}' refused: {failure(done)}")
         return done.stdout.decode(errors="replace").strip()
@@ -177,19 +187,53 @@ class RunnerDevice(ABC):
         said = [line.split() for line in done.stdout.decode(errors="replace").splitlines()]
         versions = [words for words in said if len(words) == 2 and all(word.isdecimal() for word in words)]
         if not versions:
-            raise UserError(
-                f"'{self.name}' has no '{self.python}' ({failure(done)}): wanted Python {oldest} or newer; "
-                f"name it with `python:` in devices.yaml"
-            )
+            raise self.no_python(failure(done))
         found = versions[-1]
         if (int(found[0]), int(found[1])) < OLDEST_PYTHON:
             raise UserError(f"'{self.name}' has Python {'.'.join(found)}: wanted {oldest} or newer")
         if done.returncode != 0:
-            raise UserError(f"'{self.name}' has no numpy: run there {self.pip_line('numpy')}")
+            raise UserError(
+                f"'{self.name}' has no numpy: run there {self.pip_line('numpy')}, or bring what it lacks from here: "
+                f"kdpipe devices prepare {self.name}"
+            )
+
+    def no_python(self, reason: str) -> UserError:
+        """The mistake of naming a Python that is not there."""
+        oldest = ".".join(map(str, OLDEST_PYTHON))
+        return UserError(
+            f"'{self.name}' has no '{self.settings.python}' ({reason}): wanted Python {oldest} or newer; name it with "
+            f"`python:` in devices.yaml"
+        )
 
     def pip_line(self, *distributions: str) -> str:
         """What installs them there."""
         return f"`{self.python} -m pip install {' '.join(distributions)}`"
+
+    def check_space(self, size: int, path: str, said: str = "") -> None:
+        """See that ``size`` bytes fit where ``path`` is to lie, less what of them lies there; else nothing is left.
+
+        Args:
+            said: by a transfer that failed.
+
+        Raises:
+            UserError: they don't, or it failed because they didn't.
+            DeviceLost: the link is gone.
+        """
+        folder, part = shlex.quote(path.rpartition("/")[0]), shlex.quote(path)
+        printed = self.shell(f"df -Pk {folder} 2>/dev/null; echo; du -sk {part} 2>/dev/null || echo 0")
+        free = re.search(r" (\d+) +\d+% ", printed)  # the last number before the share that is used
+        there = int(printed.split("\n\n")[-1].split()[0])
+        if said:  # sftp has no word for it, a shell has
+            tried = self.attempt(f"head -c 65536 /dev/zero > {part}.try; code=$?; rm -f {part}.try; exit $code", 60)
+            said += tried.stderr.decode(errors="replace")
+        full = "No space left" in said or "quota exceeded" in said
+        if full or (free and size > 1024 * (int(free[1]) + there)):
+            self.shell(f"rm -rf {part}")
+            left = f"{int(free[1]) / 1024:.1f} MiB" if free else "nothing"
+            raise UserError(
+                f"no space on '{self.name}': {left} free in {path.rpartition('/')[0]}, {size / 1024**2:.1f} MiB "
+                "wanted: remove something there, or name another `folder:` in devices.yaml"
+            )
 
     def store(self, source: Path) -> str:
         """Put a file or folder of this host into the store there, by content; returns its path there.
@@ -287,7 +331,9 @@ class RunnerDevice(ABC):
     # ---- what a device does (see ``Device``) -----------------------------------------------------------------
 
     def probe(self) -> Probe:
-        return self.ask(Probe, ["probe"], PROBE_SECONDS)
+        found = self.ask(Probe, ["probe"], PROBE_SECONDS)
+        self.emulated |= found.emulated  # a device that says so is one, whatever devices.yaml says
+        return found
 
     def runs(self, target: str) -> bool:
         return target in self._targets

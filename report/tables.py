@@ -26,7 +26,6 @@ from ..core.kinds import (
     Measurement,
     Model,
     ParityFacts,
-    Result,
     float32_by_bundle,
 )
 from ..core.stats import Interval, holm_levels, mean_interval
@@ -247,7 +246,7 @@ def bundle_rows(pooled: Pooled) -> list[Numbers]:
                 "memory_growth_bytes": result.memory_growth_bytes,
                 "warm_up_settled": result.warm_up_settled,
                 "stable": result.stable,
-                "slowed_after_seconds": _slowed_after(result),
+                "slowed_after_seconds": None if result.sustained is None else result.sustained.slowed_after_seconds,
                 "executed": result.executed,
                 "threads": None if result.placement is None else result.placement.threads,
                 "cpus": None if result.placement is None else result.placement.cpus,
@@ -267,12 +266,6 @@ def _plain(interval: Interval | None) -> Numbers | None:
 
 def _median(values: Sequence[float] | None) -> float | None:
     return float(np.median(values)) if values else None
-
-
-def _slowed_after(result: Result) -> float | None:
-    """After how many seconds of a long run it became slower for good, in the process that did so first."""
-    onsets = [each.slowed_after_seconds for each in result.sustained or [] if each.slowed_after_seconds is not None]
-    return min(onsets, default=None)
 
 
 def believed(rows: Sequence[Numbers]) -> list[str]:

@@ -92,11 +92,18 @@ def percentile(found: Mapping[str, Any] | None, p50: Mapping[str, Any] | None) -
     return NOTHING if p50 is None else "n too small"
 
 
-def phases(row: Mapping[str, Any]) -> str:
-    """Import, load and first inference of a row, in milliseconds."""
-    if row["load_ms"] is None:
-        return ""
-    return f"{figure(row['import_ms'])} + {figure(row['load_ms'])} + {figure(row['first_inference_ms'])}"
+def cpus(row: Mapping[str, Any]) -> str:
+    """Which CPUs a row's processes kept to."""
+    if row["cpus"] is None:
+        return NOTHING
+    return row["cpus"] if isinstance(row["cpus"], str) else ", ".join(map(str, row["cpus"]))
+
+
+def executed(row: Mapping[str, Any]) -> str:
+    """How many layers ran in which precision."""
+    if row["executed"] is None:
+        return "unavailable"
+    return ", ".join(f"{count} in {precision}" for precision, count in sorted(row["executed"].items()))
 
 
 def timing_remarks(row: Mapping[str, Any]) -> str:
