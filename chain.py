@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -501,13 +502,14 @@ class Chain:
                 taken = believed(earlier[device])
                 order = attempt_order(session, attempt_of(earlier[device][taken]))
                 benched.measured[device] = [self.step("measurement", Measurement, order, Measurement.open, taken)]
-        for number in range(1, max(goals.values(), default=0) + 1):
-            turn = {
-                out or self.path("measurement", session, number): (attempt_order(session, number), own[device])
-                for device, session in sessions.items()
-                if done[device] < number <= goals[device] and device not in benched.lost
-            }
-            self._measure(turn, dataset, benched)
+        with tempfile.TemporaryDirectory() as host_folder:
+            for number in range(1, max(goals.values(), default=0) + 1):
+                turn = {
+                    out or self.path("measurement", session, number): (attempt_order(session, number), own[device])
+                    for device, session in sessions.items()
+                    if done[device] < number <= goals[device] and device not in benched.lost
+                }
+                self._measure(turn, dataset, Path(host_folder), benched)
         if not benched.measured:
             raise next(iter(benched.lost.values()))
         return benched
@@ -516,6 +518,7 @@ class Chain:
         self,
         sessions: Mapping[Path, tuple[Order[BenchConfig], Mapping[str, Runnable]]],
         dataset: Dataset | None,
+        host_folder: Path,
         benched: Benched,
     ) -> None:
         """One session of each device side by side, as a step each."""
@@ -526,7 +529,7 @@ class Chain:
             if not found:
                 from .devices.bench import bench_side_by_side
 
-                found.update(bench_side_by_side(sessions, dataset))
+                found.update(bench_side_by_side(sessions, dataset, host_folder))
                 along_with.update({other: path.name for other in found if other != path})
             made = found[path]
             if isinstance(made, KdpipeError):

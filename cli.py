@@ -500,6 +500,42 @@ def verify(
 
 
 @app.command()
+def deploy(
+    bundle: Annotated[Path | None, typer.Argument(help="folder of a bundle")] = None,
+    device: Annotated[str, typer.Option("--device", help="where to, as devices.yaml names it")] = "local",
+    rollback: Annotated[bool, typer.Option("--rollback", help="go back to the bundle that was live before")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make a bundle live on a device, or go back to the one before.
+
+    It is pushed by content, every hash is checked there, its golden inputs are replayed there, and then one link is
+    switched. Whatever happens, the device serves the old bundle or the new one. Exits 1 when the bundle does not
+    compute there what it promises.
+
+    Example: kdpipe deploy BUNDLE --device pi5
+    """
+    from .core.errors import UserError
+    from .deploy import install
+    from .devices import find_device
+
+    if (bundle is None) != rollback:
+        raise UserError("wanted the folder of a bundle, or --rollback, and not both")
+    there = find_device(device)
+    found = install.rollback(there) if bundle is None else install.deploy(bundle, there)
+    if as_json:
+        _print_json(device=device, **found.model_dump())
+        return
+    typer.echo(
+        printable(
+            f"{device}: {found.live.words}; {found.golden_images} golden images within {found.max_difference:.2g} "
+            f"(tolerance {found.tolerance:.2g})"
+        )
+    )
+    if found.removed:
+        typer.echo(f"old versions removed: {len(found.removed)}")
+
+
+@app.command()
 def report(
     artifacts: Annotated[
         list[Path],
@@ -581,6 +617,9 @@ def devices_add(
     name: Annotated[str, typer.Argument(help="what it will be called, such as pi5")],
     kind: Annotated[str, typer.Argument(help="ssh, adb or local")],
     address: Annotated[str | None, typer.Argument(help="ssh: pi@pi5 or a name of ssh_config; adb: a serial")] = None,
+    bootstrap: Annotated[
+        bool, typer.Option("--bootstrap", help="then bring it a Python of its own: kdpipe devices prepare NAME")
+    ] = False,
     as_json: JsonFlag = False,
     *,
     config: Callable[..., DeviceSettings],
@@ -593,10 +632,11 @@ def devices_add(
 
     settings = config(name=name, kind=kind, address=address)
     path = book.add(settings, DEVICES)
-    if as_json:
-        _print_json(device=settings.model_dump(), file=str(path))
-    else:
+    if not as_json:
         typer.echo(f"{name} stands in {path}; look at it: kdpipe devices probe {name}")
+    brought = _prepare(name, ("onnxruntime",), as_json) if bootstrap else {}
+    if as_json:
+        _print_json(device=settings.model_dump(), file=str(path), **brought)
 
 
 @devices_app.command("list")
@@ -632,6 +672,147 @@ def devices_probe(
         return
     for field, value in found.model_dump().items():
         typer.echo(printable(f"{field}: {value}"))
+
+
+@devices_app.command("prepare")
+def devices_prepare(
+    name: Annotated[str, typer.Argument(help="of the device, or 'phone' to only make the folder for one")],
+    runtime: Annotated[
+        list[str] | None, typer.Option("--runtime", help="target whose bundles it is to run (repeatable) [onnxruntime]")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Bring a device what it lacks, from wheels that this host finds for it: no internet and no root needed there.
+
+    A device behind ssh gets numpy and a runtime for its own Python; a phone gets a whole Python, made of Debian's
+    packages (so that takes a Debian here). What was fetched is kept on this host, and pushed by content.
+
+    Example: kdpipe devices prepare phone --runtime tflite
+    """
+    found = _prepare(name, tuple(runtime or ("onnxruntime",)), as_json)
+    if as_json:
+        _print_json(**found)
+
+
+@devices_app.command("benchmark")
+def devices_benchmark(
+    name: Annotated[str, typer.Argument(help="of the device, whose `benchmark_model` is named in devices.yaml")],
+    bundle: Annotated[Path, typer.Argument(help="folder of a tflite bundle")],
+    accelerator: Annotated[str, typer.Option("--accelerator", help="cpu, gpu or nnapi")] = "gpu",
+    threads: Annotated[int, typer.Option("--threads", min=1, help="of what stays on the CPU")] = 1,
+    as_json: JsonFlag = False,
+) -> None:
+    """Ask your own benchmark_model for a latency on the GPU or NPU.
+
+    It is another tool's number: random input, its own boundaries, no accuracy. It goes into no measurement.
+
+    Example: kdpipe devices benchmark pixel artifacts/bundle-1a2b --accelerator gpu
+    """
+    from .core.errors import UserError, choice
+    from .core.kinds import Bundle
+    from .devices import find_device
+    from .devices.benchmark_model import OPTIONS, ask
+    from .devices.runner import RunnerDevice
+
+    device = find_device(name)
+    if accelerator not in OPTIONS:
+        raise choice("accelerator", accelerator, OPTIONS)
+    if not isinstance(device, RunnerDevice):
+        raise UserError(f"nothing runs on '{name}'")
+    told = ask(device, Bundle.open(bundle), accelerator, threads)
+    if as_json:
+        _print_json(device=name, **told.model_dump())
+        return
+    typer.echo(
+        f"{told.mean_ms:.3g} ms a run on the {accelerator}"
+        + (f" ({told.executed} there)" if told.executed else "")
+        + f", first {told.first_ms:.3g} ms, init {told.init_ms:.3g} ms; by benchmark_model, another tool: random input"
+    )
+
+
+def _prepare(name: str, targets: tuple[str, ...], as_json: bool) -> dict[str, Any]:
+    """Make what a device lacks and bring it; says of what it is made, unless a machine is told."""
+    from .core import progress
+    from .devices import bring_python
+    from .terminal import listener
+
+    progress.listen(listener())
+    made, python = bring_python(name, targets)
+    facts = made.parts
+    if not as_json:
+        for part in facts.parts:
+            typer.echo(f"{part.sha256}  {part.size_bytes / 1e6:6.2f} MB  {part.name}")
+        fetched = sum(part.size_bytes for part in facts.parts)
+        typer.echo(f"{facts.python}: {fetched / 1e6:.1f} MB of packages, {made.size_bytes / 1e6:.1f} MB unpacked")
+        typer.echo(f"here {made.folder}" + (f", on '{name}' {python}" if python else ""))
+    return {
+        "made_for": facts.python,
+        "packages": [part.model_dump() for part in facts.parts],
+        "folder": str(made.folder),
+        "size_bytes": made.size_bytes,
+        "digest": made.digest,
+        "python": python,
+    }
+
+
+@devices_app.command("status")
+def devices_status(
+    names: Annotated[list[str] | None, typer.Argument(help="of devices [default: all that are described]")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Say which bundle is live on a device, since when and whether it is intact, and what else lies there.
+
+    Exits 1 when a bundle that is live is damaged, 2 when a device cannot be reached.
+
+    Example: kdpipe devices status pi5
+    """
+    from .core.errors import GateFailed
+    from .deploy import install
+    from .devices import find_device
+
+    found: dict[str, Any] = {}
+    faults: list[KdpipeError] = []
+    for name in names or install.described():
+        try:
+            status = install.status(find_device(name))
+        except KdpipeError as error:
+            found[name] = {"error": str(error)}
+            faults.append(error)
+            continue
+        found[name] = status.model_dump()
+        if status.live is not None and status.live.fault is not None:
+            faults.insert(0, GateFailed(f"what is live on '{name}' is damaged ({status.live.fault}): deploy it again"))
+        for at, line in enumerate([] if as_json else status.lines()):
+            typer.echo(printable(line if at else f"{name}: {line}"))
+    if as_json:
+        _print_json(devices=found)
+    if len(faults) > 1:
+        raise type(faults[0])("; ".join(map(str, faults)))
+    if faults:
+        raise faults[0]
+
+
+@devices_app.command("clean")
+def devices_clean(
+    name: Annotated[str, typer.Argument(help="of the device")],
+    everything: Annotated[bool, typer.Option("--everything", help="the deployed bundles too")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Remove from a device what is neither live nor the bundle before: uploads, images, outputs, the runner.
+
+    Where nothing is live, the Python that was brought goes too.
+
+    Example: kdpipe devices clean pi5
+    """
+    from .deploy import install
+    from .devices import find_device
+
+    found = install.clean(find_device(name), everything)
+    if as_json:
+        _print_json(device=name, **found.model_dump())
+    else:
+        kept = f"; {len(found.kept)} deployed bundles stay (--everything removes them too)" if found.kept else ""
+        typer.echo(f"{name}: {len(found.removed)} removed, {found.freed_bytes / 1e6:.1f} MB free again{kept}")
 
 
 @devices_app.command("remove")

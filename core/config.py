@@ -498,7 +498,15 @@ class DeviceSettings(Config):
     folder: str | None = Field(
         None, description="where kdpipe keeps what it brings [.kdpipe in the home; adb: /data/local/tmp/kdpipe]"
     )
+    keep_versions: int = Field(
+        3, ge=1, description="deployed bundles kept there; the live and the previous one stay in any case"
+    )
+    keep_bytes: int = Field(2**30, ge=0, description="that the deployed bundles may take there; 0: any")
     emulated: bool = Field(False, description="an emulator: its latencies are marked and never ranked")
+    benchmark_model: str | None = Field(
+        None,
+        description="your own benchmark_model of LiteRT's for it, a file here: GPU and NPU latency of tflite bundles",
+    )
 
 
 def _of_unit(units: Mapping[str, float], wanted: str) -> BeforeValidator:

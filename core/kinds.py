@@ -307,7 +307,6 @@ class Model(Labelled[ModelFacts]):
     kind = "model"
     Facts = ModelFacts
     largest_bytes = LARGEST_MODEL_BYTES
-    BUILD_SCRIPT = "build_engine.sh"  # of a target whose engine is built on the device
     NOISE_BY_LAYER = f"{EVIDENCE}/layers.json"
     CALIBRATION = f"{EVIDENCE}/calibration.json"
 
@@ -359,6 +358,7 @@ class Bundle(Labelled[BundleFacts]):
     largest_bytes = LARGEST_MODEL_BYTES
     roles = frozenset({"model"})
     RUNNER = "runtime"  # folder of the runner's sources
+    CONFORMANCE = "conformance"  # folder of an image and what is right of it, for whoever writes their own
 
 
 Runnable = Bundle | Model  # what a device runs; a model by itself is somebody else's
@@ -434,6 +434,9 @@ class Probe(Record):
     throttle_bits: int | Unavailable = UNAVAILABLE
     battery: Battery | Unavailable = UNAVAILABLE
     load_average: list[float] | Unavailable
+    emulated: bool = False  # another machine's instructions are translated: times mean nothing
+    screen: str = "unavailable"  # of a phone: on or off
+    thermal_status: str = "unavailable"  # of a phone, as its thermal service calls it: none, light, ... shutdown
 
     @property
     def known_flags(self) -> dict[str, bool]:

@@ -11,19 +11,23 @@ from typing import Any
 import numpy as np
 
 from .. import runtime
-from ..core.artifact import EVIDENCE, Order, drafting
+from ..core.artifact import EVIDENCE, Order, drafting, write_json
 from ..core.config import PackageConfig
 from ..core.errors import GateFailed, UserError, choice
 from ..core.kinds import Bundle, BundleFacts, Model
 from ..core.proc import RUNNER_SECONDS, ask_runner, quiet
-from ..data.dataset import Dataset, load_images
+from ..data.dataset import Dataset, Sample, load_images
 from ..devices.runner import copy_runner
 from ..runtime.bundle import GOLDEN, TOLERANCES
+from ..runtime.layout import to_input
+from ..runtime.preprocess import decode, fit
 from ..runtime.task import TASKS
+
+LARGEST_KIT_SIDE = 1024  # pixels: a bundle is no place for a whole photograph
 
 
 def package(order: Order[PackageConfig], model: Model, dataset: Dataset, out: Path) -> Bundle:
-    """Pack model, labels, golden inputs with expected outputs, and the runner.
+    """Pack model, labels, golden inputs with expected outputs, a conformance kit, and the runner.
 
     Raises:
         UserError: the model's runtime is not installed, images of other classes.
@@ -40,14 +44,44 @@ def package(order: Order[PackageConfig], model: Model, dataset: Dataset, out: Pa
         with quiet():
             session = runtime.open_session(draft.path, facts.for_runtime(), stand_in=facts.stand_in is not None)
             logits = runtime.predict(session, images)
+        tolerance = TOLERANCES[facts.precision] * logits.std()
         np.savez(draft.path / GOLDEN, images=images, logits=logits)
+        write_conformance(draft.path / Bundle.CONFORMANCE, samples[0], model, session, float(tolerance))
         draft.facts = BundleFacts(
             **facts.model_dump(),
             size_bytes=model.size_bytes,
             golden_images=len(images),
-            golden_tolerance=float(TOLERANCES[facts.precision] * logits.std()),
+            golden_tolerance=float(tolerance),
         )
     return draft.artifact
+
+
+def write_conformance(folder: Path, sample: Sample, model: Model, session: runtime.Session, tolerance: float) -> None:
+    """What an integration written from scratch is checked against, in files that any language reads.
+
+    ``image.jpg``: one test image; ``input.bin``: what the model is to be fed for it, a byte a value, in the model's
+    layout; ``outputs.bin``: what it answers, little-endian float32; ``expected.json``: shapes, tolerance, the answer.
+    """
+    folder.mkdir()
+    image, spec = sample.image(), model.facts.input.model_dump()
+    image.thumbnail((LARGEST_KIT_SIDE, LARGEST_KIT_SIDE))
+    image.save(folder / "image.jpg", quality=90)
+    pixels = fit(decode(folder / "image.jpg"), spec)[None]
+    stored = to_input(pixels, {**spec, "dtype": "uint8"})
+    (folder / "input.bin").write_bytes(stored.tobytes())
+    with quiet():
+        outputs = runtime.predict(session, pixels)
+    (folder / "outputs.bin").write_bytes(outputs.astype("<f4").tobytes())
+    task = TASKS[model.facts.task]
+    decided = task.decide(outputs)[0]
+    expected = {
+        "input_shape": list(stored.shape),
+        "outputs_shape": list(outputs.shape),
+        "tolerance": tolerance,
+        "says": task.tell(decided, model.labels),
+        "class": int(decided) if decided.ndim == 0 else None,
+    }
+    write_json(folder / "expected.json", expected)
 
 
 def check_known(model: Model | Bundle) -> None:

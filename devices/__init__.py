@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ..core.config import DeviceSettings, MeasureSettings
-from ..core.errors import choice
+from ..core.errors import UserError, choice
 from ..core.kinds import FreshStart, Prediction, Probe, Samples
 from . import book
+from .adb import AdbDevice
 from .local import LocalDevice
 from .null import NullDevice
+from .runner import RunnerDevice
 from .ssh import SshDevice
 from .surroundings import Watch
+
+if TYPE_CHECKING:
+    from .bootstrap import Kept
 
 
 class Device(Protocol):
@@ -93,6 +98,7 @@ class Device(Protocol):
 
 
 DEVICES: dict[str, type[Device]] = {
+    "adb": AdbDevice,
     "local": LocalDevice,
     "null": NullDevice,
     "ssh": SshDevice,
@@ -105,6 +111,25 @@ def find_device(name: str) -> Device:
     if name not in settings:
         raise choice("device", name, settings)
     return DEVICES[settings[name].kind](settings[name])
+
+
+def bring_python(name: str, targets: Sequence[str]) -> tuple[Kept, str | None]:
+    """Bring a device numpy and the runtimes of ``targets``; returns what was brought, and what starts it there.
+
+    ``phone``, where no device is called so, is the folder for a phone that is not there yet.
+
+    Raises:
+        UserError: an unknown device, one that nothing can be brought to, or as ``bootstrap.bring`` does.
+        DeviceLost: the link is gone.
+    """
+    from . import bootstrap, phone
+
+    if name == "phone" and name not in book.known(DEVICES):
+        return phone.folder(targets), None
+    device = find_device(name)
+    if not isinstance(device, RunnerDevice) or isinstance(device, LocalDevice):
+        raise UserError(f"'{name}' runs with the Python of this kdpipe: pip install what it lacks")
+    return bootstrap.bring(device, targets), device.python
 
 
 @contextmanager

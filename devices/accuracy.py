@@ -78,6 +78,11 @@ class Asked:
         step = block_images(self.bundles[name])
         return [(at, min(self.count, at + step)) for at in range(0, self.count, step)]
 
+    def has(self, name: str, start: int, stop: int) -> bool:
+        """Whether the outputs of a block lie in the journal."""
+        answer = self.journal.answer(name, part(start))
+        return answer is not None and answer.images == stop - start
+
     def stand_in(self, name: str) -> bool:
         """Whether the device runs another runtime in the place of the bundle's own."""
         return not self.device.runs(self.bundles[name].facts.target)
@@ -132,7 +137,7 @@ def ask(asked: Asked) -> dict[str, str]:
                 asked.talk.advance(0, f"accuracy of {name}")
                 _keep(asked, name, ALONE, asked.timing[name], len(asked.positions), FIRST_SECONDS, failed)
         for start, stop in asked.blocks(names[0]):
-            lacking = [name for name in able if name not in failed and journal.answer(name, part(start)) is None]
+            lacking = [name for name in able if name not in failed and not asked.has(name, start, stop)]
             if lacking:
                 with _block(asked, lacking[0], start, stop) as images:
                     for name in lacking:

@@ -177,11 +177,14 @@ def bench(
 
 def step_count(config: BenchConfig, bundles: Mapping[str, Runnable], dataset: Dataset | None) -> int:
     """How many steps of progress a session takes."""
-    return block_count(bundles, dataset) + (config.rounds + bool(config.sustained) + config.cold_starts) * len(bundles)
+    rounds = config.rounds + config.cold_starts + (1 if config.sustained else 0)
+    return block_count(bundles, dataset) + rounds * len(bundles)
 
 
 def bench_side_by_side(
-    sessions: Mapping[Path, tuple[Order[BenchConfig], Mapping[str, Runnable]]], dataset: Dataset | None
+    sessions: Mapping[Path, tuple[Order[BenchConfig], Mapping[str, Runnable]]],
+    dataset: Dataset | None,
+    host_folder: Path,
 ) -> dict[Path, Measurement | KdpipeError]:
     """One session on each of several devices, each in a thread of its own; a lost one leaves the others' whole.
 
@@ -189,13 +192,14 @@ def bench_side_by_side(
 
     Args:
         sessions: by where each measurement is written.
+        host_folder: where the host's outputs are kept; the next session finds them there.
 
     Returns:
         Of each its measurement, or why there is none.
     """
     total = sum(step_count(order.config, bundles, dataset) for order, bundles in sessions.values())
     stopped = threading.Event()
-    with tempfile.TemporaryDirectory() as folder, progress("measuring", total) as advance:
+    with progress("measuring", total) as advance:
         devices = [order.config.device for order, _ in sessions.values()]
         alone = len(devices) == 1
         talks = {devices[0]: Talk(advance)} if alone else together(advance, devices, stopped)
@@ -203,15 +207,18 @@ def bench_side_by_side(
         compared = {bundle.key: bundle for path in elsewhere for bundle in sessions[path][1].values()}
         host: dict[str, HostOutputs] = {}
         if compared and dataset is not None:
-            host = on_host(compared, dataset, Path(folder), Talk(lambda _, detail: advance(0, f"host: {detail}")))
+            host = on_host(compared, dataset, host_folder, Talk(lambda _, detail: advance(0, f"host: {detail}")))
 
         def one(path: Path) -> Measurement | KdpipeError:
             order, bundles = sessions[path]
+            talk = talks[order.config.device]
             try:
-                compare = host if path in elsewhere else {}
-                return bench(order, bundles, dataset, path, talks[order.config.device], compare)
+                made = bench(order, bundles, dataset, path, talk, host if path in elsewhere else {})
             except KdpipeError as error:
+                talk.advance(0, "given up")
                 return error
+            talk.advance(0, "done")
+            return made
 
         if alone:
             return {path: one(path) for path in sessions}
@@ -392,11 +399,8 @@ def _collect(
             began, precision = starts.get(name, []), run.asked.bundles[name].facts.precision
             (folder / Measurement.starts_name(name)).parent.mkdir(exist_ok=True)
             write_json(folder / Measurement.starts_name(name), [start.model_dump() for start in began])
-            found = (
-                _failed(failure)
-                if failure is not None
-                else summary(repeats, began, precision, journal.runs.get((run.config.rounds, name)))
-            )
+            long = journal.runs.get((run.config.rounds, name))
+            found = _failed(failure) if failure is not None else summary(repeats, began, precision, long)
             if run.asked.dataset is None:  # random inputs are made, not prepared from an image
                 found |= {"prepare_ms": None, "end_to_end_ms": None}
             if failure is None and not run.asked.device.emulated:

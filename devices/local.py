@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import shutil
@@ -13,6 +14,7 @@ from tempfile import TemporaryDirectory
 from .. import runtime
 from ..core.errors import UserError
 from ..core.kinds import Probe
+from ..core.proc import first_line
 from ..runtime.probe import probe
 from .runner import RUNNER, RunnerDevice
 
@@ -23,11 +25,14 @@ class LocalDevice(RunnerDevice):
     def argv(self, command: str) -> list[str]:
         return ["/bin/sh", "-c", command]
 
-    @property
+    @cached_property
     def python(self) -> str:
-        # The Python that runs now has the runtimes; another one only where the settings name it.
-        named = self.settings.python != type(self.settings).model_fields["python"].default
-        return self.settings.python if named else shlex.quote(sys.executable)
+        return self.settings.python if self._other_python else shlex.quote(sys.executable)
+
+    @property
+    def _other_python(self) -> bool:
+        """Whether the settings name one; else it is the Python that runs now, which has the runtimes."""
+        return bool(self.settings.python != type(self.settings).model_fields["python"].default)
 
     @cached_property
     def root(self) -> str:
@@ -45,7 +50,7 @@ class LocalDevice(RunnerDevice):
         return str(folder)
 
     def probe(self) -> Probe:
-        return Probe.model_validate(probe())
+        return super().probe() if self._other_python else Probe.model_validate(probe())
 
     def open(self, scratch: Path) -> None:
         self._work = str(scratch / "device")
@@ -64,10 +69,14 @@ class LocalDevice(RunnerDevice):
         del self._places[name]
 
     def send(self, source: Path, path: str) -> None:
-        if source.is_dir():
-            shutil.copytree(source, path, dirs_exist_ok=True)
-        else:
-            shutil.copyfile(source, path)
+        try:
+            if source.is_dir():
+                shutil.copytree(source, path, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(source, path)
+        except OSError as error:  # copytree's own has every file's in its text
+            reason = os.strerror(errno.ENOSPC) if os.strerror(errno.ENOSPC) in str(error) else first_line(error)
+            raise UserError(f"{source} cannot be copied to {path} ({reason})") from None
 
     def receive(self, path: str, target: Path) -> None:
         try:

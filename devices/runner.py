@@ -9,12 +9,15 @@ import dataclasses
 import getpass
 import os
 import platform
+import re
 import secrets
+import select
 import shlex
 import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -34,6 +37,7 @@ from ..core.sealed import parse_json, printable
 from ..runtime.measure import Plan
 
 if TYPE_CHECKING:
+    from .bootstrap import Kept
     from .surroundings import Watch
 
 R = TypeVar("R", bound=Record)
@@ -41,7 +45,12 @@ RUNNER = "runtime"
 OUTPUTS = "outputs.npy"
 SHELL_SECONDS = 60.0  # for what only looks or makes a folder
 PROBE_SECONDS = 120.0  # a slow board imports numpy for many seconds
+SLOWEST_BYTES_A_SECOND = 5e6  # to hash what was pushed, and to bring it to a card
+BLOCK = 4096  # of a disk, in bytes: a file takes whole ones
+SPARE_BLOCKS = 256  # that a push leaves free: folders, and the little files that say what is live
 OLDEST_PYTHON = (3, 9)
+BEGUN = "kdpipe-begins-here"  # before it a shell may have printed what it likes
+OWN_PYTHON = "python/python3"  # below the root: what starts a Python that was brought (see ``bootstrap``)
 # A file of this name lies where Python would make a folder for compiled modules: so running a bundle's own runner
 # writes nothing into the sealed folder, whatever the device's environment says.
 NO_COMPILED_MODULES = ("__pycache__", "Nothing is written into a sealed folder.\n")
@@ -60,6 +69,14 @@ class Received(Record):
     """Something that was pushed lies in the store, whole."""
 
     digest: str
+
+
+class Lying(Record):
+    """Which of the contents asked for lie in the store whole, what of the others arrived, and what is free."""
+
+    have: list[str]
+    part_bytes: dict[str, int]
+    free_bytes: int
 
 
 class RunnerDevice(ABC):
@@ -100,10 +117,17 @@ class RunnerDevice(ABC):
         """Why the link is gone, if that is what a failure of ``argv`` means."""
         return None
 
-    @property
+    @cached_property
     def python(self) -> str:
-        """The words of a shell line that start Python there."""
-        return self.settings.python
+        """The words of a shell line that start Python there: one that was brought, else the settings' own."""
+        own = shlex.quote(f"{self.root}/{OWN_PYTHON}")
+        return own if self.attempt(f"test -e {own}", SHELL_SECONDS).returncode == 0 else self.settings.python
+
+    def own_python(self, targets: Sequence[str]) -> Kept:
+        """What to bring so that there is a Python with numpy and the runtimes of ``targets``. Raises UserError."""
+        from .bootstrap import interpreter_of, packages
+
+        return packages(interpreter_of(self), targets)
 
     # ---- the shell -----------------------------------------------------------------------------------------
 
@@ -126,9 +150,9 @@ class RunnerDevice(ABC):
             raise DeviceLost(f"'{self.name}' cannot be reached: {printable(reason, 500)}")
         return done
 
-    def shell(self, command: str, timeout_seconds: float = SHELL_SECONDS) -> str:
+    def shell(self, command: str, timeout_seconds: float = SHELL_SECONDS, stdin: bytes = b"") -> str:
         """What a shell line prints there, stripped. Raises as ``attempt`` does, and UserError where it fails."""
-        done = self.attempt(command, timeout_seconds)
+        done = self.attempt(command, timeout_seconds, stdin)
         if done.returncode != 0:
             raise UserError(f"'{self.name}' refused: {failure(done)}")
         return done.stdout.decode(errors="replace").strip()
@@ -163,19 +187,53 @@ class RunnerDevice(ABC):
         said = [line.split() for line in done.stdout.decode(errors="replace").splitlines()]
         versions = [words for words in said if len(words) == 2 and all(word.isdecimal() for word in words)]
         if not versions:
-            raise UserError(
-                f"'{self.name}' has no '{self.python}' ({failure(done)}): wanted Python {oldest} or newer; "
-                f"name it with `python:` in devices.yaml"
-            )
+            raise self.no_python(failure(done))
         found = versions[-1]
         if (int(found[0]), int(found[1])) < OLDEST_PYTHON:
             raise UserError(f"'{self.name}' has Python {'.'.join(found)}: wanted {oldest} or newer")
         if done.returncode != 0:
-            raise UserError(f"'{self.name}' has no numpy: run there {self.pip_line('numpy')}")
+            raise UserError(
+                f"'{self.name}' has no numpy: run there {self.pip_line('numpy')}, or bring what it lacks from here: "
+                f"kdpipe devices prepare {self.name}"
+            )
+
+    def no_python(self, reason: str) -> UserError:
+        """The mistake of naming a Python that is not there."""
+        oldest = ".".join(map(str, OLDEST_PYTHON))
+        return UserError(
+            f"'{self.name}' has no '{self.settings.python}' ({reason}): wanted Python {oldest} or newer; name it with "
+            f"`python:` in devices.yaml"
+        )
 
     def pip_line(self, *distributions: str) -> str:
         """What installs them there."""
         return f"`{self.python} -m pip install {' '.join(distributions)}`"
+
+    def check_space(self, size: int, path: str, said: str = "") -> None:
+        """See that ``size`` bytes fit where ``path`` is to lie, less what of them lies there; else nothing is left.
+
+        Args:
+            said: by a transfer that failed.
+
+        Raises:
+            UserError: they don't, or it failed because they didn't.
+            DeviceLost: the link is gone.
+        """
+        folder, part = shlex.quote(path.rpartition("/")[0]), shlex.quote(path)
+        printed = self.shell(f"df -Pk {folder} 2>/dev/null; echo; du -sk {part} 2>/dev/null || echo 0")
+        free = re.search(r" (\d+) +\d+% ", printed)  # the last number before the share that is used
+        there = int(printed.split("\n\n")[-1].split()[0])
+        if said:  # sftp has no word for it, a shell has
+            tried = self.attempt(f"head -c 65536 /dev/zero > {part}.try; code=$?; rm -f {part}.try; exit $code", 60)
+            said += tried.stderr.decode(errors="replace")
+        full = "No space left" in said or "quota exceeded" in said
+        if full or (free and size > 1024 * (int(free[1]) + there)):
+            self.shell(f"rm -rf {part}")
+            left = f"{int(free[1]) / 1024:.1f} MiB" if free else "nothing"
+            raise UserError(
+                f"no space on '{self.name}': {left} free in {path.rpartition('/')[0]}, {size / 1024**2:.1f} MiB "
+                "wanted: remove something there, or name another `folder:` in devices.yaml"
+            )
 
     def store(self, source: Path) -> str:
         """Put a file or folder of this host into the store there, by content; returns its path there.
@@ -192,14 +250,37 @@ class RunnerDevice(ABC):
 
     def _stored(self, source: Path, runner: str | None) -> str:
         """``store``, by that runner, or by the one that is being sent."""
-        from ..runtime.store import digest
+        from ..runtime.store import StoreError, digest, sizes
 
-        found = digest(source)
+        try:
+            found, blocks = digest(source), sum(-(-size // BLOCK) for size in sizes(source).values())
+        except StoreError as error:
+            raise UserError(str(error)) from None
         place = f"{self.root}/store/{found}"
-        if self.attempt(f"test -e {shlex.quote(place)}", SHELL_SECONDS).returncode != 0:
-            arriving = f"{place}.part"
-            self.send(source, arriving)
-            self.ask(Received, ["receive", self.root, found], PROBE_SECONDS, runner or arriving)
+        arriving, seconds = f"{place}.part", PROBE_SECONDS + blocks * BLOCK / SLOWEST_BYTES_A_SECOND
+        for last in (False, True):
+            if runner is None:
+                if self.attempt(f"test -e {shlex.quote(place)}", SHELL_SECONDS).returncode == 0:
+                    return place
+            else:
+                lying = self.ask(Lying, ["have", self.root, found], seconds, runner)
+                if found in lying.have:
+                    return place
+                wanted = (blocks + SPARE_BLOCKS) * BLOCK - lying.part_bytes.get(found, 0)
+                if wanted > lying.free_bytes:
+                    raise UserError(
+                        f"'{self.name}' has no space for {source}: wanted {wanted} bytes, {lying.free_bytes} are free; "
+                        f"kdpipe devices clean {self.name} removes what nothing needs"
+                    )
+            try:
+                self.send(source, arriving)
+                self.ask(Received, ["receive", self.root, found], seconds, runner or arriving)
+            except UserError:  # not where the link was lost: the next call goes on with what arrived
+                self.attempt(f"rm -rf {shlex.quote(arriving)}", SHELL_SECONDS)
+                if last:
+                    raise
+            else:
+                break
         return place
 
     # ---- asking the runner -----------------------------------------------------------------------------------
@@ -235,19 +316,24 @@ class RunnerDevice(ABC):
 
     def start(self, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
         """``python -m runtime *arguments``, left running; it hears and answers through pipes."""
-        return subprocess.Popen(
-            self.argv(self.command(arguments)),
+        process = subprocess.Popen(
+            self.argv(f"echo {BEGUN}; {self.command(arguments)}"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=self.environment(),
             start_new_session=True,
         )
+        assert process.stdout is not None
+        _skip_greeting(process.stdout.fileno(), time.monotonic() + SHELL_SECONDS)
+        return process
 
     # ---- what a device does (see ``Device``) -----------------------------------------------------------------
 
     def probe(self) -> Probe:
-        return self.ask(Probe, ["probe"], PROBE_SECONDS)
+        found = self.ask(Probe, ["probe"], PROBE_SECONDS)
+        self.emulated |= found.emulated  # a device that says so is one, whatever devices.yaml says
+        return found
 
     def runs(self, target: str) -> bool:
         return target in self._targets
@@ -322,6 +408,18 @@ class RunnerDevice(ABC):
             *(["--examine"] if examine else []),
         ]
         return self.ask(FreshStart, arguments, timeout_seconds)
+
+
+def _skip_greeting(stdout: int, until: float) -> None:
+    """Read what a shell there prints by itself, to the line that says that what was asked for has ``BEGUN``."""
+    said = b""
+    while not said.endswith(f"{BEGUN}\n".encode()):
+        if not select.select([stdout], [], [], max(0.0, until - time.monotonic()))[0]:
+            return  # whoever asks for an answer will miss it
+        byte = os.read(stdout, 1)  # and no more: the rest is the answer
+        if not byte:
+            return
+        said += byte
 
 
 def failure(done: subprocess.CompletedProcess[bytes]) -> str:

@@ -66,6 +66,7 @@ Host *
   ServerAliveCountMax 3
 """
 OWN_CONFIGURATION = ("~/.ssh/config", "/etc/ssh/ssh_config")
+RSYNC_SAYS = b"rsync "  # first; openrsync, which takes other options, doesn't
 BROKEN_OFF = {LINK_FAILED, -signal.SIGPIPE, 10, 12, 30, 35}  # so end ssh, sftp and rsync where the link did
 # What the client says of a link that can't be had, and what may help.
 LOST = {
@@ -156,7 +157,7 @@ class SshDevice(RunnerDevice):
 
     def send(self, source: Path, path: str) -> None:
         size = sum(file.stat().st_size for file in [source, *source.rglob("*")] if file.is_file())
-        self._check_space(size, path)
+        self.check_space(size, path)
         self._transfer(lambda: self._rsync(source, path) if self._has_rsync else self._put(source, path), size, path)
 
     def receive(self, path: str, target: Path) -> None:
@@ -168,7 +169,10 @@ class SshDevice(RunnerDevice):
     @cached_property
     def _has_rsync(self) -> bool:
         """Whether both sides have it, and nothing that a shell there prints by itself disturbs it."""
-        return shutil.which("rsync") is not None and self.attempt("rsync --version", 60).stdout.startswith(b"rsync ")
+        ask = ["rsync", "--version"]
+        if shutil.which(ask[0]) is None or not run_group(ask, 60).stdout.startswith(RSYNC_SAYS):
+            return False
+        return self.attempt(shlex.join(ask), 60).stdout.startswith(RSYNC_SAYS)
 
     def _rsync(self, source: Path | str, target: Path | str) -> Done:
         """Bring ``source`` to ``target``, of which the one there is given as text."""
@@ -234,39 +238,13 @@ class SshDevice(RunnerDevice):
             if path is None:
                 self.shell("exit 0")  # whether the link is there
             else:
-                self._check_space(size, path, said)
+                self.check_space(size, path, said)
             if done.returncode not in BROKEN_OFF:
                 lines = [line for line in said.splitlines() if line.strip()] or [failure(done)]
                 reason = next((line for line in lines if line.startswith("rsync: ")), lines[-1])
                 raise UserError(f"'{self.name}' refused a file: {printable(reason, 500)}")
             note(f"'{self.name}': the link broke off and is back, going on")
         raise DeviceLost(f"'{self.name}' breaks off every transfer ({failure(done)})")
-
-    def _check_space(self, size: int, path: str, said: str = "") -> None:
-        """See that ``size`` bytes fit where ``path`` is to lie, less what of them lies there; else nothing is left.
-
-        Args:
-            said: by a transfer that failed.
-
-        Raises:
-            UserError: they don't, or it failed because they didn't.
-            DeviceLost: the link is gone.
-        """
-        folder, part = shlex.quote(path.rpartition("/")[0]), shlex.quote(path)
-        printed = self.shell(f"df -Pk {folder} 2>/dev/null; echo; du -sk {part} 2>/dev/null || echo 0")
-        free = re.search(r" (\d+) +\d+% ", printed)  # the last number before the share that is used
-        there = int(printed.split("\n\n")[-1].split()[0])
-        if said:  # sftp has no word for it, a shell has
-            tried = self.attempt(f"head -c 65536 /dev/zero > {part}.try; code=$?; rm -f {part}.try; exit $code", 60)
-            said += tried.stderr.decode(errors="replace")
-        full = "No space left" in said or "quota exceeded" in said
-        if full or (free and size > 1024 * (int(free[1]) + there)):
-            self.shell(f"rm -rf {part}")
-            left = f"{int(free[1]) / 1024:.1f} MiB" if free else "nothing"
-            raise UserError(
-                f"no space on '{self.name}': {left} free in {path.rpartition('/')[0]}, {size / 1024**2:.1f} MiB "
-                "wanted: remove something there, or name another `folder:` in devices.yaml"
-            )
 
 
 def quoted(path: str) -> str:

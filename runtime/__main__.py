@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from . import PROTOCOL_VERSION, open_session, predict
+from . import PROTOCOL_VERSION, build, open_session, predict, store
+from .beside import beside
 from .bundle import BundleError, read_facts, replay_golden
 from .measure import Plan, keep_to_cores, measure, start_fresh
 from .probe import place, probe
 from .sealed import printable
-from .store import StoreError, receive
+from .tensorrt import EngineError
 from .watch import Locked, watch
 from .weights import ModelFileError
 
@@ -41,9 +42,8 @@ def main() -> int:
         result = args.answer(args)
     except Exception as error:  # every runtime raises its own for a model that it cannot run
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        whose = (
-            "" if isinstance(error, (BundleError, Locked, ModelFileError, StoreError)) else f"{type(error).__name__}: "
-        )
+        ours = (BundleError, EngineError, Locked, ModelFileError, store.StoreError)
+        whose = "" if isinstance(error, ours) else f"{type(error).__name__}: "
         print(f"runtime: {whose}{printable(text, 500)}", file=sys.stderr)
         return 1
     print(json.dumps({"protocol_version": PROTOCOL_VERSION, **result}))
@@ -71,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     of_bundle("verify", _verify, "check the hashes of a bundle and replay its golden inputs")
+    building = command("build", _build, "make what its runtime needs on this machine, beside the bundle")
+    building.add_argument("bundle", type=Path, help="folder of the bundle")
     predicting = of_bundle("predict", _predict, "run a bundle on images")
     predicting.add_argument("--images", type=Path, required=True, help=".npy of uint8 [N, H, W, 3]")
     predicting.add_argument("--logits", type=Path, required=True, help=".npy to write float32 [N, K] to")
@@ -89,14 +91,42 @@ def _parser() -> argparse.ArgumentParser:
     watching.add_argument("--holder", default="somebody", help="who holds it")
     watching.add_argument("--hertz", type=float, default=10.0, help="looks a second")
     command("probe", lambda _: probe(), "say what this machine is")
-    receiving = command("receive", lambda args: receive(args.root, args.digest), "check what was uploaded, and keep it")
-    receiving.add_argument("root", type=Path, help="folder of everything that is kdpipe's")
+
+    def of_store(name: str, answer: Callable[[argparse.Namespace], dict[str, Any]], about: str) -> Any:
+        added = command(name, answer, about)
+        added.add_argument("root", type=Path, help="folder of everything that is kdpipe's")
+        return added
+
+    having = of_store("have", lambda args: store.have(args.root, args.digest), "say what lies there whole")
+    having.add_argument("digest", nargs="*", help="of what is asked for")
+    receiving = of_store("receive", lambda args: store.receive(args.root, args.digest), "check an upload, and keep it")
     receiving.add_argument("digest", help="of what was uploaded to store/DIGEST.part")
+    installing = of_store("install", _install, "check a bundle that was pushed, replay it, and make it live")
+    installing.add_argument("digest", help="of the bundle's folder")
+    installing.add_argument("--keep-versions", type=int, default=3, help="bundles that were live, kept")
+    installing.add_argument("--keep-bytes", type=int, default=0, help="that they may take; 0: any")
+    rolling = of_store("rollback", lambda args: store.rollback(args.root, _threads(args), args.stand_in), "go back")
+    for replaying in (installing, rolling):
+        replaying.add_argument("--threads", type=int, default=0, help="0: every core")
+        replaying.add_argument("--stand-in", action="store_true", help="replay with the runtime that reads the file")
+    of_store("status", lambda args: store.status(args.root), "say what is live, and what else lies there")
+    cleaning = of_store("clean", lambda args: store.clean(args.root, args.everything), "remove what nothing needs")
+    cleaning.add_argument("--everything", action="store_true", help="what is live too")
     return parser
 
 
 def _threads(args: argparse.Namespace) -> int:
     return place(args.threads, sorted(os.sched_getaffinity(0)))[0]
+
+
+def _install(args: argparse.Namespace) -> dict[str, Any]:
+    kept = args.keep_versions, args.keep_bytes
+    return store.install(args.root, args.digest, _threads(args), args.stand_in, *kept)
+
+
+def _build(args: argparse.Namespace) -> dict[str, Any]:
+    build(args.bundle, read_facts(args.bundle))
+    return {"beside": str(beside(args.bundle))}
 
 
 def _verify(args: argparse.Namespace) -> dict[str, Any]:

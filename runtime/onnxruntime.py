@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,10 @@ import numpy as np
 
 from .layout import to_input
 from .strange import random_values
+
+# From 1.29 on its builds for Linux tell Microsoft of every model that is opened, and keep a file of their own for it in
+# the home, unless the environment says no before it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 PROVIDERS = ["CPUExecutionProvider"]
 LAYERS = ("Conv", "Gemm", "MatMul")  # what the names of operators with weights hold, fused or quantised too

@@ -30,10 +30,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import sealed
+from . import build, sealed
+from .beside import BESIDE, STORE
 from .bundle import BundleError, read_facts, replay_golden
 
-STORE, LIVE, HISTORY, BESIDE, WORK, PYTHON, LOCK = "store", "live", "history.json", "beside", "work", "python", "lock"
+LIVE, HISTORY, WORK, PYTHON, LOCK = "live", "history.json", "work", "python", "lock"
 PART, GONE = ".part", ".gone"
 UNKNOWN = "unavailable"
 WAIT_SECONDS = 60.0  # for another process that changes the same store
@@ -53,18 +54,25 @@ def digest(path: Path) -> str:
         StoreError: nothing there, a link, a special file.
     """
     try:
-        mode = os.lstat(path).st_mode
-        if stat.S_ISREG(mode):
-            contents: Any = sealed.sha256_file(path)
-        elif stat.S_ISDIR(mode):
-            contents = {name: sealed.sha256_file(path / name) for name, _ in sealed.list_files(path)}
-        else:
-            raise StoreError(f"{path} is a link or a special file: wanted a folder or a plain file")
+        hashes = {name: sealed.sha256_file(path / name) for name in sizes(path)}
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read ({error.strerror})") from None
+    return hashlib.sha256(sealed.canonical(hashes)).hexdigest()
+
+
+def sizes(path: Path) -> dict[str, int]:
+    """Bytes of each file of a folder by POSIX name, or of the one file, which is called ``.``. Raises StoreError."""
+    try:
+        status = os.lstat(path)
+        if stat.S_ISREG(status.st_mode):
+            return {".": status.st_size}
+        if stat.S_ISDIR(status.st_mode):
+            return {name: file.st_size for name, file in sealed.list_files(path)}
+        raise StoreError(f"{path} is a link or a special file: wanted a folder or a plain file")
     except sealed.Unsound as error:
         raise StoreError(str(error)) from None
     except OSError as error:
         raise StoreError(f"{path} cannot be read ({error.strerror})") from None
-    return hashlib.sha256(sealed.canonical(contents)).hexdigest()
 
 
 def have(root: Path, digests: Sequence[str]) -> dict[str, Any]:
@@ -72,14 +80,18 @@ def have(root: Path, digests: Sequence[str]) -> dict[str, Any]:
 
     Returns:
         ``have``: those; ``part_bytes``: of each other one, what of it was uploaded before; ``free_bytes``.
+
+    Raises:
+        StoreError: an upload with a link in it, through which the next one would go.
     """
     found, begun = [], {}
     for name in digests:
         path = _entry(root, name)
+        part = path.with_name(name + PART)
         if _is_whole(path):
             found.append(name)
         else:
-            begun[name] = _size(path.with_name(name + PART))
+            begun[name] = sum(sizes(part).values()) if os.path.lexists(part) else 0
     return {"have": found, "part_bytes": begun, "free_bytes": _free_bytes(root)}
 
 
@@ -128,7 +140,7 @@ def install(
         keep_bytes: how much space those may take; 0: any. The live and the previous one stay in any case.
 
     Returns:
-        What the replay found, what is ``live`` and ``previous`` now, and what was ``removed``.
+        What the replay found, what is live (as in ``status``) and what was before, and what was ``removed``.
 
     Raises:
         StoreError, BundleError: it is not there, not whole, or does not compute what it promises.
@@ -143,7 +155,7 @@ def install(
             _write_history(root, [*others, {"digest": name, "deployed_utc": _now(), "passed_over": False}])
             _switch(root, name)
         removed = _tidy(root, keep_versions, keep_bytes)
-        return {**replayed, "live": name, "previous": _previous(root), "removed": removed}
+        return _told(root, replayed, removed)
 
 
 def rollback(root: Path, threads: int = 1, stand_in: bool = False) -> dict[str, Any]:
@@ -158,7 +170,7 @@ def rollback(root: Path, threads: int = 1, stand_in: bool = False) -> dict[str, 
             raise StoreError(f"no bundle was live before on {root}: deploy one")
         replayed = _checked(root, before, threads, stand_in)
         _switch(root, before)
-        return {**replayed, "live": before, "previous": _previous(root), "removed": []}
+        return _told(root, replayed, [])
 
 
 def live(root: Path) -> str | None:
@@ -183,26 +195,12 @@ def status(root: Path) -> dict[str, Any]:
         first, ``entries`` by digest with kind and bytes, and the bytes of every folder and of what is free.
     """
     root = root.absolute()
-    current = live(root)
-    shown = None
-    if current is not None:
-        since = os.lstat(root / LIVE).st_mtime  # of the link itself: when it was switched
-        shown = {"digest": current, "since_utc": _utc(since), "fault": None, **_about(root / STORE / current)}
-        try:
-            if digest(root / STORE / current) != current:
-                raise StoreError("its contents are not those of its digest")
-            read_facts(root / STORE / current)
-        except (BundleError, StoreError) as error:
-            shown["fault"] = sealed.printable(str(error), 300)
-    entries = {}
-    for path in _entries(root):
-        entries[path.name] = {"bytes": _size(path), **_about(path)}
     return {
         "root": str(root),
-        "live": shown,
+        "live": _live_entry(root),
         "previous": _previous(root),
         "versions": [version["digest"] for version in _history(root)],
-        "entries": entries,
+        "entries": {path.name: _about(path) for path in _entries(root)},
         "bytes": {name: _size(root / name) for name in (STORE, BESIDE, WORK, PYTHON)},
         "free_bytes": _free_bytes(root),
     }
@@ -235,15 +233,27 @@ def clean(root: Path, everything: bool = False) -> dict[str, Any]:
         return {"removed": removed, "kept": sorted(filter(None, kept)), "freed_bytes": before - after}
 
 
-def beside(bundle: Path) -> Path:
-    """The folder for what this device makes of a bundle: the bundle itself is sealed."""
-    bundle = bundle.resolve()
-    if bundle.parent.name == STORE and sealed.KEY.fullmatch(bundle.name):
-        return bundle.parent.parent / BESIDE / bundle.name
-    return bundle.with_name(bundle.name + ".beside")
-
-
 # ---- inside ------------------------------------------------------------------------------------------------
+
+
+def _told(root: Path, replayed: dict[str, Any], removed: list[str]) -> dict[str, Any]:
+    return {**replayed, "live": _live_entry(root), "previous": _previous(root), "removed": removed}
+
+
+def _live_entry(root: Path) -> dict[str, Any] | None:
+    """What is live, since when, and what is wrong with it, after hashing all of it."""
+    name = live(root)
+    if name is None:
+        return None
+    path, fault = root / STORE / name, None
+    try:
+        read_facts(path)
+        if digest(path) != name:
+            raise StoreError("its contents are not those of its digest")
+    except (BundleError, StoreError) as error:
+        fault = sealed.printable(str(error), 300)
+    since = os.lstat(root / LIVE).st_mtime  # of the link itself: when it was switched
+    return {"digest": name, "since_utc": _utc(since), "fault": fault, **_about(path)}
 
 
 def _checked(root: Path, name: str, threads: int, stand_in: bool) -> dict[str, Any]:
@@ -253,6 +263,8 @@ def _checked(root: Path, name: str, threads: int, stand_in: bool) -> dict[str, A
     facts = read_facts(path)
     if digest(path) != name:
         raise StoreError(f"{path} is not what its digest says: push it again")
+    if not stand_in:
+        build(path, facts)
     return replay_golden(path, facts, threads, stand_in)
 
 
@@ -368,18 +380,14 @@ def _is_whole(path: Path) -> bool:
 
 def _about(path: Path) -> dict[str, Any]:
     """What an entry is, as far as its manifest says; read for display, so a fault is no reason to fail."""
-    shown: dict[str, Any] = {"kind": "upload" if path.name.endswith(PART) else "file" if path.is_file() else "folder"}
-    if path.name.endswith(GONE):
-        shown["kind"] = "being removed"
-    elif shown["kind"] == "folder" and (path / "runtime").is_dir() and not (path / sealed.MANIFEST).exists():
-        shown["kind"] = "runner"
-    elif shown["kind"] == "folder" and (path / sealed.MANIFEST).is_file():
-        with contextlib.suppress(sealed.Unsound, OSError):
-            manifest = sealed.read_manifest(path)
-            shown["kind"], shown["key"] = manifest["kind"], manifest["key"]
-            for name in ("target", "variant", "model"):
-                shown[name] = manifest["facts"].get(name)
-    return shown
+    shown: dict[str, Any] = {"bytes": _size(path)}
+    if path.name.endswith((PART, GONE)):
+        return {**shown, "kind": "upload" if path.name.endswith(PART) else "being removed"}
+    with contextlib.suppress(sealed.Unsound, OSError):
+        manifest = sealed.read_manifest(path)
+        named = {name: manifest["facts"].get(name) for name in ("target", "variant", "model")}
+        return {**shown, "kind": manifest["kind"], "key": manifest["key"], **named}
+    return {**shown, "kind": "runner" if (path / "runtime").is_dir() else "folder" if path.is_dir() else "file"}
 
 
 def _size(path: Path) -> int:
@@ -443,7 +451,7 @@ def _changing(root: Path) -> Iterator[None]:
     Raises:
         StoreError: another process does so for long; the disk is full or cannot be written.
     """
-    with _told(root):
+    with _in_one_line(root):
         (root / STORE).mkdir(parents=True, exist_ok=True)
         descriptor = os.open(_folder(root, STORE), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
@@ -458,7 +466,7 @@ def _changing(root: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _told(root: Path) -> Iterator[None]:
+def _in_one_line(root: Path) -> Iterator[None]:
     """What the disk refuses is told in one line."""
     try:
         yield

@@ -117,6 +117,28 @@ def trained(small: tuple[Recipe, Path]) -> Trained:
 
 
 @pytest.fixture(scope="session")
+def packed(small: tuple[Recipe, Path], trained: Trained) -> Bundle:
+    """The float32 bundle for ONNX Runtime, one of ``made.bundles`` without the rest."""
+    recipe, folder = small
+    chain = Chain(folder)
+    config = ExportConfig.of(recipe.export, target="onnxruntime")
+    return chain.package(recipe.package, chain.export(config, trained.student, trained.dataset), trained.dataset)
+
+
+@pytest.fixture(scope="session")
+def bundles(small: tuple[Recipe, Path], trained: Trained) -> dict[str, Bundle]:
+    """``made.bundles`` without the measurement."""
+    recipe, folder = small
+    chain, dataset, device = Chain(folder), trained.dataset, find_device("local").probe()
+    made = {}
+    for target in recipe.export.targets:
+        whole = chain.export(ExportConfig.of(recipe.export, target=target), trained.student, dataset)
+        for model in (whole, *chain.variants(recipe.quantize, whole, dataset, device)):
+            made[f"{target}-{model.facts.variant}"] = chain.package(recipe.package, model, dataset)
+    return made
+
+
+@pytest.fixture(scope="session")
 def made(small: tuple[Recipe, Path], trained: Trained) -> Made:
     recipe, folder = small
     chain = Chain(folder)
@@ -181,15 +203,21 @@ def evaluated(network: nn.Module, spec: InputSpec, dataset: Dataset, part: Part)
 
 # What the lab needs of the system: command, Debian's package. Whatever is missing fails, with the line that helps.
 SYSTEM_PACKAGES = {
+    "adb": "adb",
     "chromium": "chromium",
     "ethtool": "ethtool",
     "faketime": "faketime",
     "ip": "iproute2",
+    "mkfs.ext4": "e2fsprogs",
+    "mmdebstrap": "mmdebstrap",
+    "mount": "mount",
     "nft": "nftables",
     "nsenter": "util-linux",
     "pkill": "procps",
+    "qemu-aarch64-static": "qemu-user-static",
     "rsync": "rsync",
     "setpriv": "util-linux",
+    "ssh": "openssh-client",
     "ssh-keygen": "openssh-client",
     "sshd": "openssh-server",
     "tc": "iproute2",

@@ -30,7 +30,7 @@ def test_a_device_is_added_listed_found_and_removed(of_user: Path, workdir: Path
     listed = json.loads(kdpipe("devices", "list", "--json").stdout)["devices"]
     assert [each["name"] for each in listed] == ["local", "null", "pi5"]
     device = find_device("pi5")
-    assert isinstance(device, SshDevice) and device.python == "python3.11"
+    assert isinstance(device, SshDevice) and device.settings.python == "python3.11"
     assert_one_line(kdpipe("devices", "add", "pi5", "ssh", "pi@other"), 2, "has a 'pi5' already")
     assert kdpipe("devices", "remove", "pi5").returncode == 0
     assert_one_line(kdpipe("devices", "probe", "pi5"), 2, "unknown device 'pi5'", "local")

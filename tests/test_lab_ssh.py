@@ -22,6 +22,7 @@ from kdpipe.core.errors import DeviceLost, ExitCode, KdpipeError, UserError
 from kdpipe.core.kinds import Measurement
 from kdpipe.devices import find_device, opened
 from kdpipe.devices.ssh import SshDevice
+from kdpipe.runtime.store import digest
 
 pytestmark = pytest.mark.lab
 
@@ -360,6 +361,29 @@ def test_a_file_that_may_not_be_written_is_one_line(request: pytest.FixtureReque
         computer.run(f"rm -rf {device.root}")
 
 
+@pytest.mark.parametrize("files", FILES)
+def test_a_part_of_other_contents_is_never_taken_for_an_upload(
+    request: pytest.FixtureRequest, upload: Path, files: str
+) -> None:
+    """Whatever somebody, or a disk that lost something, left where an upload arrives."""
+    computer: Computer = request.getfixturevalue("computer" if files == "rsync" else "without_rsync")
+    sshd = serve(computer)
+    device = device_of(sshd)
+    try:
+        for size in (10, UPLOAD_BYTES, 2 * UPLOAD_BYTES):
+            part = f"{device.root}/store/{digest(upload)}.part"
+            device.shell(f"mkdir -p {part} && head -c {size} /dev/zero > {part}/large.bin && touch {part}/more")
+            with pytest.raises(UserError, match="removed, push it again"):
+                device.store(upload)
+            place = computer.seen(device.store(upload))
+            assert (place / "large.bin").read_bytes() == (upload / "large.bin").read_bytes()
+            assert stored(computer, device) == [place.name]
+            device.shell(f"rm -r {device.root}/store/{place.name}")
+    finally:
+        sshd.stop()
+        computer.run(f"rm -rf {device.root}")
+
+
 # ---- what a device prints by itself --------------------------------------------------------------------------
 
 
@@ -377,6 +401,8 @@ def test_a_shell_that_greets_is_understood_or_named(
                 device.push(made.bundles["onnxruntime-int8"].path, "bundle")
                 device.push(images, "images.npy")
                 assert device.predict("bundle", "images.npy", tmp_path / "outputs.npy", 120).images == 40
+                with device.watching() as watch:
+                    assert watch.look().sights
         else:
             with pytest.raises(UserError, match=r"prints something at every command.*bashrc"):
                 device.probe()
@@ -665,6 +691,49 @@ def test_a_link_that_loses_packets_or_pauses_changes_nothing(
         here.push(images, "images.npy")
         here.predict("bundle", "images.npy", tmp_path / "here.npy", 120)
     np.testing.assert_array_equal(np.load(tmp_path / "there.npy"), np.load(tmp_path / "here.npy"))
+
+
+@pytest.mark.parametrize("far", ["rsync"], indirect=True)
+def test_a_device_that_does_not_answer_is_one_line(far: tuple[Link, Sshd, SshDevice], workdir: Path) -> None:
+    link, sshd, _ = far
+    link.lose(100)
+    write_devices(workdir, sshd)
+    begun = time.monotonic()
+    done = kdpipe("devices", "probe", "pi", cwd=workdir)
+    assert_one_line(done, ExitCode.MISTAKE, "'pi' cannot be reached", "timed out", "is the device on, is it in reach?")
+    assert time.monotonic() - begun < 9, "twice the user's own limit"
+
+
+def test_the_limits_of_a_link_are_the_users_where_he_names_some(sshd: Sshd) -> None:
+    limits = ("connecttimeout", "serveraliveinterval", "serveralivecountmax")
+    never = ("stricthostkeychecking", "batchmode", "forwardagent", "requesttty")
+    found = []
+    for more in ("", "ConnectTimeout 3\nServerAliveInterval 60\nStrictHostKeyChecking no\nForwardAgent yes\n"):
+        sshd.config.write_text(f"{sshd.config.read_text()}{more}RequestTTY force\nRemoteCommand reboot\n")
+        device = device_of(sshd)
+        assert device.shell("echo here") == "here"
+        shown = subprocess.run(["ssh", "-G", *device.argv("")[1:-1]], capture_output=True, text=True, check=True)
+        effective = dict(line.split(" ", 1) for line in shown.stdout.splitlines())
+        found.append([effective[name] for name in limits])
+        assert [effective[name] for name in never] == ["true", "yes", "no", "false"]
+        assert "remotecommand" not in effective
+    assert found == [["10", "5", "3"], ["3", "60", "3"]]
+
+
+@pytest.mark.parametrize("far", ["rsync"], indirect=True)
+def test_a_device_that_restarts_in_a_measurement_is_lost(
+    far: tuple[Link, Sshd, SshDevice], made: Made, images: Path, tmp_path: Path
+) -> None:
+    _, sshd, device = far
+    with opened(device, tmp_path):
+        device.push(made.bundles["onnxruntime-int8"].path, "bundle")
+        device.push(images, "images.npy")
+        restarting = when(lambda: bool(measuring(sshd.computer)), sshd.stop)
+        with pytest.raises(DeviceLost, match=r"'pi' cannot be reached: .*Connection refused"):
+            device.measure("bundle", "images.npy", LONG, 60)
+        restarting.join()
+        sshd.start()
+        assert device.measure("bundle", "images.npy", SHORT, 120).latency_ns
 
 
 @pytest.mark.parametrize("far", ["rsync"], indirect=True)

@@ -627,7 +627,7 @@ def test_every_runtime_tells_in_which_precision_it_ran(made: Made, tmp_path: Pat
 def test_a_bundle_that_runs_in_float_in_silence_is_invalid(made: Made, tmp_path: Path) -> None:
     bundles = {"a": pretending(made, "onnxruntime", tmp_path / "a"), "b": made.bundles["onnxruntime-int8"]}
     plan = BenchPlan(rounds=2, seconds=0.02, max_seconds=0.05, min_samples=10, warm_up_seconds=0.02, cold_starts=1)
-    order = Order("bench", bench_config(plan), {**bundles, "data": made.dataset})
+    order = Order("bench", bench_config(plan, "local"), {**bundles, "data": made.dataset})
     found = bench(order, bundles, made.dataset, tmp_path / "out").facts.results
     assert found["a"].trust.word == "invalid" and "none of its layers ran in int8" in found["a"].trust.reason
     assert found["b"].executed["int8"] >= 8 and not found["b"].fell_back
@@ -638,13 +638,11 @@ def test_a_bundle_that_runs_in_float_in_silence_is_invalid(made: Made, tmp_path:
 
 def test_a_sweep_has_a_row_for_every_number_of_threads(made: Made, tmp_path: Path) -> None:
     given = {name: made.bundles[name] for name in ("onnxruntime-float32", "onnxruntime-int8")}
-    plan = BenchPlan(
-        device="null", effort="quick", rounds=2, seconds=0.01, max_seconds=0.02, min_samples=10, threads="1,2,all"
-    )
+    plan = BenchPlan(effort="quick", rounds=2, seconds=0.01, max_seconds=0.02, min_samples=10, threads="1,2,all")
     bundles = swept(given, plan.threads)
     assert list(bundles)[:3] == ["onnxruntime-float32@1", "onnxruntime-float32@2", "onnxruntime-float32@all"]
-    assert [settings_of(plan, row).threads for row in bundles] == [1, 2, 0, 1, 2, 0]
-    order = Order("bench", bench_config(plan), {**bundles, "data": made.dataset})
+    assert [settings_of(bench_config(plan, "null"), row).threads for row in bundles] == [1, 2, 0, 1, 2, 0]
+    order = Order("bench", bench_config(plan, "null"), {**bundles, "data": made.dataset})
     facts = bench(order, bundles, made.dataset, tmp_path / "out").facts
     assert set(facts.results) == set(bundles)
     assert facts.results["onnxruntime-int8@2"].over_float32 is not None
@@ -653,10 +651,8 @@ def test_a_sweep_has_a_row_for_every_number_of_threads(made: Made, tmp_path: Pat
 
 def test_a_long_run_is_one_more_process_after_the_rounds(made: Made, tmp_path: Path) -> None:
     bundles = {"a": made.bundles["onnxruntime-float32"]}
-    plan = BenchPlan(
-        device="null", rounds=2, seconds=0.01, max_seconds=0.02, min_samples=10, cold_starts=0, sustained="0.5s"
-    )
-    order = Order("bench", bench_config(plan), {**bundles, "data": made.dataset})
+    plan = BenchPlan(rounds=2, seconds=0.01, max_seconds=0.02, min_samples=10, cold_starts=0, sustained="0.5s")
+    order = Order("bench", bench_config(plan, "null"), {**bundles, "data": made.dataset})
     measured = bench(order, bundles, made.dataset, tmp_path / "out")
     found = measured.facts.results["a"]
     assert len(found.latency_p50_by_process_ms) == 2 and len(found.sustained.window_median_ns) == 10

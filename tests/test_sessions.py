@@ -137,6 +137,7 @@ def test_a_lost_device_leaves_the_others_whole_and_is_gone_on_with(made: Made, c
     assert list(benched.measured) == ["local"] and "the cable is cut" in benched.told_lost
     assert benched.told_lost.startswith("'far' was not measured: ")
     assert any("local: " in detail and " | far: " in detail for detail in scissors.details), "both are seen at once"
+    assert any("local: done" in detail for detail in scissors.details) and "far: given up" in scissors.details[-1]
     assert any(note.startswith("far: ") and "trying again" in note for note in scissors.notes)
     [local] = benched.measured["local"]
     (kept,) = (tmp_path / "artifacts").glob("measurement-*.part")

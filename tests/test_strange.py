@@ -96,7 +96,7 @@ def test_normalised_input_is_what_its_user_says(made: Made) -> None:
     facts["runtime"]["normalised_input"] = True
     found = open_session(model.path, facts).prepare(images)
     mean, std = (np.array(facts["input"][name])[:, None, None] for name in ("mean", "std"))
-    np.testing.assert_allclose(found, (raw / 255 - mean) / std, rtol=1e-5)
+    np.testing.assert_allclose(found, (raw / 255 - mean) / std, rtol=1e-5, atol=1e-6)
     assert found.dtype == np.float32
 
 
