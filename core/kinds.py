@@ -307,7 +307,6 @@ class Model(Labelled[ModelFacts]):
     kind = "model"
     Facts = ModelFacts
     largest_bytes = LARGEST_MODEL_BYTES
-    BUILD_SCRIPT = "build_engine.sh"  # of a target whose engine is built on the device
     NOISE_BY_LAYER = f"{EVIDENCE}/layers.json"
     CALIBRATION = f"{EVIDENCE}/calibration.json"
 

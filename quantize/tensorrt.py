@@ -6,11 +6,9 @@ parser has refused.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from ..core.kinds import Model
 from .qdq import Qdq
 from .variant import Taken, Variant
 from .work import Work
@@ -26,7 +24,6 @@ class ExplicitQdq(Qdq):
 
     def quantize(self, keep_float: Collection[str], folder: Path) -> Taken:
         taken = super().quantize(keep_float, folder)
-        shutil.copy(self._work.model.file(Model.BUILD_SCRIPT), folder)
         return Taken({**taken.settings, "format": "explicit QDQ", "activations": "int8 symmetric"})
 
 
@@ -47,5 +44,4 @@ class TypedFloat16(Variant):
         ordered = ONNXModel(half)
         ordered.topological_sort()  # the conversion leaves its casts at the end, where no parser takes them
         onnx.save(ordered.model, folder / self._work.model.facts.entry)
-        shutil.copy(self._work.model.file(Model.BUILD_SCRIPT), folder)
         return Taken({"format": "typed float16 graph", "weights": "float16"})

@@ -7,6 +7,7 @@ with the standard library, numpy and the one runtime of the bundle (Pillow only 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from .installed import installed
 from .onnxruntime import OnnxRuntimeSession
 from .openvino import OpenVinoSession
 from .strange import RandomInput
-from .tensorrt import TensorRtSession
+from .tensorrt import TensorRtSession, build_engine
 from .tflite import TfliteSession
 
 PROTOCOL_VERSION = 3  # of what ``python -m runtime`` takes and answers
@@ -55,6 +56,16 @@ RUNTIMES: dict[str, type[Session]] = {
     "tensorrt": TensorRtSession,
     "tflite": TfliteSession,
 }
+
+
+# What has to be made of a model on the device itself before it can be opened there.
+BUILDERS: dict[str, Callable[[Path, dict[str, Any]], object]] = {"tensorrt": build_engine}
+
+
+def build(folder: Path, facts: dict[str, Any]) -> None:
+    """Make what the runtime of the model in ``folder`` needs on this device, unless it is there; beside the folder."""
+    if facts["target"] in BUILDERS:
+        BUILDERS[facts["target"]](folder, facts)
 
 
 def is_available(target: str) -> bool:

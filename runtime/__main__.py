@@ -19,11 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from . import PROTOCOL_VERSION, open_session, predict, store
+from . import PROTOCOL_VERSION, build, open_session, predict, store
+from .beside import beside
 from .bundle import BundleError, read_facts, replay_golden
 from .measure import Plan, keep_to_cores, measure, start_fresh
 from .probe import place, probe
 from .sealed import printable
+from .tensorrt import EngineError
 from .watch import Locked, watch
 from .weights import ModelFileError
 
@@ -40,7 +42,7 @@ def main() -> int:
         result = args.answer(args)
     except Exception as error:  # every runtime raises its own for a model that it cannot run
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        ours = (BundleError, Locked, ModelFileError, store.StoreError)
+        ours = (BundleError, EngineError, Locked, ModelFileError, store.StoreError)
         whose = "" if isinstance(error, ours) else f"{type(error).__name__}: "
         print(f"runtime: {whose}{printable(text, 500)}", file=sys.stderr)
         return 1
@@ -69,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     of_bundle("verify", _verify, "check the hashes of a bundle and replay its golden inputs")
+    building = command("build", _build, "make what its runtime needs on this machine, beside the bundle")
+    building.add_argument("bundle", type=Path, help="folder of the bundle")
     predicting = of_bundle("predict", _predict, "run a bundle on images")
     predicting.add_argument("--images", type=Path, required=True, help=".npy of uint8 [N, H, W, 3]")
     predicting.add_argument("--logits", type=Path, required=True, help=".npy to write float32 [N, K] to")
@@ -118,6 +122,11 @@ def _threads(args: argparse.Namespace) -> int:
 def _install(args: argparse.Namespace) -> dict[str, Any]:
     kept = args.keep_versions, args.keep_bytes
     return store.install(args.root, args.digest, _threads(args), args.stand_in, *kept)
+
+
+def _build(args: argparse.Namespace) -> dict[str, Any]:
+    build(args.bundle, read_facts(args.bundle))
+    return {"beside": str(beside(args.bundle))}
 
 
 def _verify(args: argparse.Namespace) -> dict[str, Any]:

@@ -30,10 +30,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import sealed
+from . import build, sealed
+from .beside import BESIDE, STORE
 from .bundle import BundleError, read_facts, replay_golden
 
-STORE, LIVE, HISTORY, BESIDE, WORK, PYTHON, LOCK = "store", "live", "history.json", "beside", "work", "python", "lock"
+LIVE, HISTORY, WORK, PYTHON, LOCK = "live", "history.json", "work", "python", "lock"
 PART, GONE = ".part", ".gone"
 UNKNOWN = "unavailable"
 WAIT_SECONDS = 60.0  # for another process that changes the same store
@@ -232,14 +233,6 @@ def clean(root: Path, everything: bool = False) -> dict[str, Any]:
         return {"removed": removed, "kept": sorted(filter(None, kept)), "freed_bytes": before - after}
 
 
-def beside(bundle: Path) -> Path:
-    """The folder for what this device makes of a bundle: the bundle itself is sealed."""
-    bundle = bundle.resolve()
-    if bundle.parent.name == STORE and sealed.KEY.fullmatch(bundle.name):
-        return bundle.parent.parent / BESIDE / bundle.name
-    return bundle.with_name(bundle.name + ".beside")
-
-
 # ---- inside ------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +263,8 @@ def _checked(root: Path, name: str, threads: int, stand_in: bool) -> dict[str, A
     facts = read_facts(path)
     if digest(path) != name:
         raise StoreError(f"{path} is not what its digest says: push it again")
+    if not stand_in:
+        build(path, facts)
     return replay_golden(path, facts, threads, stand_in)
 
 

@@ -66,6 +66,17 @@ def test_the_shipped_runner_stands_alone(made: Made, tmp_path: Path, name: str) 
     assert json.loads(done.stdout)["golden_images"] == 8
 
 
+def test_a_runner_tells_nobody_what_it_opens(made: Made, tmp_path: Path) -> None:
+    """onnxruntime's own builds keep what they send in the home, from the moment they are imported."""
+    for name in ("home", "temporary"):
+        (tmp_path / name).mkdir()
+    environment = {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "temporary"), "PATH": "/usr/bin:/bin"}
+    bundle = made.bundles["onnxruntime-float32"].path
+    line = [sys.executable, "-m", "runtime", "verify", bundle]
+    subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, check=True)
+    assert not list((tmp_path / "home").iterdir()) and not list((tmp_path / "temporary").iterdir())
+
+
 def test_bundle_holds_what_a_device_needs(made: Made) -> None:
     bundle = made.bundles["tflite-int8"]
     assert json.loads(bundle.file("labels.json").read_text()) == [str(digit) for digit in range(10)]

@@ -108,7 +108,7 @@ def test_a_cut_push_goes_on(phone: arm64.Phone, project: Path, cache: Path) -> N
 
 @pytest.mark.parametrize("variant", ["float32", "int8"])
 def test_a_phone_computes_what_this_host_does(made: Made, pixel: AdbDevice, variant: str, tmp_path: Path) -> None:
-    """Verify, predict and measure through the loader, children too."""
+    """Predict, measure and replay what was deployed, by the Python that was brought."""
     bundle = made.bundles[f"onnxruntime-{variant}"]
     found = pixel.probe()
     assert found.machine == "aarch64" and found.emulated and found.screen == "unavailable"
@@ -125,8 +125,8 @@ def test_a_phone_computes_what_this_host_does(made: Made, pixel: AdbDevice, vari
             assert len(samples.latency_ns) >= SHORT.min_samples
         outputs[name] = np.load(tmp_path / f"{name}.npy")
     arm64.assert_same_outputs(outputs["here"], outputs["there"], variant)
-    answer = json.loads(pixel.shell(pixel.command(["verify", pixel.store(bundle.path)]), 300).splitlines()[-1])
-    assert answer["max_difference"] <= answer["tolerance"]
+    deployed = kdpipe("deploy", bundle.path, "--device", "pixel")
+    assert deployed.returncode == 0, deployed.stderr
 
 
 def test_what_a_phone_starts_anew_goes_through_the_loader(pixel: AdbDevice, phone: arm64.Phone) -> None:
@@ -166,3 +166,11 @@ def test_what_goes_wrong_with_a_phone_is_one_line(
         subprocess.run(["adb", "kill-server"], capture_output=True)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert_one_line(kdpipe("devices", "probe", "pixel"), 2, "no 'adb' on this machine", "apt-get install adb")
+
+
+def test_cleaning_takes_the_whole_python_away(phone: arm64.Phone, pixel: AdbDevice) -> None:
+    done = kdpipe("devices", "clean", "pixel", "--everything")
+    assert done.returncode == 0, done.stderr
+    left = [path for path in (phone.storage / "kdpipe").rglob("*") if path.is_file() and path.stat().st_size]
+    assert sum(path.stat().st_size for path in left) < 100_000, left
+    assert_one_line(kdpipe("devices", "probe", "pixel"), 2, "'pixel' has no Python")

@@ -106,11 +106,18 @@ def test_its_latencies_are_marked_and_never_ranked(made: Made, pi: SshDevice, pr
         assert result.trust is not None and result.trust.word == "invalid"
 
 
-def test_a_bundle_is_verified_there(made: Made, pi: SshDevice) -> None:
-    for target, variant in STATIC:
-        place = pi.store(made.bundles[f"{target}-{variant}"].path)
-        answer = json.loads(pi.shell(pi.command(["verify", place]), 300).splitlines()[-1])
-        assert answer["max_difference"] <= answer["tolerance"] and answer["golden_images"] > 0
+def test_bundles_are_deployed_there(made: Made, pi: SshDevice, project: Path) -> None:
+    """Their hashes are checked and their golden inputs replayed on it; the one before is a switch away."""
+    for target, variant in (("tflite", "int8"), ("onnxruntime", "float32")):
+        bundle = made.bundles[f"{target}-{variant}"]
+        done = kdpipe("deploy", bundle.path, "--device", "pi", "--json", cwd=project)
+        assert done.returncode == 0, done.stderr
+        said = json.loads(done.stdout)
+        assert said["golden_images"] > 0 and said["max_difference"] <= said["tolerance"]
+        assert said["live"]["key"] == bundle.key and said["session"]["runtime"].startswith(("ai-edge", "onnx"))
+    assert kdpipe("deploy", "--device", "pi", "--rollback", cwd=project).returncode == 0
+    status = kdpipe("devices", "status", "pi", cwd=project)
+    assert status.returncode == 0 and "tflite int8" in status.stdout and "intact" in status.stdout
 
 
 def test_what_can_not_be_brought_leaves_what_was_there(pi: SshDevice, project: Path) -> None:
@@ -118,3 +125,10 @@ def test_what_can_not_be_brought_leaves_what_was_there(pi: SshDevice, project: P
     assert_one_line(kdpipe("devices", "prepare", "pi", "--runtime", "tensorrt", cwd=project), 2, "no wheels", "aarch64")
     assert_one_line(kdpipe("devices", "prepare", "pi", "--runtime", "tflit", cwd=project), 2, "did you mean 'tflite'")
     assert "tflite" in find_device("pi").probe().targets
+
+
+def test_cleaning_takes_away_what_was_brought(pi: SshDevice, project: Path) -> None:
+    done = kdpipe("devices", "clean", "pi", "--everything", cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert pi.shell(f"ls {pi.root}/python 2>/dev/null; echo .") == "."
+    assert_one_line(kdpipe("devices", "probe", "pi", cwd=project), 2, "no numpy", "kdpipe devices prepare pi")

@@ -31,7 +31,6 @@ from kdpipe.core.kinds import Bundle
 from kdpipe.deploy.bundle import verify
 from kdpipe.runtime.bundle import read_facts
 from kdpipe.runtime.preprocess import decode
-from kdpipe.runtime.tensorrt import engine_of
 
 Alter = Callable[[Path], object]
 
@@ -717,24 +716,6 @@ def test_running_a_bundle_writes_nothing_into_it(made: Made, tmp_path: Path) -> 
         assert done.returncode == 0, done.stderr
         assert {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()} == before
         Bundle.open(bundle)
-
-
-def test_an_engine_lies_beside_its_bundle(made: Made, tmp_path: Path) -> None:
-    """Built with a stand-in for trtexec, which cannot be had here, that writes what it is told to write."""
-    bundle = Path(shutil.copytree(made.bundles["tensorrt-float32"].path, tmp_path / "a bundle"))
-    fake = tmp_path / "trtexec"
-    fake.write_text(
-        "#!/bin/sh\n"
-        'for word; do case "$word" in --saveEngine=*|--timingCacheFile=*) echo x > "${word#*=}";; esac; done\n'
-    )
-    fake.chmod(0o755)
-    environment = {"TRTEXEC": str(fake), "PATH": "/usr/bin:/bin"}
-    subprocess.run(["./build_engine.sh"], cwd=bundle, env=environment, check=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"a bundle", "trtexec", "a bundle.engine", "a bundle.timing"}
-    assert engine_of(bundle) == tmp_path / "a bundle.engine"
-    (tmp_path / "link").symlink_to(bundle)
-    assert engine_of(tmp_path / "link") == tmp_path / "a bundle.engine"
-    Bundle.open(bundle)
 
 
 # ---- one rule ------------------------------------------------------------------------------------------------
