@@ -7,6 +7,7 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -47,7 +48,7 @@ from .core.config import (
 from .core.errors import DeviceLost, GateFailed, KdpipeError, UserError, choice
 from .core.inputs import InputSpec
 from .core.kinds import Bundle, Cache, Checkpoint, Graph, Measurement, Model, Probe, Report, Runnable
-from .core.proc import require
+from .core.proc import end_groups, require
 from .core.progress import note, progress
 from .data.copies import are_photographs
 from .data.dataset import Dataset, Fitted, geometry
@@ -483,13 +484,26 @@ class Chain:
         benched = Benched()
         sessions: dict[str, Order[BenchConfig]] = {}
         earlier: dict[str, dict[Path, Manifest]] = {}
-        for device, its in own.items():
+
+        def described(device: str) -> BenchConfig | DeviceLost:
             try:
-                inputs: dict[str, AnyArtifact] = {**its, **({} if dataset is None else {"data": dataset})}
-                session = Order("bench", bench_config(plan, device), inputs)
+                return bench_config(plan, device)
             except DeviceLost as error:
-                benched.lost[device] = error
+                return error
+
+        with ThreadPoolExecutor(len(own)) as pool:  # one that is slow, or off, keeps nobody waiting
+            try:
+                described_by_device = dict(zip(own, pool.map(described, own), strict=True))
+            except BaseException:
+                end_groups()
+                raise
+        for device, its in own.items():
+            found = described_by_device[device]
+            if isinstance(found, DeviceLost):
+                benched.lost[device] = found
                 continue
+            inputs: dict[str, AnyArtifact] = {**its, **({} if dataset is None else {"data": dataset})}
+            session = Order("bench", found, inputs)
             keys = {role: artifact.key for role, artifact in session.inputs.items()}
             config = session.config.model_dump(mode="json")
             earlier[device] = attempts(out.parent if out else self.folder, config, keys)
