@@ -26,7 +26,7 @@ from kdpipe.runtime.store import digest
 
 pytestmark = pytest.mark.lab
 
-SHORT = MeasureSettings(seconds=0.1, min_samples=20, images=8, warm_up_seconds=0.1)
+SHORT = MeasureSettings(seconds=0.1, max_seconds=0.1, min_samples=20, images=8, warm_up_seconds=0.1)
 
 
 FILES = ["rsync", "sftp"]
@@ -454,7 +454,7 @@ def busy(made: Made, sshd: Sshd, images: Path, tmp_path: Path) -> Iterator[SshDe
         yield device
 
 
-LONG = MeasureSettings(seconds=600, min_samples=20, images=8, warm_up_seconds=0.1)
+LONG = MeasureSettings(seconds=600, max_seconds=600, min_samples=20, images=8, warm_up_seconds=0.1)
 
 
 def measuring(computer: Computer) -> list[int]:
@@ -726,7 +726,8 @@ def test_a_link_that_loses_packets_or_pauses_changes_nothing(
         device.push(bundle, "bundle")
         device.push(images, "images.npy")
         unplugged = when(lambda: bool(measuring(sshd.computer)), lambda: (link.pull(), time.sleep(1), link.plug()))
-        assert device.measure("bundle", "images.npy", MeasureSettings(seconds=3, images=8), 60).latency_ns
+        settings = MeasureSettings(seconds=3, max_seconds=3, images=8)
+        assert device.measure("bundle", "images.npy", settings, 60).latency_ns
         unplugged.join()
         device.predict("bundle", "images.npy", tmp_path / "there.npy", 120)
     assert link.dropped() > 0
