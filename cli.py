@@ -384,6 +384,7 @@ def bench(
     """
     from .chain import pooled_beside
     from .core.errors import Untrusted, UserError
+    from .devices.session import swept
     from .report.against import against as compare
     from .report.words import random_input_lines, untrusted_lines
 
@@ -395,9 +396,9 @@ def bench(
     pooled = [pooled_beside(measurement) for measurement in benched.one_of_each]
     sentences = []
     if against is not None:
-        *others, base = named
-        rows = [(name, base) for name in others]
-        sentences = [compare(of_device, *pair) for of_device in pooled for pair in rows]
+        *others, base = (list(swept({name: name}, plan.threads)) for name in named)
+        pairs = [pair for rows in others for pair in zip(rows, base, strict=True)]
+        sentences = [compare(of_device, *pair) for of_device in pooled for pair in pairs]
     made = [measurement for sessions in benched.measured.values() for measurement in sessions]
     if as_json:
         _print_json(

@@ -40,6 +40,9 @@ def check_recipe(recipe: Recipe) -> None:
 
     for device in recipe.bench.devices:
         find_device(device)
+    _, lost = probe_all(recipe.bench.devices)
+    for device, error in lost.items():
+        note(f"'{device}' may be lost when it is to be measured: {error}")
     require("training", TRAIN_NEEDS, "train")
     require("the report", ("jinja2", "matplotlib"), "report")
     for target in recipe.export.targets:

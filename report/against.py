@@ -40,7 +40,11 @@ class Against:
 
     def sentence(self) -> str:
         """Ratio, interval, what they are of, and whether they tell the two apart."""
-        of = f"{self.ratio.n} blocks of this session only" if self.sessions < 2 else f"{self.sessions} sessions"
+        of = (
+            f"{self.ratio.n} block{'s' * (self.ratio.n > 1)} of this session only"
+            if self.sessions < 2
+            else f"{self.sessions} sessions"
+        )
         ratio = words.interval(self.ratio.as_dict())
         text = f"{self.first} takes {ratio} of the time of {self.second} on {self.device} ({of}): "
         if not self.resolved:

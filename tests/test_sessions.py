@@ -126,6 +126,12 @@ def bundles_of(made: Made) -> dict[str, Bundle]:
     return {name: made.bundles[name] for name in NAMES}
 
 
+def unmeasured(made: Made, folder: Path) -> Path:
+    """A copy of what was made, but for what was measured."""
+    measured = shutil.ignore_patterns("measurement-*", "report-*", "tflite-*", "bundle-*", "openvino-*", "tensorrt-*")
+    return Path(shutil.copytree(made.chain.folder, folder, ignore=measured))
+
+
 # ---- several devices ------------------------------------------------------------------------------------------
 
 
@@ -210,7 +216,7 @@ def test_if_no_device_is_left_it_says_so(made: Made, cut: Path, tmp_path: Path) 
 
 def test_each_device_measures_what_suits_it(made: Made, tmp_path: Path) -> None:
     """One wants unsigned activations, one signed: both are made, once, and each is told under the same name."""
-    chain = Chain(shutil.copytree(made.chain.folder, tmp_path / "artifacts"))
+    chain = Chain(unmeasured(made, tmp_path / "artifacts"))
     here = find_device("local").probe()
     arm = here.model_copy(update={"machine": "aarch64", "flags": {"asimddp": True}})
     plan = QuantizePlan(variants=("int8",), calibrate={"images": 64}, check_images=32)
@@ -227,10 +233,11 @@ RECIPE = {**SMALL_RECIPE, "export": {"targets": ["onnxruntime"]}, "quantize": No
 def test_a_run_over_several_devices_ends_in_one_report(made: Made, cut: Path, tmp_path: Path) -> None:
     settings = {**QUICK.model_dump(mode="json"), "devices": ["null", "far"]}
     (tmp_path / "two.yaml").write_text(yaml.safe_dump({**RECIPE, "bench": settings}))
-    call = ["run", tmp_path / "two.yaml", "--artifacts", made.chain.folder, "--json"]
+    call = ["run", tmp_path / "two.yaml", "--artifacts", unmeasured(made, tmp_path / "artifacts"), "--json"]
     cut.touch()
     done = kdpipe(*call)
     assert_one_line(done, 2, "'far' was not measured", "the cable is cut", "the others are reported")
+    assert "'far' may be lost when it is to be measured" in done.stderr, "told before any work"
     assert [device["device"] for device in json.loads(done.stdout)["numbers"]["devices"]] == ["null"]
     cut.unlink()
     done = kdpipe(*call)
@@ -485,5 +492,8 @@ def test_against_from_the_command_line(made: Made, tmp_path: Path) -> None:
     assert done.returncode == 75, "two rounds bound nothing"
     measurement, sentence = done.stdout.strip().splitlines()
     assert Path(measurement).is_dir() and sentence.startswith("onnxruntime-int8 takes ")
-    assert "of the time of onnxruntime-float32 on local (1 blocks of this session only): not resolved" in sentence
+    assert "of the time of onnxruntime-float32 on local (1 block of this session only): not resolved" in sentence
+    done = kdpipe(*call[:-1], "null", "--threads", "1,2")
+    told = [line.partition(" takes ")[0] for line in done.stdout.strip().splitlines()[1:]]
+    assert told == ["onnxruntime-int8@1", "onnxruntime-int8@2"]
     assert_one_line(kdpipe("bench", first, "--against", first), 2, "named twice")
