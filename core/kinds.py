@@ -558,7 +558,7 @@ class Samples(StartUp):
 
     @property
     def overhead_ns(self) -> float | None:
-        """What the runner itself took for each inference outside the timed call, the mean; None where it waited."""
+        """What the runner took for each inference outside the timed call, the mean; where no rate made it wait."""
         if self.steady is None:
             return None
         return (self.steady.ended_ns - self.steady.begun_ns - sum(self.latency_ns)) / len(self.latency_ns)

@@ -12,14 +12,16 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import DeviceLost, UserError
 from ..core.kinds import Probe
 from ..core.progress import note
 from ..core.sealed import printable
-from .bootstrap import Kept
 from .runner import RunnerDevice
+
+if TYPE_CHECKING:
+    from .bootstrap import Kept
 
 ADDRESS = re.compile(r"\S+:\d+")  # of a device in the network; everything else is a serial
 # At the end of every answer: adb's own exit code is 0 where the device went away in the middle.

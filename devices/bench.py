@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -64,6 +64,7 @@ from .trust import assess, control_name, controlled
 
 LINK_TRIES, LINK_WAIT_SECONDS = 3, 5.0  # before a device counts as lost
 HOST = "local"
+CLEANING_SECONDS = 2.0  # that a session which is stopped has to tidy its device
 RANDOM_INPUT = "measured on random input"
 
 T = TypeVar("T")
@@ -223,11 +224,14 @@ def bench_side_by_side(
         if alone:
             return {path: one(path) for path in sessions}
         with ThreadPoolExecutor(len(sessions)) as pool:
+            futures = {path: pool.submit(one, path) for path in sessions}
             try:
-                return dict(zip(sessions, pool.map(one, sessions), strict=True))
+                return {path: future.result() for path, future in futures.items()}
             except BaseException:
                 stopped.set()
                 end_groups()  # what the threads wait for
+                while wait(futures.values(), timeout=CLEANING_SECONDS).not_done:
+                    end_groups()  # what a thread had started at that very moment
                 raise
 
 

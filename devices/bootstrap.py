@@ -251,14 +251,18 @@ def bring(device: RunnerDevice, targets: Sequence[str]) -> Kept:
     name = brought.digest
     own = f"{device.root}/{OWN_PYTHON}"
     folder, trial = str(Path(own).parent), f"{own}.new"
+    compiled = f"{folder}/compiled"
     place = f"{folder}/store/{name}"
     shell = device.shell(f"mkdir -p {shlex.quote(folder)}/store && command -v sh").splitlines()[-1]
+    new = [trial]
     if device.attempt(f"test -e {shlex.quote(place)}", PROBE_SECONDS).returncode != 0:
+        new += [place, f"{place}.part"]
+        device.shell(f"rm -rf {shlex.quote(compiled)}", SLOW_SECONDS)  # of what was there before
         with progress(f"sending {brought.size_bytes / 1e6:.0f} MB to '{device.name}'", None):
             device.send(brought.folder, f"{place}.part")
         for program in brought.parts.programs:  # not every link brings more than contents
             device.shell(f"chmod +x {shlex.quote(f'{place}.part/{program}')}")
-    text = script(shell, place, f"{folder}/compiled", brought.parts.start)
+    text = script(shell, place, compiled, brought.parts.start)
     device.shell(f"cat >{shlex.quote(trial)} && chmod +x {shlex.quote(trial)}", stdin=text.encode())
     # What was sent now starts, checks itself and opens what it is for, before anything else is asked of it.
     device.python = shlex.quote(trial)
@@ -267,6 +271,7 @@ def bring(device: RunnerDevice, targets: Sequence[str]) -> Kept:
         _check_imports(device, targets)
     except UserError:
         del device.python
+        device.shell(f"rm -rf {shlex.join(new)}", SLOW_SECONDS)
         raise
     others = f'for each in *; do test "$each" = {name} || rm -rf "$each"; done'
     device.shell(

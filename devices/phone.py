@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..core.errors import UserError
-from ..core.progress import progress
+from ..core.progress import note, progress
 from ..core.sealed import printable
 from ..runtime.sealed import sha256_file
 from .bootstrap import SITE, Interpreter, Kept, Part, Parts, fetch_wheels, kept, requirements
@@ -41,7 +41,9 @@ def folder(targets: Sequence[str]) -> Kept:
             raise UserError(
                 f"no '{tool}' on this machine: a folder for phones is made of Debian's packages, make it on Debian"
             )
-    return kept({"phone": PACKAGES, "wanted": wanted}, lambda place: _make(wanted, place))
+    found = kept({"phone": PACKAGES, "wanted": wanted}, lambda place: _make(wanted, place))
+    note("what a phone is brought was shown on an emulated arm64 userland, never on a phone")
+    return found
 
 
 def _make(wanted: Sequence[str], place: Path) -> Parts:

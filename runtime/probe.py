@@ -139,7 +139,7 @@ def place(threads: int, usable: list[int], root: Path = ROOT) -> tuple[int, list
     """
     first = [cpu for cpu in usable if cpu == min(set(siblings(cpu, root)) & set(usable), default=cpu)]
     by_class = classes(first, root)
-    if threads == 0:
+    if threads <= 0:
         quota = quota_cores(root)
         threads = len(by_class[0]) if quota is None else max(1, min(len(by_class[0]), int(quota + 0.5)))
     ordered = [cpu for each in by_class for cpu in sorted(each, reverse=True)]

@@ -26,6 +26,7 @@ import numpy as np
 from . import sealed
 from .beside import beside
 from .layout import to_input
+from .strange import random_values
 
 MOST_OF_MEMORY = 0.75  # of what is free when building begins, that it may take
 LEAST_FREE = 0.05  # of all memory: a GPU that shares it takes what no process is charged with
@@ -248,6 +249,10 @@ class TensorRtSession:
         self._checked(copy(self._logits.ctypes.data, *to_host, self._stream))
         self._checked(self._cuda.cudaStreamSynchronize(self._stream))
         return self._logits
+
+    def random(self, generator: np.random.Generator) -> np.ndarray:
+        shape = tuple(self._context.get_tensor_shape(self._input))
+        return random_values(generator, self._input, shape, np.float32)
 
     def executed(self, prepared: np.ndarray) -> dict[str, int] | None:
         return None  # an engine tells of its layers only where it was built to

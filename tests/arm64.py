@@ -219,7 +219,8 @@ class Phone:
         ]
         line = shlex.join(map(str, program))
         # Of its own it finds no more than a phone's shell would.
-        script = f"cd {self.storage}; env -i PATH={self.folder}/bin QEMU_CPU={CORE['QEMU_CPU']} {line}"
+        small = f"mount -t tmpfs -o size=16m,mode=777 tmpfs {self.storage}/small"
+        script = f"{small}; cd {self.storage}; env -i PATH={self.folder}/bin QEMU_CPU={CORE['QEMU_CPU']} {line}"
         process = self.running.enter_context(inside(script, {}, self.folder / "log"))
         assert process.stdout is not None
         assert process.stdout.readline() == b"listening\n", (self.folder / "log").read_text()
@@ -243,7 +244,7 @@ def phone() -> Iterator[Phone]:
         folder = Path(name)
         folder.chmod(0o755)
         (folder / "home/.android").mkdir(parents=True)
-        (folder / "storage").mkdir()
+        (folder / "storage" / "small").mkdir(parents=True)  # a disk of 16 MiB
         (folder / "storage").chmod(0o777)
         (folder / "bin").mkdir()
         for command in PHONE_COMMANDS.split():

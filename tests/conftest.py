@@ -207,6 +207,7 @@ SYSTEM_PACKAGES = {
     "chromium": "chromium",
     "ethtool": "ethtool",
     "faketime": "faketime",
+    "g++": "g++",
     "ip": "iproute2",
     "mkfs.ext4": "e2fsprogs",
     "mmdebstrap": "mmdebstrap",

@@ -129,6 +129,9 @@ def test_what_is_brought_is_used_from_then_on(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="near"):
         bootstrap.bring(device, ["onnxruntime"])
     there.shell(f"{there.python} -c 'import first_mark'")
+    assert {path.name for path in (root / "python").iterdir()} >= {"python3", "store"}
+    assert not (root / "python" / "python3.new").exists()
+    assert list((root / "python" / "store").iterdir()) == [whole]
 
     device.brought = to_bring(tmp_path / "second", "second_mark")
     bootstrap.bring(device, ["onnxruntime"])

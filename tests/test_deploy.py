@@ -556,3 +556,13 @@ def test_two_deployments_at_once_both_end(here: Path, root: Path, versions: list
     begun = [subprocess.Popen(command("deploy", path, "--device", "board"), cwd=here) for path in both]
     assert [each.wait(120) for each in begun] == [0, 0, 0]
     assert live_is_whole(root) in {digest(path) for path in both}
+
+
+def test_deployments_cut_at_random_moments(versions: list[Path]) -> None:
+    """A few of what benchmarks/deploy_cuts.py does fifty times."""
+    few = ("--cuts", "5", "--switches", "5", "--padding", "8")
+    line = [sys.executable, ROOT / "benchmarks" / "deploy_cuts.py", *versions[:2], *few]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5 of 5 serve a whole version" in done.stdout and "5 of 5 next deployments succeed" in done.stdout
+    assert "5 of 5 kills around the switch alone" in done.stdout

@@ -83,6 +83,14 @@ def test_a_phone_without_python_says_what_to_do(project: Path) -> None:
     assert_one_line(kdpipe("devices", "probe", "pixel"), 2, "'pixel' has no Python", "kdpipe devices prepare pixel")
 
 
+def test_a_full_phone_is_one_line(phone: arm64.Phone, project: Path, cache: Path) -> None:
+    described = {"full": {"kind": "adb", "address": phone.address, "folder": f"{phone.storage}/small/kdpipe"}}
+    (project / "devices.yaml").write_text(yaml.safe_dump(described))
+    assert_one_line(kdpipe("devices", "prepare", "full"), 2, "no space on 'full'", "remove something there")
+    full = find_device("full")
+    assert isinstance(full, AdbDevice) and full.shell(f"ls {full.root}/python/store") == ""
+
+
 def test_a_cut_push_goes_on(phone: arm64.Phone, project: Path, cache: Path) -> None:
     """Power lost in the middle of it: one line; the next attempt sends what is missing, and what runs is whole."""
     process = subprocess.Popen(command("devices", "prepare", "pixel"), stderr=subprocess.PIPE, text=True)
@@ -140,12 +148,14 @@ def test_what_goes_wrong_with_a_phone_is_one_line(
     phone: arm64.Phone, pixel: AdbDevice, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing there; another key; gone in the middle of a command, whose exit code adb then calls 0; no adb."""
-    described = {"nothing": {"kind": "adb", "address": f"127.0.0.1:{free_port()}"}, "no-serial": {"kind": "adb"}}
+    described = {"nothing": {"kind": "adb", "address": f"127.0.0.1:{free_port()}"}, "only": {"kind": "adb"}}
     described["unplugged"] = {"kind": "adb", "address": "R58M12ABCDE"}
     described["pixel"] = yaml.safe_load((project / "devices.yaml").read_text())["pixel"]
     (project / "devices.yaml").write_text(yaml.safe_dump(described))
     assert_one_line(kdpipe("devices", "probe", "nothing"), 2, "'nothing' cannot be reached", "Connection refused")
     assert_one_line(kdpipe("devices", "probe", "unplugged"), 2, "'R58M12ABCDE' not found", "plug it in")
+    only = find_device("only")
+    assert isinstance(only, AdbDevice) and only.shell("echo it") == "it"
     with pytest.raises(DeviceLost, match="went away in the middle"):
         pixel.shell("kill -9 -1; sleep 20")
     phone.stop()

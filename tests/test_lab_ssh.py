@@ -135,13 +135,35 @@ def test_bench_measures_on_the_device_as_on_this_machine(made: Made, sshd: Sshd,
     names = ["onnxruntime-float32", "onnxruntime-int8"]
     folders = [made.bundles[name].path for name in names]
     write_devices(workdir, sshd)
-    options = ["--rounds", 2, "--seconds", 0.1, "--min-samples", 20, "--warm-up-seconds", 0.1, "--json"]
+    options = ["--rounds", 2, "--seconds", 0.1, "--min-samples", 20, "--warm-up-seconds", 0.1]
+    options += ["--max-seconds", 0.1, "--cold-starts", 1, "--json"]
     done = kdpipe("bench", *folders, "--device", "pi", *options, "--out", workdir / "measurement", cwd=workdir)
     assert done.returncode in (ExitCode.DONE, ExitCode.UNTRUSTED), done.stderr
     measurement = Measurement.open(workdir / "measurement")
     assert measurement.facts.device == "pi" and not measurement.facts.emulated
     for name in names:
         np.testing.assert_array_equal(measurement.outputs(name), made.measurement.outputs(name))
+
+
+def test_a_bundle_is_deployed_rolled_back_and_looked_at(made: Made, sshd: Sshd, workdir: Path) -> None:
+    first, second = (made.bundles[f"onnxruntime-{variant}"].path for variant in ("float32", "int8"))
+    write_devices(workdir, sshd)
+
+    def live() -> Path:
+        return (sshd.computer.home / ".kdpipe" / "live").resolve()
+
+    for bundle in (first, second):
+        done = kdpipe("deploy", bundle, "--device", "pi", cwd=workdir)
+        assert done.returncode == 0 and "golden images within" in done.stdout, done.stderr
+        assert live().name == digest(bundle) == digest(live())
+    assert kdpipe("deploy", "--rollback", "--device", "pi", cwd=workdir).returncode == 0
+    assert live().name == digest(first)
+    status = kdpipe("devices", "status", "pi", cwd=workdir)
+    assert status.returncode == 0 and "onnxruntime" in status.stdout, status.stderr
+    write_devices(workdir, sshd, python=sshd.computer.python("numpy"))
+    done = kdpipe("deploy", second, "--device", "pi", cwd=workdir)
+    assert_one_line(done, ExitCode.MISTAKE, "'pi' cannot open a bundle of onnxruntime", "-m pip install onnxruntime")
+    assert live().name == digest(first), "what was live was changed"
 
 
 def test_an_address_may_be_a_uri_or_a_user_and_a_host(sshd: Sshd) -> None:
@@ -627,6 +649,32 @@ def test_an_upload_goes_on_where_it_was_cut(far: tuple[Link, Sshd, SshDevice], u
     before = link.received()
     assert device.store(upload) == str(place)
     assert link.received() - before < 20_000, "it was sent again"
+
+
+@pytest.mark.parametrize("far", ["rsync"], indirect=True)
+def test_a_deployment_whose_link_is_cut_leaves_the_old_version_live(
+    far: tuple[Link, Sshd, SshDevice], made: Made, workdir: Path
+) -> None:
+    """In the upload, and later in the replay on the device, when all has arrived."""
+    link, sshd, _ = far
+    first, second = (made.bundles[f"onnxruntime-{variant}"].path for variant in ("float32", "int8"))
+    write_devices(workdir, sshd)
+    home = sshd.computer.home
+    assert kdpipe("deploy", first, "--device", "pi", cwd=workdir).returncode == 0
+    link.limit(megabits=2)
+    moments = [lambda: any(home.glob(".kdpipe/store/*.part/*")), lambda: bool(sshd.computer.processes("install"))]
+    for moment in moments:
+        cutting = when(moment, lambda: link.lose(100))
+        done = kdpipe("deploy", second, "--device", "pi", cwd=workdir)
+        assert_one_line(done, ExitCode.MISTAKE, "'pi' cannot be reached")
+        cutting.join()
+        wait_until(lambda: not sshd.computer.processes("runtime"), 60, "the end of what runs there")
+        link.lose(0)
+        live = (home / ".kdpipe" / "live").resolve()
+        assert digest(live) == live.name and live.name in (digest(first), digest(second))
+    link.limit(megabits=1000)
+    assert kdpipe("deploy", second, "--device", "pi", cwd=workdir).returncode == 0
+    assert (home / ".kdpipe" / "live").resolve().name == digest(second)
 
 
 def test_a_download_goes_on_where_it_was_cut(far: tuple[Link, Sshd, SshDevice], tmp_path: Path) -> None:
