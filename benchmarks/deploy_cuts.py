@@ -85,6 +85,8 @@ def verified(root: Path) -> str | None:
     """Digest of what is live if the runner finds it whole and right, else None."""
     line = [sys.executable, "-m", "kdpipe.runtime", "verify", str(root / "live")]
     done = subprocess.run(line, capture_output=True, check=False)
+    if done.returncode != 0:
+        print(done.stderr.decode(errors="replace"), file=sys.stderr)
     name = (root / "live").resolve().name
     return name if done.returncode == 0 and store.digest(root / "store" / name) == name else None
 

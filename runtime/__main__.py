@@ -65,14 +65,14 @@ def _parser() -> argparse.ArgumentParser:
 
     def of_bundle(name: str, answer: Callable[[argparse.Namespace], dict[str, Any]], about: str) -> Any:
         added = command(name, answer, about)
-        added.add_argument("bundle", type=Path, help="folder of the bundle")
+        added.add_argument("bundle", type=_folder, help="folder of the bundle, or a link to it")
         added.add_argument("--threads", type=int, default=0, help="0: one a core")
         added.add_argument("--stand-in", action="store_true", help="open with the runtime that reads the same file")
         return added
 
     of_bundle("verify", _verify, "check the hashes of a bundle and replay its golden inputs")
     building = command("build", _build, "make what its runtime needs on this machine, beside the bundle")
-    building.add_argument("bundle", type=Path, help="folder of the bundle")
+    building.add_argument("bundle", type=_folder, help="folder of the bundle, or a link to it")
     predicting = of_bundle("predict", _predict, "run a bundle on images")
     predicting.add_argument("--images", type=Path, required=True, help=".npy of uint8 [N, H, W, 3]")
     predicting.add_argument("--logits", type=Path, required=True, help=".npy to write float32 [N, K] to")
@@ -113,6 +113,12 @@ def _parser() -> argparse.ArgumentParser:
     cleaning = of_store("clean", lambda args: store.clean(args.root, args.everything), "remove what nothing needs")
     cleaning.add_argument("--everything", action="store_true", help="what is live too")
     return parser
+
+
+def _folder(text: str) -> Path:
+    """The folder that a path leads to now: a link to what is live may be switched while its files are read."""
+    path = Path(text)
+    return path.resolve() if path.is_symlink() else path
 
 
 def _threads(args: argparse.Namespace) -> int:

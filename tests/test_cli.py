@@ -140,7 +140,8 @@ def test_every_measurement_is_an_attempt_and_the_last_trusted_one_is_reported(ma
     assert_one_line(kdpipe("bench", *bundles, *settings, "--out", folder / "3"), 2, "exists already")
 
     def reported(number: object) -> dict[str, object]:
-        done = kdpipe("report", folder / str(number), "--json")
+        out = tmp_path / f"report-{len(list(tmp_path.iterdir()))}"
+        done = kdpipe("report", folder / str(number), "--out", out, "--json")
         assert done.returncode == 0, done.stderr
         report = Path(json.loads(done.stdout)["artifact"])
         return json.loads((report / "report.json").read_text())["devices"][0]["trust"]

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import venv
 from collections.abc import Callable
 from pathlib import Path
@@ -566,3 +567,24 @@ def test_deployments_cut_at_random_moments(versions: list[Path]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "5 of 5 serve a whole version" in done.stdout and "5 of 5 next deployments succeed" in done.stdout
     assert "5 of 5 kills around the switch alone" in done.stdout
+
+
+def test_what_is_live_is_read_as_one_bundle_while_it_is_switched(root: Path, versions: list[Path]) -> None:
+    replace_file(versions[1], "labels.json", (versions[1] / "labels.json").read_bytes() + b"\n")
+    names = [upload(root, path) for path in versions[:2]]
+    store.install(root, names[0])
+    ended = threading.Event()
+
+    def switch() -> None:
+        while not ended.is_set():
+            for name in names:
+                store._switch(root, name)
+
+    switching = threading.Thread(target=switch)
+    switching.start()
+    try:
+        for _ in range(4):
+            answer("verify", root / "live")
+    finally:
+        ended.set()
+        switching.join()

@@ -127,8 +127,14 @@ def test_what_can_not_be_brought_leaves_what_was_there(pi: SshDevice, project: P
     assert "tflite" in find_device("pi").probe().targets
 
 
-def test_cleaning_takes_away_what_was_brought(pi: SshDevice, project: Path) -> None:
+def test_cleaning_takes_away_what_was_brought(pi: SshDevice, project: Path, board: arm64.Board) -> None:
+    """And a device that is new brings it as it is added."""
     done = kdpipe("devices", "clean", "pi", "--everything", cwd=project)
     assert done.returncode == 0, done.stderr
     assert pi.shell(f"ls {pi.root}/python 2>/dev/null; echo .") == "."
     assert_one_line(kdpipe("devices", "probe", "pi", cwd=project), 2, "no numpy", "kdpipe devices prepare pi")
+    described = ["ssh", "board", "--ssh-config", board.config]
+    added = kdpipe("devices", "add", "new", *described, "--bootstrap", "--json", cwd=project)
+    assert added.returncode == 0, added.stderr
+    assert json.loads(added.stdout)["python"] == f"{pi.root}/python/python3"
+    assert json.loads(kdpipe("devices", "probe", "new", "--json", cwd=project).stdout)["probe"]["targets"]

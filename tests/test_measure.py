@@ -380,7 +380,7 @@ def test_an_empty_machine_is_unavailable_and_never_zero(tmp_path: Path) -> None:
     tree(tmp_path, {f"{CPU}/cpu0/cpufreq/scaling_cur_freq": "<unknown>", f"{CPU}/present": ""})
     found = probe.probe(tmp_path)
     kept = {"usable_cores", "load_average", "system", "python", "machine", "runtimes", "targets", "core_classes"}
-    kept |= {"siblings", "gpus", "power_mode"}
+    kept |= {"siblings", "gpus", "power_mode", "emulated"}
     assert {name: value for name, value in found.items() if name not in kept} == dict.fromkeys(
         found.keys() - kept, UNAVAILABLE
     )

@@ -228,6 +228,30 @@ def test_what_others_may_take_grows_with_the_cores_that_are_left_free() -> None:
     assert limit_cores(0.1, 8, 2) == pytest.approx(0.3) and limit_cores(0.02, 64, 4) == pytest.approx(0.6)
 
 
+def called_different(ratio: float, spread: float, sessions: int = 100) -> int:
+    """Of so many sessions of a pair with that true ratio, in how many the two are called different."""
+    generator, found = np.random.default_rng(1), 0
+    judged_by = {"a": ["a"], "b": ["a"]}
+    results = {name: Result(status="measured", latency_p50_ms=STEADY, conditions=QUIET) for name in judged_by}
+    for _ in range(sessions):
+        noise = np.exp(generator.normal(0, spread, (3, ROUNDS))) * np.exp(generator.normal(0, 0.05))
+        taken = dict(zip(("a", "b", control_name("a")), (np.array([[1], [ratio], [1]]) * noise).tolist(), strict=True))
+        [pair] = assess(taken, results, judged_by, {"a": "a", "b": "a"}, RESOLUTION)["comparisons"]
+        found += pair.differ
+        assert not pair.differ or (pair.ratio.value < 1) == (ratio > 1)
+    return found
+
+
+@pytest.mark.parametrize("spread", [0.005, 0.015, 0.05])
+def test_two_copies_of_one_bundle_are_rarely_called_different(spread: float) -> None:
+    assert called_different(1.0, spread) <= 9, "a correct 95 % procedure stays below that 97 times of 100"
+
+
+@pytest.mark.parametrize("spread", [0.005, 0.015])
+def test_a_ratio_of_a_tenth_is_found(spread: float) -> None:
+    assert called_different(1.1, spread) >= 90
+
+
 @pytest.mark.parametrize("from_round", [0, 3], ids=["throughout", "from the middle on"])
 def test_a_standing_load_is_not_trusted(from_round: int) -> None:
     """It slows float32 by 1.4 and INT8 by 1.1, so the controls are one and the ratio is told 0.39 for a true 0.5."""
