@@ -200,3 +200,28 @@ def test_the_page_calls_a_row_noisy_where_it_stands(made: Made) -> None:
     noisy = [row["name"] for row in numbers["bundles"] if row["trust"] and row["trust"]["word"] == "noisy"]
     assert noisy and len(re.findall(r'class="tag bad"[^>]*>noisy<', page)) == len(noisy)
     assert numbers["front"] == [] and "Pareto</span>" not in page
+
+
+def test_every_phase_is_on_the_page(made: Made) -> None:
+    page = made.report.file(made.report.PAGE).read_text()
+    [device] = made.report.numbers["devices"]
+    timed = [row for row in device["bundles"] if row["latency_p50_ms"]]
+    assert "<summary>Every phase</summary>" in page
+    for row in timed:
+        assert row["start_ms"]["value"] > row["import_ms"] + row["load_ms"] + row["first_inference_ms"]
+        assert row["end_to_end_ms"]["value"] > row["prepare_ms"] > 0 and row["memory_growth_bytes"] > 0
+        assert words.executed(row) in page
+
+
+def test_how_a_row_was_timed_in_words() -> None:
+    row = {"warm_up_settled": False, "stable": False, "slowed_after_seconds": 90.0, "cpus": [2, 3], "executed": None}
+    assert words.timing_remarks(row) == "; warm-up did not settle; UNSTABLE; slower by 5 % after 90 s of a long run"
+    assert words.timing_remarks({"warm_up_settled": None, "stable": None, "slowed_after_seconds": None}) == ""
+    assert (words.cpus(row), words.executed(row)) == ("2, 3", "unavailable")
+    assert words.executed({"executed": {"int8": 3, "float32": 1}}) == "1 in float32, 3 in int8"
+    p50 = {"value": 1.0, "low": None, "high": None, "n": 2}
+    assert (words.percentile(None, p50), words.percentile(None, None)) == ("n too small", words.NOTHING)
+    assert words.threads_sentence({"threads": [0]}).startswith("a thread on every core")
+    assert words.threads_sentence({"threads": [1, 2]}).startswith("the threads in each row's name")
+    told = {"cold_starts": 3, "page_cache": "dropped"}
+    assert words.starts(told) == "3 (few) that did nothing else, the bundle's files on the disk"
