@@ -55,6 +55,13 @@ def mounted(source: Path | str, at: Path, *options: str) -> Iterator[Path]:
         subprocess.run(["umount", str(at)], check=True)
 
 
+def start(bundle: Path, disk: Path) -> subprocess.Popen[bytes]:
+    """Deploy, from the moment that this returns."""
+    deploying = subprocess.Popen([sys.executable, "-c", DEPLOYING, str(bundle), str(disk)], stdout=subprocess.PIPE)
+    assert deploying.stdout is not None and deploying.stdout.readline() == b"begun\n"
+    return deploying
+
+
 @pytest.fixture
 def bundles(packed: Bundle, tmp_path: Path) -> tuple[Path, Path]:
     """Two bundles that differ in what their manifests say of when they were made."""
@@ -78,9 +85,10 @@ def test_power_is_cut_at_any_moment(bundles: tuple[Path, Path], tmp_path: Path) 
                 [sys.executable, "-c", DEPLOYING, str(bundle), str(disk)], check=True, stdout=subprocess.PIPE
             )
         shutil.rmtree(disk / "store" / names[1])
-        begun = time.monotonic()
-        subprocess.run([sys.executable, "-c", DEPLOYING, str(new), str(disk)], check=True, stdout=subprocess.PIPE)
-        seconds = time.monotonic() - begun
+        with start(new, disk) as deploying:
+            begun = time.monotonic()
+            assert deploying.wait() == 0
+            seconds = time.monotonic() - begun
         store.rollback(disk)
         shutil.rmtree(disk / "store" / names[1])
     moments, seen = random.Random(0), set()
@@ -88,10 +96,9 @@ def test_power_is_cut_at_any_moment(bundles: tuple[Path, Path], tmp_path: Path) 
         cut = tmp_path / f"{at}.img"
         shutil.copyfile(image, cut)
         with mounted(cut, disk, "-o", "loop"):
-            deploying = subprocess.Popen([sys.executable, "-c", DEPLOYING, str(new), str(disk)], stdout=subprocess.PIPE)
-            assert deploying.stdout is not None and deploying.stdout.readline() == b"begun\n"
+            deploying = start(new, disk)
             # The last two come after the end: what was told to be live is live.
-            time.sleep(moments.uniform(0, seconds))
+            time.sleep((at + moments.random()) / (CUTS - 2) * seconds if at else 0)
             if at >= CUTS - 2:
                 assert deploying.wait(60) == 0
             folder = os.open(disk, os.O_RDONLY)
