@@ -41,6 +41,8 @@ def examine_target(target: str, device: Device) -> TargetState:
     cure = "" if makes else f"pip install 'kdpipe[{target}]'"
     if makes and run:
         cure = "run its bundle on a device that has " + " and ".join(run)
+        if device.name != "local" and target != "tensorrt":  # which comes with a Jetson's own system
+            cure = f"kdpipe devices prepare {device.name} --runtime {target}"
     missing = tuple(dict.fromkeys([*export, *int8, *run]))
     return TargetState(target, not export, not int8, not run, missing, cure)
 

@@ -92,7 +92,7 @@ def _complete(kind: type[BaseModel], values: dict[str, Any], /, **more: Any) -> 
 
 def _parameter(name: str, path: tuple[str, ...], info: FieldInfo) -> inspect.Parameter:
     default = None if info.default is PydanticUndefined else info.default
-    shown = "none" if default is None else str(default)
+    shown = "none" if default is None else ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
     option = typer.Option(
         "--" + ".".join(path).replace("_", "-"),
         help=f"{info.description or ''}; " + ("required" if info.is_required() else f"default {shown}"),

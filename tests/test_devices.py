@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,19 @@ def test_what_cannot_be_described_is_not_written(of_user: Path) -> None:
     assert_one_line(kdpipe("devices", "add", "null", "ssh", "pi"), 2, "there by itself")
     assert_one_line(kdpipe("devices", "add", "a b", "ssh", "pi"), 2, "'name'")
     assert not of_user.exists()
+
+
+def test_doctor_says_how_a_device_gets_a_runtime(of_user: Path, workdir: Path, tmp_path: Path) -> None:
+    """This machine's Python as a device that has numpy and nothing else."""
+    import numpy
+
+    packages = Path(numpy.__file__).parents[1]
+    (tmp_path / "site").mkdir()
+    for path in packages.glob("numpy*"):
+        (tmp_path / "site" / path.name).symlink_to(path)
+    python = f"env PYTHONPATH={tmp_path / 'site'} {sys.executable} -S"
+    (workdir / book.FILE).write_text(yaml.safe_dump({"board": {"kind": "local", "python": python}}))
+    found = json.loads(kdpipe("doctor", "--device", "board", "--json").stdout)
+    cures = {state["target"]: state["cure"] for state in found["targets"]}
+    assert cures["tflite"] == "kdpipe devices prepare board --runtime tflite"
+    assert "kdpipe devices" not in cures["tensorrt"]
