@@ -39,7 +39,7 @@ CLEAN = {name: value for name, value in os.environ.items() if not name.startswit
 
 
 def ask(kind: type[R], folder: Path, bundle: Bundle, images: Path, *more: str) -> R:
-    what = {Samples: "measure", FreshStart: "start"}[kind]  # type: ignore[index]
+    what = {Samples: "measure", FreshStart: "start"}[kind]
     command = [sys.executable, "-m", "runtime", what, str(bundle.path), "--images", str(images), "--threads", "1"]
     done = subprocess.run([*command, *more], cwd=folder, env=CLEAN, capture_output=True, check=True)
     return read_answer(kind, done.stdout)

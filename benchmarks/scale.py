@@ -167,10 +167,15 @@ def stage_bundle(_root: Path, artifacts: Path) -> None:
 
 def stage_bench(root: Path, artifacts: Path) -> None:
     """The accuracy of one bundle on all test images, by the runner, in a process of its own."""
+    from kdpipe.core.config import BenchPlan
     from kdpipe.core.kinds import Bundle
     from kdpipe.data.dataset import load_labels
-    from kdpipe.devices import bench, find_device
+    from kdpipe.devices import find_device
     from kdpipe.devices import opened as device_opened
+    from kdpipe.devices.accuracy import Asked, ask, gather, push
+    from kdpipe.devices.journal import Journal
+    from kdpipe.devices.session import bench_config
+    from kdpipe.devices.talk import Talk
     from kdpipe.runtime.task import TASKS
 
     bundle, everything = Bundle.open(root.parent.parent / "bundle" / "bundle"), opened(artifacts)
@@ -178,13 +183,15 @@ def stage_bench(root: Path, artifacts: Path) -> None:
         tempfile.TemporaryDirectory(dir=artifacts) as name,
         device_opened(find_device("local"), Path(name)) as device,
     ):
-        scratch = Path(name)
-        images = bench._push_inputs(device, {"one": bundle}, everything, scratch, scratch)
-        outputs = scratch / "outputs.npy"
-        device.predict("one", images["one"], outputs, 3600)
+        scratch, config = Path(name), bench_config(BenchPlan(), "local")
+        talk = Talk(lambda _steps, _detail: None)
+        asked = Asked(device, {"one": bundle}, everything, Journal(scratch), scratch, talk, config)
+        push(asked)
+        ask(asked)
+        outputs = gather(asked, "one", scratch / "outputs.npy")
         labels = load_labels(everything.samples("test"), bundle.facts.input.model_dump())
         task = TASKS[bundle.facts.task]
-        print(task.summary(task.scores(np.load(outputs), labels)))
+        print(task.summary(task.scores(outputs, labels)))
 
 
 RUNS: dict[str, Callable[[Path, Path], None]] = {

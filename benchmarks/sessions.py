@@ -123,7 +123,7 @@ def run(
 
 def verdict(facts: MeasurementFacts) -> dict[str, Any]:
     """What a session says of its pair, and what else ran."""
-    (compared,) = facts.comparisons or [None]
+    compared = next(iter(facts.comparisons), None)
     rows = [facts.results[name] for name in ("a", "b")]
     seen = [row.conditions.others_cores for row in rows if row.conditions is not None]
     known = [float(each) for each in seen if each != "unavailable"]
