@@ -15,10 +15,11 @@ from conftest import flip_a_byte, rewrite_manifest
 from kdpipe.core.artifact import MANIFEST, Order, drafting
 from kdpipe.core.config import PackageConfig
 from kdpipe.core.errors import UserError
-from kdpipe.core.kinds import Model, Report, ReportFacts
+from kdpipe.core.kinds import DeviceReport, Model, Report, ReportFacts
 
 CONFIG = PackageConfig()
-FACTS = ReportFacts(trust="trusted", bundles=3, pareto=[["a"]], gains=[])
+DEVICE = DeviceReport(device="local", trust="trusted", sessions=1, bundles=3, pareto=[["a"]])
+FACTS = ReportFacts(devices=[DEVICE], gains=[])
 
 
 def seal(out: Path, text: str = "weights") -> Report:
