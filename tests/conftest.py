@@ -238,6 +238,12 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "kdpipe", *map(str, arguments)]
 
 
+def interruptible(arguments: list[str]) -> list[str]:
+    """The command, so that it hears Ctrl-C: a shell's background jobs, these tests among them perhaps, ignore it."""
+    code = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    return [sys.executable, "-c", code, *arguments]
+
+
 def kdpipe(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run the command line in this process (importing torch anew for every call takes seconds)."""
     stdout, stderr = io.StringIO(), io.StringIO()

@@ -20,6 +20,7 @@ from conftest import (
     assert_one_line,
     command,
     flip_a_byte,
+    interruptible,
     kdpipe,
     kdpipe_process,
     rewrite_manifest,
@@ -439,7 +440,7 @@ def test_interrupt_in_any_stage(made: Made, tmp_path: Path, stage: str) -> None:
     before = [step.path for step in made.chain.steps[: [step.name for step in made.chain.steps].index(stage)]]
     for path in before:
         shutil.copytree(path, artifacts / path.name)
-    arguments = command("run", recipe(tmp_path), "--artifacts", artifacts)
+    arguments = interruptible(command("run", recipe(tmp_path), "--artifacts", artifacts))
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     if before:
         wait_for(process, before[-1].name)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import SMALL_RECIPE, Made, assert_one_line, command, kdpipe
+from conftest import SMALL_RECIPE, Made, assert_one_line, command, interruptible, kdpipe
 
 from kdpipe.chain import Chain
 from kdpipe.core import progress
@@ -258,7 +258,7 @@ def test_an_interrupt_ends_what_all_devices_do(made: Made, cut: Path, tmp_path: 
     (tmp_path / "config" / "kdpipe" / "devices.yaml").write_text("second: {kind: local}")
     path = shutil.copytree(made.bundles[NAMES[0]].path, tmp_path / NAMES[0])
     options = ["--rounds", 2, "--seconds", 300, "--warm-up-seconds", 0.1, "--images", 8, "--cold-starts", 0]
-    call = command("bench", path, "--data", made.dataset.path, "--device", "local,second", *options)
+    call = interruptible(command("bench", path, "--data", made.dataset.path, "--device", "local,second", *options))
     process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         end = time.monotonic() + 120
