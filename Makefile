@@ -38,7 +38,7 @@ else
 	$(BIN)/pytest -m "not lab" $(addprefix --ignore=,$(TRAIN))
 endif
 
-# What needs packages of the system, or fuzzing that takes minutes.
+# What needs packages of the system, and what takes minutes: fuzzing, the demo.
 lab: install
 	$(BIN)/pytest -m lab $(TESTS)
 

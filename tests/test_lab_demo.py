@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import kdpipe, kdpipe_process
 
+pytestmark = pytest.mark.lab  # for its minutes
+
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
