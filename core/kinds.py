@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator
 
 from .artifact import EVIDENCE, Artifact, Provenance, Record, find_ancestors
 from .config import AdoptConfig, BenchConfig, CacheConfig, TrainConfig
@@ -753,6 +753,13 @@ class MeasurementFacts(Record):
     comparisons: list[Comparison]
     order_seed: int
     pauses_seconds: list[float]
+
+    @field_validator("results")
+    @classmethod
+    def _every_latency_is_judged(cls, results: dict[str, Result]) -> dict[str, Result]:
+        if any(result.latency_p50_ms is not None and result.trust is None for result in results.values()):
+            raise ValueError("a latency without a word on its trust")
+        return results
 
     @property
     def untrusted(self) -> dict[str, Trust]:
