@@ -24,7 +24,7 @@ import kdpipe.distill.train
 from kdpipe import distill, pipeline
 from kdpipe.chain import Chain, cache_order, train_order
 from kdpipe.cli import main
-from kdpipe.core import sealed
+from kdpipe.core import progress, sealed
 from kdpipe.core.artifact import MANIFEST, Order
 from kdpipe.core.config import CacheConfig, ExportConfig, QuantizeConfig, Recipe, TrainConfig, validated
 from kdpipe.core.inputs import InputSpec
@@ -236,6 +236,17 @@ def system_command(name: str) -> str:
 
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "kdpipe", *map(str, arguments)]
+
+
+@contextlib.contextmanager
+def listening(listener: progress.Listener) -> Iterator[None]:
+    """Hear what is told of progress meanwhile, in place of whoever heard it before."""
+    before = progress._listener
+    progress.listen(listener)
+    try:
+        yield
+    finally:
+        progress.listen(before)
 
 
 def interruptible(arguments: list[str]) -> list[str]:

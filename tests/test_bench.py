@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import io
 import json
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Made, replace_file
+from conftest import Made, listening, replace_file
 
 from kdpipe.core import progress
 from kdpipe.core.artifact import Order
@@ -455,16 +454,6 @@ class Breaker(Told):
         super().note(text)
         if self.mends in text:
             self.model.write_bytes(self.whole)
-
-
-@contextlib.contextmanager
-def listening(listener: progress.Listener):
-    before = progress._listener
-    progress.listen(listener)
-    try:
-        yield
-    finally:
-        progress.listen(before)
 
 
 def test_a_process_that_fails_once_is_started_again(made: Made, tmp_path: Path) -> None:

@@ -65,7 +65,8 @@ def test_the_kit_is_of_a_real_image(bundles: dict[str, Bundle], trained: Trained
     size = sum(path.stat().st_size for path in kit.iterdir())
     assert size < 3 * values.size + 16_000
     other = bundles["onnxruntime-float32"].path / bundle.CONFORMANCE
-    assert (np.fromfile(other / "input.bin", np.uint8).reshape(values.transpose(0, 3, 1, 2).shape) == values.transpose(0, 3, 1, 2)).all()  # fmt: skip  # noqa: E501
+    turned = values.transpose(0, 3, 1, 2)
+    assert np.array_equal(np.fromfile(other / "input.bin", np.uint8).reshape(turned.shape), turned)
 
 
 # ---- C++ -----------------------------------------------------------------------------------------------------

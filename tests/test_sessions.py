@@ -11,13 +11,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from conftest import SMALL_RECIPE, Made, assert_one_line, command, interruptible, kdpipe
+from conftest import SMALL_RECIPE, Made, assert_one_line, command, interruptible, kdpipe, listening
 
 from kdpipe.chain import Chain
 from kdpipe.core import progress
@@ -110,16 +110,6 @@ class Scissors(progress.Silence):
 
     def note(self, text: str) -> None:
         self.notes.append(text)
-
-
-@contextlib.contextmanager
-def listening(listener: progress.Listener) -> Iterator[None]:
-    before = progress._listener
-    progress.listen(listener)
-    try:
-        yield
-    finally:
-        progress.listen(before)
 
 
 def bundles_of(made: Made) -> dict[str, Bundle]:
