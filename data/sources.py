@@ -26,14 +26,15 @@ class Split(NamedTuple):
 
     names: np.ndarray  # of the files below the root, bytes [N]
     labels: np.ndarray  # int32 [N]
+    digests: np.ndarray  # of their contents, uint64 [N]; 0 where nobody has asked
 
     @classmethod
-    def of(cls, names: Sequence[bytes], labels: Sequence[int] | np.ndarray) -> Split:
-        return cls(np.array(names, bytes), np.asarray(labels, np.int32))
+    def of(cls, names: Sequence[bytes] | np.ndarray, labels: Sequence[int] | np.ndarray) -> Split:
+        return cls(np.array(names, bytes), np.asarray(labels, np.int32), np.zeros(len(names), np.uint64))
 
     def at(self, positions: np.ndarray) -> Split:
-        """Those at ``positions`` [M]."""
-        return Split(self.names[positions], self.labels[positions])
+        """Those at ``positions`` [M], or where a mask [N] is true."""
+        return Split(self.names[positions], self.labels[positions], self.digests[positions])
 
 
 def digits(draft: Draft[Dataset], config: DataPlan) -> tuple[None, list[str], dict[str, Split]]:
@@ -153,7 +154,7 @@ def folder(config: DataPlan, others: Others) -> tuple[Path, list[str], dict[str,
         if not any(map(len, found)):
             raise UserError(f"no images in {place}: wanted .jpg, .png or other images in its class folders")
         counts = [len(names) for names in found]
-        splits[split] = Split(np.concatenate(found), np.repeat(np.arange(len(classes), dtype=np.int32), counts))
+        splits[split] = Split.of(np.concatenate(found), np.repeat(np.arange(len(classes), dtype=np.int32), counts))
     return root, classes, splits
 
 
