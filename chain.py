@@ -207,8 +207,8 @@ class Chain:
             return
         if plan.skip_broken and survey.check != "all":
             raise UserError(
-                f"{dataset.path} was made with data.check {survey.check}, so that broken images may be in it: remove it, "
-                "and the same command makes it anew"
+                f"{dataset.path} was made with data.check {survey.check}, so that broken images may be in it: "
+                "remove it, and the same command makes it anew"
             )
         if not self.steps[-1].sealed_before:
             for line in findings(survey, dataset.classes):

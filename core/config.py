@@ -86,7 +86,7 @@ class DataPlan(Config):
         "all", exclude=True, description="which images are decoded beforehand, so that a broken one is named early"
     )
     skip_broken: bool = Field(
-        False, exclude=True, description="leave images out that cannot be read, named, instead of refusing them"
+        False, exclude=True, description="leave images out that cannot be read, instead of refusing them all"
     )
     duplicates: Literal["drop", "refuse", "allow"] = Field(
         "drop",

@@ -24,19 +24,20 @@ class Others:
     # Names of images that are none, such as links to nowhere, and why; the first of them, and how many there are.
     missing: list[tuple[bytes, str]] = field(default_factory=list)
     missing_count: int = 0
+    folder: bytes = b""  # that names are told with
 
     def add(self, kind: str, name: bytes) -> None:
         """Count something of this kind."""
         if kind not in self.counts and len(self.counts) >= MOST_KINDS:
             kind = "others"
         self.counts[kind] = self.counts.get(kind, 0) + 1
-        self.examples.setdefault(kind, printable(os.fsdecode(name), 200))
+        self.examples.setdefault(kind, printable(os.fsdecode(self.folder + name), 300))
 
     def add_missing(self, name: bytes, reason: str) -> None:
         """Count what has the name of an image and is no file."""
         self.missing_count += 1
         if len(self.missing) < MOST_NAMED:
-            self.missing.append((name, reason))
+            self.missing.append((self.folder + name, reason))
 
 
 def list_images(folder: Path, others: Others | None = None, below: bytes = b"") -> Iterator[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def prepare(
         _check_classes(config, parts["train"], whole, classes, may_be_empty)
         if config.unlabeled is not None:
             roots["unlabeled"] = config.unlabeled.absolute()
+            others.folder = os.fsencode(roots["unlabeled"]) + b"/"
             parts["unlabeled"] = _unlabeled(roots["unlabeled"], others)
 
         copied, copies, dropped = Together(parts, classes), None, 0
@@ -91,7 +93,7 @@ def prepare(
             checked = {part: samples[part] for part in parts if part not in in_copies}
             examine(checked, looks, config.check, config.seed, quick=HELD_OUT if held_out_later else ())
         facts = [_write_copies(draft, part, samples[part], records[part], config, looks[part]) for part in in_copies]
-        broken, left_out = _broken(parts, looks, others)
+        broken, left_out = _broken(parts, roots, looks, others)
         if left_out and not config.skip_broken:
             raise _unreadable(broken, left_out, source if root is not None else draft.path)
         for part, found in looks.items():
@@ -205,12 +207,16 @@ def _write_copies(
     return facts
 
 
-def _broken(parts: Mapping[Part, Split], looks: Mapping[Part, Looks], others: Others) -> tuple[list[Broken], int]:
+def _broken(
+    parts: Mapping[Part, Split], roots: Mapping[Part, Path], looks: Mapping[Part, Looks], others: Others
+) -> tuple[list[Broken], int]:
     """The first of the images that cannot be read, and how many there are."""
-    missing = [Broken(image=file_name(name), reason=reason) for name, reason in others.missing]
-    faults = [(parts[part].names[at], fault) for part, seen in looks.items() for at, fault in seen.faults.items()]
-    unread = [Broken(image=file_name(name), reason=fault) for name, fault in faults[:MOST_NAMED]]
-    return (unread + missing)[:MOST_NAMED], len(faults) + others.missing_count
+    faults = []
+    for part, seen in looks.items():
+        folder = os.fsencode(roots[part]) + b"/" if part == "unlabeled" else b""  # lies elsewhere than the others
+        faults += [(folder + parts[part].names[at], fault) for at, fault in seen.faults.items()]
+    first = [*faults, *others.missing][:MOST_NAMED]
+    return [Broken(image=file_name(name), reason=why) for name, why in first], len(faults) + others.missing_count
 
 
 def _unreadable(broken: Sequence[Broken], count: int, root: Path) -> UserError:
