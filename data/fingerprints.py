@@ -33,7 +33,8 @@ class Fingerprint:
     sha256: str  # over the names and contents of all images
     images: int
     sample: tuple[Path, ...]  # some of them, the same whenever the contents are
-    digests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64), repr=False, compare=False)  # see below
+    # Of the images that are not empty, as ``digests`` has them.
+    digests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64), repr=False, compare=False)
 
 
 def fingerprint_folder(folder: Path, memory: Path | None = None, names: Iterable[bytes] | None = None) -> Fingerprint:
@@ -58,20 +59,22 @@ def fingerprint_folder(folder: Path, memory: Path | None = None, names: Iterable
             heapq.heappush(smallest, place)
         elif place > smallest[0]:
             heapq.heapreplace(smallest, place)
-        beginnings.append(beginning)
+        if row.size_bytes:
+            beginnings.append(beginning)
         images += 1
     sample = tuple(folder / os.fsdecode(name) for _, name in sorted(smallest, reverse=True))
     return Fingerprint(total.hexdigest(), images, sample, np.array(beginnings, np.uint64))
 
 
 def digests(folder: Path, names: Iterable[bytes], memory: Path | None = None) -> np.ndarray:
-    """The first 64 bits of the hash of each file's contents, uint64 [N]: equal where files are; 0 for no file.
+    """The first 64 bits of the hash of each file's contents, uint64 [N]: equal where they are; 0 where there are none.
 
     Args:
         memory: as ``fingerprint_folder``.
     """
     rows = _rows(folder, names, memory, f"comparing images of {folder}")
-    return np.fromiter((0 if row is None else int.from_bytes(row.sha256[:8], "big") for row in rows), np.uint64)
+    found = (int.from_bytes(row.sha256[:8], "big") if row is not None and row.size_bytes else 0 for row in rows)
+    return np.fromiter(found, np.uint64)
 
 
 def _rows(folder: Path, names: Iterable[bytes], memory: Path | None, what: str) -> Iterator[Row | None]:

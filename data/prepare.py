@@ -154,15 +154,17 @@ def _check_classes(config: DataConfig, train: Split, whole: Split, classes: Sequ
         *([f"test (data.test_fraction {config.test_fraction:g})"] if config.test_split is None else []),
         *([f"validation (data.val_fraction {config.val_fraction:g})"] if config.val_fraction else []),
     ]
+    many = "1 training image" if before == 1 else f"{before} training images"
     if before <= len(cuts):
-        many = "1 training image" if before == 1 else f"{before} training images"
+        take = "takes one" if len(cuts) == 1 else "take one each"
+        cure = ", or set data.val_fraction to 0" if config.val_fraction else ""
         raise UserError(
-            f"class '{name}' has {many}, and {' and '.join(cuts)} each take one of every class: wanted at least "
-            f"{len(cuts) + 1}; add some, remove the class, or set data.val_fraction to 0"
+            f"class '{name}' has {many}, of which {' and '.join(cuts)} {take}: wanted at least {len(cuts) + 1}; "
+            f"add some or remove the class{cure}"
         )
     raise UserError(
-        f"class '{name}' has {before} training images, and none is left: all of them are held out, copies of held-out "
-        "images, or broken; add some, or remove the class"
+        f"class '{name}' has {many}, and none is left: they are held out, copies of held-out images, or broken; "
+        "add some or remove the class"
     )
 
 

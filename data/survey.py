@@ -131,13 +131,13 @@ def findings(survey: Survey, classes: Sequence[str]) -> list[str]:
     for part in HELD_OUT:
         counts = survey.by_class.get(part, ())
         if sum(counts):
-            lacking = [name for name, count, taught in zip(classes, counts, training, strict=True)
-                       if taught and not count]  # fmt: skip
+            pairs = zip(classes, counts, training, strict=True)
+            lacking = [name for name, count, taught in pairs if taught and not count]
             if lacking:
-                lines.append(f"'{part}' has no image of {len(lacking)} classes: {_listed(lacking, len(lacking))}")
+                lines.append(f"'{part}' has no image of {_listed(lacking, len(lacking))}")
     alone = [name for name, count in zip(classes, training, strict=True) if count == 1]
     if alone:
-        lines.append(f"one training image alone: {_listed(alone, len(alone))}")
+        lines.append(f"a single training image: {_listed(alone, len(alone))}")
     if survey.not_read:
         kinds = [f"{each.kind}: {each.count} (such as {each.example})" for each in survey.not_read]
         lines.append("not read: " + "; ".join(kinds))
