@@ -54,6 +54,7 @@ from .core.progress import note, progress
 from .data.copies import are_photographs
 from .data.dataset import Dataset, Fitted, geometry
 from .data.fingerprints import Fingerprint, fingerprint_folder
+from .data.listing import REMEMBERED
 from .data.sources import names_of, usual_splits
 from .data.survey import findings
 from .deploy.bundle import check_known, check_task, try_model
@@ -260,7 +261,7 @@ class Chain:
 
     def _memory(self, source: str) -> Path:
         name = hashlib.sha256(str(Path(source).absolute()).encode()).hexdigest()[:12]
-        return self.folder / ".fingerprints" / f"{name}.sqlite"
+        return self.folder / REMEMBERED / f"{name}.sqlite"
 
     def cache(self, config: CacheConfig, dataset: Dataset, teacher: Checkpoint, out: Path | None = None) -> Cache:
         """What the teacher says of so many views of every image."""

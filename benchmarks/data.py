@@ -3,10 +3,10 @@
     python benchmarks/data.py FOLDER --count 50000 --rounds 4
 
 Makes so many JPEGs of 224 pixels in 100 classes, and a tenth of them, with copies and re-saved images of the test part
-among those to learn from. Each measurement is a process of its own, from its start to its end: `kdpipe data` into a new
-folder (hashes, decoding, perceptual hashes, leaks, report), one loop that opens and decodes every file, and the same loop
-by as many threads as kdpipe has. They take turns, forwards and backwards; the first round warms the page cache and is not
-counted.
+among those to learn from. Each measurement is a process of its own, from its start to its end: `kdpipe data` into a
+new folder (hashes, decoding, perceptual hashes, leaks, report), one loop that opens and decodes every file, and that
+loop by as many threads as kdpipe has. They take turns, forwards and backwards; the first round warms the page cache
+and is not counted.
 """
 
 from __future__ import annotations
@@ -127,8 +127,10 @@ def measure(root: Path, artifacts: Path, rounds: int) -> dict[str, list[tuple[fl
             if name == "data":
                 survey = json.loads(text)["survey"]
                 found = survey["copies_left_out"], survey["look_alikes"]["images"]
-                if found != (LEAKED, LEAKED):
-                    raise RuntimeError(f"wanted {LEAKED} copies and as many that look alike, found {found}")
+                if found[0] != LEAKED or found[1] < LEAKED / 2:
+                    raise RuntimeError(f"wanted {LEAKED} copies and about as many that look alike, found {found}")
+                if not turn:
+                    print(f"{root.name} images: {found[0]} copies and {found[1]} look-alikes of {LEAKED} each found")
             if turn:
                 taken[name].append((seconds, mebibytes))
                 print(f"{root.name} {name:<8} {seconds:7.1f} s {mebibytes:6.0f} MiB", flush=True)

@@ -13,6 +13,7 @@ from .formats import has_suffix, is_marked
 MOST_KINDS = 50  # that are told apart; what comes later is counted together
 MOST_NAMED = 1000  # of what is told by name
 NO_FOLDERS_OF_IMAGES = (b"__MACOSX", b"@eaDir")  # what macOS and Synology put beside images, about them
+REMEMBERED = ".fingerprints"  # lies in a folder of artifacts
 
 
 @dataclass
@@ -32,6 +33,10 @@ class Others:
             kind = "others"
         self.counts[kind] = self.counts.get(kind, 0) + 1
         self.examples.setdefault(kind, printable(os.fsdecode(self.folder + name), 300))
+
+    def words(self) -> str:
+        """What was found, in a few words; empty where nothing was."""
+        return "; ".join(f"{kind}: {count} (such as {self.examples[kind]})" for kind, count in self.counts.items())
 
     def add_missing(self, name: bytes, reason: str) -> None:
         """Count what has the name of an image and is no file."""

@@ -15,7 +15,7 @@ from ..core.config import DataPlan
 from ..core.errors import UserError
 from ..core.proc import first_line
 from ..core.progress import note, track
-from .listing import Others, is_hidden, kind_of, list_images
+from .listing import REMEMBERED, Others, is_hidden, kind_of, list_images
 
 if TYPE_CHECKING:
     from .dataset import Dataset
@@ -80,6 +80,10 @@ def usual_splits(config: DataPlan) -> DataPlan:
 
     train = known(config.train_split)
     test = None if config.test_split is None else known(config.test_split)
+    if test is not None and os.path.normpath(test) == os.path.normpath(train):
+        raise UserError(
+            f"data.train_split and data.test_split are both '{test}': wanted two parts, or data.test_split null"
+        )
     if train == "train" and test in ("val", None) and _holds_classes(root, there):
         note(f"{root} has no parts: its {len(there)} folders are the classes, and test images are cut from them")
         return config.model_copy(update={"train_split": ".", "test_split": None})
@@ -98,7 +102,14 @@ def _holds_classes(root: Path, there: Mapping[str, str]) -> bool:
 
 
 def _folders(place: Path) -> list[str]:
-    return sorted(path.name for path in place.iterdir() if path.is_dir() and not is_hidden(os.fsencode(path.name)))
+    """The folders in ``place`` that may be parts or classes, by name."""
+    there = (path for path in place.iterdir() if path.is_dir() and not is_hidden(os.fsencode(path.name)))
+    return sorted(path.name for path in there if not _holds_artifacts(path))
+
+
+def _holds_artifacts(folder: Path) -> bool:
+    """Whether what kdpipe makes goes there: it may have been started in the folder of the images."""
+    return (folder / REMEMBERED).is_dir()
 
 
 def _wanted_splits(config: DataPlan) -> list[str]:
@@ -152,7 +163,8 @@ def folder(config: DataPlan, others: Others) -> tuple[Path, list[str], dict[str,
         classes = classes or named
         found = [_images_of(place, split, name, others) for name in classes]
         if not any(map(len, found)):
-            raise UserError(f"no images in {place}: wanted .jpg, .png or other images in its class folders")
+            found_there = f", found {others.words()}" if others.counts else ""
+            raise UserError(f"no images in {place}: wanted .jpg, .png or the like in its class folders{found_there}")
         counts = [len(names) for names in found]
         splits[split] = Split.of(np.concatenate(found), np.repeat(np.arange(len(classes), dtype=np.int32), counts))
     return root, classes, splits
@@ -160,14 +172,16 @@ def folder(config: DataPlan, others: Others) -> tuple[Path, list[str], dict[str,
 
 def _tell_others(place: Path, root: Path, parts: list[str] | None, others: Others) -> None:
     """Tell what lies beside the class folders of a part, or beside the parts of a source."""
+    read = set() if parts is None else {Path(part).parts[0] for part in parts}
     with os.scandir(os.fsencode(place)) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            name = os.fsencode(Path(os.fsdecode(entry.path)).relative_to(root))
+            path = Path(os.fsdecode(entry.path))
+            name = os.fsencode(path.relative_to(root))
             if kind_of(entry) != "folder":
                 others.add("files that lie in no class folder", name)
             elif is_hidden(entry.name):
                 others.add("hidden folders", name)
-            elif parts is not None and os.fsdecode(entry.name) not in {Path(part).parts[0] for part in parts}:
+            elif parts is not None and path.name not in read and not _holds_artifacts(path):
                 others.add("folders that no part is read from", name)
 
 

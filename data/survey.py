@@ -81,7 +81,7 @@ def summary(survey: Survey, classes: Sequence[str]) -> list[str]:
     parts = ", ".join(f"{part} {count}" for part, count in counts.items())
     lines = [f"{sum(counts.values())} images of {len(classes)} classes: {parts}"]
     training = survey.by_class["train"]
-    fewest, most = (choose(range(len(training)), key=training.__getitem__) for choose in (min, max))
+    fewest, most = training.index(min(training)), training.index(max(training))
     if training[fewest] == training[most]:
         lines.append(f"{training[most]} training images of each class")
     else:

@@ -525,6 +525,33 @@ def test_a_folder_of_classes_needs_no_parts(tmp_path: Path) -> None:
         prepared(root, tmp_path / "artifacts")
 
 
+def test_artifacts_among_the_images_are_no_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Started in the folder of the images, twice, with the classes right there and in parts."""
+    for root, parts in ((tmp_path / "flat", {".": 5}), (tmp_path / "parts", {"train": 3, "val": 2})):
+        monkeypatch.chdir(filled(root, parts))
+        lines = []
+        for _ in range(2):
+            done = kdpipe("data", ".", "--val-fraction", 0)
+            assert done.returncode == 0, done.stderr
+            assert "not read" not in done.stderr + done.stdout
+            lines.append(done.stdout.splitlines()[-1])
+        assert lines[0] == lines[1] and Dataset.open(lines[0]).classes == ["cat", "dog"]
+
+
+def test_one_part_cannot_be_both(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.train_split and data\.test_split are both 'train'"):
+        prepared(folder, tmp_path / "artifacts", test_split="train")
+
+
+def test_what_was_found_instead_of_images_is_named(folder: Path, tmp_path: Path) -> None:
+    for path in (folder / "val").rglob("*.png"):
+        path.rename(path.with_suffix(".cr2"))
+    with pytest.raises(
+        UserError, match=r"no images in .*val: wanted .*, found \.cr2 files: 4 \(such as val/cat/0.cr2\)"
+    ):
+        prepared(folder, tmp_path / "artifacts")
+
+
 def test_parts_that_are_not_read_are_named(tmp_path: Path) -> None:
     root = filled(tmp_path / "photos", {"train": 3, "val": 2, "test": 2})
     dataset, told = prepared(root, tmp_path / "artifacts")
