@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,9 +25,9 @@ class Together:
         self._splits, self._classes = list(parts.values()), classes
         lengths = [len(split.names) for split in self._splits]
         self._ends = np.cumsum(lengths)
-        self.sides = np.repeat([SIDES[part] for part in parts], lengths)
-        self.labels = np.concatenate([split.labels for split in self._splits])
-        self.digests = np.concatenate([split.digests for split in self._splits])
+        self.sides = np.repeat(np.array([SIDES[part] for part in parts], int), lengths)
+        self.labels = np.concatenate([np.zeros(0, np.int32), *(split.labels for split in self._splits)])
+        self.digests = np.concatenate([np.zeros(0, np.uint64), *(split.digests for split in self._splits)])
 
     def copies(self) -> tuple[Twice, int]:
         """As ``find_copies``."""
@@ -60,6 +61,20 @@ class Together:
         return file_name(split.names[inside]), "" if label == UNLABELED else printable(self._classes[label], 200)
 
 
+class Leaks(NamedTuple):
+    """The images of all parts before copies of held-out ones were left out, and how many were; None: none is twice."""
+
+    images: Together | None
+    left_out: int
+
+
+class Unreadable(NamedTuple):
+    """The first of the images that cannot be read, and how many there are."""
+
+    first: list[Broken]
+    count: int
+
+
 def file_name(name: bytes) -> str:
     """The name of a file below its root as text that can be shown and kept."""
     return printable(os.fsdecode(name), 300)
@@ -67,32 +82,23 @@ def file_name(name: bytes) -> str:
 
 def survey_of(
     config: DataConfig,
-    together: Together,
     parts: Mapping[Part, Split],
+    classes: Sequence[str],
     looks: Mapping[Part, Looks],
     others: Others,
-    classes: Sequence[str],
-    *,
-    broken: Sequence[Broken],
-    left_out: int,
-    copies: tuple[Twice, int] | None,
-    copied: Together,
-    copies_left_out: int,
+    broken: Unreadable,
+    leaks: Leaks,
 ) -> Survey:
-    """What the parts were found to be made of.
-
-    Args:
-        together: the images of ``parts``.
-        copies: what ``copied`` found, before copies of held-out images were left out.
-    """
+    """What the parts were found to be made of."""
+    together = Together(parts, classes)
     seen = np.concatenate([each.rows for each in looks.values()])
     alike = together.look_alikes(seen["hash"])
     hashed = int(np.count_nonzero(seen["hash"]))
     seen = seen[seen["state"] == FINE]
     formats = np.bincount(seen["format"], minlength=len(NAMES) + 1)
     by_count = np.argsort(-formats, kind="stable")
-    shorter, longer = (choose(seen["width"], seen["height"]) for choose in (np.minimum, np.maximum))
-    twice, repeated = copies if copies is not None else (None, 0)
+    before = leaks.images or Together({}, classes)
+    twice, repeated = before.copies()
     return Survey(
         check=config.check,
         seen=len(seen),
@@ -102,17 +108,17 @@ def survey_of(
             if part != "unlabeled"
         },
         formats={(*NAMES, "others")[at]: int(formats[at]) for at in by_count if formats[at]},
-        shorter_side=_range(shorter),
-        longer_side=_range(longer),
+        shorter_side=_range(np.minimum(seen["width"], seen["height"])),
+        longer_side=_range(np.maximum(seen["width"], seen["height"])),
         not_read=tuple(
             NotRead(kind=kind, count=count, example=others.examples[kind]) for kind, count in others.counts.items()
         ),
-        left_out=left_out,
-        broken=tuple(broken),
+        left_out=broken.count,
+        broken=tuple(broken.first),
         duplicates=config.duplicates,
-        copies_left_out=copies_left_out,
-        copies=Twins() if twice is None else copied.in_two_parts(twice),
-        copies_of_two_labels=Twins() if twice is None else copied.under_two_labels(twice),
+        copies_left_out=leaks.left_out,
+        copies=before.in_two_parts(twice),
+        copies_of_two_labels=before.under_two_labels(twice),
         repeated=repeated,
         hashed=hashed,
         look_alikes=together.in_two_parts(alike),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from ..core.errors import UserError
 from .copies import HELD_OUT, write_copies
 from .dataset import UNLABELED, CopyFacts, Dataset, DatasetFacts, Index, Part, Samples, index_records
 from .fingerprints import digests
-from .found import Together, file_name, survey_of
+from .found import Leaks, Together, Unreadable, file_name, survey_of
 from .labels import LABELS
 from .leaks import SIDES
 from .listing import MOST_NAMED, Others, list_images
@@ -22,7 +23,7 @@ from .looks import Looks, examine
 from .sheet import write_sheet
 from .sources import Split, digits, reader
 from .splits import stratified_fraction
-from .survey import Alike, Broken
+from .survey import Broken, counted
 
 LONGEST_LIST = 1200  # characters of a message that names images
 
@@ -50,40 +51,12 @@ def prepare(
     """
     config, others = order.config, Others()
     with drafting(Dataset, order, out) as draft:
-        source = Path(config.source)
-        if config.source == "digits":
-            root, classes, splits = digits(draft, config)
-        elif source.is_dir():
-            root, classes, splits = LABELS[config.task].folder(config, others)
-        else:
-            root, classes, splits = reader(draft, config)
-        whole = splits[config.train_split]
-        if config.test_split is None:
-            learn, test = _cut(whole, config.test_fraction, config.seed)
-        else:
-            learn, test = whole, splits[config.test_split]
-        train, val = _cut(learn, config.val_fraction, config.seed + 1)
-        parts: dict[Part, Split] = {"train": train, "val": val, "test": test}
-        roots: dict[Part, Path] = dict.fromkeys(parts, root or draft.path)
-        may_be_empty = config.classes is not None
-        _check_classes(config, parts["train"], whole, classes, may_be_empty)
-        if config.unlabeled is not None:
-            roots["unlabeled"] = config.unlabeled.absolute()
-            others.folder = os.fsencode(roots["unlabeled"]) + b"/"
-            parts["unlabeled"] = _unlabeled(roots["unlabeled"], others)
-
-        copied, copies, dropped = Together(parts, classes), None, 0
-        if root is None or config.held_out_copies is not None:
-            for part, split in parts.items():
-                place = roots[part]
-                known = None if place == draft.path else memory_of(place)
-                parts[part] = split._replace(digests=digests(place, split.names.tolist(), known))
-            copied = Together(parts, classes)
-            copies = copied.copies()
-            if config.duplicates == "refuse" and copies[0].in_two_parts.any():
-                raise _refused(copied.in_two_parts(copies[0]).pairs[0], int(copies[0].in_two_parts.sum()))
-            if config.duplicates == "drop":
-                parts, dropped = _without_copies(parts)
+        source = _read_source(draft, config, others)
+        classes, roots = source.classes, source.roots
+        _check_classes(config, source.parts["train"], source, may_be_empty=config.classes is not None)
+        parts, leaks = source.parts, Leaks(None, 0)
+        if not source.stays or config.held_out_copies is not None:
+            parts, leaks = _without_copies(config, source, memory_of)
 
         in_copies = tuple(part for part in parts if part not in HELD_OUT and config.copies_side is not None)
         records = {part: _records(split, part in in_copies) for part, split in parts.items()}
@@ -93,23 +66,21 @@ def prepare(
             checked = {part: samples[part] for part in parts if part not in in_copies}
             examine(checked, looks, config.check, config.seed, quick=HELD_OUT if held_out_later else ())
         facts = [_write_copies(draft, part, samples[part], records[part], config, looks[part]) for part in in_copies]
-        broken, left_out = _broken(parts, roots, looks, others)
-        if left_out and not config.skip_broken:
-            raise _unreadable(broken, left_out, source if root is not None else draft.path)
+        broken = _broken(parts, roots, looks, others)
+        if broken.count and not config.skip_broken:
+            raise _unreadable(broken, roots["train"])
         for part, found in looks.items():
             parts[part], records[part] = parts[part].at(found.whole), records[part][found.whole]
             found.rows = found.rows[found.whole]
-        _check_classes(config, parts["train"], whole, classes, may_be_empty)
+        _check_classes(config, parts["train"], source, may_be_empty=config.classes is not None)
+
         for part, rows in records.items():
             np.save(draft.path / Dataset.records_name(part), rows)
         places = {part: None if place == draft.path else str(place) for part, place in roots.items()}
         write_json(
             draft.path / Dataset.INDEX, Index(classes=tuple(classes), roots=dict(places)).model_dump(mode="json")
         )
-        survey = survey_of(
-            config, Together(parts, classes), parts, looks, others, classes,
-            broken=broken, left_out=left_out, copies=copies, copied=copied, copies_left_out=dropped,
-        )  # fmt: skip
+        survey = survey_of(config, parts, classes, looks, others, broken, leaks)
         write_json(draft.path / Dataset.SURVEY, survey.model_dump(mode="json"))
         shown = Samples(config.task, roots["train"], records["train"])
         write_sheet(shown, classes, config.seed, draft.path / Dataset.SHEET)
@@ -123,6 +94,39 @@ def prepare(
     return draft.artifact
 
 
+class Source(NamedTuple):
+    """What a source has: its parts, where their files lie, and what its training split was before it was cut."""
+
+    classes: list[str]
+    parts: dict[Part, Split]
+    roots: dict[Part, Path]
+    whole: Split
+    stays: bool  # a user's folder
+
+
+def _read_source(draft: Draft[Dataset], config: DataConfig, others: Others) -> Source:
+    """Read or list the images of a source, and cut it. Raises UserError."""
+    if config.source == "digits":
+        root, classes, splits = digits(draft, config)
+    elif Path(config.source).is_dir():
+        root, classes, splits = LABELS[config.task].folder(config, others)
+    else:
+        root, classes, splits = reader(draft, config)
+    whole = splits[config.train_split]
+    if config.test_split is None:
+        learn, test = _cut(whole, config.test_fraction, config.seed)
+    else:
+        learn, test = whole, splits[config.test_split]
+    train, val = _cut(learn, config.val_fraction, config.seed + 1)
+    parts: dict[Part, Split] = {"train": train, "val": val, "test": test}
+    roots: dict[Part, Path] = dict.fromkeys(parts, root or draft.path)
+    if config.unlabeled is not None:
+        roots["unlabeled"] = config.unlabeled.absolute()
+        others.folder = os.fsencode(roots["unlabeled"]) + b"/"
+        parts["unlabeled"] = _unlabeled(roots["unlabeled"], others)
+    return Source(classes, parts, roots, whole, stays=root is not None)
+
+
 def _cut(samples: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     """(the rest, a seeded stratified fraction), both in the given order."""
     taken = np.zeros(len(samples.names), bool)
@@ -134,19 +138,16 @@ def _records(split: Split, copied: bool) -> np.ndarray:
     return index_records(split.names, split.labels, copied)
 
 
-def _check_classes(config: DataConfig, train: Split, whole: Split, classes: Sequence[str], may_be_empty: bool) -> None:
-    """See that there is something to learn of every class. Raises UserError.
-
-    Args:
-        whole: the split that ``train`` is what is left of.
-    """
+def _check_classes(config: DataConfig, train: Split, source: Source, may_be_empty: bool) -> None:
+    """See that something to learn of every class is left in ``train``, a part of the source. Raises UserError."""
+    classes = source.classes
     if len(classes) < 2:
         raise UserError(f"wanted at least two classes, found {len(classes)}: {', '.join(classes)}")
     counts = np.bincount(train.labels, minlength=len(classes))
     if counts.all() or (may_be_empty and counts.any()):
         return
     empty = int(np.argmin(counts))
-    before = int(np.bincount(whole.labels, minlength=len(classes))[empty])
+    before = int(np.bincount(source.whole.labels, minlength=len(classes))[empty])
     name = classes[empty]
     if not before:
         raise UserError(f"class '{name}' has no training image: add some, or remove the class")
@@ -178,23 +179,38 @@ def _unlabeled(folder: Path, others: Others) -> Split:
     return Split.of(names, np.full(len(names), UNLABELED, np.int32))
 
 
-def _without_copies(parts: Mapping[Part, Split]) -> tuple[dict[Part, Split], int]:
-    """The parts without images that lie in a part of a later side too, and how many these were. Raises UserError."""
+def _without_copies(
+    config: DataConfig, source: Source, memory_of: Callable[[Path], Path | None]
+) -> tuple[dict[Part, Split], Leaks]:
+    """The parts by content, without images that lie in a part of a later side too, unless these are to stay.
+
+    Raises:
+        UserError: such images, where they are refused; or nothing is left.
+    """
+    parts: dict[Part, Split] = {}
+    for part, split in source.parts.items():
+        place = source.roots[part]
+        memory = memory_of(place) if source.stays or part == "unlabeled" else None
+        parts[part] = split._replace(digests=digests(place, split.names.tolist(), memory))
+    leaks = Leaks(Together(parts, source.classes), 0)
+    if config.duplicates == "allow":
+        return parts, leaks
     left: dict[Part, Split] = {}
     for part, split in parts.items():
         later = [other.digests for name, other in parts.items() if SIDES[name] > SIDES[part]]
         copied = np.isin(split.digests, np.concatenate([*later, np.zeros(0, np.uint64)])) & (split.digests != 0)
         left[part] = split.at(~copied)
-        if copied.all() and part == "unlabeled":
+        if part == "unlabeled" and copied.all():
             raise UserError("data.unlabeled: no images of use, all of them are held out: wanted others, or none")
-    return left, sum(len(split.names) for split in parts.values()) - sum(len(split.names) for split in left.values())
-
-
-def _refused(pair: Alike, count: int) -> UserError:
-    return UserError(
-        f"{count} validation or test images are in another part too, such as {pair.first} and {pair.second}: remove "
-        "one of each, or data.duplicates drop, which leaves those to learn from out"
-    )
+    dropped = sum(len(parts[part].names) - len(left[part].names) for part in parts)
+    if dropped and config.duplicates == "refuse":
+        twice, _ = leaks.images.copies()
+        pair = leaks.images.in_two_parts(twice).pairs[0]
+        raise UserError(
+            f"{counted(dropped)} to learn from found among validation or test images too, such as {pair.first} and "
+            f"{pair.second}: remove one of each, or data.duplicates drop, which leaves those to learn from out"
+        )
+    return left, leaks._replace(left_out=dropped)
 
 
 def _write_copies(
@@ -211,34 +227,33 @@ def _write_copies(
 
 def _broken(
     parts: Mapping[Part, Split], roots: Mapping[Part, Path], looks: Mapping[Part, Looks], others: Others
-) -> tuple[list[Broken], int]:
-    """The first of the images that cannot be read, and how many there are."""
+) -> Unreadable:
+    """Those of all parts that cannot be read."""
     faults = []
     for part, seen in looks.items():
         folder = os.fsencode(roots[part]) + b"/" if part == "unlabeled" else b""  # lies elsewhere than the others
         faults += [(folder + parts[part].names[at], fault) for at, fault in seen.faults.items()]
     first = [*faults, *others.missing][:MOST_NAMED]
-    return [Broken(image=file_name(name), reason=why) for name, why in first], len(faults) + others.missing_count
+    named = [Broken(image=file_name(name), reason=reason) for name, reason in first]
+    return Unreadable(named, len(faults) + others.missing_count)
 
 
-def _unreadable(broken: Sequence[Broken], count: int, root: Path) -> UserError:
+def _unreadable(broken: Unreadable, root: Path) -> UserError:
     """All that cannot be read in one line, as far as a line goes."""
     cure = "with --skip-broken (data.skip_broken: true in a recipe)"
-    if count == 1:
-        [one] = broken
-        return UserError(
-            f"cannot read image {root / one.image} ({one.reason}): replace or remove it, or leave it out {cure}"
-        )
+    if broken.count == 1:
+        one = f"{root / broken.first[0].image} ({broken.first[0].reason})"
+        return UserError(f"cannot read image {one}: replace or remove it, or leave it out {cure}")
     listed: list[str] = []
-    for each in broken:
+    for each in broken.first:
         text = f"{each.image} ({each.reason})"
         if sum(map(len, listed)) + len(text) > LONGEST_LIST:
             break
         listed.append(text)
-    more = f" and {count - len(listed)} more" if count > len(listed) else ""
+    more = f" and {broken.count - len(listed)} more" if broken.count > len(listed) else ""
     return UserError(
-        f"cannot read {count} images below {root}: {', '.join(listed)}{more}: replace or remove them, or leave them "
-        f"out {cure}"
+        f"cannot read {broken.count} images below {root}: {', '.join(listed)}{more}: replace or remove them, or leave "
+        f"them out {cure}"
     )
 
 

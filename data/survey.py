@@ -104,27 +104,27 @@ def findings(survey: Survey, classes: Sequence[str]) -> list[str]:
     lines = []
     if survey.left_out:
         shown = [f"{each.image} ({each.reason})" for each in survey.broken[:NAMED]]
-        lines.append(f"{_images(survey.left_out)} cannot be read, left out: {_listed(shown, survey.left_out)}")
+        lines.append(f"{counted(survey.left_out)} cannot be read, left out: {_listed(shown, survey.left_out)}")
     if survey.copies_left_out:
         lines.append(
-            f"{_images(survey.copies_left_out)} to learn from left out, the same as validation or test images: "
+            f"{counted(survey.copies_left_out)} to learn from left out, the same as validation or test images: "
             f"{_pair(survey.copies)}"
         )
     elif survey.copies.images:
-        lines.append(f"{_images(survey.copies.images)} held out and in another part too: {_pair(survey.copies)}")
+        lines.append(f"{counted(survey.copies.images)} held out and in another part too: {_pair(survey.copies)}")
     if survey.copies_of_two_labels.images:
         lines.append(
-            f"{_images(survey.copies_of_two_labels.images)} under two labels, the same contents: "
+            f"{counted(survey.copies_of_two_labels.images)} under two labels, the same contents: "
             f"{_pair(survey.copies_of_two_labels, labelled=True)}"
         )
     if survey.look_alikes.images:
         lines.append(
-            f"{_images(survey.look_alikes.images)} held out and like one of another part by the looks (judge by eye): "
+            f"{counted(survey.look_alikes.images)} held out and like one of another part by the looks (judge by eye): "
             f"{_pair(survey.look_alikes)}"
         )
     if survey.look_alikes_of_two_labels.images:
         lines.append(
-            f"{_images(survey.look_alikes_of_two_labels.images)} like one of another label by the looks (judge by "
+            f"{counted(survey.look_alikes_of_two_labels.images)} like one of another label by the looks (judge by "
             f"eye): {_pair(survey.look_alikes_of_two_labels, labelled=True)}"
         )
     training = survey.by_class["train"]
@@ -144,7 +144,8 @@ def findings(survey: Survey, classes: Sequence[str]) -> list[str]:
     return lines
 
 
-def _images(count: int) -> str:
+def counted(count: int) -> str:
+    """So many images."""
     return f"{count} image{'s' if count != 1 else ''}"
 
 
