@@ -12,13 +12,13 @@ from .copies import shrunk
 from .dataset import Samples
 from .splits import stratified_order
 
-MOST_CLASSES, EACH = 24, 6
-SIDE, MARGIN, LINE = 96, 6, 16  # pixels
+MOST_CLASSES, EACH, COLUMNS = 24, 6, 2
+SIDE, MARGIN, LINE = 72, 6, 16  # pixels
 GROUND, INK = (246, 247, 249), (28, 33, 39)
 
 
 def write_sheet(samples: Samples, classes: Sequence[str], seed: int, path: Path) -> None:
-    """A JPEG with a row for each class, its name above, as far as there is room: of more classes, some even spread.
+    """A JPEG with a strip for each class, its name above, as far as there is room: of more classes, some even spread.
 
     What cannot be read is left out.
     """
@@ -27,16 +27,17 @@ def write_sheet(samples: Samples, classes: Sequence[str], seed: int, path: Path)
     orders = {int(samples.labels[order[0]]): order for order in stratified_order(samples.labels, seed)}
     there = sorted(orders)
     shown = [there[at] for at in np.unique(np.linspace(0, len(there) - 1, min(MOST_CLASSES, len(there))).astype(int))]
-    row = LINE + SIDE + 2 * MARGIN
-    sheet = Image.new("RGB", (MARGIN + EACH * (SIDE + MARGIN), row * len(shown)), GROUND)
+    width, height = EACH * (SIDE + MARGIN) + MARGIN, LINE + SIDE + 2 * MARGIN
+    sheet = Image.new("RGB", (COLUMNS * width, -(-len(shown) // COLUMNS) * height), GROUND)
     draw = ImageDraw.Draw(sheet)
-    for line, label in enumerate(shown):
+    for strip, label in enumerate(shown):
+        left, top = strip % COLUMNS * width + MARGIN, strip // COLUMNS * height
         # Pillow's own font has no other letters.
-        title = printable(f"{classes[label]} ({len(orders[label])})", 90).encode("latin-1", "replace").decode("latin-1")
-        draw.text((MARGIN, line * row + MARGIN // 2), title, fill=INK)
-        for column, at in enumerate(orders[label][:EACH]):
+        title = printable(f"{classes[label]} ({len(orders[label])})", 70).encode("latin-1", "replace").decode("latin-1")
+        draw.text((left, top + MARGIN // 2), title, fill=INK)
+        for turn, at in enumerate(orders[label][:EACH]):
             picture = shrunk(samples.path(int(at)), SIDE)
             if picture is not None:
-                left = MARGIN + column * (SIDE + MARGIN) + (SIDE - picture.width) // 2
-                sheet.paste(picture, (left, line * row + LINE + MARGIN + (SIDE - picture.height) // 2))
+                middle = (SIDE - picture.width) // 2, (SIDE - picture.height) // 2
+                sheet.paste(picture, (left + turn * (SIDE + MARGIN) + middle[0], top + LINE + MARGIN + middle[1]))
     sheet.save(path, "JPEG", quality=80)

@@ -629,7 +629,7 @@ def test_the_data_report(folder: Path, tmp_path: Path) -> None:
     assert lines[4:-1] == [f"contact sheet: {dataset.path / 'contact-sheet.jpg'}"]
     with Image.open(dataset.path / dataset.SHEET) as sheet:
         sheet.load()
-        assert sheet.format == "JPEG" and sheet.width > 6 * 96 and sheet.height > 2 * 96
+        assert sheet.format == "JPEG" and sheet.width > 12 * 72 and sheet.height > 72
         assert np.asarray(sheet).std() > 20, "there is something on it"
     found = json.loads(
         kdpipe("data", folder, "--val-fraction", 0, "--artifacts", tmp_path / "artifacts", "--json").stdout
