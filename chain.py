@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
+from .core import code
 from .core.artifact import (
     MANIFEST,
     AnyArtifact,
@@ -26,7 +27,10 @@ from .core.artifact import (
     tool_versions,
 )
 from .core.config import (
+    ONNX_MODEL,
     AdoptConfig,
+    AdoptFileConfig,
+    AdoptFilePlan,
     BenchConfig,
     BenchPlan,
     CacheConfig,
@@ -40,6 +44,7 @@ from .core.config import (
     PackageConfig,
     QuantizeConfig,
     QuantizePlan,
+    RandomConfig,
     ReportConfig,
     TeacherPlan,
     TrainConfig,
@@ -51,8 +56,9 @@ from .core.kinds import Bundle, Cache, Checkpoint, Graph, Measurement, Model, Pr
 from .core.proc import end_groups, require
 from .core.progress import note, progress
 from .data.copies import are_photographs
-from .data.dataset import Dataset, Fitted, geometry
+from .data.dataset import RANDOM, Dataset, Fitted, geometry
 from .data.fingerprints import Fingerprint, fingerprint_folder
+from .deploy import strange
 from .deploy.bundle import check_known, check_task, try_model
 from .runtime.preprocess import DECODING
 from .runtime.task import TASKS
@@ -62,6 +68,7 @@ if TYPE_CHECKING:
     from .report.pooled import Pooled
 
 A = TypeVar("A", bound=AnyArtifact)
+S = TypeVar("S", bound=ModelSettings)
 PRECISIONS = ".precisions"  # what train.precision auto took, so that a network and its controls take one
 TRAIN_NEEDS = ("torch", "torchvision", "timm", "safetensors")
 SMALLEST_SIDE, USUAL_SIDE = 256, 512  # pixels: of copies for small networks; of those for networks not known yet
@@ -83,11 +90,12 @@ class Step:
     seconds: float
     sealed_before: bool
     along_with: str | None = None  # the artifact in whose time this one was made too
+    found: tuple[str, ...] = ()  # of a network: how right it is, in a line or two
 
     def __str__(self) -> str:
-        """What it made, how long it took or that it was there already."""
+        """What it made, how long it took or that it was there already; below it what was found."""
         cost = "sealed" if self.sealed_before else "in that" if self.along_with else f"{self.seconds:.1f} s"
-        return f"{self.name:<28} {cost:>8}  {self.path}"
+        return "\n    ".join((f"{self.name:<28} {cost:>8}  {self.path}", *self.found))
 
 
 class Chain:
@@ -98,14 +106,21 @@ class Chain:
     command, of the same name and configuration; each takes and returns artifacts, and raises what its stage raises.
     """
 
-    def __init__(self, folder: Path | str, tell: Callable[[Step], object] = lambda _: None) -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        tell: Callable[[Step], object] = lambda _: None,
+        allow_code: Iterable[str] = (),
+    ) -> None:
         """Take a folder, which is made when something is first written.
 
         Args:
-            tell: called after each step; ``print`` shows a line a step.
+            tell: called after each step; ``print`` shows a line or two a step.
+            allow_code: what may be run of your own code to make networks, each as ``package.module:factory``.
         """
         self.folder = Path(folder)
         self.tell = tell
+        self.allow_code = tuple(allow_code)
         self.steps: list[Step] = []
         # Called once, before the first step that is not sealed: mistakes are told before any work.
         self.check: Callable[[], None] = lambda: None
@@ -140,11 +155,13 @@ class Chain:
                 raise UserError(f"{path} was made from other settings or inputs: choose another --out")
         else:
             check, self.check = self.check, lambda: None
-            with progress(name, 1):  # seen while libraries are being imported
+            # The bar is seen while libraries are being imported.
+            with progress(name, 1), code.allowing(self.allow_code):
                 check()
                 artifact, sealed = make(path), False
         along_with = (companions or {}).get(path) if sealed else None
-        self.steps.append(Step(name, path, time.monotonic() - begun, sealed and along_with is None, along_with))
+        seconds = time.monotonic() - begun
+        self.steps.append(Step(name, path, seconds, sealed and along_with is None, along_with, found_of(artifact)))
         self.tell(self.steps[-1])
         return artifact
 
@@ -276,6 +293,7 @@ class Chain:
         cache: Cache | None = None,
     ) -> Checkpoint:
         """A network under this name; with ``cache`` from that one, which lies elsewhere than among the artifacts."""
+        config = with_code(config)
         order = train_order(config, dataset, teacher, cache)
 
         def make(path: Path) -> Checkpoint:
@@ -293,7 +311,7 @@ class Chain:
     ) -> dict[str, Checkpoint]:
         """Every run by name; with ``together`` those that see the same views are trained side by side."""
         made: dict[Path, str] = {}  # by whose step
-        orders = {name: train_order(config, dataset, teacher) for name, config in configs.items()}
+        orders = {name: train_order(with_code(config), dataset, teacher) for name, config in configs.items()}
         paths = {self.path(name, order): order for name, order in orders.items()}
         missing = {path: order for path, order in paths.items() if not path.exists()}
 
@@ -310,26 +328,35 @@ class Chain:
 
         return {name: self.step(name, Checkpoint, order, make, companions=made) for name, order in orders.items()}
 
-    def teacher(self, plan: TeacherPlan, dataset: Dataset, out: Path | None = None) -> Checkpoint:
+    def teacher(
+        self, plan: TeacherPlan, dataset: Dataset, out: Path | None = None, name: str = "teacher"
+    ) -> Checkpoint:
         """The user's weights, timm's, or a network trained here on all training images."""
         if plan.is_trained:
             return self.train("teacher", TrainConfig.of(plan, method="labels"), dataset, None, out)
         if plan.checkpoint is not None and not plan.checkpoint.is_file():
-            raise UserError(f"teacher.checkpoint: no file at {plan.checkpoint}: wanted .safetensors or .pth")
+            raise UserError(f"teacher.checkpoint: no file at {plan.checkpoint}: wanted .safetensors, .pth or .onnx")
+        if plan.checkpoint is not None and (plan.model == ONNX_MODEL) != (plan.checkpoint.suffix == ".onnx"):
+            raise UserError(
+                f"teacher.checkpoint: {plan.checkpoint} with model '{plan.model}': a network that is an .onnx file "
+                "is model '{ONNX_MODEL}', of any other the model says what makes it"
+            )
         sha256 = sha256_file(plan.checkpoint) if plan.checkpoint else None
         if plan.checkpoint_sha256 not in (None, sha256):
             raise UserError(
                 f"teacher.checkpoint: {plan.checkpoint} has sha256 {sha256}, wanted {plan.checkpoint_sha256}"
             )
-        order = Order("adopt", AdoptConfig.of(plan, checkpoint_sha256=sha256), {"data": dataset})
+        order = Order("adopt", AdoptConfig.of(with_code(plan), checkpoint_sha256=sha256), {"data": dataset})
 
         def make(path: Path) -> Checkpoint:
             require("reading weights", TRAIN_NEEDS, "train")
+            if plan.model == ONNX_MODEL:
+                require("an ONNX file as the teacher", ("onnx", "onnxruntime"), "onnxruntime")
             from .distill.train import adopt
 
             return adopt(order, self.shown(dataset, plan), path)
 
-        return self.step("teacher", Checkpoint, order, make, out)
+        return self.step(name, Checkpoint, order, make, out)
 
     def graph(self, config: GraphConfig, student: Checkpoint, dataset: Dataset) -> Graph:
         """The student as ONNX, made once for every target that starts from it."""
@@ -351,8 +378,71 @@ class Chain:
 
         if config.target not in TARGETS:
             raise choice("target", config.target, TARGETS)
+        if student.settings["model"] == ONNX_MODEL:
+            raise UserError(f"{student.path} is an ONNX file as it came, and only teaches: see kdpipe adopt")
         from_graph = TARGETS[config.target].source is Graph
-        source = self.graph(config, student, dataset) if from_graph else student
+        return self._export(config, self.graph(config, student, dataset) if from_graph else student, dataset, out)
+
+    def adopt(self, plan: AdoptFilePlan, file: Path, dataset: Dataset, out: Path | None = None) -> Model:
+        """Somebody's ONNX file for one target, in float32: a graph that takes raw colours, like any other from then on.
+
+        Raises:
+            UserError: what is no float32 ONNX of one image, cannot be run, or is of other classes than the data's.
+            GateFailed: the graph or the target's file computes something else.
+        """
+        from .export import TARGETS
+
+        if plan.target not in TARGETS:
+            raise choice("target", plan.target, TARGETS)
+        if TARGETS[plan.target].source is not Graph:
+            able = ", ".join(name for name, target in TARGETS.items() if target.source is Graph)
+            raise UserError(f"target '{plan.target}' is made from torch, not from ONNX: wanted {able}")
+        if file.suffix != ".onnx":
+            raise UserError(f"{file}: wanted an .onnx file; other models are measured as they are: kdpipe bench {file}")
+        if not file.is_file():
+            raise UserError(f"no file at {file}: wanted an .onnx file")
+        from .export.adopt import adopt, input_of
+        from .export.onnx import NEEDS
+
+        require("ONNX", NEEDS, "onnxruntime")
+        spec = input_of(file, plan.input)
+        config = AdoptFileConfig.of(plan, sha256={Graph.ONNX: sha256_file(file)}, input=spec)
+        order = Order("adopt", config, {"data": dataset})
+
+        def make(path: Path) -> Graph:
+            with tempfile.TemporaryDirectory() as scratch:  # opened in a process of its own first
+                wrapped = strange.wrap(file, Path(scratch) / "model", spec, dataset)
+                try:
+                    try_model(wrapped)
+                except GateFailed as error:
+                    raise UserError(str(error).replace(str(wrapped.path), str(file))) from None
+            return adopt(order, file, dataset, path)
+
+        return self._export(plan, self.step("graph", Graph, order, make), dataset, out)
+
+    def bare(self, plan: AdoptConfig, classes: int | None, images: int) -> tuple[Checkpoint, Dataset]:
+        """A network as it comes, and random images in place of a data set: only its parity can be told on them.
+
+        Args:
+            classes: its outputs; None for those of its pretrained weights.
+        """
+        require("making networks", TRAIN_NEEDS, "train")
+        from .data.random import random_images
+        from .networks.models import input_spec, pretrained_classes
+
+        size = input_spec(plan).size
+        config = RandomConfig(size=size, images=images, classes=classes or pretrained_classes(plan.model))
+        order = Order("data", config, {})
+        teacher = TeacherPlan.of(plan)
+        if teacher.is_trained:
+            raise UserError(f"'{plan.model}' would have random weights: wanted --pretrained or --checkpoint FILE")
+        dataset = self.step("random", Dataset, order, lambda path: random_images(order, path))
+        return self.teacher(teacher, dataset, name="network"), dataset
+
+    def _export(
+        self, config: ExportConfig, source: Checkpoint | Graph, dataset: Dataset, out: Path | None = None
+    ) -> Model:
+        config = ExportConfig.of(config)
         order = Order("export", config, {source.kind: source, "data": dataset})
 
         def make(path: Path) -> Model:
@@ -727,6 +817,30 @@ def train_order(
     return Order("train", config, inputs)
 
 
+def with_code(config: S) -> S:
+    """``config`` with the hash of the user's file that makes its network, if one does. Raises UserError."""
+    if not code.is_code(config.model):
+        return config
+    sha256 = code.sha256_of(config.model)
+    if config.code_sha256 not in (None, sha256):
+        raise UserError(
+            f"code_sha256: {code.source_file(config.model)} has sha256 {sha256}, wanted {config.code_sha256}"
+        )
+    return config.model_copy(update={"code_sha256": sha256})
+
+
+def found_of(artifact: AnyArtifact) -> tuple[str, ...]:
+    """How right a network is, in words; nothing of other artifacts, nor on random images."""
+    if not isinstance(artifact, (Checkpoint, Graph)) or artifact.facts.task not in TASKS:
+        return ()
+    data = artifact.manifest.inputs.get("data")
+    if data is None or data.facts.get("source") == RANDOM:
+        return ()
+    from .report.words import found_lines
+
+    return tuple(found_lines(artifact.facts, TASKS[artifact.facts.task]))
+
+
 def versions_of(*tools: str) -> dict[str, str]:
     return {name: version for name, version in tool_versions().items() if name in tools}
 
@@ -751,7 +865,16 @@ def dataset_of(artifact: AnyArtifact) -> Dataset:
     found = beside(artifact, Dataset, {wanted[0].key})
     if not found:
         raise UserError(f"no dataset {wanted[0].key[:12]} beside {artifact.path}: name its folder with --data")
-    return with_fitted(next(iter(found.values())))
+    return with_fitted(refuse_random(next(iter(found.values()))))
+
+
+def refuse_random(dataset: Dataset) -> Dataset:
+    """``dataset``, unless it is of random images: they stand in where only parity is told. Raises UserError."""
+    if dataset.facts.source == RANDOM:
+        raise UserError(
+            f"{dataset.path} is of random images, on which nothing can be measured: name a data set with --data"
+        )
+    return dataset
 
 
 def checkpoints_beside(measurement: Measurement) -> dict[str, Checkpoint]:

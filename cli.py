@@ -12,11 +12,12 @@ import typer
 
 from . import __version__
 from .core.config import (
+    AdoptFilePlan,
     BenchPlan,
     CachePlan,
     DataPlan,
     DeviceSettings,
-    ExportConfig,
+    NetworkExportPlan,
     PackageConfig,
     QuantizeConfig,
     TeacherPlan,
@@ -58,6 +59,14 @@ ArtifactsOption = Annotated[Path, typer.Option("--artifacts", help="folder that 
 AgainOption = Annotated[
     str | None, typer.Option("--again", metavar="bench", help="measure again, though there is a measurement")
 ]
+AllowCodeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-code",
+        metavar="MODULE:FUNCTION",
+        help="run this code of yours, which makes a network (repeatable; no recipe or artifact can ask for it)",
+    ),
+]
 ARTIFACTS = Path("artifacts")
 
 
@@ -82,6 +91,7 @@ def run(
     recipe: Annotated[Path, typer.Argument(help="a recipe, such as recipes/digits.yaml")],
     artifacts: ArtifactsOption = ARTIFACTS,
     again: AgainOption = None,
+    allow_code: AllowCodeOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Run a recipe, from teacher to report.
@@ -93,7 +103,7 @@ def run(
     """
     from .core.errors import Untrusted, UserError
 
-    doubt, lost = _run(recipe, artifacts, again, as_json)
+    doubt, lost = _run(recipe, artifacts, again, as_json, allow_code)
     if lost:
         raise UserError(f"{lost}; the others are reported, run the same again when it is back")
     if doubt is not None:
@@ -108,14 +118,16 @@ def demo(artifacts: ArtifactsOption = ARTIFACTS, again: AgainOption = None, as_j
         typer.echo(f"{doubt}; measure again on a quiet machine: kdpipe demo --again bench", err=True)
 
 
-def _run(recipe_path: Path, artifacts: Path, again: str | None, as_json: bool) -> tuple[str | None, str]:
+def _run(
+    recipe_path: Path, artifacts: Path, again: str | None, as_json: bool, allow_code: Sequence[str] | None = None
+) -> tuple[str | None, str]:
     """Run and print; returns which latencies that the advice rests on are not to be trusted, and which devices lost."""
     from . import pipeline
     from .core.config import read_recipe
     from .report.words import shaky_advice
 
     recipe = read_recipe(recipe_path)
-    chain = _chain(artifacts)
+    chain = _chain(artifacts, allow_code=allow_code)
     outcome = pipeline.run(recipe, chain, again)
     numbers, page = outcome.report.numbers, outcome.report.page
     if as_json:
@@ -154,6 +166,7 @@ def data(
 def teacher(
     dataset: Annotated[Path, typer.Argument(help="folder of a dataset artifact")],
     out: OutOption = None,
+    allow_code: AllowCodeOption = None,
     as_json: JsonFlag = False,
     *,
     config: Callable[..., TeacherPlan],
@@ -164,7 +177,7 @@ def teacher(
     """
     opened = _open_dataset(dataset)
     settings = config()
-    chain = _chain(dataset.parent, joint=settings.is_trained)
+    chain = _chain(dataset.parent, joint=settings.is_trained, allow_code=allow_code)
     _print_artifact(chain.teacher(settings, opened, out), as_json)
 
 
@@ -178,6 +191,7 @@ def cache(
     verify: Annotated[
         str | None, typer.Option("--verify", help="ask the teacher again about this share of the records, such as 0.1%")
     ] = None,
+    allow_code: AllowCodeOption = None,
     as_json: JsonFlag = False,
     *,
     config: Callable[..., CachePlan],
@@ -187,18 +201,20 @@ def cache(
     Example: kdpipe cache artifacts/teacher-1a2b --model mobilenetv4_conv_small --views 16
     """
     from .chain import cache_order
+    from .core.code import allowing
     from .core.kinds import Checkpoint
     from .distill.cache import config_of, forecast
     from .distill.cache import verify as verify_cache
     from .terminal import tell_forecast
 
     share = None if verify is None else _share(verify)
-    plan, chain = config_of(config()), _chain(teacher.parent, joint=not dry_run)
+    plan, chain = config_of(config()), _chain(teacher.parent, joint=not dry_run, allow_code=allow_code)
     opened = Checkpoint.open(teacher)
     dataset = _dataset_of(opened, data)
     path = out or chain.path("cache", cache_order(plan, dataset, opened))
     if dry_run or not path.exists():
-        expected = forecast(plan, dataset, opened, path)
+        with allowing(chain.allow_code):
+            expected = forecast(plan, dataset, opened, path)
         if dry_run and as_json:
             _print_json(cache=str(path), forecast=expected.as_dict())
         else:
@@ -206,7 +222,8 @@ def cache(
     if dry_run:
         return
     made = chain.cache(plan, dataset, opened, out)
-    checked = None if share is None else verify_cache(made, dataset, opened, share)
+    with allowing(chain.allow_code):
+        checked = None if share is None else verify_cache(made, dataset, opened, share)
     if checked is not None and as_json:
         _print_json(artifact=str(made.path), kind=made.kind, key=made.key, facts=made.manifest.facts, verified=checked)
         return
@@ -230,6 +247,7 @@ def distill(
     cache: Annotated[
         str | None, typer.Option("--cache", help="folder or URL (s3://, hf://) of a cache of the teacher's outputs")
     ] = None,
+    allow_code: AllowCodeOption = None,
     as_json: JsonFlag = False,
     *,
     config: Callable[..., TrainConfig],
@@ -242,7 +260,7 @@ def distill(
     from .core.kinds import Checkpoint
     from .data.dataset import Dataset
 
-    settings, chain = config(), _chain(teacher.parent, joint=True)
+    settings, chain = config(), _chain(teacher.parent, joint=True, allow_code=allow_code)
     if read_manifest(teacher).kind == Dataset.kind:
         guide, dataset = None, _open_dataset(teacher)
     else:
@@ -259,23 +277,70 @@ def distill(
 
 
 @app.command()
-@configured(ExportConfig)
+@configured(NetworkExportPlan, leave_out=("model", "pretrained"))
 def export(
-    student: Annotated[Path, typer.Argument(help="folder of a checkpoint")],
+    student: Annotated[Path | None, typer.Argument(help="folder of a checkpoint; or --model")] = None,
+    model: Annotated[
+        str, typer.Option("--model", help="a network by its name, in place of a checkpoint and without a data set")
+    ] = "",
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="--model with its pretrained weights")] = False,
     data: DataOption = None,
+    artifacts: ArtifactsOption = ARTIFACTS,
     out: OutOption = None,
+    allow_code: AllowCodeOption = None,
     as_json: JsonFlag = False,
     *,
-    config: Callable[..., ExportConfig],
+    config: Callable[..., NetworkExportPlan],
 ) -> None:
-    """Write a checkpoint for one target, checked against torch.
+    """Write a network for one target, checked against torch: on images of the data, or --model's on random ones.
+
+    What is checked on random images says nothing of accuracy, and wants a data set (--data) to be made smaller.
 
     Example: kdpipe export CHECKPOINT --target tensorrt
     """
+    from .core.config import AdoptConfig, ExportConfig
+    from .core.errors import UserError
     from .core.kinds import Checkpoint
 
-    opened = Checkpoint.open(student)
-    _print_artifact(_chain(student.parent).export(config(), opened, _dataset_of(opened, data), out), as_json)
+    plan = config(model=model, pretrained=pretrained)
+    target, network = ExportConfig.of(plan), AdoptConfig.of(plan)
+    if student is not None:
+        if network != AdoptConfig(model="") or plan.classes is not None:
+            raise UserError("wanted the folder of a checkpoint, which says all of its network, or --model: not both")
+        opened = Checkpoint.open(student)
+        chain = _chain(student.parent, allow_code=allow_code)
+        _print_artifact(chain.export(target, opened, _dataset_of(opened, data), out), as_json)
+        return
+    if not model:
+        raise UserError("wanted the folder of a checkpoint, or --model NAME with --pretrained or --checkpoint FILE")
+    if data is not None:
+        raise UserError("--model is exported without a data set; with one: kdpipe teacher DATA --model NAME, then this")
+    chain = _chain(artifacts, allow_code=allow_code)
+    checkpoint, images = chain.bare(network, plan.classes, target.parity_images)
+    made = chain.export(target, checkpoint, images, out)
+    if not as_json:
+        typer.echo(f"compared with torch on {target.parity_images} random images: its accuracy is not known", err=True)
+    _print_artifact(made, as_json)
+
+
+@app.command()
+@configured(AdoptFilePlan)
+def adopt(
+    file: Annotated[Path, typer.Argument(help="somebody's .onnx file, float32, of one image")],
+    data: Annotated[Path, typer.Option("--data", help="folder of the dataset artifact")],
+    out: OutOption = None,
+    as_json: JsonFlag = False,
+    *,
+    config: Callable[..., AdoptFilePlan],
+) -> None:
+    """Take a model of somebody else's, to be made smaller, packaged and measured like any other.
+
+    Say with --input.mean and --input.std what it wants of its colours; else it is given 0..255. The normalisation is
+    folded into it, and the result compared with the file as it came.
+
+    Example: kdpipe adopt model.onnx --data artifacts/data-1a2b --input.mean "[0.485, 0.456, 0.406]"
+    """
+    _print_artifact(_chain(data.parent).adopt(config(), file, _open_dataset(data), out), as_json)
 
 
 @app.command()
@@ -287,6 +352,7 @@ def quantize(
         str, typer.Option("--device", help="where it will run: decides what is left to the CPU")
     ] = "local",
     out: OutOption = None,
+    allow_code: AllowCodeOption = None,
     as_json: JsonFlag = False,
     *,
     config: Callable[..., QuantizeConfig],
@@ -303,7 +369,7 @@ def quantize(
     from .core.kinds import Model, unshown
     from .devices import find_device
 
-    settings, opened, chain = config(), Model.open(model), _chain(model.parent)
+    settings, opened, chain = config(), Model.open(model), _chain(model.parent, allow_code=allow_code)
     dataset, probe = _dataset_of(opened, data), find_device(device).probe()
     if settings.variant != "auto":
         made = [chain.quantize(settings, opened, dataset, probe, out)]
@@ -901,7 +967,7 @@ def _print_doctor(found: dict[str, Any]) -> None:
 # ---- finding things --------------------------------------------------------------------------------------
 
 
-def _chain(folder: Path, *, joint: bool = False) -> Chain:
+def _chain(folder: Path, *, joint: bool = False, allow_code: Sequence[str] | None = None) -> Chain:
     """The artifacts in ``folder``; only a ``joint`` command is one that the processes of torchrun share."""
     from .chain import Chain
     from .core import progress
@@ -911,7 +977,7 @@ def _chain(folder: Path, *, joint: bool = False) -> Chain:
     if process_count() > 1 and not joint:
         raise UserError("torchrun is for training: start 'kdpipe teacher' or 'kdpipe distill' with it, this without it")
     progress.listen(listener())
-    return Chain(folder, tell=tell_step)
+    return Chain(folder, tell=tell_step, allow_code=allow_code or ())
 
 
 def _seconds(chain: Chain) -> dict[str, float]:
@@ -945,10 +1011,10 @@ def _share(text: str) -> float:
 
 
 def _open_dataset(path: Path) -> Dataset:
-    from .chain import with_fitted
+    from .chain import refuse_random, with_fitted
     from .data.dataset import Dataset
 
-    return with_fitted(Dataset.open(path))
+    return with_fitted(refuse_random(Dataset.open(path)))
 
 
 def _dataset_of(artifact: AnyArtifact, given: Path | None) -> Dataset:

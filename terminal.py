@@ -116,10 +116,11 @@ def listener() -> Listener:
 
 
 def tell_step(step: Step) -> None:
-    """One line a step: what it made, how long it took or that it was there already."""
+    """One line a step: what it made, how long it took or that it was there already; below it what was found."""
     if process_number():
         return
-    sys.stderr.write(printable(str(step)) + "\n")
+    for line in str(step).splitlines():
+        sys.stderr.write(printable(line) + "\n")
 
 
 def tell_forecast(forecast: Forecast) -> None:

@@ -13,7 +13,7 @@ import reprlib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -21,17 +21,20 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
 from .errors import UserError, did_you_mean
-from .inputs import InputSpec
+from .inputs import InputSpec, Mean, Std
 from .sealed import LONGEST_NUMBER, MOST_LEVELS, NAME, printable
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
+ONNX_MODEL = "onnx"  # the model of every network that is a file
 Method = Literal[
     "labels", "hard", "kd", "bkd", "logit_mse", "dkd", "dist", "hint", "at", "rkd", "deep_supervision", "stagewise"
 ]
@@ -124,8 +127,8 @@ class InputSettings(Config):
     """How an image becomes the network's input; what is left out comes from timm's data for the model."""
 
     size: int | None = Field(None, ge=8, description="side of the square input, pixels")
-    mean: tuple[float, float, float] | None = Field(None, description="subtracted from RGB in 0..1")
-    std: tuple[float, float, float] | None = Field(None, description="divides RGB in 0..1")
+    mean: Mean | None = Field(None, description="subtracted from RGB in 0..1")
+    std: Std | None = Field(None, description="divides RGB in 0..1")
     crop_fraction: Fraction | None = Field(None, description="side of the centre crop over the resized shorter side")
     interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] | None = Field(
         None, description="resizing filter"
@@ -185,20 +188,44 @@ class TrainSettings(Config):
 
 
 class ModelSettings(Config):
-    """A network by its name in timm, and the input it takes."""
+    """A network by its name, and the input it takes."""
 
-    model: str = Field(description="any model name of timm")
-    model_args: dict[str, Any] = Field({}, description="further arguments of timm.create_model")
-    pretrained: bool = Field(False, description="start from timm's pretrained weights (needs a model hub)")
+    # What came later: as long as it says nothing it is in no key, so that what was made before is found again.
+    LATER: ClassVar[tuple[str, ...]] = ("code_sha256", "checkpoint_entry")
+
+    model: str = Field(
+        description="a name of timm, torchvision/NAME, or MODULE:FUNCTION of your own code (with --allow-code)"
+    )
+    model_args: dict[str, Any] = Field({}, description="further arguments of what makes the network")
+    pretrained: bool = Field(
+        False, description="start from the pretrained weights of timm or torchvision (needs a model hub)"
+    )
+    code_sha256: str | None = Field(
+        None, description="hash of the file of your own code; worked out where it is left out"
+    )
     input: InputSettings = InputSettings()
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_unsaid(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        return {name: value for name, value in values.items() if value is not None or name not in self.LATER}
 
 
 class AdoptConfig(ModelSettings):
     """A network whose weights the user brings."""
 
     # The hash stands for the file in keys and lineage, so that neither holds a path of the user's machine.
-    checkpoint: Path | None = Field(None, exclude=True, description="weights: .safetensors, or .pth with tensors only")
+    checkpoint: Path | None = Field(
+        None,
+        exclude=True,
+        description="weights: .safetensors, or .pth with tensors only; or an .onnx file (model: onnx)",
+    )
     checkpoint_sha256: str | None = Field(None, description="hash of the weights; worked out where it is left out")
+    checkpoint_entry: str | None = Field(
+        None,
+        description="which of several state dicts in the file, such as state_dict_ema, or which prefix of its names; "
+        "left out, the usual one",
+    )
 
 
 class TeacherPlan(AdoptConfig):
@@ -389,6 +416,23 @@ class ExportConfig(GraphConfig):
     """How a checkpoint becomes a float32 file of one target."""
 
     target: str = Field("onnxruntime", description="onnxruntime, openvino, tensorrt or tflite")
+
+
+class NetworkExportPlan(ExportConfig, AdoptConfig):
+    """A network that is exported as it comes, without a data set."""
+
+    classes: int | None = Field(
+        None, ge=2, description="outputs of the network; left out, those of its pretrained weights"
+    )
+
+
+class RandomConfig(Config):
+    """Random images in place of a data set: parity can be told on them, and nothing else."""
+
+    size: int
+    images: int
+    classes: int
+    seed: int = 0
 
 
 class ExportPlan(GraphConfig):
@@ -685,6 +729,16 @@ class StrangeConfig(Config):
 
     sha256: dict[str, str]
     input: InputSpec | None
+
+
+class AdoptFilePlan(ExportConfig):
+    """A model of somebody else's, adopted to be made smaller and measured: what it takes, and for which target."""
+
+    input: InputSettings = InputSettings()
+
+
+class AdoptFileConfig(StrangeConfig, GraphConfig):
+    """Such a model, complete: how its file becomes a graph like any other."""
 
 
 class ReportConfig(Config):

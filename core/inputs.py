@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from .artifact import Record
 
 LARGEST_SIDE = 8192  # pixels
+
+Colours = tuple[float, float, float]
+
+
+def _within_one(values: Colours) -> Colours:
+    if max(values) > 1:
+        raise ValueError("wanted numbers of RGB in 0..1: divide by 255")
+    return values
+
+
+def _positive_within_one(values: Colours) -> Colours:
+    if min(values) <= 0:
+        raise ValueError("wanted numbers above 0")
+    return _within_one(values)
+
+
+# Of a network that takes 0..255 as they are.
+RAW: dict[str, Colours] = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
+Mean = Annotated[Colours, AfterValidator(_within_one)]
+Std = Annotated[Colours, AfterValidator(_positive_within_one)]
 
 
 class InputSpec(Record):
@@ -18,8 +38,8 @@ class InputSpec(Record):
     """
 
     size: int = Field(ge=1, le=LARGEST_SIDE)
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: Mean
+    std: Std
     crop_fraction: float = Field(gt=0, le=1)
     interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"]
     antialias: Literal[True] = True

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 UNLABELED = -1  # label of an image that has none
+RANDOM = "random images"  # the source of what only stands in for a data set
 Part = Literal["train", "val", "test", "unlabeled"]
 PARTS: tuple[Part, ...] = ("train", "val", "test", "unlabeled")
 # What decides which pixels a network is shown; the rest of an InputSpec is arithmetic on them.

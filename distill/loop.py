@@ -618,7 +618,7 @@ def evaluate(
     network: nn.Module, spec: InputSpec, dataset: Dataset, part: Part, workers: int, batch_size: int = 256
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Float32 outputs [B, ...] and labels [B] of one part batch by batch, by the preprocessing the device shares."""
-    device = next(network.parameters()).device
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     was_training = network.training
     normalised = Normalise(network, spec).to(device).eval()
     for image, label in DataLoader(EvaluationViews(dataset.samples(part), spec), batch_size, num_workers=workers):

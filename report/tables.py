@@ -27,6 +27,7 @@ from ..core.kinds import (
     Model,
     ParityFacts,
     float32_by_bundle,
+    may_guess,
 )
 from ..core.stats import Interval, holm_levels, mean_interval
 from ..data.dataset import Dataset
@@ -94,7 +95,7 @@ def device_numbers(config: ReportConfig, pooled: Pooled, checkpoints: Checkpoint
         "trust": trust(pooled),
         "bundles": [{**row, "pareto": any(row["name"] in place for place in front)} for row in rows],
         "front": front,
-        "advice": advice(rows, hops, config.max_drop, faster),
+        "advice": [_guessing(each, rows, shown) for each in advice(rows, hops, config.max_drop, faster)],
         "hops": hops,
         "probe_before": shown.facts.probe_before.model_dump(),
         "probe_after": shown.facts.probe_after.model_dump(),
@@ -102,6 +103,16 @@ def device_numbers(config: ReportConfig, pooled: Pooled, checkpoints: Checkpoint
             name: result.session.model_dump() for name, result in facts.results.items() if result.session is not None
         },
     }
+
+
+def _guessing(advised: Numbers, rows: Sequence[Numbers], shown: Measurement) -> Numbers:
+    """``advised``, with the figure of guessing where it is not shown to be better."""
+    task = TASKS[shown.facts.task]
+    accuracy = next(row["accuracy"] for row in rows if row["name"] == advised["bundle"])
+    share = None if accuracy is None else task.guessing(shown.labels)
+    guesses = accuracy is not None and may_guess(Interval(**accuracy), share)
+    found = {"share": share, "metric": task.metric, "unit": task.unit} if guesses else None
+    return {**advised, "guessing": found}
 
 
 def _variants(hops: Sequence[Numbers], bundles: Mapping[str, Packed]) -> list[tuple[str, str]]:

@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..core.kinds import MeasurementFacts
+from ..core.kinds import CheckpointFacts, GraphFacts, MeasurementFacts, may_guess
 from ..core.stats import NoWorse
+from ..runtime.task import Task
 
 NOTHING = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
@@ -154,6 +155,31 @@ def machine(device: Mapping[str, Any]) -> str:
     """What a device is, in a few words."""
     probe = device["probe_before"]
     return f"{probe.get('cpu', 'unavailable')}, {probe.get('usable_cores', 'unavailable')} usable cores"
+
+
+def found_lines(found: CheckpointFacts | GraphFacts, task: Task) -> list[str]:
+    """How right a network is, and loudly where that is not shown to be more than guessing; nothing where unknown."""
+    trained = isinstance(found, CheckpointFacts) and found.method != "as given"
+    accuracy = found.test_interval if isinstance(found, CheckpointFacts) else found.accuracy
+    if accuracy is None:
+        return []
+    value, between = percent(accuracy.value), share_bounds(accuracy.as_dict())
+    lines = [f"{task.metric} {value} {task.unit} {between} on {accuracy.n} test images"]
+    if may_guess(accuracy, found.guessing):
+        causes = (
+            "it learned nothing yet: more train.epochs, another train.learning_rate"
+            if trained
+            else "usual causes: colours normalised in another way (input.mean, input.std), classes in another order "
+            "(data.classes), another input.size, or weights that were never trained on these classes"
+        )
+        guessing = guessing_words(found.guessing, task.metric, task.unit)
+        lines.append(f"WARNING: not shown to be better than {guessing}; {causes}")
+    return lines
+
+
+def guessing_words(guessing: float | None, metric: str, unit: str) -> str:
+    """What one gets who looks at no image."""
+    return f"guessing ({metric} {percent(guessing)} {unit} without looking at the image)"
 
 
 def random_input_lines(facts: MeasurementFacts) -> list[str]:
@@ -303,6 +329,18 @@ def hop_lines(hop: Mapping[str, Any]) -> list[str]:
 
 def advice_sentence(advised: Mapping[str, Any]) -> str:
     """Which variant of a target to ship, and why; and which faster one may do."""
+    return _advice(advised) + guessing_clause(advised)
+
+
+def guessing_clause(advised: Mapping[str, Any]) -> str:
+    """That what is advised is not shown to be better than guessing, after a semicolon; else nothing."""
+    found = advised.get("guessing")
+    if found is None:
+        return ""
+    return f"; BUT it is not shown to be better than {guessing_words(found['share'], found['metric'], found['unit'])}"
+
+
+def _advice(advised: Mapping[str, Any]) -> str:
     if advised["untrusted"]:
         return f"{advised['target']}: nothing to ship by these latencies ({_by_word(advised['untrusted'])})"
     limit, may_do = f"{advised['max_drop_points']:g} points", advised["may_do"]

@@ -61,6 +61,9 @@ class Task(Protocol):
             ValueError: of different shapes, or none.
         """
 
+    def guessing(self, labels: np.ndarray) -> float:
+        """The figure of the best answer that looks at no image, for images with these labels."""
+
     def agreement(self, first: np.ndarray, second: np.ndarray) -> float:
         """How far two outputs of the same images say the same, 0 to 1."""
 
@@ -115,6 +118,10 @@ class Classification:
         half = _normal_quantile() * math.sqrt((b + c) - (c - b) ** 2 / total) / total
         p_value = min(1.0, 2 * _half_binomial_cdf(min(lost, won), lost + won))
         return Change((won - lost) / n, centre - half, centre + half, lost, won, p_value, n)
+
+    def guessing(self, labels: np.ndarray) -> float:
+        """The share of the commonest class."""
+        return float(np.unique(labels, return_counts=True)[1].max() / len(labels))
 
     def agreement(self, first: np.ndarray, second: np.ndarray) -> float:
         """The share of images that both call the same, for logits [N, K]."""
