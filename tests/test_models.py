@@ -530,7 +530,7 @@ def test_methods_take_own_networks(trained: Trained, own: str, workdir: Path) ->
                 Path(method),
             )
         with pytest.raises(
-            UserError, match=r"no intermediate features through timm: choose a method that compares log"
+            UserError, match=r"no intermediate features through timm: choose a method that"
         ):
             train(validated(TrainConfig, {**values, "method": "at"}, "t"), trained.dataset, trained.teacher, Path("at"))
 
