@@ -350,8 +350,6 @@ class Chain:
 
         def make(path: Path) -> Checkpoint:
             require("reading weights", TRAIN_NEEDS, "train")
-            if plan.model == ONNX_MODEL:
-                require("an ONNX file as the teacher", ("onnx", "onnxruntime"), "onnxruntime")
             from .distill.train import adopt
 
             return adopt(order, self.shown(dataset, plan), path)

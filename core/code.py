@@ -59,14 +59,16 @@ def current_folder_last() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.path.remove(here) if sys.path[-1] != here else sys.path.pop()
+        if here in sys.path:
+            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(here)]
 
 
 def source_file(name: str) -> Path:
     """The file that ``name`` is in, found without running any of it. Raises UserError."""
     module = name.partition(":")[0]
     parts = module.split(".")
-    found, places = None, None
+    found: ModuleSpec | None = None
+    places: Sequence[str] | None = None
     with current_folder_last():
         for count in range(1, len(parts) + 1):
             found = _find(".".join(parts[:count]), places)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.errors import UserError
 from ..core.inputs import RAW, InputSpec
-from ..core.proc import first_line
+from ..core.proc import first_line, require
 from ..runtime.weights import ModelFileError, refuse_files_elsewhere
 
 # What it takes unless its user says otherwise: the whole square, colours in 0..255.
@@ -30,6 +30,7 @@ class OnnxNetwork(nn.Module):
     def __init__(self, path: Path, spec: InputSpec) -> None:
         """Open ``path``. Raises UserError for what is no such network."""
         super().__init__()
+        require("an ONNX file as the teacher", ("onnx", "onnxruntime"), "onnxruntime")
         if not path.is_file():
             raise UserError(f"no file at {path}: wanted an .onnx file")
         try:
