@@ -565,7 +565,7 @@ def test_after_a_long_pause_times_are_taken_anew(
     made: Made, killed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rounds of before and after are no session; outputs are the same whenever they are computed."""
-    monkeypatch.setattr(journal, "PAUSE_LIMIT_SECONDS", 0.0)
+    monkeypatch.setattr(journal, "PAUSE_LIMIT_SECONDS", -3600.0)
     listener = Told()
     with listening(listener):
         finished, kept, before = go_on(made, killed, tmp_path / "copy")
