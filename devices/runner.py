@@ -233,9 +233,9 @@ class RunnerDevice(ABC):
 
     def _no_space(self, folder: str, wanted_bytes: int, free_bytes: int) -> UserError:
         return UserError(
-            f"no space on '{self.name}': wanted {wanted_bytes / 2**20:.1f} MiB in {folder}, {free_bytes / 2**20:.1f} MiB "
-            f"are free: kdpipe devices clean {self.name} removes what nothing needs; or name another `folder:` in "
-            "devices.yaml"
+            f"no space on '{self.name}': wanted {wanted_bytes / 2**20:.1f} MiB in {folder}, "
+            f"{free_bytes / 2**20:.1f} MiB are free: kdpipe devices clean {self.name} removes what nothing needs; "
+            "or name another `folder:` in devices.yaml"
         )
 
     def store(self, source: Path) -> str:
