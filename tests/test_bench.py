@@ -17,9 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Made, listening, replace_file
+from conftest import Made, Told, listening, replace_file
 
-from kdpipe.core import progress
 from kdpipe.core.artifact import Order
 from kdpipe.core.config import BenchPlan, DeviceSettings, MeasureSettings, QuantizeConfig, suited, validated
 from kdpipe.core.errors import KdpipeError, UserError
@@ -426,16 +425,6 @@ def copy_of(made: Made, name: str, folder: Path) -> Bundle:
 
 def order_of(bundles: dict[str, Bundle], made: Made, plan: BenchPlan = QUICK) -> Order:
     return Order("bench", bench_config(plan, "local"), {**bundles, "data": made.dataset})
-
-
-class Told(progress.Silence):
-    """Hears what a person is told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 class Breaker(Told):
