@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+
 from ..core.kinds import ModelFacts
 from .variant import Taken, Variant
 
