@@ -6,6 +6,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..data.dataset import Dataset, load_images, predict_samples
 from ..runtime import open_session, predict
 from ..runtime.task import TASKS, Task
 from .onnx import NEEDS, simplify, write_onnx
-from .parity import check, compare, keep_worst, torch_outputs
+from .parity import check, compare, float32_error, keep_worst, torch_outputs
 from .written import Written
 
 
@@ -49,6 +50,7 @@ def trace(order: Order[GraphConfig], student: Checkpoint, dataset: Dataset, out:
             paths = [sample.path for sample in samples]
             images = load_images(samples, spec.model_dump())
             expected = torch_outputs(whole, images, str(student.path))
+            error_of_torch = cache(partial(float32_error, whole, images, expected))
             raw = draft.path / "raw.onnx"
             seconds, begun = {}, time.monotonic()
             with quiet(), torch.no_grad(), AsTorchComputes(FOR_ONNX):
@@ -64,8 +66,8 @@ def trace(order: Order[GraphConfig], student: Checkpoint, dataset: Dataset, out:
                 simplify(raw, draft.path / Graph.ONNX)
             seconds["simplify"] = time.monotonic() - begun
             advance(1, "comparing")
-            task = TASKS[student.facts.task]
-            parity = compare_hops(draft.path, raw, spec, (images, expected, paths), dataset, config, task, advance)
+            task, asked = TASKS[student.facts.task], (images, expected, paths)
+            parity = compare_hops(draft.path, raw, spec, asked, dataset, config, task, error_of_torch, advance)
         shutil.copyfile(student.file(student.LABELS), draft.path / Graph.LABELS)
         draft.facts = GraphFacts(
             task=student.facts.task,
@@ -87,6 +89,7 @@ def compare_hops(
     dataset: Dataset,
     config: GraphConfig,
     task: Task,
+    error_of_torch: Callable[[], float],
     advance: Callable[[int, str], None],
 ) -> HopParity:
     """Compare the graph in ``folder`` and the one before it was simplified, and write what both say of test images.
@@ -95,6 +98,7 @@ def compare_hops(
         raw: the file before; it is removed.
         spec: what both take.
         wanted: images uint8 [N, H, W, 3], what is right of them [N, ...], and their files.
+        error_of_torch: as ``check`` has it.
 
     Raises:
         GateFailed: one of them computes something else.
@@ -110,7 +114,7 @@ def compare_hops(
             actual = predict(session, images)
             logits[hop] = predict_samples(session, tested, spec.model_dump())
         found = compare(task, expected, actual, paths)
-        parity[hop] = check(found, config, f"{hop} ONNX graph").facts()
+        parity[hop] = check(found, config, f"{hop} ONNX graph", error_of_torch).facts()
         keep_worst(found, folder / EVIDENCE / hop)
         advance(1, "")
     raw.unlink()
@@ -121,7 +125,8 @@ def compare_hops(
 
 def of_graph(graph: Graph) -> Written:
     """What is known of every model that is made from ``graph``."""
-    return Written(np.asarray(graph.array(graph.PARITY_OUTPUTS, "f", 2)), graph.facts.nodes_by_kind)
+    error = graph.facts.parity.simplified.float32_error or 0.0
+    return Written(np.asarray(graph.array(graph.PARITY_OUTPUTS, "f", 2)), graph.facts.nodes_by_kind, lambda: error)
 
 
 def _as_model(entry: str, spec: InputSpec) -> dict[str, Any]:
