@@ -293,7 +293,6 @@ class Chain:
         cache: Cache | None = None,
     ) -> Checkpoint:
         """A network under this name; with ``cache`` from that one, which lies elsewhere than among the artifacts."""
-        config = with_code(config)
         order = train_order(config, dataset, teacher, cache)
 
         def make(path: Path) -> Checkpoint:
@@ -311,7 +310,7 @@ class Chain:
     ) -> dict[str, Checkpoint]:
         """Every run by name; with ``together`` those that see the same views are trained side by side."""
         made: dict[Path, str] = {}  # by whose step
-        orders = {name: train_order(with_code(config), dataset, teacher) for name, config in configs.items()}
+        orders = {name: train_order(config, dataset, teacher) for name, config in configs.items()}
         paths = {self.path(name, order): order for name, order in orders.items()}
         missing = {path: order for path, order in paths.items() if not path.exists()}
 
@@ -812,7 +811,7 @@ def train_order(
         usual = CacheSettings()
         if cache is not None and any(cache.settings[name] != getattr(usual, name) for name in ("precision", "top")):
             inputs["cache"] = cache
-    return Order("train", config, inputs)
+    return Order("train", with_code(config), inputs)
 
 
 def with_code(config: S) -> S:

@@ -168,7 +168,8 @@ def fold(path: Path, spec: InputSpec, out: Path) -> None:
         graph.insert_before(graph[0], nodes)
     logits = graph.outputs[0]
     logits.name, logits.shape = OUTPUT, None
-    del graph.outputs[1:]
+    while len(graph.outputs) > 1:
+        graph.outputs.pop()
     onnx.save(ir.to_proto(model), out)
 
 

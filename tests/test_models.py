@@ -21,7 +21,7 @@ from conftest import SMALL_RECIPE, SMALL_TRAIN, Trained, assert_one_line, kdpipe
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kdpipe.chain import Chain
+from kdpipe.chain import Chain, train_order
 from kdpipe.core.code import allowing, source_file
 from kdpipe.core.config import (
     AdoptConfig,
@@ -441,19 +441,12 @@ def test_changed_code_is_another_network(trained: Trained, own: str, workdir: Pa
         models.restore(first)
     with Path(f"{own}.py").open("a") as stream:
         stream.write("\n# Better.\n")
-    assert chain.path("x", chain_order(config, trained.dataset)) != chain.path("x", chain_order(first, trained.dataset))
+    assert train_order(config, trained.dataset, None).key != first.key
     with pytest.raises(UserError, match=f"made by another version of .*{own}.py"), allowing([f"{own}:make"]):
         models.restore(first)
     pinned = config.model_copy(update={"code_sha256": "0" * 64})
     with pytest.raises(UserError, match=r"code_sha256: .* wanted 000"):
         chain.distill(pinned, trained.dataset, None)
-
-
-def chain_order(of: TrainConfig | Checkpoint, dataset: Dataset) -> Any:
-    from kdpipe.chain import train_order, with_code
-
-    config = with_code(of) if isinstance(of, TrainConfig) else TrainConfig.model_validate(of.manifest.config)
-    return train_order(config, dataset, None)
 
 
 @pytest.mark.parametrize(
