@@ -7,6 +7,7 @@ import inspect
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -30,7 +31,7 @@ def make(name: str, arguments: dict[str, Any], classes: int) -> nn.Module:
     module_name, _, factory_name = name.partition(":")
     try:
         with code.current_folder_last():
-            module = importlib.import_module(module_name)
+            module = _imported_now(module_name, code.sha256_of(name))
             factory = getattr(module, factory_name, None)
             if not callable(factory):
                 known = [each for each in vars(module) if callable(getattr(module, each)) and not each.startswith("_")]
@@ -46,6 +47,18 @@ def make(name: str, arguments: dict[str, Any], classes: int) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise UserError(f"'{name}' gives a {type(network).__name__}: wanted a torch.nn.Module")
     return network.cpu()
+
+
+_hashes: dict[str, str] = {}  # of the files as their modules were imported here
+
+
+def _imported_now(module_name: str, sha256: str) -> ModuleType:
+    """The module as its file is now: in a session that goes on, it may have been edited since it was imported."""
+    module = importlib.import_module(module_name)
+    if _hashes.setdefault(module_name, sha256) != sha256:
+        module = importlib.reload(module)
+        _hashes[module_name] = sha256
+    return module
 
 
 def _told(factory: Callable[..., Any], classes: int) -> dict[str, int]:

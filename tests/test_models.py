@@ -442,6 +442,11 @@ def test_changed_code_is_another_network(trained: Trained, own: str, workdir: Pa
     with Path(f"{own}.py").open("a") as stream:
         stream.write("\n# Better.\n")
     assert train_order(config, trained.dataset, None).key != first.key
+    with allowing([f"{own}:make"]):
+        before = models.create(config, 10)[0]
+        Path(f"{own}.py").write_text(OWN.replace("width=4", "width=32"))
+        after = models.create(config, 10)[0]
+    assert [each[0].out_channels for each in (before, after)] == [4, 32], "no module of before is taken for the new one"
     with pytest.raises(UserError, match=f"made by another version of .*{own}.py"), allowing([f"{own}:make"]):
         models.restore(first)
     pinned = config.model_copy(update={"code_sha256": "0" * 64})
