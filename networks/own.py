@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import traceback
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..core import code
@@ -31,7 +33,8 @@ def make(name: str, arguments: dict[str, Any], classes: int) -> nn.Module:
     module_name, _, factory_name = name.partition(":")
     try:
         with code.current_folder_last():
-            module = _imported_now(module_name, code.sha256_of(name))
+            with torch.random.fork_rng(devices=[]):  # whatever it draws, what comes next is the same
+                module = _imported_now(module_name, code.sha256_of(name))
             factory = getattr(module, factory_name, None)
             if not callable(factory):
                 known = [each for each in vars(module) if callable(getattr(module, each)) and not each.startswith("_")]
@@ -46,7 +49,7 @@ def make(name: str, arguments: dict[str, Any], classes: int) -> nn.Module:
         raise UserError(f"'{name}' failed: {type(error).__name__}: {first_line(error)}{where(error, file)}") from error
     if not isinstance(network, nn.Module):
         raise UserError(f"'{name}' gives a {type(network).__name__}: wanted a torch.nn.Module")
-    return network.cpu()
+    return copy.deepcopy(network).cpu()  # of a module's only one, each run has its own
 
 
 _hashes: dict[str, str] = {}  # of the files as their modules were imported here

@@ -95,7 +95,7 @@ def read_state_dicts(path: Path) -> dict[str, State]:
         raise UserError(
             f"cannot read weights from {path} ({_reason(error)}): wanted .safetensors, or .pth with tensors only"
         ) from None
-    found = dict(_state_dicts(content))
+    found = dict(_state_dicts(content, set()))
     if isinstance(content, dict) and not content:
         found = {"": {}}
     if not found:
@@ -150,16 +150,17 @@ def _is_cut_short(path: Path, error: Exception) -> bool:
         return isinstance(error, (EOFError, IndexError, struct.error)) or "unexpected EOF" in str(error)
 
 
-def _state_dicts(value: Any, place: str = "", level: int = 0) -> Iterable[tuple[str, State]]:
-    """Mappings from names to tensors in what a file held, with their places."""
-    if not isinstance(value, dict) or not value or level > MOST_NESTED:
+def _state_dicts(value: Any, seen: set[int], place: str = "", level: int = 0) -> Iterable[tuple[str, State]]:
+    """Mappings from names to tensors in what a file held, with their places; each once."""
+    if not isinstance(value, dict) or not value or level > MOST_NESTED or id(value) in seen:
         return
+    seen.add(id(value))
     if all(isinstance(name, str) and isinstance(each, Tensor) for name, each in value.items()):
         yield place, value
         return
     for name, each in value.items():
         if isinstance(name, str):
-            yield from _state_dicts(each, f"{place}.{name}" if place else name, level + 1)
+            yield from _state_dicts(each, seen, f"{place}.{name}" if place else name, level + 1)
 
 
 def _is_averaged(name: str) -> bool:

@@ -474,6 +474,26 @@ def test_what_goes_wrong_in_it_is_one_line(own: str, factory: str, words: list[s
         assert word in str(told.value)
 
 
+def test_each_run_has_its_own_network(workdir: Path) -> None:
+    """Whatever a module keeps, and whatever it draws when it is imported."""
+    name = next(modules)
+    Path(f"{name}.py").write_text(
+        "from torch import nn, randn\nrandn(9)\nonly = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))\n"
+        "def make(): return only\ndef new(): return nn.Sequential(*only, nn.Linear(10, 10))\n"
+    )
+    settings = [ModelSettings(model=f"{name}:{each}", input=InputSettings(size=8)) for each in ("make", "new")]
+    with allowing([f"{name}:make", f"{name}:new"]):
+        first, second = (models.create(settings[0], 10)[0] for _ in range(2))
+        assert first is not second and first[1].weight is not second[1].weight
+        drawn = []
+        for again in range(2):
+            torch.manual_seed(5)
+            drawn.append(models.create(settings[1], 10)[0][2].weight)
+            if not again:
+                Path(f"{name}.py").write_text(Path(f"{name}.py").read_text() + "\n# imported again")
+    assert torch.equal(*drawn)
+
+
 def test_factories_of_every_kind(own: str, workdir: Path) -> None:
     with allowing([f"{own}:Fixed"]):
         made, spec = models.create(ModelSettings(model=f"{own}:Fixed", input=InputSettings(size=32)), 10)
