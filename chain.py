@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
+import numpy as np
 from pydantic import ValidationError
 
 from .core import code
@@ -58,6 +59,9 @@ from .core.progress import note, progress
 from .data.copies import are_photographs
 from .data.dataset import RANDOM, Dataset, Fitted, geometry
 from .data.fingerprints import Fingerprint, fingerprint_folder
+from .data.listing import REMEMBERED
+from .data.sources import names_of, usual_splits
+from .data.survey import findings
 from .deploy import strange
 from .deploy.bundle import check_known, check_task, try_model
 from .runtime.preprocess import DECODING
@@ -178,14 +182,17 @@ class Chain:
         """
         if plan.task not in TASKS:
             raise choice("task", plan.task, TASKS)
-        fingerprint, unlabeled = Fingerprint("by name", 0, ()), None  # named sources are known by their names
-        if Path(plan.source).is_dir():
-            plan = plan.model_copy(update={"source": str(Path(plan.source).absolute())})
-            fingerprint = fingerprint_folder(Path(plan.source), self._memory(plan.source))
-        if plan.unlabeled is not None and plan.unlabeled.is_dir():
-            unlabeled = fingerprint_folder(plan.unlabeled, self._memory(str(plan.unlabeled)))
         if plan.classes is not None and not plan.classes.is_file():
             raise UserError(f"data.classes: no file at {plan.classes}: wanted a text file with one class a line")
+        if plan.skip_broken and plan.check != "all":
+            raise UserError("data.skip_broken wants data.check all: what is not looked at cannot be left out")
+        fingerprint, unlabeled = Fingerprint("by name", 0, ()), None  # named sources are known by their names
+        if is_folder := Path(plan.source).is_dir():
+            plan = usual_splits(plan.model_copy(update={"source": str(Path(plan.source).absolute())}))
+            fingerprint = fingerprint_folder(Path(plan.source), self._memory(plan.source), names_of(plan))
+        if plan.unlabeled is not None and plan.unlabeled.is_dir():
+            unlabeled = fingerprint_folder(plan.unlabeled, self._memory(str(plan.unlabeled)))
+        may_be_copies = [fingerprint.digests, *([] if unlabeled is None else [unlabeled.digests])]
         side = self._copies_side(plan, fingerprint, wants)
         config = DataConfig.of(
             plan,
@@ -195,17 +202,37 @@ class Chain:
             fingerprint=fingerprint.sha256,
             unlabeled_fingerprint=None if unlabeled is None else unlabeled.sha256,
             classes_fingerprint=sha256_file(plan.classes) if plan.classes is not None else None,
+            held_out_copies=_held_out_copies(plan.duplicates, may_be_copies if is_folder else None),
         )
         order = Order("data", config, {})
 
         def make(path: Path) -> Dataset:
-            require("reading data", (*TRAIN_NEEDS, *(("scikit-learn",) if plan.source == "digits" else ())), "train")
+            wanted = (*TRAIN_NEEDS, "imagehash", *(("scikit-learn",) if plan.source == "digits" else ()))
+            require("reading data", wanted, "train")
             from .data.prepare import prepare
 
-            return prepare(order, path, held_out_later=side is not None and wants is not None)
+            later = side is not None and wants is not None
+            return prepare(order, path, held_out_later=later, memory_of=lambda folder: self._memory(str(folder)))
 
         dataset = self.step("data", Dataset, order, make, out)
+        self._tell_findings(plan, dataset)
         return dataset if side is None or wants is None else self.fitted(dataset, wants().specs)
+
+    def _tell_findings(self, plan: DataPlan, dataset: Dataset) -> None:
+        """Say what a person should know of images that were looked at just now. Raises UserError."""
+        survey = dataset.survey
+        if survey is None:
+            return
+        if plan.skip_broken and survey.check != "all":
+            raise UserError(
+                f"{dataset.path} was made with data.check {survey.check}, so that broken images may be in it: "
+                "remove it, and the same command makes it anew"
+            )
+        if not self.steps[-1].sealed_before:
+            for line in findings(survey, dataset.classes):
+                note(f"data: {line}")
+        elif survey.left_out:
+            note(f"data: images that cannot be read were left out when it was made: {survey.left_out}")
 
     def _copies_side(self, plan: DataPlan, fingerprint: Fingerprint, wants: Callable[[], Wants] | None) -> int | None:
         """Shorter side of the copies to learn from, or None for no copies."""
@@ -251,7 +278,7 @@ class Chain:
 
     def _memory(self, source: str) -> Path:
         name = hashlib.sha256(str(Path(source).absolute()).encode()).hexdigest()[:12]
-        return self.folder / ".fingerprints" / f"{name}.sqlite"
+        return self.folder / REMEMBERED / f"{name}.sqlite"
 
     def cache(self, config: CacheConfig, dataset: Dataset, teacher: Checkpoint, out: Path | None = None) -> Cache:
         """What the teacher says of so many views of every image."""
@@ -836,6 +863,22 @@ def found_of(artifact: AnyArtifact) -> tuple[str, ...]:
     from .report.words import found_lines
 
     return tuple(found_lines(artifact.facts, TASKS[artifact.facts.task]))
+
+
+def _held_out_copies(
+    duplicates: Literal["drop", "refuse", "allow"], digests: Sequence[np.ndarray] | None
+) -> Literal["drop", "allow"] | None:
+    """What a key says of copies of held-out images: nothing where no two images are the same.
+
+    Args:
+        digests: of all images, as ``fingerprints.digests`` has them; None where they are not known beforehand.
+    """
+    if digests is None:
+        return "allow" if duplicates == "allow" else None
+    images = np.concatenate(digests)
+    if len(np.unique(images)) == len(images):
+        return None
+    return "allow" if duplicates == "allow" else "drop"
 
 
 def versions_of(*tools: str) -> dict[str, str]:

@@ -145,20 +145,36 @@ def _run(
 
 
 @app.command()
-@configured(DataPlan, leave_out=("source",))
+@configured(DataPlan, leave_out=("source", "skip_broken"))
 def data(
     source: Annotated[str, typer.Argument(help="a folder with train/<class>/* and val/<class>/*, 'digits', hfds/NAME")],
     artifacts: ArtifactsOption = ARTIFACTS,
     out: OutOption = None,
+    skip_broken: Annotated[
+        bool,
+        typer.Option("--skip-broken", help="leave images out that cannot be read, named, instead of refusing them"),
+    ] = False,
     as_json: JsonFlag = False,
     *,
     config: Callable[..., DataPlan],
 ) -> None:
-    """Check the images of a source and split them.
+    """Check the images of a source, split them, and say what they are.
 
     Example: kdpipe data photos
     """
-    _print_artifact(_chain(artifacts).data(config(source=source), out), as_json)
+    chain = _chain(artifacts)
+    dataset = chain.data(config(source=source, skip_broken=skip_broken), out)
+    survey = dataset.survey
+    if as_json:
+        _print_json(**_described(dataset), survey=None if survey is None else survey.model_dump(mode="json"))
+        return
+    if survey is not None:
+        from .data.survey import findings, summary
+
+        told = findings(survey, dataset.classes) if chain.steps[-1].sealed_before else []  # else they were told already
+        for line in [*summary(survey, dataset.classes), *told, f"contact sheet: {dataset.path / dataset.SHEET}"]:
+            typer.echo(printable(line))
+    _print_artifact(dataset, as_json)
 
 
 @app.command()

@@ -86,6 +86,14 @@ class DataPlan(Config):
     check: Literal["all", "sample", "none"] = Field(
         "all", exclude=True, description="which images are decoded beforehand, so that a broken one is named early"
     )
+    skip_broken: bool = Field(
+        False, exclude=True, description="leave images out that cannot be read, instead of refusing them all"
+    )
+    duplicates: Literal["drop", "refuse", "allow"] = Field(
+        "drop",
+        exclude=True,  # known by what it leads to
+        description="images to learn from that are the same as validation or test images: left out, refused, or kept",
+    )
     store: Literal["auto", "resized", "none"] = Field(
         "auto",
         exclude=True,  # known by what it leads to
@@ -110,6 +118,15 @@ class DataConfig(DataPlan):
     fingerprint: str
     unlabeled_fingerprint: str | None = None
     classes_fingerprint: str | None = None
+    held_out_copies: Literal["drop", "allow"] | None = Field(
+        None, description="what became of copies of held-out images; nothing where no two images are the same"
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Where no two images are the same, what would become of copies makes no other data set."""
+        values: dict[str, Any] = serialize(self)
+        return {name: value for name, value in values.items() if name != "held_out_copies" or value is not None}
 
 
 class FittedConfig(Config):

@@ -21,8 +21,10 @@ from ..core.errors import UserError
 from ..core.inputs import InputSpec
 from ..core.proc import first_line, in_order
 from ..core.progress import note, track
-from ..runtime.preprocess import decode, fit
+from ..runtime.preprocess import as_rgb, fit
 from .dataset import CopyFacts, Dataset, Fitted, FittedFacts, Part, Samples, images_shape, write_header
+from .formats import decode, opened
+from .looks import Look, Looks, look
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,13 +38,10 @@ HELD_OUT: tuple[Part, ...] = ("val", "test")
 
 def are_photographs(sample: Iterable[Path], shorter_side: int) -> bool:
     """Whether these images are so much larger than copies would be that copies pay. Reads their headers."""
-    from PIL import Image
-
     sides = []
     for path in sample:
         # What cannot be opened is named when it is decoded.
-        unreadable = contextlib.suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-        with unreadable, Image.open(path) as image:
+        with contextlib.suppress(OSError, MemoryError), opened(path) as image:
             sides.append(min(image.size))
     return bool(sides) and float(np.median(sides)) >= WORTH_IT * shorter_side
 
@@ -65,36 +64,56 @@ def read(path: Path) -> Image.Image:
         raise UserError(f"cannot read image {path} ({first_line(error)}): replace or remove it") from None
 
 
-def write_copies(samples: Samples, shorter_side: int, out: Path) -> tuple[np.ndarray, np.ndarray, CopyFacts]:
+def shrunk(path: Path, side: int) -> Image.Image | None:
+    """An image with a longer side of at most so many pixels; None where it cannot be read."""
+    with contextlib.suppress(OSError, MemoryError), opened(path) as image:
+        if image.format == "JPEG":
+            image.draft(None, (side, side))  # decoded to no more pixels than it takes
+        picture = as_rgb(image)
+        picture.thumbnail((side, side))
+        return picture
+    return None
+
+
+def write_copies(
+    samples: Samples, shorter_side: int, out: Path, looks: Looks
+) -> tuple[np.ndarray, np.ndarray, CopyFacts]:
     """Write a copy of every image into ``out``, one behind the other.
 
-    An image that is no larger is kept as it is. All cores decode.
+    An image that is no larger is kept as it is; of one that can't be read there is none. All cores decode.
+
+    Args:
+        looks: is told what was seen of each.
 
     Returns:
         Where each begins and how long it is, in bytes [N]; and what was done.
 
     Raises:
-        UserError: an image that can't be read, or no room.
+        UserError: no room, or an image of a format that wants a package which is not installed.
     """
     from PIL import Image
 
-    def copy(at: int) -> tuple[bytes, bool]:
+    def copy(at: int) -> tuple[bytes, bool, Look]:
         path = samples.path(at)
-        image = read(path)
+        image, seen = look(path)
+        if image is None:
+            return b"", False, seen
         scale = shorter_side / min(image.size)
         if scale >= 1:
-            return path.read_bytes(), False
+            return path.read_bytes(), False, seen
         width, height = (max(shorter_side, round(side * scale)) for side in image.size)
         stream = io.BytesIO()
         small = image.resize((width, height), Image.Resampling[FILTER.upper()])
         small.save(stream, "JPEG", quality=QUALITY, subsampling=0)
-        return stream.getvalue(), True
+        return stream.getvalue(), True, seen
 
     what = f"copies of {len(samples)} images with a shorter side of {shorter_side} pixels"
     sizes: list[int] = []
     resized = 0
     with out.open("wb") as stream:
-        for content, smaller in track(in_order(copy, range(len(samples))), "copying images", len(samples)):
+        copies = track(in_order(copy, range(len(samples))), "copying images", len(samples))
+        for at, (content, smaller, seen) in enumerate(copies):
+            looks.put(at, seen)
             stream.write(content)
             sizes.append(len(content))
             resized += smaller

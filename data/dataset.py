@@ -20,9 +20,11 @@ from ..core.errors import UserError
 from ..core.kinds import Labelled
 from ..core.proc import first_line, in_order
 from ..runtime import Session, predict
-from ..runtime.preprocess import decode, fit
+from ..runtime.preprocess import fit
+from .formats import decode
 from .labels import LABELS
 from .splits import stratified_count
+from .survey import Survey
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -247,6 +249,8 @@ class Dataset(Artifact[DatasetFacts]):
     kind = "dataset"
     Facts = DatasetFacts
     INDEX = "index.json"
+    SURVEY = "survey.json"  # a ``Survey``
+    SHEET = "contact-sheet.jpg"
     fitted: dict[str, Fitted] = field(default_factory=dict, repr=False, compare=False)  # by geometry, what lies beside
 
     @staticmethod
@@ -271,6 +275,20 @@ class Dataset(Artifact[DatasetFacts]):
     def classes(self) -> list[str]:
         """The names of the outputs, in their order."""
         return list(self.index.classes)
+
+    @cached_property
+    def survey(self) -> Survey | None:
+        """What the images were found to be; None where it was not looked for. Raises UserError."""
+        if self.SURVEY not in self.manifest.files:
+            return None
+        try:
+            found = Survey.model_validate(self.json(self.SURVEY))
+            fits = all(len(counts) == len(self.index.classes) for counts in found.by_class.values())
+        except ValidationError:
+            fits = False
+        if not fits or "train" not in found.by_class:
+            raise UserError(f"{self.path / self.SURVEY} is not what kdpipe writes: make the data again")
+        return found
 
     def check_classes_of(self, artifact: Labelled[Any], what: str) -> None:
         """Refuse a checkpoint, model or bundle whose outputs mean something else. Raises UserError."""

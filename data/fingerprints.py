@@ -8,16 +8,18 @@ import heapq
 import itertools
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from ..core.errors import UserError
+import numpy as np
+
 from ..core.proc import in_order
 from ..core.progress import progress
+from .listing import list_images
 
-IMAGE_SUFFIXES = (b".png", b".jpg", b".jpeg", b".webp", b".bmp")
 SAMPLE = 64  # images of a folder that are looked at to know what the others are like
 CHUNK = 500  # images that a thread takes at once
 COMMITTED = 20_000  # images
@@ -31,57 +33,65 @@ class Fingerprint:
     sha256: str  # over the names and contents of all images
     images: int
     sample: tuple[Path, ...]  # some of them, the same whenever the contents are
+    # Of the images that are not empty, as ``digests`` has them.
+    digests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64), repr=False, compare=False)
 
 
-def list_images(folder: Path) -> Iterator[bytes]:
-    """The name below ``folder`` of every image, as bytes; folder by folder, and in each by name."""
-    pending = [b""]
-    while pending:
-        below = pending.pop()
-        with os.scandir(os.path.join(os.fsencode(folder), below)) as entries:  # noqa: PTH118 (bytes)
-            here = sorted((entry.name, entry.is_dir()) for entry in entries)
-        prefix = below + b"/" if below else b""
-        yield from (prefix + name for name, is_folder in here if not is_folder and _is_image(name))
-        pending.extend(prefix + name for name, is_folder in reversed(here) if is_folder)
-
-
-def _is_image(name: bytes) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES)
-
-
-def fingerprint_folder(folder: Path, memory: Path | None = None) -> Fingerprint:
+def fingerprint_folder(folder: Path, memory: Path | None = None, names: Iterable[bytes] | None = None) -> Fingerprint:
     """Hash every image below ``folder``; all cores read.
 
-    ``memory`` is a file that remembers each image's hash by size and modification time, so that an
-    unchanged folder is not read again.
+    What cannot be read is left out: it has no contents, and is named when images are decoded.
 
-    Raises:
-        UserError: an image that cannot be read.
+    Args:
+        memory: a file that remembers each image's hash by size and modification time, so that an unchanged folder is
+            not read again.
+        names: of the images below the folder, where only some of them are wanted.
     """
-    total, images = hashlib.sha256(), 0
+    total, images, beginnings = hashlib.sha256(), 0, array("Q")
     smallest: list[tuple[int, bytes]] = []  # a heap of the SAMPLE smallest hashes, the largest of them on top
+    for row in _rows(folder, list_images(folder) if names is None else names, memory, f"reading {folder}"):
+        if row is None:
+            continue
+        total.update(len(row.name).to_bytes(4, "big") + row.name + row.sha256)
+        beginning = int.from_bytes(row.sha256[:8], "big")
+        place = (-beginning, row.name)
+        if len(smallest) < SAMPLE:
+            heapq.heappush(smallest, place)
+        elif place > smallest[0]:
+            heapq.heapreplace(smallest, place)
+        if row.size_bytes:
+            beginnings.append(beginning)
+        images += 1
+    sample = tuple(folder / os.fsdecode(name) for _, name in sorted(smallest, reverse=True))
+    return Fingerprint(total.hexdigest(), images, sample, np.array(beginnings, np.uint64))
+
+
+def digests(folder: Path, names: Iterable[bytes], memory: Path | None = None) -> np.ndarray:
+    """The first 64 bits of the hash of each file's contents, uint64 [N]: equal where they are; 0 where there are none.
+
+    Args:
+        memory: as ``fingerprint_folder``.
+    """
+    rows = _rows(folder, names, memory, f"comparing images of {folder}")
+    found = (int.from_bytes(row.sha256[:8], "big") if row is not None and row.size_bytes else 0 for row in rows)
+    return np.fromiter(found, np.uint64)
+
+
+def _rows(folder: Path, names: Iterable[bytes], memory: Path | None, what: str) -> Iterator[Row | None]:
+    """Each image as it is now, in the order of ``names``; None where it cannot be read."""
     base = os.fsencode(folder) + b"/"
 
-    def hashed(chunk: tuple[list[bytes], dict[bytes, Row]]) -> tuple[list[Row], list[Row]]:
+    def hashed(chunk: tuple[list[bytes], dict[bytes, Row]]) -> tuple[list[Row | None], list[Row]]:
         names, known = chunk
         rows = [_hashed(base, name, known.get(name)) for name in names]
-        return rows, [row for row in rows if known.get(row.name) is not row]
+        return rows, [row for row in rows if row is not None and known.get(row.name) is not row]
 
-    with _Memory(memory) as seen, progress(f"reading {folder}", None) as advance:
-        chunks = ((names, seen.rows(names)) for names in _chunks(list_images(folder), CHUNK))
+    with _Memory(memory) as seen, progress(what, None) as advance:
+        chunks = ((names, seen.rows(names)) for names in _chunks(iter(names), CHUNK))
         for rows, new in in_order(hashed, chunks):
             seen.remember(new)
-            for row in rows:
-                total.update(len(row.name).to_bytes(4, "big") + row.name + row.sha256)
-                place = (-int.from_bytes(row.sha256[:8], "big"), row.name)
-                if len(smallest) < SAMPLE:
-                    heapq.heappush(smallest, place)
-                elif place > smallest[0]:
-                    heapq.heapreplace(smallest, place)
-            images += len(rows)
+            yield from rows
             advance(len(rows), "images")
-    sample = tuple(folder / os.fsdecode(name) for _, name in sorted(smallest, reverse=True))
-    return Fingerprint(total.hexdigest(), images, sample)
 
 
 class Row(NamedTuple):
@@ -93,15 +103,15 @@ class Row(NamedTuple):
     sha256: bytes
 
 
-def _hashed(base: bytes, name: bytes, known: Row | None) -> Row:
+def _hashed(base: bytes, name: bytes, known: Row | None) -> Row | None:
     try:
         status = os.stat(base + name)  # noqa: PTH116 (bytes)
         if known is not None and (known.size_bytes, known.modified_ns) == (status.st_size, status.st_mtime_ns):
             return known
         with open(base + name, "rb") as stream:  # noqa: PTH123 (bytes)
             digest = hashlib.file_digest(stream, "sha256").digest()
-    except OSError as error:
-        raise UserError(f"cannot read image {os.fsdecode(base + name)} ({error.strerror}): remove it") from None
+    except OSError:
+        return None
     return Row(name, status.st_size, status.st_mtime_ns, digest)
 
 

@@ -12,14 +12,19 @@ from ..core.config import DataPlan
 from ..core.progress import note
 from ..core.stats import matched_share
 from ..runtime.task import Task
+from .listing import Others
 from .sources import Split, folder
 
 
 class Labels(Protocol):
     """How the labels of a task are found and read."""
 
-    def folder(self, config: DataPlan) -> tuple[Path, list[str], dict[str, Split]]:
-        """A user's folder: its root, the names of the outputs, and its splits by name. Raises UserError."""
+    def folder(self, config: DataPlan, others: Others) -> tuple[Path, list[str], dict[str, Split]]:
+        """A user's folder: its root, the names of the outputs, and its splits by name. Raises UserError.
+
+        Args:
+            others: told what lies there and is not read.
+        """
 
     def read(self, image: Path, number: int, spec: Mapping[str, Any]) -> np.ndarray | np.integer[Any]:
         """What is right of one image, as the task judges what a network of this InputSpec says of it.
@@ -33,9 +38,9 @@ class Labels(Protocol):
 class ClassNumbers:
     """An image lies in the folder of its class."""
 
-    def folder(self, config: DataPlan) -> tuple[Path, list[str], dict[str, Split]]:
+    def folder(self, config: DataPlan, others: Others) -> tuple[Path, list[str], dict[str, Split]]:
         """``source/<split>/<class>/*``."""
-        return folder(config)
+        return folder(config, others)
 
     def read(self, image: Path, number: int, spec: Mapping[str, Any]) -> np.integer[Any]:
         """The number of its class."""

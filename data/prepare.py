@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from ..core.artifact import Draft, Order, drafting, sha256_file, write_json
+from ..core.artifact import Draft, Order, drafting, write_json
 from ..core.config import DataConfig
 from ..core.errors import UserError
-from ..core.proc import in_order
-from ..core.progress import note, progress
-from .copies import HELD_OUT, read, write_copies
+from .copies import HELD_OUT, write_copies
 from .dataset import UNLABELED, CopyFacts, Dataset, DatasetFacts, Index, Part, Samples, index_records
-from .fingerprints import list_images
+from .fingerprints import digests
+from .found import Leaks, Together, Unreadable, file_name, survey_of
 from .labels import LABELS
+from .leaks import SIDES
+from .listing import MOST_NAMED, Others, list_images
+from .looks import Looks, examine
+from .sheet import write_sheet
 from .sources import Split, digits, reader
 from .splits import stratified_fraction
+from .survey import Broken, counted
 
-SAMPLED = 1000  # images of a part that ``check: sample`` decodes
-CHUNK = 64  # images that a thread decodes at once
+LONGEST_LIST = 1200  # characters of a message that names images
 
 
-def prepare(order: Order[DataConfig], out: Path, held_out_later: bool = False) -> Dataset:
+def prepare(
+    order: Order[DataConfig],
+    out: Path,
+    held_out_later: bool = False,
+    memory_of: Callable[[Path], Path | None] = lambda _: None,
+) -> Dataset:
     """Read the source once, check its images, split it.
 
     A folder's images stay where they are; those of every other source are copied into the artifact. Where the order
@@ -33,127 +42,219 @@ def prepare(order: Order[DataConfig], out: Path, held_out_later: bool = False) -
     images, ``unlabeled``.
 
     Args:
-        held_out_later: ``val`` and ``test`` are about to be decoded anyway: they are not checked here.
+        held_out_later: ``val`` and ``test`` are about to be decoded anyway: they are looked at quickly here.
+        memory_of: the file that remembers the hashes of the images of a folder, as ``fingerprint_folder`` takes it.
 
     Raises:
-        UserError: a missing folder or split, an empty class, an image that can't be decoded.
+        UserError: a missing folder or split, a class without images, images that can't be read or are copies of
+            held-out ones, all of them named at once.
     """
-    config = order.config
+    config, others = order.config, Others()
     with drafting(Dataset, order, out) as draft:
-        if config.source == "digits":
-            root, classes, splits = digits(draft, config)
-        elif Path(config.source).is_dir():
-            root, classes, splits = LABELS[config.task].folder(config)
-        else:
-            root, classes, splits = reader(draft, config)
-        learn = splits[config.train_split]
-        if config.test_split is None:
-            learn, test = _cut(learn, config.test_fraction, config.seed)
-        else:
-            test = splits[config.test_split]
-        train, val = _cut(learn, config.val_fraction, config.seed + 1)
-        parts: dict[Part, Split] = {"train": train, "val": val, "test": test}
-        roots: dict[Part, Path] = dict.fromkeys(parts, root or draft.path)
-        _check_classes(parts, classes, may_be_empty=config.classes is not None)
-        if config.unlabeled is not None:
-            roots["unlabeled"] = config.unlabeled.absolute()
-            parts["unlabeled"] = _unlabeled(config.unlabeled, _paths(roots, parts, HELD_OUT))
-        copied: tuple[Part, ...] = ()
-        if config.copies_side is not None:
-            copied = tuple(part for part in parts if part not in HELD_OUT)
-        checked = [part for part in parts if part not in copied and not (held_out_later and part in HELD_OUT)]
-        _check_images(config, {part: Samples(config.task, roots[part], _records(parts[part])) for part in checked})
-        copies = [_write_part(draft, part, roots[part], split, config, part in copied) for part, split in parts.items()]
+        source = _read_source(draft, config, others)
+        classes, roots = source.classes, source.roots
+        _check_classes(config, source.parts["train"], source, may_be_empty=config.classes is not None)
+        parts, leaks = source.parts, Leaks(None, 0)
+        if not source.stays or config.held_out_copies is not None:
+            parts, leaks = _without_copies(config, source, memory_of)
+
+        in_copies = tuple(part for part in parts if part not in HELD_OUT and config.copies_side is not None)
+        records = {part: _records(split, part in in_copies) for part, split in parts.items()}
+        samples = {part: Samples(config.task, roots[part], records[part]) for part in parts}
+        looks = {part: Looks(len(split.names)) for part, split in parts.items()}
+        if config.check != "none":
+            checked = {part: samples[part] for part in parts if part not in in_copies}
+            examine(checked, looks, config.check, config.seed, quick=HELD_OUT if held_out_later else ())
+        facts = [_write_copies(draft, part, samples[part], records[part], config, looks[part]) for part in in_copies]
+        broken = _broken(parts, roots, looks, others)
+        if broken.count and not config.skip_broken:
+            raise _unreadable(broken, roots["train"])
+        for part, found in looks.items():
+            parts[part], records[part] = parts[part].at(found.whole), records[part][found.whole]
+            found.rows = found.rows[found.whole]
+        _check_classes(config, parts["train"], source, may_be_empty=config.classes is not None)
+
+        for part, rows in records.items():
+            np.save(draft.path / Dataset.records_name(part), rows)
         places = {part: None if place == draft.path else str(place) for part, place in roots.items()}
         write_json(
             draft.path / Dataset.INDEX, Index(classes=tuple(classes), roots=dict(places)).model_dump(mode="json")
         )
+        survey = survey_of(config, parts, classes, looks, others, broken, leaks)
+        write_json(draft.path / Dataset.SURVEY, survey.model_dump(mode="json"))
+        shown = Samples(config.task, roots["train"], records["train"])
+        write_sheet(shown, classes, config.seed, draft.path / Dataset.SHEET)
         draft.facts = DatasetFacts(
             task=config.task,
             source=config.source,
             classes=len(classes),
             images={part: len(split.names) for part, split in parts.items()},
-            copies=_together([facts for facts in copies if facts is not None]),
+            copies=_together([each for each in facts if each is not None]),
         )
     return draft.artifact
+
+
+class Source(NamedTuple):
+    """What a source has: its parts, where their files lie, and what its training split was before it was cut."""
+
+    classes: list[str]
+    parts: dict[Part, Split]
+    roots: dict[Part, Path]
+    whole: Split
+    stays: bool  # a user's folder
+
+
+def _read_source(draft: Draft[Dataset], config: DataConfig, others: Others) -> Source:
+    """Read or list the images of a source, and cut it. Raises UserError."""
+    if config.source == "digits":
+        root, classes, splits = digits(draft, config)
+    elif Path(config.source).is_dir():
+        root, classes, splits = LABELS[config.task].folder(config, others)
+    else:
+        root, classes, splits = reader(draft, config)
+    whole = splits[config.train_split]
+    if config.test_split is None:
+        learn, test = _cut(whole, config.test_fraction, config.seed)
+    else:
+        learn, test = whole, splits[config.test_split]
+    train, val = _cut(learn, config.val_fraction, config.seed + 1)
+    parts: dict[Part, Split] = {"train": train, "val": val, "test": test}
+    roots: dict[Part, Path] = dict.fromkeys(parts, root or draft.path)
+    if config.unlabeled is not None:
+        roots["unlabeled"] = config.unlabeled.absolute()
+        others.folder = os.fsencode(roots["unlabeled"]) + b"/"
+        parts["unlabeled"] = _unlabeled(roots["unlabeled"], others)
+    return Source(classes, parts, roots, whole, stays=root is not None)
 
 
 def _cut(samples: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     """(the rest, a seeded stratified fraction), both in the given order."""
     taken = np.zeros(len(samples.names), bool)
     taken[stratified_fraction(samples.labels, fraction, seed)] = True
-    return samples.at(np.flatnonzero(~taken)), samples.at(np.flatnonzero(taken))
+    return samples.at(~taken), samples.at(taken)
 
 
-def _records(split: Split, copied: bool = False) -> np.ndarray:
+def _records(split: Split, copied: bool) -> np.ndarray:
     return index_records(split.names, split.labels, copied)
 
 
-def _paths(roots: Mapping[Part, Path], parts: Mapping[Part, Split], wanted: Iterable[Part]) -> list[Path]:
-    return [roots[part] / os.fsdecode(name) for part in wanted for name in parts[part].names]
-
-
-def _check_classes(parts: Mapping[Part, Split], classes: list[str], may_be_empty: bool) -> None:
+def _check_classes(config: DataConfig, train: Split, source: Source, may_be_empty: bool) -> None:
+    """See that something to learn of every class is left in ``train``, a part of the source. Raises UserError."""
+    classes = source.classes
     if len(classes) < 2:
         raise UserError(f"wanted at least two classes, found {len(classes)}: {', '.join(classes)}")
-    counts = np.bincount(parts["train"].labels, minlength=len(classes))
-    if (counts == 0).any() and not may_be_empty:
-        empty = classes[int(np.argmin(counts))]
-        raise UserError(f"class '{empty}' has no training image: add some, or remove the class")
+    counts = np.bincount(train.labels, minlength=len(classes))
+    if counts.all() or (may_be_empty and counts.any()):
+        return
+    empty = int(np.argmin(counts))
+    before = int(np.bincount(source.whole.labels, minlength=len(classes))[empty])
+    name = classes[empty]
+    if not before:
+        raise UserError(f"class '{name}' has no training image: add some, or remove the class")
+    cuts = [
+        *([f"test (data.test_fraction {config.test_fraction:g})"] if config.test_split is None else []),
+        *([f"validation (data.val_fraction {config.val_fraction:g})"] if config.val_fraction else []),
+    ]
+    many = "1 training image" if before == 1 else f"{before} training images"
+    if before <= len(cuts):
+        take = "takes one" if len(cuts) == 1 else "take one each"
+        cure = ", or set data.val_fraction to 0" if config.val_fraction else ""
+        raise UserError(
+            f"class '{name}' has {many}, of which {' and '.join(cuts)} {take}: wanted at least {len(cuts) + 1}; "
+            f"add some or remove the class{cure}"
+        )
+    raise UserError(
+        f"class '{name}' has {many}, and none is left: they are held out, copies of held-out images, or broken; "
+        "add some or remove the class"
+    )
 
 
-def _unlabeled(folder: Path, held_out: Iterable[Path]) -> Split:
-    """Every image below ``folder``, but for copies of those that are held out."""
+def _unlabeled(folder: Path, others: Others) -> Split:
+    """Every image below ``folder``."""
     if not folder.is_dir():
         raise UserError(f"data.unlabeled: no folder {folder}: wanted a folder of images")
-    secret = {sha256_file(path) for path in held_out}
-    names = np.array(list(list_images(folder)), bytes)
-    kept = np.array([sha256_file(folder / os.fsdecode(name)) not in secret for name in names], bool)
-    if not kept.all():
-        note(f"{(~kept).sum()} of the images in {folder} are held out for validation or testing: left out")
-    if not kept.any():
+    names = list(list_images(folder, others))
+    if not names:
         raise UserError(f"data.unlabeled: no images of use below {folder}: wanted some, or no data.unlabeled")
-    return Split(names[kept], np.full(kept.sum(), UNLABELED, np.int32))
+    return Split.of(names, np.full(len(names), UNLABELED, np.int32))
 
 
-def _check_images(config: DataConfig, parts: Mapping[Part, Samples]) -> None:
-    """Decode the images, all or some: a broken one is named before any training. Raises UserError."""
-    if config.check == "none":
-        return
-    chosen: dict[Part, np.ndarray] = {}
-    for part, samples in parts.items():
-        chosen[part] = np.arange(len(samples))
-        if config.check == "sample":
-            chosen[part] = np.random.default_rng(config.seed).permutation(len(samples))[:SAMPLED]
+def _without_copies(
+    config: DataConfig, source: Source, memory_of: Callable[[Path], Path | None]
+) -> tuple[dict[Part, Split], Leaks]:
+    """The parts by content, without images that lie in a part of a later side too, unless these are to stay.
 
-    def check(chunk: tuple[Samples, np.ndarray]) -> int:
-        samples, positions = chunk
-        for at in positions:
-            read(samples.path(at))
-        return len(positions)
+    Raises:
+        UserError: such images, where they are refused; or nothing is left.
+    """
+    parts: dict[Part, Split] = {}
+    for part, split in source.parts.items():
+        place = source.roots[part]
+        memory = memory_of(place) if source.stays or part == "unlabeled" else None
+        parts[part] = split._replace(digests=digests(place, split.names.tolist(), memory))
+    leaks = Leaks(Together(parts, source.classes), 0)
+    if config.duplicates == "allow":
+        return parts, leaks
+    left: dict[Part, Split] = {}
+    for part, split in parts.items():
+        later = [other.digests for name, other in parts.items() if SIDES[name] > SIDES[part]]
+        copied = np.isin(split.digests, np.concatenate([*later, np.zeros(0, np.uint64)])) & (split.digests != 0)
+        left[part] = split.at(~copied)
+        if part == "unlabeled" and copied.all():
+            raise UserError("data.unlabeled: no images of use, all of them are held out: wanted others, or none")
+    dropped = sum(len(parts[part].names) - len(left[part].names) for part in parts)
+    if dropped and config.duplicates == "refuse":
+        twice, _ = leaks.images.copies()
+        pair = leaks.images.in_two_parts(twice).pairs[0]
+        raise UserError(
+            f"{counted(dropped)} to learn from found among validation or test images too, such as {pair.first} and "
+            f"{pair.second}: remove one of each, or data.duplicates drop, which leaves those to learn from out"
+        )
+    return left, leaks._replace(left_out=dropped)
 
-    chunks = (
-        (samples, chosen[part][at : at + CHUNK])
-        for part, samples in parts.items()
-        for at in range(0, len(chosen[part]), CHUNK)
-    )
-    with progress("checking images", sum(map(len, chosen.values()))) as advance:
-        for done in in_order(check, chunks):
-            advance(done, "")
 
-
-def _write_part(
-    draft: Draft[Dataset], part: Part, root: Path, split: Split, config: DataConfig, copied: bool
+def _write_copies(
+    draft: Draft[Dataset], part: Part, samples: Samples, records: np.ndarray, config: DataConfig, looks: Looks
 ) -> CopyFacts | None:
-    """Write the records of a part, and the copies of its images if wanted."""
-    records, facts = _records(split, copied), None
-    if copied and len(split.names):
-        assert config.copies_side is not None
-        samples = Samples(config.task, root, records)
-        out = draft.path / Dataset.copies_name(part)
-        records["start"], records["size"], facts = write_copies(samples, config.copies_side, out)
-    np.save(draft.path / Dataset.records_name(part), records)
+    """Write resized copies of the images of a part, and where they lie into its ``records``."""
+    if not len(records):
+        return None
+    assert config.copies_side is not None
+    out = draft.path / Dataset.copies_name(part)
+    records["start"], records["size"], facts = write_copies(samples, config.copies_side, out, looks)
     return facts
+
+
+def _broken(
+    parts: Mapping[Part, Split], roots: Mapping[Part, Path], looks: Mapping[Part, Looks], others: Others
+) -> Unreadable:
+    """Those of all parts that cannot be read."""
+    faults = []
+    for part, seen in looks.items():
+        folder = os.fsencode(roots[part]) + b"/" if part == "unlabeled" else b""  # lies elsewhere than the others
+        faults += [(folder + parts[part].names[at], fault) for at, fault in seen.faults.items()]
+    first = [*faults, *others.missing][:MOST_NAMED]
+    named = [Broken(image=file_name(name), reason=reason) for name, reason in first]
+    return Unreadable(named, len(faults) + others.missing_count)
+
+
+def _unreadable(broken: Unreadable, root: Path) -> UserError:
+    """All that cannot be read in one line, as far as a line goes."""
+    cure = "with --skip-broken (data.skip_broken: true in a recipe)"
+    if broken.count == 1:
+        one = f"{root / broken.first[0].image} ({broken.first[0].reason})"
+        return UserError(f"cannot read image {one}: replace or remove it, or leave it out {cure}")
+    listed: list[str] = []
+    for each in broken.first:
+        text = f"{each.image} ({each.reason})"
+        if sum(map(len, listed)) + len(text) > LONGEST_LIST:
+            break
+        listed.append(text)
+    more = f" and {broken.count - len(listed)} more" if broken.count > len(listed) else ""
+    return UserError(
+        f"cannot read {broken.count} images below {root}: {', '.join(listed)}{more}: replace or remove them, or leave "
+        f"them out {cure}"
+    )
 
 
 def _together(parts: list[CopyFacts]) -> CopyFacts | None:

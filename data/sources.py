@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,8 +14,8 @@ from ..core.artifact import Draft
 from ..core.config import DataPlan
 from ..core.errors import UserError
 from ..core.proc import first_line
-from ..core.progress import track
-from .fingerprints import list_images
+from ..core.progress import note, track
+from .listing import REMEMBERED, Others, is_hidden, kind_of, list_images
 
 if TYPE_CHECKING:
     from .dataset import Dataset
@@ -26,14 +26,15 @@ class Split(NamedTuple):
 
     names: np.ndarray  # of the files below the root, bytes [N]
     labels: np.ndarray  # int32 [N]
+    digests: np.ndarray  # of their contents, uint64 [N]; 0 where nobody has asked
 
     @classmethod
-    def of(cls, names: Sequence[bytes], labels: Sequence[int] | np.ndarray) -> Split:
-        return cls(np.array(names, bytes), np.asarray(labels, np.int32))
+    def of(cls, names: Sequence[bytes] | np.ndarray, labels: Sequence[int] | np.ndarray) -> Split:
+        return cls(np.array(names, bytes), np.asarray(labels, np.int32), np.zeros(len(names), np.uint64))
 
     def at(self, positions: np.ndarray) -> Split:
-        """Those at ``positions`` [M]."""
-        return Split(self.names[positions], self.labels[positions])
+        """Those at ``positions`` [M], or where a mask [N] is true."""
+        return Split(self.names[positions], self.labels[positions], self.digests[positions])
 
 
 def digits(draft: Draft[Dataset], config: DataPlan) -> tuple[None, list[str], dict[str, Split]]:
@@ -57,24 +58,102 @@ def digits(draft: Draft[Dataset], config: DataPlan) -> tuple[None, list[str], di
     return None, [str(digit) for digit in range(10)], {config.train_split: Split.of(names, labels)}
 
 
+# What a part is called where nothing else is said, and what else it is usually called; in any case of letters.
+USUAL_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "test", "testing"),
+}
+
+
+def usual_splits(config: DataPlan) -> DataPlan:
+    """``config`` with the parts of its folder as they are called there, and a line that says so.
+
+    Where there are no parts at all but folders of images, these are the classes, and the held-out part is cut.
+    """
+    root = Path(config.source)
+    there = {name.lower(): name for name in _folders(root)}
+
+    def known(split: str) -> str:
+        if (root / split).is_dir():
+            return split
+        return next((there[name] for name in USUAL_NAMES.get(split, ()) if name in there), split)
+
+    train = known(config.train_split)
+    test = None if config.test_split is None else known(config.test_split)
+    if test is not None and os.path.normpath(test) == os.path.normpath(train):
+        raise UserError(
+            f"data.train_split and data.test_split are both '{test}': wanted two parts, or data.test_split null"
+        )
+    if train == "train" and test in ("val", None) and _holds_classes(root, there):
+        note(f"{root} has no parts: its {len(there)} folders are the classes, and test images are cut from them")
+        return config.model_copy(update={"train_split": ".", "test_split": None})
+    for wanted, found in ((config.train_split, train), (config.test_split, test)):
+        if found != wanted:
+            note(f"{root} has no folder '{wanted}': '{found}' is taken")
+    return config.model_copy(update={"train_split": train, "test_split": test})
+
+
+def _holds_classes(root: Path, there: Mapping[str, str]) -> bool:
+    """Whether the folders of a source are its classes: several, none called as a part is, with images in all."""
+    parts = {name for names in USUAL_NAMES.values() for name in names}
+    if len(there) < 2 or parts & there.keys():
+        return False
+    return all(any(True for _ in list_images(root / name)) for name in there.values())
+
+
+def _folders(place: Path) -> list[str]:
+    """The folders in ``place`` that may be parts or classes, by name."""
+    there = (path for path in place.iterdir() if path.is_dir() and not is_hidden(os.fsencode(path.name)))
+    return sorted(path.name for path in there if not _holds_artifacts(path))
+
+
+def _holds_artifacts(folder: Path) -> bool:
+    """Whether what kdpipe makes goes there: it may have been started in the folder of the images."""
+    return (folder / REMEMBERED).is_dir()
+
+
 def _wanted_splits(config: DataPlan) -> list[str]:
     return [config.train_split, *([config.test_split] if config.test_split else [])]
 
 
-def folder(config: DataPlan) -> tuple[Path, list[str], dict[str, Split]]:
-    """``source/<split>/<class>/*``; the classes are those listed, or the training folders in name order."""
+def names_of(config: DataPlan) -> Iterator[bytes]:
+    """The name below the source of every image of its parts, part by part and class by class: what is read of it.
+
+    Raises:
+        UserError: a part that is not there.
+    """
+    places = {split: _part(config, split) for split in sorted(_wanted_splits(config))}
+    for split, place in places.items():
+        for name in _folders(place):
+            yield from list_images(place / name, below=os.fsencode(os.path.normpath(f"{split}/{name}") + "/"))
+
+
+def _part(config: DataPlan, split: str) -> Path:
+    """The folder of one part. Raises UserError."""
+    root = Path(config.source)
+    place = root / split
+    if not place.is_dir():
+        there = ", ".join(_folders(root)) or "no folders"
+        cure = "or data.test_split: null to cut one" if split == config.test_split else "or another data.train_split"
+        raise UserError(f"no folder {place}: wanted {root}/{split}/<class>/*, found {there}; make it, {cure}")
+    return place
+
+
+def folder(config: DataPlan, others: Others) -> tuple[Path, list[str], dict[str, Split]]:
+    """``source/<split>/<class>/*``; the classes are those listed, or the training folders in name order.
+
+    Args:
+        others: told what lies there and is not read.
+    """
     root = Path(config.source)
     splits: dict[str, Split] = {}
     classes: list[str] = [] if config.classes is None else _listed(config.classes)
-    for split in _wanted_splits(config):
-        place = root / split
-        if not place.is_dir():
-            there = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "no folders"
-            cure = (
-                "or data.test_split: null to cut one" if split == config.test_split else "or another data.train_split"
-            )
-            raise UserError(f"no folder {place}: wanted {root}/{split}/<class>/*, found {there}; make it, {cure}")
-        named = sorted(p.name for p in place.iterdir() if p.is_dir() and not p.name.startswith("."))
+    wanted = _wanted_splits(config)
+    places = {split: _part(config, split) for split in wanted}
+    for place in (root, *(place for split, place in places.items() if split != ".")):
+        _tell_others(place, root, None if place != root or "." in wanted else wanted, others)
+    for split, place in places.items():
+        named = _folders(place)
         if not named:
             raise UserError(f"no class folders in {place}: wanted {place}/<class>/*.jpg (or png)")
         if classes and set(named) - set(classes):
@@ -82,19 +161,34 @@ def folder(config: DataPlan) -> tuple[Path, list[str], dict[str, Split]]:
             known = config.classes or root / config.train_split
             raise UserError(f"{place} has classes that {known} lacks: {extra}")
         classes = classes or named
-        found = [_images_of(place, split, name) for name in classes]
+        found = [_images_of(place, split, name, others) for name in classes]
         if not any(map(len, found)):
-            raise UserError(f"no images in {place}: wanted .jpg, .jpeg or .png files in its class folders")
+            found_there = f", found {others.words()}" if others.counts else ""
+            raise UserError(f"no images in {place}: wanted .jpg, .png or the like in its class folders{found_there}")
         counts = [len(names) for names in found]
-        splits[split] = Split(np.concatenate(found), np.repeat(np.arange(len(classes), dtype=np.int32), counts))
+        splits[split] = Split.of(np.concatenate(found), np.repeat(np.arange(len(classes), dtype=np.int32), counts))
     return root, classes, splits
 
 
-def _images_of(place: Path, split: str, name: str) -> np.ndarray:
+def _tell_others(place: Path, root: Path, parts: list[str] | None, others: Others) -> None:
+    """Tell what lies beside the class folders of a part, or beside the parts of a source."""
+    read = set() if parts is None else {Path(part).parts[0] for part in parts}
+    with os.scandir(os.fsencode(place)) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            path = Path(os.fsdecode(entry.path))
+            name = os.fsencode(path.relative_to(root))
+            if kind_of(entry) != "folder":
+                others.add("files that lie in no class folder", name)
+            elif is_hidden(entry.name):
+                others.add("hidden folders", name)
+            elif parts is not None and path.name not in read and not _holds_artifacts(path):
+                others.add("folders that no part is read from", name)
+
+
+def _images_of(place: Path, split: str, name: str, others: Others) -> np.ndarray:
     """Names below the source of one class's images, bytes [N]; none where the class has no folder."""
-    below = os.fsencode(f"{split}/{name}/")
-    there = list_images(place / name) if (place / name).is_dir() else ()
-    return np.array([below + image for image in there], bytes)
+    there = list_images(place / name, others, os.fsencode(f"{split}/{name}/")) if (place / name).is_dir() else ()
+    return np.array(list(there), bytes)
 
 
 def _listed(path: Path) -> list[str]:

@@ -12,6 +12,7 @@ from ..core.config import ReportConfig
 from ..core.kinds import Checkpoint, DeviceReport, GainFacts, Measurement, Report, ReportFacts
 from . import tables, words
 from .compression import Sources, thumbnail
+from .images import contact_sheet
 
 
 def report(
@@ -34,7 +35,8 @@ def report(
     with drafting(Report, order, out) as draft:
         numbers = tables.collect(order.config, sessions, checkpoints, sources)
         write_json(draft.path / Report.NUMBERS, numbers)
-        (draft.path / Report.PAGE).write_text(render(numbers, _pictures(numbers, sources)), encoding="utf-8")
+        page = render(numbers, _pictures(numbers, sources), contact_sheet(sources.dataset))
+        (draft.path / Report.PAGE).write_text(page, encoding="utf-8")
         draft.facts = ReportFacts(
             devices=[
                 DeviceReport(
@@ -57,8 +59,13 @@ def _pictures(numbers: tables.Numbers, sources: Sources) -> list[str]:
     return [thumbnail(samples[flip["position"]].image()) for flip in numbers["flips"]]
 
 
-def render(numbers: tables.Numbers, pictures: Sequence[str]) -> str:
-    """The page of ``numbers``; everything is escaped but the figures drawn here."""
+def render(numbers: tables.Numbers, pictures: Sequence[str], sheet: str = "") -> str:
+    """The page of ``numbers``; everything is escaped but the figures drawn here.
+
+    Args:
+        pictures: data URIs, one for each row of ``numbers["flips"]``.
+        sheet: the contact sheet of the data, as a data URI.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     from .plots import figures, gain_names, pareto_name
@@ -79,6 +86,7 @@ def render(numbers: tables.Numbers, pictures: Sequence[str]) -> str:
         gain_names=gain_names(numbers["gains"]),
         pareto_name=pareto_name,
         pictures=pictures,
+        sheet=sheet,
     )
 
 

@@ -34,6 +34,7 @@ from ..data.dataset import Dataset
 from ..runtime.task import TASKS, Task
 from . import words
 from .compression import Packed, Sources, advice, flips, guards, noise_by_layer
+from .images import image_numbers
 from .pooled import Pooled, pool
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def collect(
         "guards": guards(bundles),
         "gains": distillation_gains(checkpoints),
         "curves": curves(checkpoints),
+        "images": image_numbers(sources.dataset),
         "lineage": lineage(shown, checkpoints),
         "environment": environment(shown.values(), checkpoints),
     }

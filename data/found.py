@@ -1,0 +1,132 @@
+"""The data report made: of what was listed, decoded and compared."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ..core.config import DataConfig
+from ..core.sealed import printable
+from .dataset import UNLABELED, Part
+from .leaks import SIDES, Twice, find_copies, find_look_alikes
+from .listing import Others
+from .looks import FINE, NAMES, Looks
+from .sources import Split
+from .survey import Alike, Broken, NotRead, Range, Survey, Twins
+
+
+class Together:
+    """The images of all parts, one behind the other."""
+
+    def __init__(self, parts: Mapping[Part, Split], classes: Sequence[str]) -> None:
+        self._splits, self._classes = list(parts.values()), classes
+        lengths = [len(split.names) for split in self._splits]
+        self._ends = np.cumsum(lengths)
+        self.sides = np.repeat(np.array([SIDES[part] for part in parts], int), lengths)
+        self.labels = np.concatenate([np.zeros(0, np.int32), *(split.labels for split in self._splits)])
+        self.digests = np.concatenate([np.zeros(0, np.uint64), *(split.digests for split in self._splits)])
+
+    def copies(self) -> tuple[Twice, int]:
+        """As ``find_copies``."""
+        return find_copies(self.digests, self.sides, self.labels)
+
+    def look_alikes(self, hashes: np.ndarray) -> Twice:
+        """As ``find_look_alikes``."""
+        return find_look_alikes(hashes, self.digests, self.sides, self.labels)
+
+    def in_two_parts(self, found: Twice) -> Twins:
+        """Those that lie on two sides, in words."""
+        return Twins(images=int(found.in_two_parts.sum()), pairs=self._named(found.pairs_in_two_parts))
+
+    def under_two_labels(self, found: Twice) -> Twins:
+        """Those that have two labels, in words."""
+        return Twins(images=int(found.under_two_labels.sum()), pairs=self._named(found.pairs_under_two_labels))
+
+    def _named(self, pairs: Sequence[tuple[int, int]]) -> tuple[Alike, ...]:
+        named = []
+        for first, second in pairs:
+            (first_name, first_label), (second_name, second_label) = self._name(first), self._name(second)
+            named.append(
+                Alike(first=first_name, second=second_name, first_label=first_label, second_label=second_label)
+            )
+        return tuple(named)
+
+    def _name(self, at: int) -> tuple[str, str]:
+        part = int(np.searchsorted(self._ends, at, side="right"))
+        split, inside = self._splits[part], at - (int(self._ends[part]) - len(self._splits[part].names))
+        label = int(split.labels[inside])
+        return file_name(split.names[inside]), "" if label == UNLABELED else printable(self._classes[label], 200)
+
+
+class Leaks(NamedTuple):
+    """The images of all parts before copies of held-out ones were left out, and how many were; None: none is twice."""
+
+    images: Together | None
+    left_out: int
+
+
+class Unreadable(NamedTuple):
+    """The first of the images that cannot be read, and how many there are."""
+
+    first: list[Broken]
+    count: int
+
+
+def file_name(name: bytes) -> str:
+    """The name of a file below its root as text that can be shown and kept."""
+    return printable(os.fsdecode(name), 300)
+
+
+def survey_of(
+    config: DataConfig,
+    parts: Mapping[Part, Split],
+    classes: Sequence[str],
+    looks: Mapping[Part, Looks],
+    others: Others,
+    broken: Unreadable,
+    leaks: Leaks,
+) -> Survey:
+    """What the parts were found to be made of."""
+    together = Together(parts, classes)
+    seen = np.concatenate([each.rows for each in looks.values()])
+    alike = together.look_alikes(seen["hash"])
+    hashed = int(np.count_nonzero(seen["hash"]))
+    seen = seen[seen["state"] == FINE]
+    formats = np.bincount(seen["format"], minlength=len(NAMES) + 1)
+    by_count = np.argsort(-formats, kind="stable")
+    before = leaks.images or Together({}, classes)
+    twice, repeated = before.copies()
+    return Survey(
+        check=config.check,
+        seen=len(seen),
+        by_class={
+            part: tuple(np.bincount(split.labels, minlength=len(classes)).tolist())
+            for part, split in parts.items()
+            if part != "unlabeled"
+        },
+        formats={(*NAMES, "others")[at]: int(formats[at]) for at in by_count if formats[at]},
+        shorter_side=_range(np.minimum(seen["width"], seen["height"])),
+        longer_side=_range(np.maximum(seen["width"], seen["height"])),
+        not_read=tuple(
+            NotRead(kind=kind, count=count, example=others.examples[kind]) for kind, count in others.counts.items()
+        ),
+        left_out=broken.count,
+        broken=tuple(broken.first),
+        duplicates=config.duplicates,
+        copies_left_out=leaks.left_out,
+        copies=before.in_two_parts(twice),
+        copies_of_two_labels=before.under_two_labels(twice),
+        repeated=repeated,
+        hashed=hashed,
+        look_alikes=together.in_two_parts(alike),
+        look_alikes_of_two_labels=together.under_two_labels(alike),
+    )
+
+
+def _range(sides: np.ndarray) -> Range | None:
+    if not len(sides):
+        return None
+    return Range(smallest=int(sides.min()), median=float(np.median(sides)), largest=int(sides.max()))

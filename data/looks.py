@@ -1,0 +1,142 @@
+"""What is seen of every image while it is decoded: its format, its size, what it looks like, or why it is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from ..core.proc import first_line, in_order
+from ..core.progress import progress
+from ..runtime.preprocess import FORMATS, as_rgb
+from .dataset import Part, Samples
+from .formats import opened
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+UNSEEN, FINE, BROKEN = range(3)
+ROW = np.dtype([("state", "u1"), ("format", "u1"), ("width", "<i4"), ("height", "<i4"), ("hash", "<u8")])
+NAMES = (*FORMATS, "MPO")  # a JPEG of several pictures calls itself so
+SAMPLED = 1000  # images of a part that ``check: sample`` decodes
+CHUNK = 64  # images that a thread decodes at once
+HASHED_SIDE = 32  # pixels: a perceptual hash is made of so many squared, and says nothing of an image that has fewer
+# Half of the 64 bits are above the median, unless many are equal to it: then nothing is to be seen on the picture.
+FEWEST_BITS = 24
+
+
+class Look(NamedTuple):
+    """What was seen of one image; ``fault`` is empty for one that can be read."""
+
+    format: str = ""
+    width: int = 0  # pixels, as they lie in the file
+    height: int = 0
+    hash: int = 0
+    fault: str = ""
+
+
+class Looks:
+    """What was seen of the images of one part: a few bytes an image."""
+
+    def __init__(self, images: int) -> None:
+        self.rows = np.zeros(images, ROW)
+        self.faults: dict[int, str] = {}  # by position
+
+    def put(self, at: int, seen: Look) -> None:
+        """Keep what was seen of one image."""
+        if seen.fault:
+            self.rows["state"][at] = BROKEN
+            self.faults[at] = seen.fault
+        else:
+            known = NAMES.index(seen.format) if seen.format in NAMES else len(NAMES)
+            self.rows[at] = (FINE, known, seen.width, seen.height, seen.hash)
+
+    @property
+    def whole(self) -> np.ndarray:
+        """Which images are not known to be broken, bool [N]."""
+        whole: np.ndarray = self.rows["state"] != BROKEN
+        return whole
+
+
+def look(path: Path, quick: bool = False) -> tuple[Image.Image | None, Look]:
+    """Decode an image of the user's, and say what is seen; None where it cannot be read.
+
+    Args:
+        quick: a JPEG is decoded whole, but to as few pixels as a look takes.
+
+    Raises:
+        UserError: an image of a format that wants a package which is not installed.
+    """
+    try:
+        with opened(path) as image:
+            kind, size = image.format or "", image.size
+            if quick and kind in ("JPEG", "MPO"):
+                image.draft(None, (2 * HASHED_SIDE, 2 * HASHED_SIDE))
+            pixels = as_rgb(image)
+        return pixels, Look(kind, *size, perceptual_hash(pixels))
+    except (OSError, MemoryError) as error:
+        return None, Look(fault=_reason(error))
+
+
+def _reason(error: OSError | MemoryError) -> str:
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, MemoryError):
+        return "too large for this machine's memory"
+    if isinstance(error, UnidentifiedImageError):
+        return "no image of a format that is read"
+    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+
+
+def perceptual_hash(image: Image.Image) -> int:
+    """64 bits that are nearly the same for images that look alike; 0 for one that is too small or too flat to tell.
+
+    The signs of the lowest frequencies of a cosine transform against their median (imagehash's ``phash``).
+    """
+    import imagehash
+
+    shorter = min(image.size)
+    if shorter < HASHED_SIDE:
+        return 0
+    factor = shorter // (2 * HASHED_SIDE)
+    bits = imagehash.phash(image.reduce(factor) if factor > 1 else image).hash
+    return int.from_bytes(np.packbits(bits).tobytes(), "big") if bits.sum() >= FEWEST_BITS else 0
+
+
+def examine(
+    parts: Mapping[Part, Samples],
+    looks: Mapping[Part, Looks],
+    check: Literal["all", "sample"],
+    seed: int,
+    quick: Collection[Part],
+) -> None:
+    """Decode the images of some parts, all or some of them, into ``looks``; all cores decode.
+
+    Args:
+        quick: parts that are decoded again later.
+
+    Raises:
+        UserError: as ``look`` does.
+    """
+    chosen: dict[Part, np.ndarray] = {}
+    for part, samples in parts.items():
+        chosen[part] = np.arange(len(samples))
+        if check == "sample":
+            chosen[part] = np.random.default_rng(seed).permutation(len(samples))[:SAMPLED]
+
+    def seen(chunk: tuple[Part, np.ndarray]) -> tuple[Part, np.ndarray, list[Look]]:
+        part, positions = chunk
+        return part, positions, [look(parts[part].path(at), part in quick)[1] for at in positions]
+
+    chunks = (
+        (part, positions[at : at + CHUNK])
+        for part, positions in chosen.items()
+        for at in range(0, len(positions), CHUNK)
+    )
+    with progress("checking images", sum(map(len, chosen.values()))) as advance:
+        for part, positions, found in in_order(seen, chunks):
+            for at, each in zip(positions, found, strict=True):
+                looks[part].put(int(at), each)
+            advance(len(positions), "")
