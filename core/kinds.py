@@ -83,6 +83,7 @@ class CheckpointFacts(Record):
     classes: int
     input: InputSpec
     parameters: int
+    macs: int | None = None  # multiply-accumulates for one image, as it is deployed
     test_accuracy: float
     test_images: int
     method: str
@@ -333,7 +334,7 @@ def unshown(models: Iterable[Model]) -> str:
     """Which guarded models are not shown to keep their accuracy, and what would show it; empty if there are none."""
     return "; ".join(
         f"{model.facts.target} {model.facts.variant} is not shown to lose at most "
-        f"{guard.max_drop_points:g} points: {guard.confirmed.words()}"
+        f"{guard.max_drop_points:g} points: it {guard.confirmed.words()}"
         for model in models
         if (guard := model.facts.guard) is not None and not guard.shown
     )

@@ -276,6 +276,7 @@ def _described(
         classes=len(dataset.classes),
         input=spec,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
+        macs=models.multiply_accumulates(network, spec),
         test_accuracy=task.summary(task.scores(logits, labels)).value,
         test_images=len(labels),
         **training,

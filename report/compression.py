@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,6 +46,7 @@ class Sources:
     graphs: Mapping[str, Graph] = field(default_factory=dict)  # by key, like the models
     models: Mapping[str, Model] = field(default_factory=dict)
     dataset: Dataset | None = None
+    bundles: Mapping[str, Path] = field(default_factory=dict)  # folders: where to take one from, not what is in it
 
     def as_inputs(self) -> dict[str, AnyArtifact]:
         """What was found, by role, as inputs of the report."""

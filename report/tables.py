@@ -32,14 +32,15 @@ from ..core.stats import Interval, holm_levels, mean_interval
 from ..data.dataset import Dataset
 from ..runtime.task import TASKS, Task
 from . import words
+from .answers import answers, judged
 from .compression import Packed, Sources, advice, flips, guards, noise_by_layer
+from .decision import decision
 from .pooled import Pooled, pool
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-SCHEMA_VERSION = 2
 Numbers = dict[str, Any]
 Checkpoints = Mapping[str, Checkpoint]
 Shown = Callable[[str, str], bool]  # of the first of two bundles, over the second
@@ -67,12 +68,14 @@ def collect(
     bundles = each_bundle(shown)
     told = [device_numbers(config, pooled, checkpoints, sources) for pooled in devices.values()]
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": config.version,
         "title": config.title,
         "task": {name: getattr(task, name) for name in ("name", "metric", "unit", "summary_note", "change_note")},
         "measured_utc": max(measurement.manifest.created_utc for measurement in shown.values()),
         "chain": chain(shown.values(), checkpoints),
         "devices": told,
+        "answers": told_answers(task, first, told[0], sources),
+        "networks": networks(shown.values(), checkpoints),
         "flips": flips(first, _variants(told[0]["hops"], bundles_of(first)), first.labels, sources),
         "noise_by_layer": noise_by_layer(bundles, sources),
         "guards": guards(bundles),
@@ -89,12 +92,15 @@ def device_numbers(config: ReportConfig, pooled: Pooled, checkpoints: Checkpoint
     faster, rows = surely_faster(facts.comparisons), bundle_rows(pooled)
     front = pareto_front(rows, faster, surely_better(shown, believed(rows)))
     hops = accuracy_hops(shown, checkpoints, sources.graphs)
+    advised = advice(rows, hops, config.max_drop, faster)
+    decided = decision(advised, rows, config.max_drop, faster, facts.emulated)
     return {
         "device": facts.device,
+        "decision": {**decided, "file": file_of(decided["bundle"], shown, sources)},
         "trust": trust(pooled),
         "bundles": [{**row, "pareto": any(row["name"] in place for place in front)} for row in rows],
         "front": front,
-        "advice": advice(rows, hops, config.max_drop, faster),
+        "advice": advised,
         "hops": hops,
         "probe_before": shown.facts.probe_before.model_dump(),
         "probe_after": shown.facts.probe_after.model_dump(),
@@ -102,6 +108,25 @@ def device_numbers(config: ReportConfig, pooled: Pooled, checkpoints: Checkpoint
             name: result.session.model_dump() for name, result in facts.results.items() if result.session is not None
         },
     }
+
+
+def file_of(name: str | None, measurement: Measurement, sources: Sources) -> Numbers | None:
+    """Where the bundle lies, and which file of it the runtime opens; None where it was not found."""
+    bundle = None if name is None else bundles_of(measurement)[name]
+    folder = None if bundle is None else sources.bundles.get(bundle.source.key)
+    return None if bundle is None or folder is None else {"folder": str(folder), "entry": bundle.facts.entry}
+
+
+def told_answers(task: Task, measurement: Measurement, device: Numbers, sources: Sources) -> Numbers | None:
+    """The answers of the bundle to ship, else of the first smaller one, else of the first; None where none was run."""
+    bundles = bundles_of(measurement)
+    run = [name for name in bundles if measurement.outputs_name(name) in measurement.manifest.files]
+    smaller = [name for name in run if bundles[name].facts.precision != "float32"]
+    name = next((name for name in (device["decision"]["bundle"], *smaller, *run) if name in run), None)
+    if name is None:
+        return None
+    base = float32_of(name, bundles)
+    return answers(task, measurement, name, base if base in run and base != name else None, sources)
 
 
 def _variants(hops: Sequence[Numbers], bundles: Mapping[str, Packed]) -> list[tuple[str, str]]:
@@ -175,12 +200,24 @@ def chain(measurements: Iterable[Measurement], checkpoints: Checkpoints) -> Numb
     }
 
 
+def networks(measurements: Iterable[Measurement], checkpoints: Checkpoints) -> list[Numbers]:
+    """Every network that is compared: the teachers, then the students, and which of those were shipped."""
+    shipped = {bundle.student_key for measurement in measurements for bundle in bundles_of(measurement).values()}
+    teachers = teacher_names(checkpoints)
+    found = [
+        {**network(name, checkpoint), "teacher": name in teachers, "shipped": checkpoint.key in shipped}
+        for name, checkpoint in checkpoints.items()
+    ]
+    return sorted(found, key=lambda row: not row["teacher"])
+
+
 def network(name: str, checkpoint: Checkpoint) -> Numbers:
     facts, config = checkpoint.facts, checkpoint.settings
     return {
         "name": name,
         "model": facts.model,
         "parameters": facts.parameters,
+        "macs": facts.macs,
         "method": facts.method,
         "training_images": facts.training_images,
         "label_fraction": config.get("label_fraction"),
@@ -217,9 +254,13 @@ def trust(pooled: Pooled) -> Numbers:
 
 
 def bundle_rows(pooled: Pooled) -> list[Numbers]:
-    rows = []
-    for name, bundle in bundles_of(pooled.shown).items():
+    rows, shown = [], pooled.shown
+    task, bundles = TASKS[shown.facts.task], bundles_of(shown)
+    said = {name: judged(task, outputs, shown.labels) for name, outputs in shown.all_outputs(bundles)}
+    for name, bundle in bundles.items():
         result = pooled.facts.results[name]
+        student = next(iter(find_ancestors(bundle.source, Checkpoint)), None)
+        made_of = None if student is None else Checkpoint.facts_of(student)
         rows.append(
             {
                 "name": name,
@@ -230,6 +271,9 @@ def bundle_rows(pooled: Pooled) -> list[Numbers]:
                 "sessions": pooled.sessions[name],
                 "against_host": None if result.against_host is None else result.against_host.model_dump(),
                 "accuracy": _plain(result.accuracy),
+                **said.get(name, {"balanced": None, "calibration": None}),
+                "parameters": None if made_of is None else made_of.parameters,
+                "macs": None if made_of is None else made_of.macs,
                 "latency_p50_ms": _plain(result.latency_p50_ms),
                 "latency_p90_ms": _plain(result.latency_p90_ms),
                 "latency_p95_ms": _plain(result.latency_p95_ms),
@@ -598,13 +642,17 @@ def device_lines(device: Numbers) -> Iterator[str]:
     yield from words.host_lines(device["bundles"])
     for advised in device["advice"]:
         yield words.advice_sentence(advised)
+    yield words.decision_sentence(device["decision"])
+    if device["decision"]["file"]:
+        yield f"take: {device['decision']['file']['folder']}"
     yield words.trust_sentence(device["trust"])
     if device["trust"]["emulated"]:
         yield words.emulated_sentence(device["trust"])
 
 
 def closing_lines(numbers: Numbers) -> Iterator[str]:
-    """What is said of all devices together: what distillation added, and that no device is ranked against another."""
+    """What is said of all devices together: answers by class, what distillation added, that no device is ranked."""
+    yield from words.answers_lines(numbers)
     for gain in numbers["gains"]:
         yield words.gain_sentence(gain)
     if len(numbers["devices"]) > 1:

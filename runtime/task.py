@@ -61,6 +61,9 @@ class Task(Protocol):
             ValueError: of different shapes, or none.
         """
 
+    def confidence(self, outputs: np.ndarray) -> np.ndarray:
+        """How sure outputs [N, ...] are of what ``decide`` makes of them, 0 to 1, one value a score [N, ...]."""
+
     def agreement(self, first: np.ndarray, second: np.ndarray) -> float:
         """How far two outputs of the same images say the same, 0 to 1."""
 
@@ -115,6 +118,16 @@ class Classification:
         half = _normal_quantile() * math.sqrt((b + c) - (c - b) ** 2 / total) / total
         p_value = min(1.0, 2 * _half_binomial_cdf(min(lost, won), lost + won))
         return Change((won - lost) / n, centre - half, centre + half, lost, won, p_value, n)
+
+    def confidence(self, outputs: np.ndarray) -> np.ndarray:
+        """The probability of the class that is said, by softmax, float64 [N], for finite logits [N, K].
+
+        Outputs that are probabilities already (none negative, every row with the sum 1) are taken as they are.
+        """
+        largest = outputs.max(1, keepdims=True)
+        if outputs.min() >= 0 and np.allclose(outputs.sum(1, dtype=np.float64), 1, rtol=0, atol=1e-3):
+            return np.minimum(largest[:, 0].astype(np.float64), 1.0)
+        return np.asarray(1 / np.exp(outputs - largest).sum(1, dtype=np.float64))
 
     def agreement(self, first: np.ndarray, second: np.ndarray) -> float:
         """The share of images that both call the same, for logits [N, K]."""
