@@ -68,7 +68,7 @@ def answers(task: Task, measurement: Measurement, bundle: str, float32: str | No
         "float32": float32,
         "classes": classes,
         "confusions": [
-            {"label": names[label], "said": names[other], "images": count}
+            {"classes": [label, other], "label": names[label], "said": names[other], "images": count}
             for (label, other), count in confused[:CONFUSIONS]
         ],
         "confusions_left_out": max(0, len(confused) - CONFUSIONS),

@@ -12,6 +12,9 @@ from ..core.config import ReportConfig
 from ..core.kinds import Checkpoint, DeviceReport, GainFacts, Measurement, Report, ReportFacts
 from . import tables, words
 from .compression import Sources, thumbnail
+from .terms import TERMS
+
+LONGEST_SETTING = 120  # characters of one on the page; report.json has it whole
 
 
 def report(
@@ -34,7 +37,8 @@ def report(
     with drafting(Report, order, out) as draft:
         numbers = tables.collect(order.config, sessions, checkpoints, sources)
         write_json(draft.path / Report.NUMBERS, numbers)
-        (draft.path / Report.PAGE).write_text(render(numbers, _pictures(numbers, sources)), encoding="utf-8")
+        page = render(numbers, _pictures(numbers, sources))
+        (draft.path / Report.PAGE).write_text(page, encoding="utf-8")
         draft.facts = ReportFacts(
             devices=[
                 DeviceReport(
@@ -51,17 +55,25 @@ def report(
     return draft.artifact
 
 
-def _pictures(numbers: tables.Numbers, sources: Sources) -> list[str]:
-    """The flipped images, one for each row of ``numbers["flips"]``."""
+def _pictures(numbers: tables.Numbers, sources: Sources) -> dict[int, str]:
+    """The test images that the page shows, by position: those that changed, and the worst mistakes."""
+    shown = [*numbers["flips"], *(numbers["answers"]["mistakes"] if numbers["answers"] else [])]
     samples = sources.dataset.samples("test") if sources.dataset else []
-    return [thumbnail(samples[flip["position"]].image()) for flip in numbers["flips"]]
+    return {each["position"]: thumbnail(samples[each["position"]].image()) for each in shown}
 
 
-def render(numbers: tables.Numbers, pictures: Sequence[str]) -> str:
-    """The page of ``numbers``; everything is escaped but the figures drawn here."""
+def render(numbers: tables.Numbers, pictures: Mapping[int, str]) -> str:
+    """The page of ``numbers``; everything is escaped but the figures drawn here.
+
+    Args:
+        pictures: test images as URIs, by position.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     from .plots import figures, gain_names, pareto_name
+    from .settings import chosen
+
+    rows, defaults = chosen(numbers["lineage"])
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -70,7 +82,7 @@ def render(numbers: tables.Numbers, pictures: Sequence[str]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(pretty=pretty)
+    environment.filters.update(pretty=pretty, brief=brief)
     return environment.get_template("page.html").render(
         **numbers,
         words=words,
@@ -79,9 +91,18 @@ def render(numbers: tables.Numbers, pictures: Sequence[str]) -> str:
         gain_names=gain_names(numbers["gains"]),
         pareto_name=pareto_name,
         pictures=pictures,
+        chosen=rows,
+        defaults=defaults,
+        terms=TERMS,
     )
 
 
 def pretty(value: Any) -> str:
     """A value as indented JSON."""
     return json.dumps(value, indent=1, ensure_ascii=False)
+
+
+def brief(value: Any) -> str:
+    """A setting as JSON in one line, cut where it is long."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LONGEST_SETTING else text[: LONGEST_SETTING - 1] + "\N{HORIZONTAL ELLIPSIS}"

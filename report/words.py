@@ -442,6 +442,11 @@ def answers_lines(numbers: Mapping[str, Any]) -> list[str]:
     return [*lines, f"{answers['bundle']}: {', '.join(sizes(row))}"]
 
 
+def worst_first(classes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The classes from the lowest accuracy up; those without test images last."""
+    return sorted(classes, key=lambda row: row["accuracy"]["value"] if row["accuracy"] else math.inf)
+
+
 def lowest(classes: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The class with the lowest accuracy; of several the one with the most images. None where no class has images."""
     known = [row for row in classes if row["accuracy"] is not None]
