@@ -372,7 +372,7 @@ def decision_reasons(
     row = next((row for row in rows if row["name"] == decision["bundle"]), None)
     if row is None:
         return []
-    speed = f"One image takes {interval(row['latency_p50_ms'])} ms (p50)"
+    speed = f"One image takes {interval(row['latency_p50_ms'])} ms (the median; in brackets 95 % intervals)"
     if decision["over_float32"] is not None:
         speed += f", {interval(decision['over_float32'])} of what its float32 takes"
     lines = [f"{speed}."]
