@@ -395,7 +395,7 @@ def test_defaults_are_told_once() -> None:
     assert rows[0]["chosen"] == {"model": "resnet18", "seed": 3, "train.epochs": 7}
     assert rows[1]["chosen"] == {"model": "resnet18", "method": "labels"}
     assert rows[2]["chosen"] == {"own.thing": 1, "list": []} and "something" not in defaults
-    assert defaults["train"]["method"] == "kd" and defaults["train"]["train.lr"] == one["train"]["lr"]
+    assert defaults["train"]["method"] == "kd" and defaults["train"]["train.learning_rate"] == one["train"]["learning_rate"]
     assert {"model"}.isdisjoint(defaults["train"])
 
 
@@ -482,7 +482,7 @@ def test_the_page_shows_the_mistakes_and_the_defaults_once(made: Made) -> None:
     page = made.report.page.read_text()
     numbers = made.report.numbers
     assert page.count("data:image/jpeg;base64,") == len(numbers["flips"]) + len(numbers["answers"]["mistakes"]) > 2
-    assert len(re.findall(r"&#34;train\.lr&#34;: ", page)) <= 1, "told by every run"
+    assert len(re.findall(r"&#34;train\.learning_rate&#34;: ", page)) <= 1, "told by every run"
     assert "<script" not in page
     assert numbers["schema_version"] == ReportConfig().version
 

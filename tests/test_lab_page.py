@@ -30,7 +30,8 @@ const seen = (element) => element.checkVisibility() && element.getBoundingClient
 found.width = page.documentElement.scrollWidth;
 found.ground = getComputedStyle(page.body).backgroundColor;
 const headline = page.querySelector(".headline");
-found.decision = { text: headline.textContent, bottom: box(headline)[3], size: parseFloat(getComputedStyle(headline).fontSize) };
+found.decision = { text: headline.textContent, bottom: box(headline)[3] };
+found.decision.size = parseFloat(getComputedStyle(headline).fontSize);
 found.file = box(page.querySelector(".file"))[3];
 found.figures = [...page.querySelectorAll("figure svg")].map((svg) => ({
   texts: [...svg.querySelectorAll("text")].filter(seen).map((text) => [text.textContent, ...box(text)]),
