@@ -690,7 +690,7 @@ class StrangeConfig(Config):
 class ReportConfig(Config):
     """What the page is called, and what it advises."""
 
-    version: Literal[3] = 3  # of the numbers and the page: those of before are made anew
+    version: Literal[3] = Field(3, description="of the numbers and the page: reports of another one are made anew")
     title: str = Field("kdpipe", description="title of the page")
     max_drop: float = Field(0.5, gt=0, description="points of accuracy that an advised variant may lose to float32")
 

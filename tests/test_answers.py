@@ -395,7 +395,8 @@ def test_defaults_are_told_once() -> None:
     assert rows[0]["chosen"] == {"model": "resnet18", "seed": 3, "train.epochs": 7}
     assert rows[1]["chosen"] == {"model": "resnet18", "method": "labels"}
     assert rows[2]["chosen"] == {"own.thing": 1, "list": []} and "something" not in defaults
-    assert defaults["train"]["method"] == "kd" and defaults["train"]["train.learning_rate"] == one["train"]["learning_rate"]
+    assert defaults["train"]["method"] == "kd"
+    assert defaults["train"]["train.learning_rate"] == one["train"]["learning_rate"]
     assert {"model"}.isdisjoint(defaults["train"])
 
 
