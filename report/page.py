@@ -14,6 +14,7 @@ from . import tables, words
 from .compression import Sources, thumbnail
 from .terms import TERMS
 
+MOST_CLASSES = 1000  # rows of the page; report.json has all
 LONGEST_SETTING = 120  # characters of one on the page; report.json has it whole
 
 
@@ -94,6 +95,7 @@ def render(numbers: tables.Numbers, pictures: Mapping[int, str]) -> str:
         chosen=rows,
         defaults=defaults,
         terms=TERMS,
+        most_classes=MOST_CLASSES,
     )
 
 

@@ -36,7 +36,8 @@ STYLE: dict[Any, Any] = {
 }
 Box = tuple[float, float, float, float]  # left, bottom, right, top in points
 WIDTH = 9.4  # inches
-CHARACTER, LINE = 6.0, 13.0  # points that a character of a label takes, whatever the page's font, and a line of it
+CHARACTER, LINE = 6.4, 13.0  # points that a character of a label takes, whatever the page's font, and a line of it
+FRAME_WIDTH = 72 * WIDTH * 0.91  # points between the axes of a figure with labels
 LONGEST_NAME = 44  # characters of a label; a bundle may be called anything
 LARGEST_MATRIX, LARGEST_COUNTED = 40, 20  # classes that a confusion matrix is drawn of, and with counts in its cells
 
@@ -165,9 +166,7 @@ def accuracy_against_latency(
     The front passes through the fastest of each of its places. The more points there are, the higher the figure is, so
     that there is always room for their labels.
     """
-    inner = 72 * WIDTH * 0.91
-    in_a_line = max(1, int(inner // max(extent(shortened(row["name"])) for row in rows)) - 1)
-    height = max(4.6, (100 + 2 * LINE * math.ceil(len(rows) / in_a_line)) / 72)
+    height = room([shortened(row["name"]) for row in rows]) / 72 + 0.69
     figure = _figure(WIDTH, height, left=0.075, right=0.985, bottom=0.55 / height, top=1 - 0.14 / height)
     axes = figure.add_subplot()
     targets = list(dict.fromkeys(row["target"] for row in rows))
@@ -244,11 +243,20 @@ def _draw_labels(axes: Any, rows: Sequence[Numbers], taken: Sequence[Box]) -> No
         )  # fmt: skip
 
 
+def room(names: Sequence[str]) -> float:
+    """The height in points of a frame in which names find a place wherever the others are.
+
+    A name takes two lines of a grid at worst, and on each keeps others off twice its width.
+    """
+    in_a_line = max(1, int(FRAME_WIDTH // (2 * max(map(extent, names)))))
+    return max(280.0, 50 + 2 * LINE * math.ceil(len(names) / in_a_line))
+
+
 def place(names: Sequence[str], centres: Sequence[Any], taken: Sequence[Box], frame: Sequence[float]) -> list[Box]:
     """A box for each name inside the frame: off the others' boxes, and off what is taken and near its centre if it can.
 
-    In a frame that is high enough (``accuracy_against_latency``) no two boxes overlap: where nothing is free around a
-    centre, a name goes to a free place of the whole frame.
+    In a frame that is high enough (``room``) no two boxes overlap: where nothing is free around a centre, a name goes to
+    a free place of the whole frame.
     """
     boxes: list[Box] = []
     for name, (x, y) in zip(names, centres, strict=True):
@@ -278,8 +286,16 @@ def _least_crowded(
     frame: Sequence[float],
 ) -> Box:
     """The first of the boxes around ``middles`` that hits fewest names, then least of what is taken."""
-    candidates = [(x - half[0], y - half[1], x + half[0], y + half[1]) for x, y in middles]
-    return min(candidates, key=lambda box: (_outside(box, frame) or _hits(box, boxes), _hits(box, taken)))
+    best, least = None, (math.inf, math.inf)
+    for x, y in middles:
+        box = (x - half[0], y - half[1], x + half[0], y + half[1])
+        crowd = (_hits(box, boxes) + _outside(box, frame), _hits(box, taken))
+        if crowd < least:
+            best, least = box, crowd
+        if crowd == (0, 0):
+            break
+    assert best is not None  # there is always a middle
+    return best
 
 
 def _outside(box: Box, frame: Sequence[float]) -> bool:

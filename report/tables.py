@@ -28,6 +28,7 @@ from ..core.kinds import (
     ParityFacts,
     float32_by_bundle,
 )
+from ..core.sealed import printable
 from ..core.stats import Interval, holm_levels, mean_interval
 from ..data.dataset import Dataset
 from ..runtime.task import TASKS, Task
@@ -618,13 +619,16 @@ def summary_table(device: Numbers, task: Numbers) -> Table:
 
 
 def print_summary(console: Console, numbers: Numbers) -> None:
-    """The report in a terminal: of each device main table and ``device_lines``, then the gains."""
+    """The report in a terminal: of each device main table, ``device_lines`` and what to take, then the rest."""
     for device in numbers["devices"]:
         if len(numbers["devices"]) > 1:
             console.print(words.device_heading(device), markup=False, highlight=False)
         console.print(summary_table(device, numbers["task"]))
         for line in device_lines(device):
             console.print(line, markup=False, highlight=False)
+        if device["decision"]["file"]:  # in one line, however long, so that it can be copied
+            taken = printable(f"take: {device['decision']['file']['folder']}")
+            console.print(taken, markup=False, highlight=False, soft_wrap=True)
     for line in closing_lines(numbers):
         console.print(line, markup=False, highlight=False)
 
@@ -643,8 +647,6 @@ def device_lines(device: Numbers) -> Iterator[str]:
     for advised in device["advice"]:
         yield words.advice_sentence(advised)
     yield words.decision_sentence(device["decision"])
-    if device["decision"]["file"]:
-        yield f"take: {device['decision']['file']['folder']}"
     yield words.trust_sentence(device["trust"])
     if device["trust"]["emulated"]:
         yield words.emulated_sentence(device["trust"])

@@ -316,9 +316,7 @@ def test_labels_of_points_never_overlap(count: int, seed: int, length: int, crow
     """However many, however long, and all in one spot."""
     generator = np.random.default_rng(seed)
     names = ["n" * length] * count
-    width = 72 * plots.WIDTH * 0.91
-    in_a_line = max(1, int(width // plots.extent(names[0])) - 1)
-    height = max(4.6 * 72, 100 + 2 * plots.LINE * -(-count // in_a_line)) - 50
+    width, height = plots.FRAME_WIDTH, plots.room(names)
     centres = [(300.0, 100.0)] * count if crowded else list(zip(
         generator.uniform(0, width, count), generator.uniform(0, height, count), strict=True
     ))  # fmt: skip
