@@ -255,8 +255,8 @@ def room(names: Sequence[str]) -> float:
 def place(names: Sequence[str], centres: Sequence[Any], taken: Sequence[Box], frame: Sequence[float]) -> list[Box]:
     """A box for each name inside the frame: off the others' boxes, and off what is taken and near its centre if it can.
 
-    In a frame that is high enough (``room``) no two boxes overlap: where nothing is free around a centre, a name goes to
-    a free place of the whole frame.
+    In a frame that is high enough (``room``) no two boxes overlap: where nothing is free around a centre, a name goes
+    to a free place of the whole frame.
     """
     boxes: list[Box] = []
     for name, (x, y) in zip(names, centres, strict=True):

@@ -373,7 +373,7 @@ def test_a_confusion_matrix_counts_every_image(made: Made) -> None:
     strange = json.loads(json.dumps(answers_))
     for at, each in enumerate(strange["classes"]):
         each["class"] = f"<b>&{'漢' * at}$x$"
-    ElementTree.fromstring(plots.confusion(strange).svg)
+    ElementTree.fromstring(plots.figures({**made.report.numbers, "answers": strange})["confusion"].svg)
     none = {**made.report.numbers, "answers": {**answers_, "classes": answers_["classes"] * 5}}
     assert "confusion" not in plots.figures(none), "fifty classes are a table"
 
