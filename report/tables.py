@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -627,10 +628,16 @@ def print_summary(console: Console, numbers: Numbers) -> None:
         for line in device_lines(device):
             console.print(line, markup=False, highlight=False)
         if device["decision"]["file"]:  # in one line, however long, so that it can be copied
-            taken = printable(f"take: {device['decision']['file']['folder']}")
-            console.print(taken, markup=False, highlight=False, soft_wrap=True)
+            taken = from_here(Path(device["decision"]["file"]["folder"]))
+            console.print(printable(f"take: {taken}"), markup=False, highlight=False, soft_wrap=True)
     for line in closing_lines(numbers):
         console.print(line, markup=False, highlight=False)
+
+
+def from_here(path: Path) -> Path:
+    """As a person would type it: relative where it lies below the folder that they are in."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def device_lines(device: Numbers) -> Iterator[str]:

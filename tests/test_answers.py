@@ -486,7 +486,23 @@ def test_the_page_shows_the_mistakes_and_the_defaults_once(made: Made) -> None:
     assert numbers["schema_version"] == ReportConfig().version
 
 
-def test_a_report_in_the_terminal_names_the_file(made: Made, tmp_path: Path) -> None:
+def test_the_terminal_names_the_folder_to_take(made: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from io import StringIO
+
+    from kdpipe.terminal import console
+
+    def told(folder: Path) -> list[str]:
+        stream = StringIO()
+        print_summary(console(stream, width=60), with_decision(made.report.numbers, str(folder)))
+        return stream.getvalue().splitlines()
+
+    monkeypatch.chdir(tmp_path)
+    long = "n" * 90
+    assert f"take: artifacts/{long}" in told(tmp_path / "artifacts" / long), "from here, in one line"
+    assert f"take: /elsewhere/{long}" in told(Path("/elsewhere") / long)
+
+
+def test_a_report_of_what_is_not_trusted_names_no_file(made: Made, tmp_path: Path) -> None:
     """By the command, of a measurement whose latencies are no session's: told, and where nothing is decided no file."""
     done = kdpipe("report", made.measurement.path, "--out", tmp_path / "report", "--title", "again")
     assert done.returncode == 0, done.stderr
