@@ -47,6 +47,7 @@ def report(
                     trust=device["trust"]["word"],
                     sessions=device["trust"]["sessions"],
                     bundles=len(device["bundles"]),
+                    ship=device["decision"]["bundle"],
                     pareto=device["front"],
                 )
                 for device in numbers["devices"]
