@@ -840,7 +840,8 @@ class GainFacts(Record):
 class DeviceReport(Record):
     """One device in a few words: its worst word, and how many sessions stand behind its numbers, at most.
 
-    ``ship`` is the bundle to take, None where that is not decided. Each of ``pareto`` is one place on the front, with those that tie for it.
+    ``ship`` is the bundle to take, None where that is not decided. Each of ``pareto`` is one place on the front, with
+    those that tie for it.
     """
 
     device: str

@@ -411,6 +411,12 @@ def test_every_stage_of_the_lineage_has_its_settings(made: Made) -> None:
 # ---- the page -------------------------------------------------------------------------------------------------
 
 
+def test_every_word_is_explained_somewhere(made: Made) -> None:
+    page = made.report.page.read_text()
+    for name in TERMS:
+        assert f"<dt>{name}</dt>" in page, name
+
+
 class Cells(html.parser.HTMLParser):
     """Cells that hold something and do not say what; explained words without an explanation."""
 
