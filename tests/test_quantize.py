@@ -497,9 +497,7 @@ def test_a_run_goes_on_with_what_cannot_be_told_and_says_so(made: Made, tmp_path
 def test_what_surely_loses_more_is_not_sealed(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Ruined.tear(monkeypatch, "onnxruntime", "act1:Relu")
     settings = config(max_drop=0.5, guard_part="test", guard_steps=1)
-    with pytest.raises(
-        GateFailed, match=r"no mix of 1 loses at most 0.5 points: .* no layer in float, lost .* surely"
-    ):
+    with pytest.raises(GateFailed, match=r"no mix of 1 loses at most 0.5 points: .* no layer in float, lost .* surely"):
         quantize(settings, made.models["onnxruntime-float32"], made.dataset, tmp_path / "q")
     assert not (tmp_path / "q").exists()
 
