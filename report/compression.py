@@ -56,7 +56,11 @@ class Sources:
 
 
 def advice(
-    rows: Sequence[Numbers], hops: Sequence[Numbers], max_drop: float, surely_faster: Callable[[str, str], bool]
+    rows: Sequence[Numbers],
+    hops: Sequence[Numbers],
+    max_drop: float,
+    surely_faster: Callable[[str, str], bool],
+    student: str = "",
 ) -> list[Numbers]:
     """By target the variant to ship: the fastest of those that are surely faster than float32 and keep its accuracy.
 
@@ -67,7 +71,9 @@ def advice(
     shipped by it.
 
     Args:
+        rows: the bundles of one student.
         surely_faster: whether the session shows the first of two bundles to be faster than the second.
+        student: what it is called, where there are several.
     """
     drops = {step["bundle"]: step["difference"] for hop in hops for step in hop["steps"] if step["variant"]}
     found = []
@@ -89,6 +95,7 @@ def advice(
         ties = [row for row in also if not surely_faster(best["name"], row["name"])]
         advised = {
             "target": target,
+            "student": student,
             **_advised(best, drops.get(best["name"])),
             "ties": [row["variant"] for row in ties],
             "max_drop_points": max_drop,

@@ -92,10 +92,16 @@ def device_numbers(config: ReportConfig, pooled: Pooled, checkpoints: Checkpoint
     """What was measured on one device, and what it comes to."""
     shown, facts = pooled.shown, pooled.facts
     faster, rows = surely_faster(facts.comparisons), bundle_rows(pooled)
-    front = pareto_front(rows, faster, surely_better(shown, believed(rows)))
+    better = surely_better(shown, believed(rows))
+    front = pareto_front(rows, faster, better)
     hops = accuracy_hops(shown, checkpoints, sources.graphs)
-    advised = advice(rows, hops, config.max_drop, faster)
-    decided = decision(advised, rows, config.max_drop, faster, facts.emulated)
+    rows = name_students(rows, checkpoints)
+    advised = [
+        each
+        for student in dict.fromkeys(row["student"] for row in rows)
+        for each in advice([row for row in rows if row["student"] == student], hops, config.max_drop, faster, student)
+    ]
+    decided = decision(advised, rows, config.max_drop, faster, better, facts.emulated)
     return {
         "device": facts.device,
         "decision": {**decided, "file": file_of(decided["bundle"], shown, sources)},
@@ -110,6 +116,14 @@ def device_numbers(config: ReportConfig, pooled: Pooled, checkpoints: Checkpoint
             name: result.session.model_dump() for name, result in facts.results.items() if result.session is not None
         },
     }
+
+
+def name_students(rows: Sequence[Numbers], checkpoints: Checkpoints) -> list[Numbers]:
+    """The rows with the names of their students in place of the keys; none where there is one student alone."""
+    if len({row["student"] for row in rows}) < 2:
+        return [{**row, "student": ""} for row in rows]
+    names = {found.key: name for name, found in checkpoints.items()}
+    return [{**row, "student": names.get(row["student"], row["student"][:12])} for row in rows]
 
 
 def file_of(name: str | None, measurement: Measurement, sources: Sources) -> Numbers | None:
@@ -268,6 +282,7 @@ def bundle_rows(pooled: Pooled) -> list[Numbers]:
                 "name": name,
                 "target": bundle.facts.target,
                 "variant": bundle.facts.variant,
+                "student": bundle.student_key or "",
                 "status": result.status,
                 "trust": None if result.trust is None else result.trust.model_dump(),
                 "sessions": pooled.sessions[name],

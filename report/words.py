@@ -306,19 +306,20 @@ def hop_lines(hop: Mapping[str, Any]) -> list[str]:
 
 def advice_sentence(advised: Mapping[str, Any]) -> str:
     """Which variant of a target to ship, and why; and which faster one may do."""
+    target = advised["target"] + (f" of {advised['student']}" if advised["student"] else "")
     if advised["untrusted"]:
-        return f"{advised['target']}: nothing to ship by these latencies ({_by_word(advised['untrusted'])})"
+        return f"{target}: nothing to ship by these latencies ({_by_word(advised['untrusted'])})"
     limit, may_do = f"{advised['max_drop_points']:g} points", advised["may_do"]
     if advised["variant"] != "float32":
         best = advised["variant"] + (f" (a tie with {listed(advised['ties'])})" if advised["ties"] else "")
         text = (
-            f"{advised['target']}: ship {best}, {interval(advised['over_float32'])} of float32's latency, "
+            f"{target}: ship {best}, {interval(advised['over_float32'])} of float32's latency, "
             f"{points(100 * advised['difference']['value'])} points {point_bounds(advised['difference'], 100)}"
         )
     elif may_do is None:
-        return f"{advised['target']}: ship float32; no variant is surely faster and loses at most {limit}"
+        return f"{target}: ship float32; no variant is surely faster and loses at most {limit}"
     else:
-        text = f"{advised['target']}: no variant is shown to be faster and to lose at most {limit}"
+        text = f"{target}: no variant is shown to be faster and to lose at most {limit}"
     return text if may_do is None else f"{text}; {may_do_clause(may_do)}"
 
 
@@ -388,6 +389,8 @@ def decision_reasons(
         lines.append(f"As fast, as far as this session can tell: {listed(decision['ties'])}.")
     if decision["faster"] is not None:
         lines.append(f"Faster, but not shown to lose so little: {decision['faster']}.")
+    if decision["worse"]:
+        lines.append(f"Left out, since another student is surely more accurate: {listed(decision['worse'])}.")
     if decision["doubted"]:
         lines.append(f"Left out, since what they take is not trusted: {listed(decision['doubted'])}.")
     return lines

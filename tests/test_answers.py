@@ -50,6 +50,7 @@ def row(name: str, latency_ms: float, word: str = "trusted") -> Numbers:
         "name": name,
         "target": target,
         "variant": variant,
+        "student": "",
         "latency_p50_ms": {"value": latency_ms, "low": 0.9 * latency_ms, "high": 1.1 * latency_ms, "n": 6},
         "latency_over_float32": None if variant == "float32" else ratio,
         "trust": {"word": word, "reason": "of some reason"},
@@ -79,7 +80,7 @@ def decided(
         for name, (drop, half) in drops.items()
     ]
     advised = advice(rows, [{"steps": steps}], 0.5, shown)
-    return decision(advised, rows, 0.5, shown, **{"emulated": False, **more})
+    return decision(advised, rows, 0.5, shown, faster(), **{"emulated": False, **more})
 
 
 def test_the_fastest_of_all_targets_is_shipped() -> None:
@@ -100,6 +101,31 @@ def test_the_fastest_of_all_targets_is_shipped() -> None:
     )
     assert tied["ties"] == ["a-int8"] and "cannot tell" not in words.decision_sentence(tied)
     assert words.decision_reasons(tied, rows, {"metric": "top-1", "unit": "%"})[-1].endswith("tell: a-int8.")
+
+
+def test_of_several_students_a_worse_one_is_not_shipped_for_its_speed() -> None:
+    rows = [row("a-float32", 1.0), row("a-int8", 0.5), row("b-float32", 0.4), row("b-int8", 0.2)]
+    named = [{**each, "target": "openvino", "student": each["name"][0]} for each in rows]
+    shown = faster("b-int8 b-float32 a-int8 a-float32")
+    drops = [
+        {"variant": True, "bundle": name, "difference": {"value": 0.0, "low": -0.001, "high": 0.001, "n": 9000}}
+        for name in ("a-int8", "b-int8")
+    ]
+    advised = [
+        each
+        for student in "ab"
+        for each in advice([row for row in named if row["student"] == student], [{"steps": drops}], 0.5, shown, student)
+    ]
+    assert [words.advice_sentence(each).split(",")[0] for each in advised] == [
+        "openvino of a: ship int8", "openvino of b: ship int8",
+    ]  # fmt: skip
+    task = {"metric": "top-1", "unit": "%"}
+    known = decision(advised, named, 0.5, shown, lambda first, second: (first[0], second[0]) == ("a", "b"), False)
+    assert (known["bundle"], known["worse"]) == ("a-int8", ["b-int8"])
+    assert words.decision_reasons(known, named, task)[-1] == (
+        "Left out, since another student is surely more accurate: b-int8."
+    )
+    assert decision(advised, named, 0.5, shown, faster(), False)["bundle"] == "b-int8", "as accurate as can be told"
 
 
 def test_what_images_cannot_prove_is_shipped_with_how_many_would() -> None:
@@ -458,7 +484,7 @@ def with_decision(numbers: Numbers, path: str = "artifacts/bundle-openvino-int8-
         each["latency_p50_ms"]["value"] = 1.0 + at
     shown = faster(" ".join(each["name"] for each in order))
     device["advice"] = advice(device["bundles"], device["hops"], 50.0, shown)
-    found = decision(device["advice"], device["bundles"], 50.0, shown, emulated=False)
+    found = decision(device["advice"], device["bundles"], 50.0, shown, faster(), emulated=False)
     device["decision"] = {**found, "file": {"folder": path, "entry": "model.xml"}}
     return changed
 
