@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -714,8 +714,8 @@ class Chain:
 
         return self.step("report", Report, order, make, out)
 
-    def _sources(self, measurements: Iterable[Measurement]) -> Sources:
-        """Graphs, models and dataset behind ``measurements`` that lie beside them."""
+    def _sources(self, measurements: Collection[Measurement]) -> Sources:
+        """Graphs, models, dataset and bundles behind ``measurements`` that lie beside them."""
         from .report.compression import Sources
 
         def found(kind: type[A]) -> dict[str, A]:
@@ -726,7 +726,13 @@ class Chain:
                 by_key |= {each.key: each for each in beside(measurement, kind, keys).values()}
             return by_key
 
-        return Sources(found(Graph), found(Model), next(iter(found(Dataset).values()), None))
+        folders = {
+            manifest.key: path
+            for parent in {measurement.path.absolute().parent for measurement in measurements}
+            for path, manifest in sealed(parent)
+            if manifest.kind == Bundle.kind
+        }
+        return Sources(found(Graph), found(Model), next(iter(found(Dataset).values()), None), folders)
 
 
 @dataclass

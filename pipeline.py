@@ -145,7 +145,7 @@ class Outcome:
         return table(self.report)
 
     def figure(self, name: str) -> Figure:
-        """``pareto``, ``noise``, ``curves`` or ``gain METHOD``. Raises UserError for one that there is not."""
+        """``pareto``, ``accuracy``, ``confusion``, ``noise``, ``curves`` or ``gain METHOD``. Raises UserError."""
         from .report.shown import figure
 
         return figure(self.report, name)

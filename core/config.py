@@ -761,6 +761,7 @@ class AdoptFileConfig(StrangeConfig, GraphConfig):
 class ReportConfig(Config):
     """What the page is called, and what it advises."""
 
+    version: Literal[3] = Field(3, description="of the numbers and the page: reports of another one are made anew")
     title: str = Field("kdpipe", description="title of the page")
     max_drop: float = Field(0.5, gt=0, description="points of accuracy that an advised variant may lose to float32")
 

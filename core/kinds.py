@@ -94,6 +94,7 @@ class CheckpointFacts(Record):
     classes: int
     input: InputSpec
     parameters: int
+    macs: int | None = None  # multiply-accumulates for one image, as it is deployed
     test_accuracy: float
     test_images: int
     test_interval: Interval | None = None  # of the accuracy
@@ -356,7 +357,7 @@ def unshown(models: Iterable[Model]) -> str:
     """Which guarded models are not shown to keep their accuracy, and what would show it; empty if there are none."""
     return "; ".join(
         f"{model.facts.target} {model.facts.variant} is not shown to lose at most "
-        f"{guard.max_drop_points:g} points: {guard.confirmed.words()}"
+        f"{guard.max_drop_points:g} points: it {guard.confirmed.words()}"
         for model in models
         if (guard := model.facts.guard) is not None and not guard.shown
     )
@@ -860,13 +861,15 @@ class GainFacts(Record):
 class DeviceReport(Record):
     """One device in a few words: its worst word, and how many sessions stand behind its numbers, at most.
 
-    Each of ``pareto`` is one place on the front, with those that tie for it.
+    ``ship`` is the bundle to take, None where that is not decided. Each of ``pareto`` is one place on the front, with
+    those that tie for it.
     """
 
     device: str
     trust: TrustWord | None
     sessions: int
     bundles: int
+    ship: str | None = None
     pareto: list[list[str]]
 
 

@@ -294,6 +294,7 @@ def _described(
         classes=len(dataset.classes),
         input=spec,
         parameters=parameters,
+        macs=None if isinstance(network, OnnxNetwork) else models.multiply_accumulates(network, spec),
         test_accuracy=accuracy.value,
         test_images=len(labels),
         test_interval=Interval(**accuracy._asdict()),

@@ -8,6 +8,7 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.utils.model import reparameterize_model
 from torch import nn
 
 from ..core import code
@@ -169,6 +170,22 @@ def restore(checkpoint: Checkpoint) -> tuple[nn.Module, InputSpec]:
     network = make(config, facts.input, facts.classes)
     load_weights(network, checkpoint.file(checkpoint.WEIGHTS))
     return network.eval(), facts.input
+
+
+def multiply_accumulates(network: nn.Module, spec: InputSpec) -> int:
+    """What one image takes: the products of its convolutions and matrix products, half of torch's count of operations.
+
+    In the form that is deployed, branches merged into convolutions where timm knows how. Activations, normalisation and
+    pooling are not counted, as in the papers of most networks.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    deployed = reparameterize_model(network).cpu().eval()
+    # Attention as the matrix products that it is: CPU's own kernel has no count.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        deployed(torch.zeros(1, *spec.shape))
+    return counter.get_total_flops() // 2
 
 
 class Normalise(nn.Module):
