@@ -46,7 +46,7 @@ from .core.config import (
     suited,
 )
 from .core.errors import DeviceLost, GateFailed, KdpipeError, UserError, choice
-from .core.inputs import InputSpec
+from .core.inputs import InputSpec, size_words
 from .core.kinds import Bundle, Cache, Checkpoint, Graph, Measurement, Model, Probe, Report, Runnable
 from .core.proc import end_groups, require
 from .core.progress import note, progress
@@ -205,7 +205,8 @@ class Chain:
                 continue
             config = FittedConfig.of(spec, decoding=DECODING, versions=versions_of("pillow", "numpy"))
             orders[geometry(spec.model_dump())] = Order("fitted", config, {"data": dataset})
-        paths = {shown: self.path(f"fitted-{order.config.size}", order) for shown, order in orders.items()}
+        names = {shown: f"fitted-{size_words(order.config.size)}" for shown, order in orders.items()}
+        paths = {shown: self.path(names[shown], order) for shown, order in orders.items()}
         missing = {paths[shown]: order for shown, order in orders.items() if not paths[shown].exists()}
         made: dict[Path, str] = {}
         kept = dict(dataset.fitted)
@@ -217,7 +218,7 @@ class Chain:
             return fit_all(missing, dataset)[path]
 
         for shown, order in orders.items():
-            kept[shown] = self.step(f"fitted-{order.config.size}", Fitted, order, make, paths[shown], made)
+            kept[shown] = self.step(names[shown], Fitted, order, make, paths[shown], made)
         return dataclasses.replace(dataset, fitted=kept)
 
     def shown(self, dataset: Dataset, network: ModelSettings) -> Dataset:

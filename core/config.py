@@ -28,7 +28,7 @@ from pydantic import (
 )
 
 from .errors import UserError, did_you_mean
-from .inputs import InputSpec
+from .inputs import InputSpec, Size, sides
 from .sealed import LONGEST_NUMBER, MOST_LEVELS, NAME, printable
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -112,7 +112,7 @@ class DataConfig(DataPlan):
 class FittedConfig(Config):
     """What decides the pixels that a network is shown of an image."""
 
-    size: int
+    size: Size
     crop_fraction: float
     interpolation: str
     antialias: bool
@@ -120,16 +120,26 @@ class FittedConfig(Config):
     versions: dict[str, str] = Field(description="of the libraries that make the pixels")
 
 
+SMALLEST_SIDE = 8  # pixels, of what a network is trained on
+
+
 class InputSettings(Config):
     """How an image becomes the network's input; what is left out comes from timm's data for the model."""
 
-    size: int | None = Field(None, ge=8, description="side of the square input, pixels")
+    size: Size | None = Field(None, description="side of the square input, or [height, width], pixels")
     mean: tuple[float, float, float] | None = Field(None, description="subtracted from RGB in 0..1")
     std: tuple[float, float, float] | None = Field(None, description="divides RGB in 0..1")
-    crop_fraction: Fraction | None = Field(None, description="side of the centre crop over the resized shorter side")
+    crop_fraction: Fraction | None = Field(None, description="side of the centre crop over that of the resized image")
     interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] | None = Field(
         None, description="resizing filter"
     )
+
+    @field_validator("size")
+    @classmethod
+    def _not_tiny(cls, size: Size | None) -> Size | None:
+        if size is not None and min(sides(size)) < SMALLEST_SIDE:
+            raise ValueError(f"wanted at least {SMALLEST_SIDE} pixels")
+        return size
 
 
 class AugmentSettings(Config):

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..core.config import InputSettings, ModelSettings
 from ..core.errors import UserError, did_you_mean
-from ..core.inputs import InputSpec
+from ..core.inputs import InputSpec, sides, size_words
 from ..core.kinds import Checkpoint
 from ..core.proc import first_line
 from . import cifar  # noqa: F401 (registers its networks with timm)
@@ -20,9 +20,10 @@ from . import cifar  # noqa: F401 (registers its networks with timm)
 
 def resolve_input(config: InputSettings, pretrained: dict[str, Any]) -> InputSpec:
     """The user's InputSettings completed from timm's configuration of the model."""
-    size = config.size or pretrained["input_size"][-1]
+    size = config.size or tuple(pretrained["input_size"][-2:])
     # Cropping away a border is an ImageNet habit: where the user sets a small size, the whole image counts.
-    crop = config.crop_fraction or (1.0 if config.size and config.size <= 64 else pretrained.get("crop_pct") or 0.875)
+    whole = config.size is not None and max(sides(config.size)) <= 64
+    crop = config.crop_fraction or (1.0 if whole else pretrained.get("crop_pct") or 0.875)
     interpolation = config.interpolation or pretrained.get("interpolation") or "bicubic"
     return InputSpec(
         size=size,
@@ -55,7 +56,7 @@ def create(config: ModelSettings, classes: int) -> tuple[nn.Module, InputSpec]:
             f"timm has no pretrained weights for '{config.model}': set pretrained to false or train a teacher"
         )
     base = timm.models.get_pretrained_cfg(config.model)
-    overlay = {"mean": spec.mean, "std": spec.std, "input_size": (3, spec.size, spec.size)}
+    overlay = {"mean": spec.mean, "std": spec.std, "input_size": (3, *spec.sides)}
     arguments = dict(config.model_args)
     if own := sorted(arguments.keys() & _OWN_ARGUMENTS):
         raise UserError(f"model_args: '{own[0]}' is not one of the network's own: weights come by the checkpoint alone")
@@ -77,9 +78,11 @@ def create(config: ModelSettings, classes: int) -> tuple[nn.Module, InputSpec]:
         ) from error
     try:
         with torch.no_grad():
-            network.eval()(torch.zeros(1, 3, spec.size, spec.size))
+            network.eval()(torch.zeros(1, 3, *spec.sides))
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"'{config.model}' cannot take inputs of {spec.size} pixels: {first_line(error)}") from error
+        raise UserError(
+            f"'{config.model}' cannot take inputs of {size_words(spec.size)} pixels: {first_line(error)}"
+        ) from error
     return network, spec
 
 

@@ -329,7 +329,7 @@ def camera(tmp_path: Path) -> Path:
 
 SPECS = tuple(
     InputSpec(size=size, mean=(0, 0, 0), std=(1, 1, 1), crop_fraction=0.875, interpolation="bilinear")
-    for size in (48, 32)
+    for size in (48, 32, (24, 40))
 )
 
 
