@@ -53,7 +53,9 @@ from .core.progress import note, progress
 from .data.copies import are_photographs
 from .data.dataset import Dataset, Fitted, geometry
 from .data.fingerprints import Fingerprint, fingerprint_folder
+from .data.sources import check_source
 from .deploy.bundle import check_known, check_task, try_model
+from .networks.names import check_name
 from .runtime.preprocess import DECODING
 from .runtime.task import TASKS
 
@@ -161,6 +163,7 @@ class Chain:
         """
         if plan.task not in TASKS:
             raise choice("task", plan.task, TASKS)
+        check_source(plan)
         fingerprint, unlabeled = Fingerprint("by name", 0, ()), None  # named sources are known by their names
         if Path(plan.source).is_dir():
             plan = plan.model_copy(update={"source": str(Path(plan.source).absolute())})
@@ -277,6 +280,7 @@ class Chain:
         cache: Cache | None = None,
     ) -> Checkpoint:
         """A network under this name; with ``cache`` from that one, which lies elsewhere than among the artifacts."""
+        check_name(config.model)
         order = train_order(config, dataset, teacher, cache)
 
         def make(path: Path) -> Checkpoint:
@@ -315,8 +319,8 @@ class Chain:
         """The user's weights, timm's, or a network trained here on all training images."""
         if plan.is_trained:
             return self.train("teacher", TrainConfig.of(plan, method="labels"), dataset, None, out)
-        if plan.checkpoint is not None and not plan.checkpoint.is_file():
-            raise UserError(f"teacher.checkpoint: no file at {plan.checkpoint}: wanted .safetensors or .pth")
+        check_name(plan.model)
+        check_checkpoint(plan)
         sha256 = sha256_file(plan.checkpoint) if plan.checkpoint else None
         if plan.checkpoint_sha256 not in (None, sha256):
             raise UserError(
@@ -632,6 +636,12 @@ class Benched:
     def told_lost(self) -> str:
         """Which devices were lost, and why, in a line; empty where none was."""
         return "; ".join(f"'{device}' was not measured: {error}" for device, error in self.lost.items())
+
+
+def check_checkpoint(plan: TeacherPlan) -> None:
+    """Refuse a checkpoint that is not there. Raises UserError."""
+    if plan.checkpoint is not None and not plan.checkpoint.is_file():
+        raise UserError(f"teacher.checkpoint: no file at {plan.checkpoint}: wanted .safetensors or .pth")
 
 
 def _of_device(

@@ -48,6 +48,14 @@ class Task(Protocol):
     def decide(self, outputs: np.ndarray) -> np.ndarray:
         """Outputs [N, ...] to what the network says of each image, as ``labels`` are written."""
 
+    def likeliest(self, outputs: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """What the network says of each image, the likeliest first, for outputs [N, ...].
+
+        Returns:
+            At most ``count`` decisions [N, count, ...], the first being that of ``decide``; and how likely the network
+            itself takes each to be, 0 to 1 [N, count].
+        """
+
     def scores(self, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """How right outputs [N, ...] are about images with these labels: one score an image [N, ...]."""
 
@@ -85,6 +93,14 @@ class Classification:
     def decide(self, outputs: np.ndarray) -> np.ndarray:
         """Logits [N, K] to classes [N]."""
         return np.asarray(outputs.argmax(1))
+
+    def likeliest(self, outputs: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Classes [N, count] by their logits [N, K], with the softmax of all K; of equal ones the first class first."""
+        logits = outputs.astype(np.float64)
+        shares = np.exp(logits - logits.max(1, keepdims=True))
+        shares /= shares.sum(1, keepdims=True)
+        classes = np.argsort(-logits, axis=1, kind="stable")[:, :count]
+        return classes, np.take_along_axis(shares, classes, 1)
 
     def scores(self, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Whether the class is right, bool [N], for logits [N, K] and classes [N]."""
