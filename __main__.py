@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 
 
@@ -25,6 +24,8 @@ def main() -> None:
         sys.stderr.write(f"{INTERRUPTED}\n")
         sys.exit(ExitCode.INTERRUPTED)
     finally:
+        import signal
+
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # what is left is Python's own end, which would show a traceback
 
 

@@ -109,7 +109,7 @@ def _parameter(name: str, path: tuple[str, ...], info: FieldInfo) -> inspect.Par
         help=f"{info.description or ''}; " + ("required" if info.is_required() else f"default {shown}"),
         metavar=metavar(info.annotation),
         show_default=False,
-        autocompletion=(lambda incomplete: words) if words else None,
+        autocompletion=(lambda: words) if words else None,
     )
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]
