@@ -86,16 +86,17 @@ def predict(bundle: Bundle, images: Sequence[Path], device: Device, top: int = 1
             block = images[at : at + step]
             shown = list(in_order(lambda path: _shown(path, spec), block))
             pixels = [each for each in shown if isinstance(each, np.ndarray)]
-            decisions, shares = [], []
+            answers: Iterator[tuple[np.ndarray, np.ndarray]] = iter(())
             if pixels:
                 outputs = _outputs(there, bundle, pixels, Path(scratch), stand_in is not None)
-                decisions, shares = (list(each) for each in task.likeliest(outputs, top))
+                answers = zip(*task.likeliest(outputs, top), strict=True)
             for path, each in zip(block, shown, strict=True):
                 if isinstance(each, str):
                     yield Said(path, fault=each)
-                    continue
-                labels = tuple(task.tell(decision, classes) for decision in decisions.pop(0))
-                yield Said(path, labels, tuple(map(float, shares.pop(0))))
+                else:
+                    decisions, shares = next(answers)
+                    labels = tuple(task.tell(decision, classes) for decision in decisions)
+                    yield Said(path, labels, tuple(map(float, shares)))
             advance(len(block), "")
 
 

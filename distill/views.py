@@ -66,7 +66,7 @@ def _imagenet_style(config: AugmentSettings, spec: InputSpec) -> Callable[[Image
         spec.sides,
         is_training=True,
         scale=(config.min_scale, 1.0),
-        ratio=(3 / 4 * width / height, 4 / 3 * width / height),  # a crop is stretched as little as a square one is
+        ratio=(3 / 4 * (width / height), 4 / 3 * (width / height)),  # a crop is stretched as little as a square one
         hflip=config.flip,
         color_jitter=None,
         auto_augment=config.auto_augment,
