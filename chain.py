@@ -317,16 +317,10 @@ class Chain:
 
     def teacher(self, plan: TeacherPlan, dataset: Dataset, out: Path | None = None) -> Checkpoint:
         """The user's weights, timm's, or a network trained here on all training images."""
+        check_name(plan.model)
         if plan.is_trained:
             return self.train("teacher", TrainConfig.of(plan, method="labels"), dataset, None, out)
-        check_name(plan.model)
-        check_checkpoint(plan)
-        sha256 = sha256_file(plan.checkpoint) if plan.checkpoint else None
-        if plan.checkpoint_sha256 not in (None, sha256):
-            raise UserError(
-                f"teacher.checkpoint: {plan.checkpoint} has sha256 {sha256}, wanted {plan.checkpoint_sha256}"
-            )
-        order = Order("adopt", AdoptConfig.of(plan, checkpoint_sha256=sha256), {"data": dataset})
+        order = Order("adopt", adopt_config(plan), {"data": dataset})
 
         def make(path: Path) -> Checkpoint:
             require("reading weights", TRAIN_NEEDS, "train")
@@ -638,12 +632,6 @@ class Benched:
         return "; ".join(f"'{device}' was not measured: {error}" for device, error in self.lost.items())
 
 
-def check_checkpoint(plan: TeacherPlan) -> None:
-    """Refuse a checkpoint that is not there. Raises UserError."""
-    if plan.checkpoint is not None and not plan.checkpoint.is_file():
-        raise UserError(f"teacher.checkpoint: no file at {plan.checkpoint}: wanted .safetensors or .pth")
-
-
 def _of_device(
     bundles: Mapping[str, Runnable] | Mapping[str, Mapping[str, Runnable]], device: str
 ) -> Mapping[str, Runnable]:
@@ -714,6 +702,16 @@ def pooled_beside(measurement: Measurement) -> Pooled:
     from .report.pooled import pool
 
     return pool([Measurement.open(path) for path in attempts_beside(measurement)])
+
+
+def adopt_config(plan: TeacherPlan) -> AdoptConfig:
+    """What adopting the user's weights is told, with their hash. Raises UserError for none, or others than wanted."""
+    if plan.checkpoint is not None and not plan.checkpoint.is_file():
+        raise UserError(f"teacher.checkpoint: no file at {plan.checkpoint}: wanted .safetensors or .pth")
+    sha256 = sha256_file(plan.checkpoint) if plan.checkpoint else None
+    if plan.checkpoint_sha256 not in (None, sha256):
+        raise UserError(f"teacher.checkpoint: {plan.checkpoint} has sha256 {sha256}, wanted {plan.checkpoint_sha256}")
+    return AdoptConfig.of(plan, checkpoint_sha256=sha256)
 
 
 def cache_order(config: CacheConfig, dataset: Dataset, teacher: Checkpoint) -> Order[CacheConfig]:

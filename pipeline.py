@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .chain import TRAIN_NEEDS, Chain, Wants, believed_beside, check_checkpoint
+from .chain import TRAIN_NEEDS, Chain, Wants, believed_beside
 from .core.config import (
     DistillPlan,
     DistillSettings,
@@ -23,7 +23,7 @@ from .core.errors import DeviceLost, KdpipeError, UserError, choice
 from .core.kinds import Bundle, Graph, Measurement, Model, Probe, Report, unshown
 from .core.proc import require
 from .core.progress import note
-from .networks.names import check_name
+from .data.sources import check_source
 
 AGAIN = ("bench",)  # events: other stages give the same when they are done again
 
@@ -33,11 +33,21 @@ if TYPE_CHECKING:
 
 
 def check_names(recipe: Recipe) -> None:
-    """Refuse what is called by a wrong name, without importing what it names. Raises UserError."""
+    """Refuse what can be told in a second, without PyTorch: names and files. Raises UserError."""
     from .devices import find_device
     from .export import TARGETS
+    from .networks.names import check_name
     from .quantize import VARIANTS
 
+    checkpoint = recipe.teacher.checkpoint
+    check_source(recipe.data)
+    if checkpoint is not None and not checkpoint.is_file():
+        raise UserError(f"teacher.checkpoint: no file at {checkpoint}: wanted .safetensors or .pth")
+    for device in recipe.bench.devices:
+        find_device(device)
+    check_name(recipe.teacher.model)
+    for config in student_runs(recipe.student, recipe.distill, recipe.data.unlabeled is not None).values():
+        check_name(config.model)
     for target in recipe.export.targets:
         if target not in TARGETS:
             raise choice("target", target, TARGETS)
@@ -46,20 +56,15 @@ def check_names(recipe: Recipe) -> None:
         for name in recipe.quantize.variants:
             if name not in known:
                 raise choice("variant", name, known)
-    for device in recipe.bench.devices:
-        find_device(device)
-    check_checkpoint(recipe.teacher)
-    runs = student_runs(recipe.student, recipe.distill, recipe.data.unlabeled is not None)
-    for model in dict.fromkeys([recipe.teacher.model, *(config.model for config in runs.values())]):
-        check_name(model)
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Refuse before any work what a later stage would refuse: packages, networks. Raises UserError."""
+    """Refuse before any work what a later stage would refuse: names, packages, networks. Raises UserError."""
     from .export import TARGETS
     from .export.onnx import NEEDS as GRAPH_NEEDS
     from .quantize import VARIANTS
 
+    check_names(recipe)
     _, lost = probe_all(recipe.bench.devices)
     for device, error in lost.items():
         note(f"'{device}' may be lost when it is to be measured: {error}")
@@ -176,7 +181,7 @@ def run(recipe: Recipe, chain: Chain, again: str | None = None) -> Outcome:
     """
     if again not in (None, *AGAIN):
         raise choice("stage to do again", again, AGAIN)
-    check_names(recipe)
+    check_names(recipe)  # before a folder of images is read, which may take minutes
     chain.check = lambda: check_recipe(recipe)
     dataset = chain.data(recipe.data, wants=lambda: wants(recipe))
     teacher = chain.teacher(recipe.teacher, dataset)

@@ -95,11 +95,15 @@ class Classification:
         return np.asarray(outputs.argmax(1))
 
     def likeliest(self, outputs: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Classes [N, count] by their logits [N, K], with the softmax of all K; of equal ones the first class first."""
-        logits = outputs.astype(np.float64)
-        shares = np.exp(logits - logits.max(1, keepdims=True))
-        shares /= shares.sum(1, keepdims=True)
-        classes = np.argsort(-logits, axis=1, kind="stable")[:, :count]
+        """Classes [N, count] with their probability by softmax, for finite logits [N, K]; of equal ones the first.
+
+        Outputs that are probabilities already (none negative, every row with the sum 1) are taken as they are.
+        """
+        shares = outputs.astype(np.float64)
+        if shares.min() < 0 or not np.allclose(shares.sum(1), 1, rtol=0, atol=1e-3):
+            shares = np.exp(shares - shares.max(1, keepdims=True))
+            shares /= shares.sum(1, keepdims=True)
+        classes = np.argsort(-outputs, axis=1, kind="stable")[:, :count]
         return classes, np.take_along_axis(shares, classes, 1)
 
     def scores(self, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -112,6 +112,13 @@ def test_it_learned_and_is_judged_the_same_on_a_device(wide: Wide) -> None:
         assert result["accuracy"]["value"] == 1 and result["batch_one"]["within_tolerance"], name
 
 
+def test_predict(wide: Wide) -> None:
+    done = kdpipe("predict", wide.bundles["tflite-int8"].path, Path(wide.dataset.facts.source) / "val")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(",") for line in done.stdout.splitlines()[1:]]
+    assert len(rows) == 16 and all(Path(image).parent.name == label for image, label, _ in rows)
+
+
 def test_the_bundles_own_runner(wide: Wide) -> None:
     """On a device there is nothing but the bundle."""
     bundle = wide.bundles["onnxruntime-int8"].path
