@@ -52,7 +52,7 @@ from .core.config import (
     suited,
 )
 from .core.errors import DeviceLost, GateFailed, KdpipeError, UserError, choice
-from .core.inputs import InputSpec
+from .core.inputs import InputSpec, size_words
 from .core.kinds import Bundle, Cache, Checkpoint, Graph, Measurement, Model, Probe, Report, Runnable
 from .core.proc import end_groups, require
 from .core.progress import note, progress
@@ -60,10 +60,11 @@ from .data.copies import are_photographs
 from .data.dataset import RANDOM, Dataset, Fitted, geometry
 from .data.fingerprints import Fingerprint, fingerprint_folder
 from .data.listing import REMEMBERED
-from .data.sources import names_of, usual_splits
+from .data.sources import check_source, names_of, usual_splits
 from .data.survey import findings
 from .deploy import strange
 from .deploy.bundle import check_known, check_task, try_model
+from .networks.names import check_name
 from .runtime.preprocess import DECODING
 from .runtime.task import TASKS
 
@@ -182,6 +183,7 @@ class Chain:
         """
         if plan.task not in TASKS:
             raise choice("task", plan.task, TASKS)
+        check_source(plan)
         if plan.classes is not None and not plan.classes.is_file():
             raise UserError(f"data.classes: no file at {plan.classes}: wanted a text file with one class a line")
         if plan.skip_broken and plan.check != "all":
@@ -249,7 +251,8 @@ class Chain:
                 continue
             config = FittedConfig.of(spec, decoding=DECODING, versions=versions_of("pillow", "numpy"))
             orders[geometry(spec.model_dump())] = Order("fitted", config, {"data": dataset})
-        paths = {shown: self.path(f"fitted-{order.config.size}", order) for shown, order in orders.items()}
+        names = {shown: f"fitted-{size_words(order.config.size)}" for shown, order in orders.items()}
+        paths = {shown: self.path(names[shown], order) for shown, order in orders.items()}
         missing = {paths[shown]: order for shown, order in orders.items() if not paths[shown].exists()}
         made: dict[Path, str] = {}
         kept = dict(dataset.fitted)
@@ -261,7 +264,7 @@ class Chain:
             return fit_all(missing, dataset)[path]
 
         for shown, order in orders.items():
-            kept[shown] = self.step(f"fitted-{order.config.size}", Fitted, order, make, paths[shown], made)
+            kept[shown] = self.step(names[shown], Fitted, order, make, paths[shown], made)
         return dataclasses.replace(dataset, fitted=kept)
 
     def shown(self, dataset: Dataset, network: ModelSettings) -> Dataset:
@@ -320,6 +323,7 @@ class Chain:
         cache: Cache | None = None,
     ) -> Checkpoint:
         """A network under this name; with ``cache`` from that one, which lies elsewhere than among the artifacts."""
+        check_name(config.model)
         order = train_order(config, dataset, teacher, cache)
 
         def make(path: Path) -> Checkpoint:
@@ -358,21 +362,10 @@ class Chain:
         self, plan: TeacherPlan, dataset: Dataset, out: Path | None = None, name: str = "teacher"
     ) -> Checkpoint:
         """The user's weights, timm's, or a network trained here on all training images."""
+        check_name(plan.model)
         if plan.is_trained:
             return self.train("teacher", TrainConfig.of(plan, method="labels"), dataset, None, out)
-        if plan.checkpoint is not None and not plan.checkpoint.is_file():
-            raise UserError(f"teacher.checkpoint: no file at {plan.checkpoint}: wanted .safetensors, .pth or .onnx")
-        if plan.checkpoint is not None and (plan.model == ONNX_MODEL) != (plan.checkpoint.suffix == ".onnx"):
-            raise UserError(
-                f"teacher.checkpoint: {plan.checkpoint} with model '{plan.model}': a network that is an .onnx file "
-                "is model '{ONNX_MODEL}', of any other the model says what makes it"
-            )
-        sha256 = sha256_file(plan.checkpoint) if plan.checkpoint else None
-        if plan.checkpoint_sha256 not in (None, sha256):
-            raise UserError(
-                f"teacher.checkpoint: {plan.checkpoint} has sha256 {sha256}, wanted {plan.checkpoint_sha256}"
-            )
-        order = Order("adopt", AdoptConfig.of(with_code(plan), checkpoint_sha256=sha256), {"data": dataset})
+        order = Order("adopt", adopt_config(plan), {"data": dataset})
 
         def make(path: Path) -> Checkpoint:
             require("reading weights", TRAIN_NEEDS, "train")
@@ -823,6 +816,21 @@ def pooled_beside(measurement: Measurement) -> Pooled:
     from .report.pooled import pool
 
     return pool([Measurement.open(path) for path in attempts_beside(measurement)])
+
+
+def adopt_config(plan: TeacherPlan) -> AdoptConfig:
+    """What adopting the user's weights is told, with their hash. Raises UserError for none, or others than wanted."""
+    if plan.checkpoint is not None and not plan.checkpoint.is_file():
+        raise UserError(f"teacher.checkpoint: no file at {plan.checkpoint}: wanted .safetensors, .pth or .onnx")
+    if plan.checkpoint is not None and (plan.model == ONNX_MODEL) != (plan.checkpoint.suffix == ".onnx"):
+        raise UserError(
+            f"teacher.checkpoint: {plan.checkpoint} with model '{plan.model}': a network that is an .onnx file "
+            f"is model '{ONNX_MODEL}', of any other the model says what makes it"
+        )
+    sha256 = sha256_file(plan.checkpoint) if plan.checkpoint else None
+    if plan.checkpoint_sha256 not in (None, sha256):
+        raise UserError(f"teacher.checkpoint: {plan.checkpoint} has sha256 {sha256}, wanted {plan.checkpoint_sha256}")
+    return AdoptConfig.of(with_code(plan), checkpoint_sha256=sha256)
 
 
 def cache_order(config: CacheConfig, dataset: Dataset, teacher: Checkpoint) -> Order[CacheConfig]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +27,7 @@ from .core.config import (
     TeacherPlan,
     TrainConfig,
 )
-from .core.errors import ExitCode, KdpipeError
+from .core.errors import INTERRUPTED, ExitCode, KdpipeError
 from .core.sealed import printable
 from .options import configured
 
@@ -40,7 +44,6 @@ app = typer.Typer(
     help="From a trained teacher and a folder of images to a small model that is measured on its device.",
     epilog="Start with `kdpipe demo`, then `kdpipe run YOUR.yaml`; `kdpipe COMMAND --help` has examples.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: twice as fast, and it never cuts an option's name
     context_settings={
@@ -68,6 +71,15 @@ AllowCodeOption = Annotated[
     ),
 ]
 ARTIFACTS = Path("artifacts")
+
+
+def _device_names() -> list[str]:
+    """For a shell that completes them."""
+    from .devices import DEVICES, book
+
+    with suppress(KdpipeError):  # a wrong devices.yaml is told where it matters
+        return list(book.known(DEVICES))
+    return []
 
 
 def _show_version(wanted: bool) -> None:
@@ -219,13 +231,16 @@ def cache(
     from .chain import cache_order
     from .core.code import allowing
     from .core.kinds import Checkpoint
-    from .distill.cache import config_of, forecast
-    from .distill.cache import verify as verify_cache
+    from .networks.names import check_name
     from .terminal import tell_forecast
 
-    share = None if verify is None else _share(verify)
-    plan, chain = config_of(config()), _chain(teacher.parent, joint=not dry_run, allow_code=allow_code)
+    share, settings = None if verify is None else _share(verify), config()
+    check_name(settings.model)
     opened = Checkpoint.open(teacher)
+    from .distill.cache import config_of, forecast
+    from .distill.cache import verify as verify_cache
+
+    plan, chain = config_of(settings), _chain(teacher.parent, joint=not dry_run, allow_code=allow_code)
     dataset = _dataset_of(opened, data)
     path = out or chain.path("cache", cache_order(plan, dataset, opened))
     if dry_run or not path.exists():
@@ -365,7 +380,10 @@ def quantize(
     model: Annotated[Path, typer.Argument(help="folder of a float32 model")],
     data: DataOption = None,
     device: Annotated[
-        str, typer.Option("--device", help="where it will run: decides what is left to the CPU")
+        str,
+        typer.Option(
+            "--device", help="where it will run: decides what is left to the CPU", autocompletion=_device_names
+        ),
     ] = "local",
     out: OutOption = None,
     allow_code: AllowCodeOption = None,
@@ -440,7 +458,12 @@ def bench(
         ),
     ] = None,
     device: Annotated[
-        str, typer.Option("--device", help="devices, measured side by side, such as pi5,orin (see devices list)")
+        str,
+        typer.Option(
+            "--device",
+            help="devices, measured side by side, such as pi5,orin (see devices list)",
+            autocompletion=_device_names,
+        ),
     ] = "local",
     against: Annotated[
         Path | None, typer.Option("--against", help="a bundle that the others are compared with, one sentence each")
@@ -583,9 +606,61 @@ def verify(
 
 
 @app.command()
+def predict(
+    bundle: Annotated[Path, typer.Argument(help="folder of a bundle")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE|FOLDER...", help="image files, and folders of them")],
+    device: Annotated[
+        str, typer.Option("--device", help="where to ask, as devices.yaml names it", autocompletion=_device_names)
+    ] = "local",
+    top: Annotated[int, typer.Option("--top", min=1, help="labels of an image, the likeliest first")] = 1,
+    as_json: JsonFlag = False,
+) -> None:
+    """Say what a bundle sees in images, as CSV: label and probability, --top rows an image.
+
+    A probability is how sure the model is, not how often it is right. Images that cannot be read are named, the others
+    answered, and then it exits 2.
+
+    Example: kdpipe predict BUNDLE holiday.jpg photos --top 3
+    """
+    import csv
+    from contextlib import closing
+
+    from .core import progress
+    from .core.errors import UserError
+    from .core.kinds import Bundle
+    from .deploy import predict as asking
+    from .devices import find_device
+    from .terminal import listener
+
+    progress.listen(listener())
+    files, rows, faults = asking.find(images), [], []
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    with closing(asking.predict(Bundle.open(bundle), files, find_device(device), top)) as answers:
+        for at, said in enumerate(answers):
+            if at == 0 and not as_json:
+                writer.writerow(["image", "label", "probability"])
+            name = printable(str(said.image))
+            told = [(printable(label), share) for label, share in zip(said.labels, said.probabilities, strict=True)]
+            if said.fault is not None:
+                progress.note(said.fault)
+                faults.append({"image": name, "reason": printable(said.fault)})
+            elif as_json:
+                says = [{"label": label, "probability": round(share, 6)} for label, share in told]
+                rows.append({"image": name, "says": says})
+            else:
+                writer.writerows([name, label, f"{share:.6f}"] for label, share in told)
+    if as_json:
+        _print_json(bundle=str(bundle), device=device, predictions=rows, unreadable=faults)
+    if faults:
+        raise UserError(f"{len(faults)} of {len(files)} images cannot be read: {faults[0]['reason']}")
+
+
+@app.command()
 def deploy(
     bundle: Annotated[Path | None, typer.Argument(help="folder of a bundle")] = None,
-    device: Annotated[str, typer.Option("--device", help="where to, as devices.yaml names it")] = "local",
+    device: Annotated[
+        str, typer.Option("--device", help="where to, as devices.yaml names it", autocompletion=_device_names)
+    ] = "local",
     rollback: Annotated[bool, typer.Option("--rollback", help="go back to the bundle that was live before")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -662,7 +737,9 @@ def doctor(
     target: Annotated[
         list[str] | None, typer.Option("--target", help="exit 1 unless this target can be made here (repeatable)")
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="where bundles are to run")] = "local",
+    device: Annotated[
+        str, typer.Option("--device", help="where bundles are to run", autocompletion=_device_names)
+    ] = "local",
     as_json: JsonFlag = False,
 ) -> None:
     """Say what can be made here and run on the device, and what to do about the rest."""
@@ -740,7 +817,7 @@ def devices_list(as_json: JsonFlag = False) -> None:
 
 @devices_app.command("probe")
 def devices_probe(
-    name: Annotated[str, typer.Argument(help="of the device")],
+    name: Annotated[str, typer.Argument(help="of the device", autocompletion=_device_names)],
     as_json: JsonFlag = False,
 ) -> None:
     """Reach a device and say what it is; what cannot be read is "unavailable".
@@ -877,7 +954,7 @@ def devices_status(
 
 @devices_app.command("clean")
 def devices_clean(
-    name: Annotated[str, typer.Argument(help="of the device")],
+    name: Annotated[str, typer.Argument(help="of the device", autocompletion=_device_names)],
     everything: Annotated[bool, typer.Option("--everything", help="the deployed bundles too")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -900,7 +977,7 @@ def devices_clean(
 
 @devices_app.command("remove")
 def devices_remove(
-    name: Annotated[str, typer.Argument(help="of the device")],
+    name: Annotated[str, typer.Argument(help="of the device", autocompletion=_device_names)],
     as_json: JsonFlag = False,
 ) -> None:
     """Forget a device; nothing on it is touched.
@@ -1044,25 +1121,95 @@ def _dataset_of(artifact: AnyArtifact, given: Path | None) -> Dataset:
 
 def main() -> None:
     """Run the command line; every expected failure is one line and its exit code."""
+    warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")  # a phone's camera has that many
+    with _interrupts_noted() as interrupts:
+        code, line = _outcome(interrupts)
+    fault = _flush_fault()
+    if isinstance(fault, BrokenPipeError):
+        code = code or ExitCode.PIPE_CLOSED
+    elif fault is not None:
+        reason = fault.strerror or fault
+        code, line = ExitCode.MISTAKE, f"kdpipe: cannot write to standard output ({reason}): what was sealed stays"
+    if fault is not None or code == ExitCode.PIPE_CLOSED:
+        _print_nowhere()
+    if line:
+        with suppress(OSError):  # nobody is left to be told
+            typer.echo(printable(line), err=True)
+    sys.exit(code)
+
+
+@contextmanager
+def _interrupts_noted() -> Iterator[list[int]]:
+    """Holds a signal for every Ctrl-C of the block, which is interrupted as ever."""
+    noted: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    is_heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not so in a job in the background
+    if not is_heard or threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _flush_fault() -> OSError | None:
+    """Why what was printed does not arrive, if it does not."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        return error
+    return None
+
+
+def _print_nowhere() -> None:
+    """Let go of what cannot be printed: Python would try once more at its end, and say so in its own words."""
+    with suppress(OSError, ValueError):  # a stream without a descriptor
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def _outcome(interrupts: Sequence[int]) -> tuple[int, str]:
+    """Exit code of the command, and the line that says why it failed; empty where there is nothing to say."""
+    try:
+        code, line = _result()
+    except Exception:
+        if not interrupts:
+            raise
+        code, line = ExitCode.REFUSED, ""
+    # While a library loads, an interrupt may come out as any error.
+    return (ExitCode.INTERRUPTED, INTERRUPTED) if interrupts and code != ExitCode.DONE else (code, line)
+
+
+def _result() -> tuple[int, str]:
+    """As ``_outcome``; raises what is a bug of ours."""
     try:
         code = app(prog_name="kdpipe", standalone_mode=False)
     except KdpipeError as error:
-        typer.echo(printable(f"kdpipe: {error}"), err=True)
-        sys.exit(error.exit_code)
+        return error.exit_code, f"kdpipe: {error}"
     except BrokenPipeError:
-        sys.exit(ExitCode.PIPE_CLOSED)
+        return ExitCode.PIPE_CLOSED, ""
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # what Typer makes of it
+            return ExitCode.PIPE_CLOSED, ""
+        return end.code if isinstance(end.code, int) else ExitCode.DONE, ""
     except OSError as error:  # a path that the system refuses, such as one that is too long
         where = "" if error.filename is None else f": {error.filename}"
-        typer.echo(printable(f"kdpipe: {error.strerror or error}{where}", 500), err=True)
-        sys.exit(ExitCode.MISTAKE)
+        return ExitCode.MISTAKE, printable(f"kdpipe: {error.strerror or error}{where}", 500)
+    except typer.Abort:  # a question, and nobody there to answer it
+        return ExitCode.INTERRUPTED, "kdpipe: no answer: nothing was done"
     except Exception as error:
-        message = getattr(error, "format_message", None)  # Typer's usage errors
-        if message is None:
-            raise
-        context = getattr(error, "ctx", None)
-        command = context.command_path if context else "kdpipe"
-        typer.echo(printable(f"{command}: {message()} (see {command} --help)"), err=True)
-        sys.exit(ExitCode.MISTAKE)
+        if (message := getattr(error, "format_message", None)) is not None:  # Typer's usage errors
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context else "kdpipe"
+            return ExitCode.MISTAKE, f"{command}: {message()} (see {command} --help)"
+        raise
     if code == ExitCode.INTERRUPTED:  # what Typer makes of Ctrl-C
-        typer.echo("kdpipe: interrupted; what was sealed stays, nothing half-written is left", err=True)
-    sys.exit(code if isinstance(code, int) else ExitCode.DONE)
+        return ExitCode.INTERRUPTED, INTERRUPTED
+    return code if isinstance(code, int) else ExitCode.DONE, ""

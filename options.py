@@ -45,6 +45,16 @@ def metavar(annotation: Any) -> str:
     return getattr(annotation, "__name__", str(annotation)).upper() if origin is None else "{...}"
 
 
+def choices(annotation: Any) -> list[str]:
+    """The words that a field of this type takes, if it takes a few only."""
+    if annotation is bool:
+        return ["true", "false"]
+    if get_origin(annotation) is Literal:
+        return list(map(str, get_args(annotation)))
+    inner = get_args(annotation) if get_origin(annotation) in (Annotated, types.UnionType, Union) else ()
+    return [word for each in inner for word in choices(each)]
+
+
 def _parse(text: str, info: FieldInfo, option: str) -> Any:
     """The text of an option as YAML would read it; fields of plain text take it as it is."""
     may_be_null = get_origin(info.annotation) in (types.UnionType, Union) and str in get_args(info.annotation)
@@ -92,12 +102,14 @@ def _complete(kind: type[BaseModel], values: dict[str, Any], /, **more: Any) -> 
 
 def _parameter(name: str, path: tuple[str, ...], info: FieldInfo) -> inspect.Parameter:
     default = None if info.default is PydanticUndefined else info.default
+    words = choices(info.annotation)
     shown = "none" if default is None else ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
     option = typer.Option(
         "--" + ".".join(path).replace("_", "-"),
         help=f"{info.description or ''}; " + ("required" if info.is_required() else f"default {shown}"),
         metavar=metavar(info.annotation),
         show_default=False,
+        autocompletion=(lambda: words) if words else None,
     )
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]

@@ -23,6 +23,7 @@ from .core.errors import DeviceLost, KdpipeError, UserError, choice
 from .core.kinds import Bundle, Graph, Measurement, Model, Probe, Report, unshown
 from .core.proc import require
 from .core.progress import note
+from .data.sources import check_source
 
 AGAIN = ("bench",)  # events: other stages give the same when they are done again
 
@@ -31,23 +32,45 @@ if TYPE_CHECKING:
     from .report.shown import Table
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Refuse before any work what a later stage would refuse: packages, names, networks. Raises UserError."""
+def check_names(recipe: Recipe) -> None:
+    """Refuse what can be told in a second, without PyTorch: names and files. Raises UserError."""
     from .devices import find_device
+    from .export import TARGETS
+    from .networks.names import check_name
+    from .quantize import VARIANTS
+
+    checkpoint = recipe.teacher.checkpoint
+    check_source(recipe.data)
+    if checkpoint is not None and not checkpoint.is_file():
+        raise UserError(f"teacher.checkpoint: no file at {checkpoint}: wanted .safetensors or .pth")
+    for device in recipe.bench.devices:
+        find_device(device)
+    check_name(recipe.teacher.model)
+    for config in student_runs(recipe.student, recipe.distill, recipe.data.unlabeled is not None).values():
+        check_name(config.model)
+    for target in recipe.export.targets:
+        if target not in TARGETS:
+            raise choice("target", target, TARGETS)
+    if recipe.quantize is not None and recipe.quantize.variants != "auto":
+        known = {name for target in recipe.export.targets for name in VARIANTS[target]}
+        for name in recipe.quantize.variants:
+            if name not in known:
+                raise choice("variant", name, known)
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse before any work what a later stage would refuse: names, packages, networks. Raises UserError."""
     from .export import TARGETS
     from .export.onnx import NEEDS as GRAPH_NEEDS
     from .quantize import VARIANTS
 
-    for device in recipe.bench.devices:
-        find_device(device)
+    check_names(recipe)
     _, lost = probe_all(recipe.bench.devices)
     for device, error in lost.items():
         note(f"'{device}' may be lost when it is to be measured: {error}")
     require("training", TRAIN_NEEDS, "train")
     require("the report", ("jinja2", "matplotlib"), "report")
     for target in recipe.export.targets:
-        if target not in TARGETS:
-            raise choice("target", target, TARGETS)
         require(f"target '{target}'", TARGETS[target].needs, target)
         if TARGETS[target].source is Graph:
             require("ONNX", GRAPH_NEEDS, target)
@@ -55,11 +78,6 @@ def check_recipe(recipe: Recipe) -> None:
             for name, variant in VARIANTS[target].items():
                 if recipe.quantize.variants == "auto" or name in recipe.quantize.variants:
                     require(f"{name} for '{target}'", variant.needs, target)
-    if recipe.quantize is not None and recipe.quantize.variants != "auto":
-        known = {name for target in recipe.export.targets for name in VARIANTS[target]}
-        for name in recipe.quantize.variants:
-            if name not in known:
-                raise choice("variant", name, known)
     from .distill.train import check_run
 
     check_run(recipe.teacher, None if recipe.teacher.checkpoint else recipe.teacher.train)
@@ -163,6 +181,7 @@ def run(recipe: Recipe, chain: Chain, again: str | None = None) -> Outcome:
     """
     if again not in (None, *AGAIN):
         raise choice("stage to do again", again, AGAIN)
+    check_names(recipe)  # before a folder of images is read, which may take minutes
     chain.check = lambda: check_recipe(recipe)
     dataset = chain.data(recipe.data, wants=lambda: wants(recipe))
     teacher = chain.teacher(recipe.teacher, dataset)

@@ -138,7 +138,7 @@ def prepared(model: str, path: Path, size: int, images: list[Path]) -> tuple[int
     network.eval()
     for norm in norms:
         norm.train()
-    pixels = [Image.open(file).convert("RGB").resize((spec.size, spec.size)) for file in images]
+    pixels = [Image.open(file).convert("RGB").resize(spec.sides[::-1]) for file in images]
     batch = (np.stack([np.asarray(image, np.float32) for image in pixels]) / 255 - spec.mean) / spec.std
     with torch.no_grad():
         network(torch.from_numpy(batch).permute(0, 3, 1, 2).float())

@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import re
 import reprlib
+import types
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -30,7 +31,7 @@ from pydantic import (
 )
 
 from .errors import UserError, did_you_mean
-from .inputs import InputSpec, Mean, Std
+from .inputs import InputSpec, Mean, Size, Std, sides
 from .sealed import LONGEST_NUMBER, MOST_LEVELS, NAME, printable
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -40,10 +41,32 @@ Method = Literal[
 ]
 
 
+def _is_one_of_list(value: Any, annotation: Any) -> bool:
+    """Whether ``value`` is a single one where the annotation wants several, however many."""
+    if not isinstance(value, (str, int, float)):
+        return False
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    if any(get_origin(kind) is Literal and value in get_args(kind) for kind in kinds):
+        return False
+    return any(get_origin(kind) is tuple and Ellipsis in get_args(kind) for kind in kinds)
+
+
 class Config(BaseModel):
     """The base of every configuration: frozen, and it refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_as_list(cls, values: Any) -> Any:
+        """A single value where a list is wanted is a list of one."""
+        if not isinstance(values, dict):
+            return values
+        known = cls.model_fields
+        return {
+            name: (value,) if name in known and _is_one_of_list(value, known[name].annotation) else value
+            for name, value in values.items()
+        }
 
     @classmethod
     def of(cls, *others: BaseModel, **more: Any) -> Self:
@@ -132,7 +155,7 @@ class DataConfig(DataPlan):
 class FittedConfig(Config):
     """What decides the pixels that a network is shown of an image."""
 
-    size: int
+    size: Size
     crop_fraction: float
     interpolation: str
     antialias: bool
@@ -140,16 +163,26 @@ class FittedConfig(Config):
     versions: dict[str, str] = Field(description="of the libraries that make the pixels")
 
 
+SMALLEST_SIDE = 8  # pixels, of what a network is trained on
+
+
 class InputSettings(Config):
     """How an image becomes the network's input; what is left out comes from timm's data for the model."""
 
-    size: int | None = Field(None, ge=8, description="side of the square input, pixels")
+    size: Size | None = Field(None, description="side of the square input, or [height, width], pixels")
     mean: Mean | None = Field(None, description="subtracted from RGB in 0..1")
     std: Std | None = Field(None, description="divides RGB in 0..1")
-    crop_fraction: Fraction | None = Field(None, description="side of the centre crop over the resized shorter side")
+    crop_fraction: Fraction | None = Field(None, description="side of the centre crop over that of the resized image")
     interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] | None = Field(
         None, description="resizing filter"
     )
+
+    @field_validator("size")
+    @classmethod
+    def _not_tiny(cls, size: Size | None) -> Size | None:
+        if size is not None and min(sides(size)) < SMALLEST_SIDE:
+            raise ValueError(f"wanted at least {SMALLEST_SIDE} pixels")
+        return size
 
 
 class AugmentSettings(Config):
@@ -446,7 +479,7 @@ class NetworkExportPlan(ExportConfig, AdoptConfig):
 class RandomConfig(Config):
     """Random images in place of a data set: parity can be told on them, and nothing else."""
 
-    size: int
+    size: Size
     images: int
     classes: int
     seed: int = 0
@@ -667,14 +700,11 @@ class MeasureSettings(TimingSettings):
 
 
 def _listed(value: Any) -> Any:
-    """Numbers of threads as a command line gives them: 4, or 1,2,4,all."""
-    if isinstance(value, str):
-        value = value.split(",")
-    if isinstance(value, int):
-        value = (value,)
+    """Numbers of threads, some of them perhaps as a command line gives them: 1,2,4,all."""
     if not isinstance(value, (list, tuple)):
         return value
-    return tuple(0 if isinstance(each, str) and each.strip() == "all" else each for each in value)
+    found = [part for each in value for part in (each.split(",") if isinstance(each, str) else (each,))]
+    return tuple(0 if isinstance(each, str) and each.strip() == "all" else each for each in found)
 
 
 def _each_once(value: tuple[int, ...]) -> tuple[int, ...]:
@@ -803,7 +833,7 @@ def validated(kind: type[C], values: Any, where: str) -> C:
                 f"{where}: unknown key '{path}'{did_you_mean(word, known)} (known: {', '.join(known)})"
             ) from None
         found = "nothing" if first["type"] == "missing" else _shown(first["input"])
-        reason = _lower_first(first["msg"].removeprefix("Value error, "))
+        reason = _lower_first(first["msg"].removeprefix("Value error, ")).replace("tuple", "list")  # as YAML has it
         raise UserError(f"{where}: '{path}': {reason}, found {found}") from None
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 from .artifact import Record
 
@@ -31,13 +31,37 @@ Mean = Annotated[Colours, AfterValidator(_within_one)]
 Std = Annotated[Colours, AfterValidator(_positive_within_one)]
 
 
+def _in_one_spelling(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    """Equal sides are a square, so that the same input has the same key however it was written."""
+    try:
+        size = read(value)
+    except ValidationError:
+        raise ValueError(f"wanted pixels from 1 to {LARGEST_SIDE}, of a square or as [height, width]") from None
+    return size[0] if isinstance(size, tuple) and size[0] == size[1] else size
+
+
+Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
+# Side of a square, or height and width, in pixels.
+Size = Annotated[Side | tuple[Side, Side], WrapValidator(_in_one_spelling)]
+
+
+def sides(size: Size) -> tuple[int, int]:
+    """Height and width of an input of this size, in pixels."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def size_words(size: Size) -> str:
+    """``96`` for a square, ``96x128`` for another height and width."""
+    return str(size) if isinstance(size, int) else "x".join(map(str, size))
+
+
 class InputSpec(Record):
     """How an image file becomes the network's input; travels from the student to the device.
 
     ``mean`` and ``std`` (of RGB in 0..1) are folded into every exported graph: a device feeds 0..255.
     """
 
-    size: int = Field(ge=1, le=LARGEST_SIDE)
+    size: Size
     mean: Mean
     std: Std
     crop_fraction: float = Field(gt=0, le=1)
@@ -48,6 +72,11 @@ class InputSpec(Record):
     dtype: Literal["float32"] = "float32"
 
     @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width, in pixels."""
+        return sides(self.size)
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Shape of one input in this layout."""
-        return (3, self.size, self.size) if self.layout == "NCHW" else (self.size, self.size, 3)
+        return (3, *self.sides) if self.layout == "NCHW" else (*self.sides, 3)

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..core.artifact import Order, drafting, write_json
 from ..core.config import RandomConfig
+from ..core.inputs import sides
 from .dataset import RANDOM, Dataset, DatasetFacts, Index, Part, index_records
 
 TESTED = 8  # images of the test part, which says nothing
@@ -20,6 +21,7 @@ def random_images(order: Order[RandomConfig], out: Path) -> Dataset:
 
     config = order.config
     generator = np.random.default_rng(config.seed)
+    height, width = sides(config.size)
     counts: dict[Part, int] = {"train": config.images, "test": TESTED}
     with drafting(Dataset, order, out) as draft:
         for part, count in counts.items():
@@ -28,7 +30,7 @@ def random_images(order: Order[RandomConfig], out: Path) -> Dataset:
             for at in range(count):
                 blocks = int(generator.integers(2, LARGEST_BLOCKS + 1))
                 colours = generator.integers(0, 256, (blocks, blocks, 3), dtype=np.uint8)
-                image = Image.fromarray(colours).resize((config.size, config.size), Image.Resampling.BICUBIC)
+                image = Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC)
                 names.append(f"{part}/{at:05d}.png".encode())
                 image.save(draft.path / part / f"{at:05d}.png")
             labels = np.arange(count, dtype=np.int32) % config.classes

@@ -60,7 +60,7 @@ def wrap(path: Path, folder: Path, spec: InputSpec | None = None, dataset: Datas
 
 
 def described(values: dict[str, Any]) -> InputSpec:
-    """What a user says of a model's images, the rest as most take them: bicubic, the whole square, 0..255.
+    """What a user says of a model's images, the rest as most take them: bicubic, the whole of what fits, 0..255.
 
     Raises:
         UserError: an unknown field, or a value that none has.

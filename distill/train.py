@@ -16,7 +16,7 @@ from torch import nn
 from ..core.artifact import Draft, Order, drafting, write_json
 from ..core.config import AdoptConfig, CacheConfig, ModelSettings, TrainConfig, TrainSettings
 from ..core.errors import UserError, choice
-from ..core.inputs import InputSpec
+from ..core.inputs import InputSpec, size_words
 from ..core.kinds import Cache, Checkpoint, CheckpointFacts, as_name
 from ..core.progress import note
 from ..core.stats import Interval
@@ -143,8 +143,9 @@ def _runs(
     copies, wanted = dataset.facts.copies, side_for(spec, first.train.augment)
     if copies is not None and copies.shorter_side < wanted:
         note(
-            f"{first.model} at {spec.size} pixels wants images of {wanted} pixels, the copies in {dataset.path} have "
-            f"{copies.shorter_side}: its smallest crops are enlarged (data.store_side {wanted} makes others)"
+            f"{first.model} at {size_words(spec.size)} pixels wants images of {wanted} pixels, the copies in "
+            f"{dataset.path} have {copies.shorter_side}: its smallest crops are enlarged (data.store_side {wanted} "
+            "makes others)"
         )
     taught = [config for config in configs.values() if config.needs_teacher]
     if teacher is not None and cache is not None and taught:

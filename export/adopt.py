@@ -12,7 +12,7 @@ import numpy as np
 from ..core.artifact import Order, drafting, write_json
 from ..core.config import AdoptFileConfig, InputSettings
 from ..core.errors import UserError
-from ..core.inputs import RAW, InputSpec
+from ..core.inputs import RAW, InputSpec, sides, size_words
 from ..core.kinds import Graph, GraphFacts, as_name
 from ..core.proc import first_line, quiet, require
 from ..core.progress import progress
@@ -34,7 +34,7 @@ OLDEST_OPSET = 13  # that knows ranges by channel, as INT8 wants them
 def input_of(path: Path, settings: InputSettings) -> InputSpec:
     """What the network in an ONNX file takes: its own shape, and of the rest what the user says of it.
 
-    What nobody says is as for models that are only measured: bicubic, the whole square, colours in 0..255.
+    What nobody says is as for models that are only measured: bicubic, the whole image, colours in 0..255.
 
     Raises:
         UserError: no ONNX, or not of one image in float32.
@@ -42,18 +42,20 @@ def input_of(path: Path, settings: InputSettings) -> InputSpec:
     taken = _only_input(_read(path), path)
     sizes = [dimension.dim_value or None for dimension in taken.type.tensor_type.shape.dim]
     channels_last = sizes[3] == 3 and sizes[1] != 3
-    channels, *sides = (sizes[3], sizes[1], sizes[2]) if channels_last else sizes[1:]
+    channels, *own = (sizes[3], sizes[1], sizes[2]) if channels_last else sizes[1:]
     if channels not in (3, None):
         raise UserError(f"{path} takes {channels} channels: wanted the 3 of RGB")
     if sizes[0] not in (1, None):
         raise UserError(f"{path} takes {sizes[0]} images at a time: wanted any number, or one")
-    known = {side for side in (*sides, settings.size) if side is not None}
-    if len(known) != 1:
-        told = "any size" if not known else f"{sides[0] or '?'}x{sides[1] or '?'}"
-        asked = "" if settings.size is None else f", input.size says {settings.size}"
-        raise UserError(f"{path} takes images of {told}{asked}: wanted one square size, say it with input.size")
+    asked = (None, None) if settings.size is None else sides(settings.size)
+    known = [{side for side in each if side is not None} for each in zip(own, asked, strict=True)]
+    if any(len(each) != 1 for each in known):
+        told = "any size" if own == [None, None] else f"{own[0] or '?'}x{own[1] or '?'}"
+        said = "" if settings.size is None else f", input.size says {size_words(settings.size)}"
+        raise UserError(f"{path} takes images of {told}{said}: wanted one size, say it with input.size")
+    height, width = (each.pop() for each in known)
     return InputSpec(
-        size=known.pop(),
+        size=(height, width),
         mean=settings.mean or RAW["mean"],
         std=settings.std or RAW["std"],
         crop_fraction=settings.crop_fraction or 1.0,

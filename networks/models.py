@@ -14,7 +14,7 @@ from torch import nn
 from ..core import code
 from ..core.config import ONNX_MODEL, AdoptConfig, InputSettings, ModelSettings
 from ..core.errors import UserError, did_you_mean
-from ..core.inputs import InputSpec
+from ..core.inputs import InputSpec, sides, size_words
 from ..core.kinds import Checkpoint
 from ..core.proc import first_line
 from . import (
@@ -29,9 +29,10 @@ from .weights import load_weights
 
 def resolve_input(config: InputSettings, pretrained: dict[str, Any]) -> InputSpec:
     """The user's InputSettings completed from timm's configuration of the model."""
-    size = config.size or pretrained["input_size"][-1]
+    size = config.size or tuple(pretrained["input_size"][-2:])
     # Cropping away a border is an ImageNet habit: where the user sets a small size, the whole image counts.
-    crop = config.crop_fraction or (1.0 if config.size and config.size <= 64 else pretrained.get("crop_pct") or 0.875)
+    whole = config.size is not None and max(sides(config.size)) <= 64
+    crop = config.crop_fraction or (1.0 if whole else pretrained.get("crop_pct") or 0.875)
     interpolation = config.interpolation or pretrained.get("interpolation") or "bicubic"
     return InputSpec(
         size=size,
@@ -92,7 +93,7 @@ def make(config: ModelSettings, spec: InputSpec, classes: int | None) -> nn.Modu
             raise UserError(f"kdpipe knows no pretrained weights of '{name}': give them as checkpoint")
         network = own.make(name, arguments, count)
     elif name.startswith(torchvision.PREFIX):
-        network = torchvision.make(name, arguments, count, spec.size, config.pretrained)
+        network = torchvision.make(name, arguments, count, spec.sides, config.pretrained)
     else:
         network = _of_timm(config, spec, count)
     if not hasattr(network, "num_classes"):
@@ -102,7 +103,9 @@ def make(config: ModelSettings, spec: InputSpec, classes: int | None) -> nn.Modu
             outputs = network.eval()(torch.zeros(1, *spec.shape))
     except Exception as error:  # a user's own network raises anything
         line = own.where(error, code.source_file(name)) if code.is_code(name) else ""
-        raise UserError(f"'{name}' cannot take inputs of {spec.size} pixels: {first_line(error)}{line}") from error
+        raise UserError(
+            f"'{name}' cannot take inputs of {size_words(spec.size)} pixels: {first_line(error)}{line}"
+        ) from error
     found = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
     if classes is not None and (isinstance(found, str) or found[:2] != (1, classes)):
         raise UserError(f"'{name}' gives {found} for an image, wanted logits {(1, classes)}: one output a class")
@@ -115,7 +118,7 @@ def _of_timm(config: ModelSettings, spec: InputSpec, classes: int) -> nn.Module:
             f"timm has no pretrained weights for '{config.model}': set pretrained to false or train a teacher"
         )
     base = timm.models.get_pretrained_cfg(config.model)
-    overlay = {"mean": spec.mean, "std": spec.std, "input_size": (3, spec.size, spec.size)}
+    overlay = {"mean": spec.mean, "std": spec.std, "input_size": (3, *spec.sides)}
     arguments = dict(config.model_args)
     if taken := sorted(arguments.keys() & _OWN_ARGUMENTS):
         raise UserError(

@@ -42,7 +42,7 @@ def input_defaults(model: str) -> dict[str, Any]:
     }
 
 
-def make(model: str, arguments: dict[str, Any], classes: int, size: int, pretrained: bool) -> nn.Module:
+def make(model: str, arguments: dict[str, Any], classes: int, sides: tuple[int, int], pretrained: bool) -> nn.Module:
     """A network of so many classes; with ``pretrained`` all but a head of another number is as torchvision has it.
 
     Raises:
@@ -61,9 +61,11 @@ def make(model: str, arguments: dict[str, Any], classes: int, size: int, pretrai
     if name in WITH_AUXILIARIES:
         usual = {"aux_logits": False, "init_weights": True}
     elif name.startswith("vit_"):
-        usual = {"image_size": size}
+        if sides[0] != sides[1]:
+            raise UserError(f"'{model}' takes square images alone: take timm's, or a square input.size")
+        usual = {"image_size": sides[0]}
     elif name.startswith("maxvit"):
-        usual = {"input_size": (size, size)}
+        usual = {"input_size": sides}
     arguments = {**usual, **arguments}
     try:
         network: nn.Module = models.get_model(name, num_classes=classes, **arguments)

@@ -48,6 +48,14 @@ class Task(Protocol):
     def decide(self, outputs: np.ndarray) -> np.ndarray:
         """Outputs [N, ...] to what the network says of each image, as ``labels`` are written."""
 
+    def likeliest(self, outputs: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """What the network says of each image, the likeliest first, for outputs [N, ...].
+
+        Returns:
+            At most ``count`` decisions [N, count, ...], the first being that of ``decide``; and how likely the network
+            itself takes each to be, 0 to 1 [N, count].
+        """
+
     def scores(self, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """How right outputs [N, ...] are about images with these labels: one score an image [N, ...]."""
 
@@ -91,6 +99,18 @@ class Classification:
     def decide(self, outputs: np.ndarray) -> np.ndarray:
         """Logits [N, K] to classes [N]."""
         return np.asarray(outputs.argmax(1))
+
+    def likeliest(self, outputs: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Classes [N, count] with their probability by softmax, for finite logits [N, K]; of equal ones the first.
+
+        Outputs that are probabilities already (none negative, every row with the sum 1) are taken as they are.
+        """
+        shares = outputs.astype(np.float64)
+        if shares.min() < 0 or not np.allclose(shares.sum(1), 1, rtol=0, atol=1e-3):
+            shares = np.exp(shares - shares.max(1, keepdims=True))
+            shares /= shares.sum(1, keepdims=True)
+        classes = np.argsort(-outputs, axis=1, kind="stable")[:, :count]
+        return classes, np.take_along_axis(shares, classes, 1)
 
     def scores(self, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Whether the class is right, bool [N], for logits [N, K] and classes [N]."""
