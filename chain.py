@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from pydantic import ValidationError
 
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from .report.pooled import Pooled
 
 A = TypeVar("A", bound=AnyArtifact)
+REPLACED = ".replaced"  # what was set aside to be made again
 PRECISIONS = ".precisions"  # what train.precision auto took, so that a network and its controls take one
 TRAIN_NEEDS = ("torch", "torchvision", "timm", "safetensors")
 SMALLEST_SIDE, USUAL_SIDE = 256, 512  # pixels: of copies for small networks; of those for networks not known yet
@@ -83,11 +85,22 @@ class Step:
     seconds: float
     sealed_before: bool
     along_with: str | None = None  # the artifact in whose time this one was made too
+    place: str = ""  # among the steps of a run, such as 3/31
 
     def __str__(self) -> str:
         """What it made, how long it took or that it was there already."""
         cost = "sealed" if self.sealed_before else "in that" if self.along_with else f"{self.seconds:.1f} s"
-        return f"{self.name:<28} {cost:>8}  {self.path}"
+        return f"{self.place}{' ' * bool(self.place)}{self.name:<28} {cost:>8}  {self.path}"
+
+
+class Course(Protocol):
+    """Who knows how many steps a run has, and what is left of them."""
+
+    def begin(self, path: Path) -> str:
+        """Where the run is when it begins to make ``path``, in a few words."""
+
+    def end(self, artifact: AnyArtifact, *, made: bool) -> str:
+        """The place of the step that gave ``artifact``, such as 3/31; ``made`` now, or found."""
 
 
 class Chain:
@@ -109,6 +122,7 @@ class Chain:
         self.steps: list[Step] = []
         # Called once, before the first step that is not sealed: mistakes are told before any work.
         self.check: Callable[[], None] = lambda: None
+        self.course: Course | None = None  # of a run, which knows what is still to come
         self._graphs: dict[Path, Graph] = {}  # opened once for all the targets of a run
 
     def step(
@@ -140,17 +154,44 @@ class Chain:
                 raise UserError(f"{path} was made from other settings or inputs: choose another --out")
         else:
             check, self.check = self.check, lambda: None
-            with progress(name, 1):  # seen while libraries are being imported
+            told = self.course.begin(path) if self.course else ""
+            with progress(f"{name} ({told})" if told else name, 1):  # seen while libraries are being imported
                 check()
                 artifact, sealed = make(path), False
         along_with = (companions or {}).get(path) if sealed else None
-        self.steps.append(Step(name, path, time.monotonic() - begun, sealed and along_with is None, along_with))
-        self.tell(self.steps[-1])
+        step = Step(name, path, time.monotonic() - begun, sealed and along_with is None, along_with)
+        if self.course:
+            step.place = self.course.end(artifact, made=not step.sealed_before)
+        self.steps.append(step)
+        self.tell(step)
         return artifact
 
     def path(self, name: str, order: Order[Any], attempt: int | None = None) -> Path:
         """Where the artifact of ``order`` lies; of an event, which attempt at it."""
-        return self.folder / (f"{name}-{order.key[:12]}" + ("" if attempt is None else f"-{attempt}"))
+        return self.place(name, order.key, attempt)
+
+    def place(self, name: str, key: str, attempt: int | None = None) -> Path:
+        """As ``path``, for the key of an order."""
+        return self.folder / (f"{name}-{key[:12]}" + ("" if attempt is None else f"-{attempt}"))
+
+    def set_aside(self, keys: Collection[str]) -> list[Path]:
+        """Move the artifacts of ``keys`` and all that came from them out of sight, into ``.replaced``; returns which.
+
+        What was made from something goes before it, so that a kill leaves nothing that came from what is made anew.
+        """
+        found = [
+            (manifest.depth, path)
+            for path, manifest in sealed(self.folder, skip=UserError)
+            if not manifest.lineage_keys.isdisjoint(keys)
+        ]
+        if not found:
+            return []
+        aside = self.folder / REPLACED / datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")
+        aside.mkdir(parents=True)
+        moved = [path for _, path in sorted(found, reverse=True)]
+        for path in moved:
+            path.rename(aside / path.name)
+        return moved
 
     def data(self, plan: DataPlan, out: Path | None = None, wants: Callable[[], Wants] | None = None) -> Dataset:
         """The images of a source, checked and split.
@@ -159,6 +200,20 @@ class Chain:
             wants: says what the networks of a recipe want, so that each file is decoded once for all of them; asked
                 only where images are to be stored.
         """
+        order = self.data_order(plan, wants)
+        side = order.config.copies_side
+
+        def make(path: Path) -> Dataset:
+            require("reading data", (*TRAIN_NEEDS, *(("scikit-learn",) if plan.source == "digits" else ())), "train")
+            from .data.prepare import prepare
+
+            return prepare(order, path, held_out_later=side is not None and wants is not None)
+
+        dataset = self.step("data", Dataset, order, make, out)
+        return dataset if side is None or wants is None else self.fitted(dataset, wants().specs)
+
+    def data_order(self, plan: DataPlan, wants: Callable[[], Wants] | None = None) -> Order[DataConfig]:
+        """What reading that source is told, with the hash of what it holds now."""
         if plan.task not in TASKS:
             raise choice("task", plan.task, TASKS)
         fingerprint, unlabeled = Fingerprint("by name", 0, ()), None  # named sources are known by their names
@@ -179,16 +234,7 @@ class Chain:
             unlabeled_fingerprint=None if unlabeled is None else unlabeled.sha256,
             classes_fingerprint=sha256_file(plan.classes) if plan.classes is not None else None,
         )
-        order = Order("data", config, {})
-
-        def make(path: Path) -> Dataset:
-            require("reading data", (*TRAIN_NEEDS, *(("scikit-learn",) if plan.source == "digits" else ())), "train")
-            from .data.prepare import prepare
-
-            return prepare(order, path, held_out_later=side is not None and wants is not None)
-
-        dataset = self.step("data", Dataset, order, make, out)
-        return dataset if side is None or wants is None else self.fitted(dataset, wants().specs)
+        return Order("data", config, {})
 
     def _copies_side(self, plan: DataPlan, fingerprint: Fingerprint, wants: Callable[[], Wants] | None) -> int | None:
         """Shorter side of the copies to learn from, or None for no copies."""
@@ -203,8 +249,7 @@ class Chain:
         for spec in specs:
             if geometry(spec.model_dump()) in dataset.fitted:
                 continue
-            config = FittedConfig.of(spec, decoding=DECODING, versions=versions_of("pillow", "numpy"))
-            orders[geometry(spec.model_dump())] = Order("fitted", config, {"data": dataset})
+            orders[geometry(spec.model_dump())] = Order("fitted", fitted_config(spec), {"data": dataset})
         paths = {shown: self.path(f"fitted-{order.config.size}", order) for shown, order in orders.items()}
         missing = {paths[shown]: order for shown, order in orders.items() if not paths[shown].exists()}
         made: dict[Path, str] = {}
@@ -314,14 +359,7 @@ class Chain:
         """The user's weights, timm's, or a network trained here on all training images."""
         if plan.is_trained:
             return self.train("teacher", TrainConfig.of(plan, method="labels"), dataset, None, out)
-        if plan.checkpoint is not None and not plan.checkpoint.is_file():
-            raise UserError(f"teacher.checkpoint: no file at {plan.checkpoint}: wanted .safetensors or .pth")
-        sha256 = sha256_file(plan.checkpoint) if plan.checkpoint else None
-        if plan.checkpoint_sha256 not in (None, sha256):
-            raise UserError(
-                f"teacher.checkpoint: {plan.checkpoint} has sha256 {sha256}, wanted {plan.checkpoint_sha256}"
-            )
-        order = Order("adopt", AdoptConfig.of(plan, checkpoint_sha256=sha256), {"data": dataset})
+        order = Order("adopt", adopt_config(plan), {"data": dataset})
 
         def make(path: Path) -> Checkpoint:
             require("reading weights", TRAIN_NEEDS, "train")
@@ -705,6 +743,16 @@ def pooled_beside(measurement: Measurement) -> Pooled:
     return pool([Measurement.open(path) for path in attempts_beside(measurement)])
 
 
+def adopt_config(plan: TeacherPlan) -> AdoptConfig:
+    """What adopting the user's weights is told, with their hash. Raises UserError for none, or others than wanted."""
+    if plan.checkpoint is not None and not plan.checkpoint.is_file():
+        raise UserError(f"teacher.checkpoint: no file at {plan.checkpoint}: wanted .safetensors or .pth")
+    sha256 = sha256_file(plan.checkpoint) if plan.checkpoint else None
+    if plan.checkpoint_sha256 not in (None, sha256):
+        raise UserError(f"teacher.checkpoint: {plan.checkpoint} has sha256 {sha256}, wanted {plan.checkpoint_sha256}")
+    return AdoptConfig.of(plan, checkpoint_sha256=sha256)
+
+
 def cache_order(config: CacheConfig, dataset: Dataset, teacher: Checkpoint) -> Order[CacheConfig]:
     """What building a cache of ``teacher`` for ``dataset`` is told."""
     return Order("cache", config, {"data": dataset, "teacher": teacher})
@@ -725,6 +773,11 @@ def train_order(
         if cache is not None and any(cache.settings[name] != getattr(usual, name) for name in ("precision", "top")):
             inputs["cache"] = cache
     return Order("train", config, inputs)
+
+
+def fitted_config(spec: InputSpec) -> FittedConfig:
+    """What decides the pixels that networks of this input are shown."""
+    return FittedConfig.of(spec, decoding=DECODING, versions=versions_of("pillow", "numpy"))
 
 
 def versions_of(*tools: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ import os
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
@@ -832,8 +832,15 @@ def _count_values(node: Any, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
-def read_recipe(path: Path) -> Recipe:
-    """Read ``kdpipe.yaml``; relative paths in it are taken from its own folder. Raises UserError."""
+def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
+    """Read ``kdpipe.yaml``; relative paths in it are taken from its own folder.
+
+    Args:
+        changes: each ``KEY=VALUE``, such as ``distill.temperature=2``: as if it stood in the file.
+
+    Raises:
+        UserError: no recipe, or a mistake in one.
+    """
     try:
         with path.open("rb") as stream:
             content = stream.read(LARGEST_RECIPE_BYTES + 1)
@@ -845,8 +852,26 @@ def read_recipe(path: Path) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} ({error}): wanted a YAML file") from None
     values = parse_yaml(text, str(path))
-    recipe = validated(Recipe, values, str(path))
+    for change in changes:
+        values = _changed_by(values, change)
+    recipe = validated(Recipe, values, f"{path} with --set" if changes else str(path))
     return _resolve_paths(recipe, path.parent)
+
+
+def _changed_by(values: Any, change: str) -> Any:
+    """``values`` with one ``KEY=VALUE``; what an alias shares with another section is changed in this one alone."""
+    name, equals, text = change.partition("=")
+    if not equals or not name:
+        raise UserError(f"--set: wanted KEY=VALUE such as distill.temperature=2, found '{change}'")
+    made = place = dict(values) if isinstance(values, dict) else {}
+    *outer, last = name.split(".")
+    for part in outer:
+        below = place.get(part)
+        if below is not None and not isinstance(below, dict):
+            raise UserError(f"--set {name}: '{part}' is {_shown(below)}, wanted a section of settings")
+        place[part] = place = dict(below or {})
+    place[last] = parse_yaml(text, f"--set {name}")
+    return made if isinstance(values, dict) else values
 
 
 def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
