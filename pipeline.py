@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,7 +70,7 @@ def check_names(recipe: Recipe) -> None:
     from .networks.names import check_name
 
     source, checkpoint = recipe.data.source, recipe.teacher.checkpoint
-    if os.path.isabs(source) and not Path(source).is_dir():
+    if Path(source).is_absolute() and not Path(source).is_dir():
         raise UserError(f"no data at '{source}': wanted a folder with {recipe.data.train_split}/<class>/*")
     if checkpoint is not None and not checkpoint.is_file():
         raise UserError(f"teacher.checkpoint: no file at {checkpoint}: wanted .safetensors or .pth")
@@ -230,15 +229,7 @@ def run_part(
         KdpipeError: as its stages do.
     """
     legs = plan(recipe, chain, again, until)
-    if start is not None:
-        if _position(start) > _position(until or STAGES[-1]):
-            raise UserError(f"--from {start} comes after --until {until}: wanted a stage of {', '.join(STAGES)}")
-        before = [leg for leg in legs if _position(leg.stage) < _position(start)]
-        if lacking := [leg for leg in before if not leg.sealed and not leg.perhaps]:
-            raise UserError(
-                f"--from {start}: {len(lacking)} of the {len(before)} artifacts before it are not sealed, the first is "
-                f"'{lacking[0].name}': leave --from out, or go back to the settings that made them"
-            )
+    check_start(legs, start, until)
     if again is not None and again != "bench":
         keys = {leg.key for leg in plan(recipe, chain, until=until) if leg.stage == again and leg.sealed and leg.key}
         if moved := chain.set_aside(keys):
@@ -253,6 +244,20 @@ def run_part(
             return outcome
         if until is not None and _position(stage) > _position(until):
             return None
+
+
+def check_start(legs: Sequence[Leg], start: str | None, until: str | None = None) -> None:
+    """Refuse to begin with a stage where something before it is not sealed. Raises UserError."""
+    if start is None:
+        return
+    if _position(start) > _position(until or STAGES[-1]):
+        raise UserError(f"--from {start} comes after --until {until}: the stages are {', '.join(STAGES)}")
+    before = [leg for leg in legs if _position(leg.stage) < _position(start)]
+    if lacking := [leg for leg in before if not leg.sealed and not leg.perhaps]:
+        raise UserError(
+            f"--from {start}: {len(lacking)} of the {len(before)} artifacts before it are not sealed, the first is "
+            f"'{lacking[0].name}': leave --from out, or go back to the settings that made them"
+        )
 
 
 def _position(stage: str) -> int:

@@ -22,13 +22,10 @@ KEY_DIGITS = 12
 
 def mebibytes(size_bytes: float | None) -> str:
     """A size in MiB, without the unit."""
-    return (
-        "unknown"
-        if size_bytes is None
-        else f"{size_bytes / 2**20:.3g}"
-        if size_bytes < 2**30
-        else f"{size_bytes / 2**20:,.0f}"
-    )
+    if size_bytes is None:
+        return "unknown"
+    mib = size_bytes / 2**20
+    return f"{mib:,.0f}" if mib >= 100 else f"{mib:.3g}"
 
 
 def _table(*columns: str, right: Sequence[str] = ()) -> Any:
@@ -138,10 +135,11 @@ def print_shown(console: Console, shown: Shown) -> None:
     manifest = shown.manifest
     console.print(printable(f"{manifest.kind} {shown.path.name}: {findings(manifest)}", 400))
     host = manifest.host.get("cpu", "unavailable")
+    console.print(printable(f"key {manifest.key}"))
     console.print(
         printable(
-            f"key {manifest.key}\nmade {manifest.created_utc} in {duration(manifest.seconds)} on {host}; "
-            f"{len(manifest.files)} files, {mebibytes(size_of(manifest))} MiB, none missing".replace("\n", "; ")
+            f"made {manifest.created_utc} in {duration(manifest.seconds)} on {host}; {len(manifest.files)} files, "
+            f"{mebibytes(size_of(manifest))} MiB, none missing"
         )
     )
     _print_rows(console, "settings that are no defaults", own_settings(manifest))

@@ -23,6 +23,7 @@ from pydantic import (
     Field,
     ValidationError,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -523,8 +524,9 @@ def _of_unit(units: Mapping[str, float], wanted: str) -> BeforeValidator:
     return BeforeValidator(read)
 
 
-Seconds = Annotated[float, _of_unit({"s": 1, "m": 60, "min": 60, "h": 3600}, "90s, 10m or 1h")]
-ImagesPerSecond = Annotated[float, _of_unit({"fps": 1}, "5fps")]
+_NUMBER_OR_TEXT = WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"type": "string"}]})
+Seconds = Annotated[float, _of_unit({"s": 1, "m": 60, "min": 60, "h": 3600}, "90s, 10m or 1h"), _NUMBER_OR_TEXT]
+ImagesPerSecond = Annotated[float, _of_unit({"fps": 1}, "5fps"), _NUMBER_OR_TEXT]
 
 Effort = Literal["quick", "default", "thorough", "mlperf"]
 # What an effort means for every field that is not given. mlperf has the duration and the statistic of MLPerf's single
@@ -622,8 +624,12 @@ def _each_once(value: tuple[int, ...]) -> tuple[int, ...]:
     return value
 
 
+_COUNT = {"anyOf": [{"type": "integer", "minimum": 0, "maximum": 4096}, {"type": "string"}]}
 Threads = Annotated[
-    tuple[Annotated[int, Field(ge=0, le=4096)], ...], BeforeValidator(_listed), AfterValidator(_each_once)
+    tuple[Annotated[int, Field(ge=0, le=4096)], ...],
+    BeforeValidator(_listed),
+    AfterValidator(_each_once),
+    WithJsonSchema({"type": "array", "items": _COUNT}),
 ]
 
 
