@@ -218,9 +218,10 @@ def test_odd_names_survive(tmp_path: Path) -> None:
     assert_one_line(kdpipe("init", bad, "--model", "resnet18", "--yes", cwd=tmp_path), 2, "control characters")
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet18", "resnet50", "mobilenetv3_small_100", "efficientnet_b0", "vit_tiny_patch16_224"]
-)
+RECOGNISED = ["resnet18", "resnet50", "mobilenetv3_small_100", "efficientnet_b0", "vit_tiny_patch16_224"]
+
+
+@pytest.mark.parametrize("name", RECOGNISED)
 def test_weights_tell_their_network(name: str) -> None:
     shapes = shapes_of(timm.create_model(name, num_classes=7).state_dict())
     found = recognise(shapes, "best model")
@@ -240,11 +241,12 @@ def test_recipe_check_answers_within_a_second() -> None:
         assert kdpipe_process("recipe", "check", ROOT / "recipes" / "digits.yaml").returncode == 0
         seconds.append(time.monotonic() - begun)
     assert min(seconds) < 1
-    loaded = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.argv[1:] = ['recipe', 'check', sys.argv[1]]\n"
-         "from kdpipe.cli import main\ntry: main()\nfinally: print(*sys.modules)", str(ROOT / "recipes" / "digits.yaml")],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    script = (
+        "import sys; sys.argv[1:] = ['recipe', 'check', sys.argv[1]]\n"
+        "from kdpipe.cli import main\ntry: main()\nfinally: print(*sys.modules)"
+    )
+    arguments = [sys.executable, "-c", script, str(ROOT / "recipes" / "digits.yaml")]
+    loaded = subprocess.run(arguments, capture_output=True, text=True, check=True)
     assert not {"torch", "timm", "onnx", "sklearn", "matplotlib"} & set(loaded.stdout.split())
 
 
