@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from .core.artifact import Manifest, host_record
 from .core.config import SessionSettings
 
+HALF_A_DAY_SECONDS = 43_200
 SAME_BEGIN_SECONDS = 1.5  # students that are taught side by side begin together; a manifest tells seconds
 
 
@@ -243,10 +244,16 @@ class Total(NamedTuple):
     exact: bool  # whether no part of it is a lower bound
 
     def left(self) -> str:
-        """The time that is left, in a few words; nothing where nothing is known."""
+        """The time that is left, and until when; nothing where nothing is known.
+
+        Whoever reads it later still has the hour.
+        """
         if not self.seconds:
             return ""
-        return f"{'about' if self.exact else 'at least'} {duration(self.seconds)} left"
+        end = datetime.datetime.now().astimezone() + datetime.timedelta(seconds=self.seconds)
+        hour = end.strftime("%H:%M" if self.seconds < HALF_A_DAY_SECONDS else "%a %H:%M")
+        how, until = ("about", "until") if self.exact else ("at least", "not before")
+        return f"{how} {duration(self.seconds)} left, {until} {hour}"
 
 
 def total(costs: Iterable[Cost]) -> Total:

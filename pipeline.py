@@ -231,7 +231,7 @@ def run_part(
     legs = plan(recipe, chain, again, until)
     check_start(legs, start, until)
     if again is not None and again != "bench":
-        keys = {leg.key for leg in plan(recipe, chain, until=until) if leg.stage == again and leg.sealed and leg.key}
+        keys = {leg.key for leg in legs if leg.stage == again and leg.key is not None}
         if moved := chain.set_aside(keys):
             note(f"{len(moved)} artifacts of '{again}' and after it are set aside in {chain.folder / REPLACED}")
     chain.course = _Course(legs, chain)
@@ -365,9 +365,8 @@ def plan(recipe: Recipe, chain: Chain, again: str | None = None, until: str | No
         UserError: an unknown stage, target or device, no teacher at its place.
         DeviceLost: no device is left.
     """
-    for stage in (again, until):
-        if stage is not None:
-            _position(stage)
+    if again is not None and _position(again) > _position(until or STAGES[-1]):
+        raise UserError(f"--again {again} comes after --until {until}: the stages are {', '.join(STAGES)}")
     for target in recipe.export.targets:
         if target not in TARGETS:
             raise choice("target", target, TARGETS)

@@ -189,6 +189,7 @@ def test_a_dry_run_makes_nothing(tmp_path: Path) -> None:
         (["--again", "trian"], ["unknown stage 'trian'"]),
         (["--from", "nonsense"], ["unknown stage 'nonsense'"]),
         (["--from", "bench", "--until", "data"], ["--from bench comes after --until data"]),
+        (["--again", "bench", "--until", "data"], ["--again bench comes after --until data"]),
         (["--from", "distill"], ["2 of the 2 artifacts before it are not sealed", "'data'"]),
         (["--set", "distill.temprature=3"], ["tiny.yaml with --set", "did you mean 'temperature'"]),
         (["--set", "distill.temperature"], ["wanted KEY=VALUE"]),
@@ -294,7 +295,7 @@ def test_progress_says_which_step_of_how_many_and_what_is_left(tiny: Tiny) -> No
         pipeline.run_part(recipe, chain, until="package")
     packing = [what for what in heard.begun if what.startswith("bundle-")]
     assert len(packing) == 2
-    assert re.fullmatch(r"bundle-onnxruntime-float32 \(8 of 9, about [\d.]+ s left\)", packing[0]), packing
+    assert re.fullmatch(r"bundle-onnxruntime-float32 \(8 of 9, about [\d.]+ s left, until \d\d:\d\d\)", packing[0]), packing
     assert packing[1].startswith("bundle-onnxruntime-int8 (9 of 9, about ")
     assert [step.place for step in chain.steps] == [f"{at}/9" for at in range(1, 10)]
 
