@@ -488,8 +488,9 @@ class _Planner:
             work = forecast.training(config.model_dump(mode="json"), taught_by, data=data.key)
             command = ("distill", (teacher if taught_by else data).path, "--data", data.path, *options_of(config))
             key = _key("train", config, inputs)
-            sealed = key is not None and self._chain.place(name, key).exists() and not self._stale
-            besides = [] if sealed or config.cache_views is None or not taught_by else [self._cache(config, inputs)]
+            there = key is not None and self._chain.place(name, key).exists()
+            there = there and not self._stale and self._again != "distill"
+            besides = [] if there or config.cache_views is None or not taught_by else [self._cache(config, inputs)]
             found[name] = self._leg("distill", name, "train", config, inputs, work, command, besides=besides)
         return found
 
@@ -498,7 +499,7 @@ class _Planner:
 
         wanted = cache_config(config)
         assert wanted is not None
-        asked = CachePlan.of(config, wanted)
+        asked = CachePlan.of(wanted, ModelSettings.of(config))
         command = ("cache", inputs["teacher"].path, "--data", inputs["data"].path, *options_of(asked))
         work = forecast.asking(wanted.model_dump(mode="json"), self._recipe.teacher.model, data=inputs["data"].key)
         return self._leg("distill", "cache", "cache", wanted, inputs, work, command)
@@ -568,10 +569,8 @@ class _Planner:
             key, path = None, None
             if session.key is not None:
                 attempt = session.config.model_copy(update={"attempt": number})
-                key, path = (
-                    _key("bench", attempt, session.inputs),
-                    self._chain.place("measurement", session.key, number),
-                )
+                key = _key("bench", attempt, session.inputs)
+                path = self._chain.place("measurement", session.key, number)
             after = session.inputs.values()
             legs.append(self._add("bench", name, key, path, after, session.command, session.work, out=False))
             keys[name] = key
@@ -607,13 +606,10 @@ class _Planner:
         self, measured: tuple[list[Leg], dict[str, str | None]], checkpoints: Mapping[str, Leg], models: Iterable[Leg]
     ) -> None:
         sessions, keys = measured
-        sources = {leg.name: leg for leg in self._legs if leg.name in ("graph", "data")}
         inputs = {**keys, **{name: leg.key for name, leg in checkpoints.items()}}
-        for leg in [*models, *sources.values()]:
-            role = (
-                "data" if leg.name == "data" else f"{'graph' if leg.name == 'graph' else 'model'}-{str(leg.key)[:12]}"
-            )
-            inputs[role] = leg.key
+        inputs |= {f"model-{str(leg.key)[:12]}": leg.key for leg in models}
+        inputs |= {f"graph-{str(leg.key)[:12]}": leg.key for leg in self._legs if leg.name == "graph"}
+        inputs |= {leg.name: leg.key for leg in self._legs if leg.name == "data"}
         known = {role: key for role, key in inputs.items() if key is not None}
         config = _report_config(self._recipe)
         key = order_key("report", config, known) if len(known) == len(inputs) else None
