@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..data.dataset import Dataset, load_images, predict_samples
 from ..runtime import open_session, predict
 from ..runtime.task import TASKS
 from .onnx import NEEDS, simplify, write_onnx
-from .parity import check, compare, keep_worst, torch_outputs
+from .parity import check, compare, float32_error, keep_worst, torch_outputs
 from .written import Written
 
 
@@ -48,6 +49,7 @@ def trace(order: Order[GraphConfig], student: Checkpoint, dataset: Dataset, out:
             paths = [sample.path for sample in samples]
             images = load_images(samples, spec.model_dump())
             expected = torch_outputs(whole, images, str(student.path))
+            error_of_torch = cache(partial(float32_error, whole, images, expected))
             raw = draft.path / "raw.onnx"
             seconds, begun = {}, time.monotonic()
             with quiet(), torch.no_grad(), AsTorchComputes(FOR_ONNX):
@@ -73,7 +75,7 @@ def trace(order: Order[GraphConfig], student: Checkpoint, dataset: Dataset, out:
                     actual = predict(session, images)
                     logits[hop] = predict_samples(session, tested, spec.model_dump())
                 found = compare(TASKS[student.facts.task], expected, actual, paths)
-                parity[hop] = check(found, config, f"{hop} ONNX graph").facts()
+                parity[hop] = check(found, config, f"{hop} ONNX graph", error_of_torch).facts()
                 keep_worst(found, draft.path / EVIDENCE / hop)
                 advance(1, "")
         raw.unlink()
@@ -94,7 +96,8 @@ def trace(order: Order[GraphConfig], student: Checkpoint, dataset: Dataset, out:
 
 def of_graph(graph: Graph) -> Written:
     """What is known of every model that is made from ``graph``."""
-    return Written(np.asarray(graph.array(graph.PARITY_OUTPUTS, "f", 2)), graph.facts.nodes_by_kind)
+    error = graph.facts.parity.simplified.float32_error or 0.0
+    return Written(np.asarray(graph.array(graph.PARITY_OUTPUTS, "f", 2)), graph.facts.nodes_by_kind, lambda: error)
 
 
 def _as_model(entry: str, spec: InputSpec) -> dict[str, Any]:

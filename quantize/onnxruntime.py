@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..core.kinds import ModelFacts
 from .variant import Taken, Variant
-
-if TYPE_CHECKING:
-    pass
 
 
 class DynamicMatMul(Variant):
