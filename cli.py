@@ -199,7 +199,6 @@ def _plan(
     from .forecast import total
 
     recipe, chain = read_recipe(recipe_path, changes), _chain(artifacts)
-    pipeline.check_names(recipe)
     legs = pipeline.plan(recipe, chain, again, until)
     pipeline.check_start(legs, start, until)
     costs = pipeline.costs(legs, pipeline.forecast_of(chain))
@@ -871,6 +870,7 @@ def recipe_check(
 
     recipe = read_recipe(file, changes or ())
     pipeline.check_names(recipe)
+    pipeline.check_packages(recipe)
     runs = pipeline.student_runs(recipe.student, recipe.distill, recipe.data.unlabeled is not None)
     if as_json:
         _print_json(recipe=str(file), valid=True, runs=list(runs))

@@ -48,12 +48,12 @@ from .core.kinds import Bundle, Graph, Measurement, Model, Probe, Report, unshow
 from .core.proc import require
 from .core.progress import note
 from .data.fingerprints import list_images
+from .data.sources import check_source
 from .devices.session import bench_config, swept
 from .export import TARGETS
 from .forecast import Cost, Forecast, Work
 from .options import options_of
 from .quantize import VARIANTS
-from .runtime.task import TASKS
 
 # In their order; each is called as its command and what is told to it.
 STAGES = ("data", "teacher", "distill", "export", "quantize", "package", "bench", "report")
@@ -64,28 +64,36 @@ if TYPE_CHECKING:
 
 
 def check_names(recipe: Recipe) -> None:
-    """Refuse what can be told in a second, without PyTorch: names, files, packages. Raises UserError."""
+    """Refuse what can be told in a second, without PyTorch: names and files. Raises UserError."""
     from .devices import find_device
-    from .export.onnx import NEEDS as GRAPH_NEEDS
     from .networks.names import check_name
 
-    source, checkpoint = recipe.data.source, recipe.teacher.checkpoint
-    if Path(source).is_absolute() and not Path(source).is_dir():
-        raise UserError(f"no data at '{source}': wanted a folder with {recipe.data.train_split}/<class>/*")
+    checkpoint = recipe.teacher.checkpoint
+    check_source(recipe.data)
     if checkpoint is not None and not checkpoint.is_file():
         raise UserError(f"teacher.checkpoint: no file at {checkpoint}: wanted .safetensors or .pth")
-    if recipe.data.task not in TASKS:
-        raise choice("task", recipe.data.task, TASKS)
     for device in recipe.bench.devices:
         find_device(device)
     check_name(recipe.teacher.model)
     for config in student_runs(recipe.student, recipe.distill, recipe.data.unlabeled is not None).values():
         check_name(config.model)
-    require("training", TRAIN_NEEDS, "train")
-    require("the report", ("jinja2", "matplotlib"), "report")
     for target in recipe.export.targets:
         if target not in TARGETS:
             raise choice("target", target, TARGETS)
+    if recipe.quantize is not None and recipe.quantize.variants != "auto":
+        known = {name for target in recipe.export.targets for name in VARIANTS[target]}
+        for name in recipe.quantize.variants:
+            if name not in known:
+                raise choice("variant", name, known)
+
+
+def check_packages(recipe: Recipe) -> None:
+    """Refuse where a package is missing that a stage needs; imports none of them. Raises UserError."""
+    from .export.onnx import NEEDS as GRAPH_NEEDS
+
+    require("training", TRAIN_NEEDS, "train")
+    require("the report", ("jinja2", "matplotlib"), "report")
+    for target in recipe.export.targets:
         require(f"target '{target}'", TARGETS[target].needs, target)
         if TARGETS[target].source is Graph:
             require("ONNX", GRAPH_NEEDS, target)
@@ -93,11 +101,6 @@ def check_names(recipe: Recipe) -> None:
             for name, variant in VARIANTS[target].items():
                 if recipe.quantize.variants == "auto" or name in recipe.quantize.variants:
                     require(f"{name} for '{target}'", variant.needs, target)
-    if recipe.quantize is not None and recipe.quantize.variants != "auto":
-        known = {name for target in recipe.export.targets for name in VARIANTS[target]}
-        for name in recipe.quantize.variants:
-            if name not in known:
-                raise choice("variant", name, known)
     if recipe.distill.tracker != "none":
         from .distill.trackers import TRACKERS
 
@@ -110,6 +113,7 @@ def check_recipe(recipe: Recipe) -> None:
     _, lost = probe_all(recipe.bench.devices)
     for device, error in lost.items():
         note(f"'{device}' may be lost when it is to be measured: {error}")
+    check_packages(recipe)
     from .distill.train import check_run
 
     check_run(recipe.teacher, None if recipe.teacher.checkpoint else recipe.teacher.train)
@@ -362,14 +366,12 @@ def plan(recipe: Recipe, chain: Chain, again: str | None = None, until: str | No
     lost device would change is not foreseen.
 
     Raises:
-        UserError: an unknown stage, target or device, no teacher at its place.
+        UserError: an unknown stage, or what ``check_names`` refuses.
         DeviceLost: no device is left.
     """
     if again is not None and _position(again) > _position(until or STAGES[-1]):
         raise UserError(f"--again {again} comes after --until {until}: the stages are {', '.join(STAGES)}")
-    for target in recipe.export.targets:
-        if target not in TARGETS:
-            raise choice("target", target, TARGETS)
+    check_names(recipe)  # before a folder of images is read, which may take minutes
     planner = _Planner(recipe, chain, again)
     legs = planner.legs()
     last = _position(until or STAGES[-1])
