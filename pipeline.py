@@ -238,7 +238,7 @@ def run_part(
         keys = {leg.key for leg in legs if leg.stage == again and leg.key is not None}
         if moved := chain.set_aside(keys):
             note(f"{len(moved)} artifacts of '{again}' and after it are set aside in {chain.folder / REPLACED}")
-    chain.course = _Course(legs, chain)
+    chain.course = course = _Course(legs, chain)
     stages = _stages(recipe, chain, again == "bench")
     while True:
         try:
@@ -248,6 +248,8 @@ def run_part(
             return outcome
         if until is not None and _position(stage) > _position(until):
             return None
+        if stage == "quantize" and any(leg.perhaps for leg in legs):  # which the exported models tell now
+            course.know(plan(recipe, chain, again if again == "bench" else None, until))
 
 
 def check_start(legs: Sequence[Leg], start: str | None, until: str | None = None) -> None:
@@ -646,9 +648,14 @@ class _Course:
     """Where a run is among its legs, and about how long the rest takes."""
 
     def __init__(self, legs: Sequence[Leg], chain: Chain) -> None:
-        self._open = {leg.id: leg for leg in legs if not leg.perhaps}
-        self._total, self._done = len(self._open), 0
         self._chain = chain
+        self._done: list[str] = []
+        self.know(legs)
+
+    def know(self, legs: Sequence[Leg]) -> None:
+        """Take what is known of the whole run by now."""
+        self._open = {leg.id: leg for leg in legs if not leg.perhaps and leg.id not in self._done}
+        self._total = len(self._done) + len(self._open)
 
     @cached_property
     def _forecast(self) -> Forecast:
@@ -659,16 +666,18 @@ class _Course:
         """As ``chain.Course`` has it."""
         left = [self._forecast.cost(leg.work) for leg in self._open.values() if not leg.sealed]
         words = forecast.total(left).left()
-        return f"{self._done + 1} of {max(self._total, self._done + 1)}" + (f", {words}" if words else "")
+        place = len(self._done) + 1
+        return f"{place} of {max(self._total, place)}" + (f", {words}" if words else "")
 
     def end(self, artifact: AnyArtifact, *, made: bool) -> str:
         """As ``chain.Course`` has it."""
-        self._done += 1
+        self._done.append(artifact.path.name)
         self._open.pop(artifact.path.name, None)
         if made:
             self._forecast.learn(artifact.manifest)
-        total = max(self._total, self._done)
-        return f"{self._done:>{len(str(total))}}/{total}"
+        place = len(self._done)
+        total = max(self._total, place)
+        return f"{place:>{len(str(total))}}/{total}"
 
 
 def forecast_of(chain: Chain) -> Forecast:
