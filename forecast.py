@@ -12,7 +12,6 @@ from .core.artifact import Manifest, host_record
 from .core.config import SessionSettings
 
 HALF_A_DAY_SECONDS = 43_200
-SAME_BEGIN_SECONDS = 1.5  # students that are taught side by side begin together; a manifest tells seconds
 
 
 class Work(NamedTuple):
@@ -97,14 +96,13 @@ class Forecast:
 
     def _trainings(self, like: tuple[Any, ...]) -> list[_Took]:
         """Of networks that learned side by side each has its share of the time that all of them took."""
-        begun = {manifest.digest: _begun(manifest) for manifest in self._trained}
+        spans = [_span(manifest) for manifest in self._trained]
         found = []
-        for manifest in self._trained:
+        for manifest, span in zip(self._trained, spans, strict=True):
             work = work_of(manifest)
             if work is None or work.like != like or not work.amount:
                 continue
-            own = begun[manifest.digest]
-            side_by_side = sum(abs(other - own) <= SAME_BEGIN_SECONDS for other in begun.values())
+            side_by_side = sum(_overlap(span, other) for other in spans)
             size_bytes = sum(file.size_bytes for file in manifest.files.values())
             found.append(_Took(manifest.seconds / side_by_side, size_bytes, work.amount))
         return found
@@ -114,12 +112,19 @@ def _machine(host: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(host.get(name) for name in ("machine", "cpu", "cores"))
 
 
-def _begun(manifest: Manifest) -> float:
-    """When its making began, in seconds since 1970."""
+def _span(manifest: Manifest) -> tuple[float, float]:
+    """When its making began and ended, in seconds since 1970; a manifest tells the end to a second."""
     try:
-        return datetime.datetime.fromisoformat(manifest.created_utc).timestamp() - manifest.seconds
+        ended = datetime.datetime.fromisoformat(manifest.created_utc).timestamp()
     except ValueError:
-        return 0.0
+        ended = 0.0
+    return ended - manifest.seconds, ended
+
+
+def _overlap(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether two were made side by side: for more than half of the shorter one's time. Each is beside itself."""
+    together = min(one[1], other[1]) - max(one[0], other[0])
+    return one == other or together > 0.5 * min(one[1] - one[0], other[1] - other[0])
 
 
 # ---- what decides what a stage takes ------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .core.config import InputSettings, Recipe, read_recipe
+from .core.config import InputSettings, Recipe, read_recipe, validated
 from .core.errors import DeviceLost, UserError, choice
 from .core.proc import is_installed
 from .core.progress import note
@@ -242,20 +242,14 @@ def _teacher(images: Images, wish: Wish, ask: Ask) -> Teacher:
 def _size(images: Images, teacher: Teacher, wish: Wish, ask: Ask) -> tuple[int | None, str]:
     """Side of the input, None for the network's usual one; and why."""
     if wish.size is not None:
-        InputSettings(size=wish.size)
-        return wish.size, "as it was named"
+        return validated(InputSettings, {"size": wish.size}, "--size").size, "as it was named"
     if teacher.size is not None:
         return None, ""
     usual = max(STEP, round(images.side / STEP) * STEP) if images.side < SMALL_SIDE else None
     answer = ask("Pixels of the side on which the teacher was trained (usual: as timm has it)", str(usual or "usual"))
     if answer.strip().lower() in ("", "usual"):
         return None, ""
-    try:
-        size = int(answer)
-    except ValueError:
-        raise UserError(f"wanted a number of pixels such as 224, found '{answer}'") from None
-    if not 8 <= size <= 8192:
-        raise UserError(f"wanted 8 to 8192 pixels, found {size}")
+    size = validated(InputSettings, {"size": answer}, "the size of the input").size
     return size, f"the images have about {images.side} pixels" if size == usual else "as it was named"
 
 
@@ -423,12 +417,13 @@ def _with_single_values(found: Any) -> Any:
 def write_schema(path: Path) -> None:
     """Write it, but not over a file of somebody else's."""
     text = json.dumps(schema(), indent=1) + "\n"
-    with suppress(OSError, ValueError):
-        there = json.loads(path.read_text())
-        if not isinstance(there, dict) or there.get("$id") != SCHEMA_ID:
+    if path.exists():
+        try:
+            there = json.loads(path.read_text())
+        except ValueError:
             return
-    if path.exists() and path.read_text() == text:
-        return
+        if not isinstance(there, dict) or there.get("$id") != SCHEMA_ID or path.read_text() == text:
+            return
     ready = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     ready.write_text(text)
     ready.replace(path)

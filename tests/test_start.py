@@ -184,7 +184,6 @@ def test_init_asks_at_most_five_questions(tmp_path: Path) -> None:
     import pty
 
     write_signs(tmp_path / "signs", {"train": 2, "val": 1})
-    torch.save({"weight": torch.zeros(3)}, tmp_path / "unknown.pth")
     for name, answers in (("enter", [""] * 5), ("words", ["unknown.pth", "resnet18", "48", "resnet14t", "local"])):
         master, slave = pty.openpty()
         process = subprocess.Popen(
@@ -193,14 +192,11 @@ def test_init_asks_at_most_five_questions(tmp_path: Path) -> None:
         )  # fmt: skip
         os.close(slave)
         os.write(master, "".join(f"{answer}\n" for answer in answers).encode())
-        if name == "enter":
-            (tmp_path / "unknown.pth").unlink()
         output, errors = process.communicate(timeout=300)
         os.close(master)
         assert process.returncode == 0, errors
         assert f"next: kdpipe run {name}.yaml" in output
-        if name == "enter":
-            torch.save({"weight": torch.zeros(3)}, tmp_path / "unknown.pth")
+        torch.save({"weight": torch.zeros(3)}, tmp_path / "unknown.pth")  # for the second one
     words = read_recipe(tmp_path / "words.yaml")
     assert (words.teacher.model, words.teacher.input.size, words.student.model) == ("resnet18", 48, "resnet14t")
     assert words.teacher.checkpoint == tmp_path / "unknown.pth"
