@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
 import tempfile
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from pydantic import ValidationError
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
 
 A = TypeVar("A", bound=AnyArtifact)
 S = TypeVar("S", bound=ModelSettings)
+REPLACED = ".replaced"  # what was set aside to be made again
 PRECISIONS = ".precisions"  # what train.precision auto took, so that a network and its controls take one
 TRAIN_NEEDS = ("torch", "torchvision", "timm", "safetensors")
 SMALLEST_SIDE, USUAL_SIDE = 256, 512  # pixels: of copies for small networks; of those for networks not known yet
@@ -96,11 +98,23 @@ class Step:
     sealed_before: bool
     along_with: str | None = None  # the artifact in whose time this one was made too
     found: tuple[str, ...] = ()  # of a network: how right it is, in a line or two
+    place: str = ""  # among the steps of a run, such as 3/31
 
     def __str__(self) -> str:
         """What it made, how long it took or that it was there already; below it what was found."""
         cost = "sealed" if self.sealed_before else "in that" if self.along_with else f"{self.seconds:.1f} s"
-        return "\n    ".join((f"{self.name:<28} {cost:>8}  {self.path}", *self.found))
+        line = f"{self.place}{' ' * bool(self.place)}{self.name:<28} {cost:>8}  {self.path}"
+        return "\n    ".join((line, *self.found))
+
+
+class Course(Protocol):
+    """Who knows how many steps a run has, and what is left of them."""
+
+    def begin(self, path: Path) -> str:
+        """Where the run is when it begins to make ``path``, in a few words."""
+
+    def end(self, artifact: AnyArtifact, *, made: bool) -> str:
+        """The place of the step that gave ``artifact``, such as 3/31; ``made`` now, or found."""
 
 
 class Chain:
@@ -129,6 +143,7 @@ class Chain:
         self.steps: list[Step] = []
         # Called once, before the first step that is not sealed: mistakes are told before any work.
         self.check: Callable[[], None] = lambda: None
+        self.course: Course | None = None  # of a run, which knows what is still to come
         self._graphs: dict[Path, Graph] = {}  # opened once for all the targets of a run
 
     def step(
@@ -160,19 +175,46 @@ class Chain:
                 raise UserError(f"{path} was made from other settings or inputs: choose another --out")
         else:
             check, self.check = self.check, lambda: None
+            told = self.course.begin(path) if self.course else ""
             # The bar is seen while libraries are being imported.
-            with progress(name, 1), code.allowing(self.allow_code):
+            with progress(f"{name} ({told})" if told else name, 1), code.allowing(self.allow_code):
                 check()
                 artifact, sealed = make(path), False
         along_with = (companions or {}).get(path) if sealed else None
         seconds = time.monotonic() - begun
-        self.steps.append(Step(name, path, seconds, sealed and along_with is None, along_with, found_of(artifact)))
-        self.tell(self.steps[-1])
+        step = Step(name, path, seconds, sealed and along_with is None, along_with, found_of(artifact))
+        if self.course:
+            step.place = self.course.end(artifact, made=not step.sealed_before)
+        self.steps.append(step)
+        self.tell(step)
         return artifact
 
     def path(self, name: str, order: Order[Any], attempt: int | None = None) -> Path:
         """Where the artifact of ``order`` lies; of an event, which attempt at it."""
-        return self.folder / (f"{name}-{order.key[:12]}" + ("" if attempt is None else f"-{attempt}"))
+        return self.place(name, order.key, attempt)
+
+    def place(self, name: str, key: str, attempt: int | None = None) -> Path:
+        """As ``path``, for the key of an order."""
+        return self.folder / (f"{name}-{key[:12]}" + ("" if attempt is None else f"-{attempt}"))
+
+    def set_aside(self, keys: Collection[str]) -> list[Path]:
+        """Move the artifacts of ``keys`` and all that came from them out of sight, into ``.replaced``; returns which.
+
+        What was made from something goes before it, so that a kill leaves nothing that came from what is made anew.
+        """
+        found = [
+            (manifest.depth, path)
+            for path, manifest in sealed(self.folder, skip=UserError)
+            if not manifest.lineage_keys.isdisjoint(keys)
+        ]
+        if not found:
+            return []
+        aside = self.folder / REPLACED / datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")
+        aside.mkdir(parents=True)
+        moved = [path for _, path in sorted(found, reverse=True)]
+        for path in moved:
+            path.rename(aside / path.name)
+        return moved
 
     def data(self, plan: DataPlan, out: Path | None = None, wants: Callable[[], Wants] | None = None) -> Dataset:
         """The images of a source, checked and split.
@@ -181,6 +223,23 @@ class Chain:
             wants: says what the networks of a recipe want, so that each file is decoded once for all of them; asked
                 only where images are to be stored.
         """
+        order = self.data_order(plan, wants)
+        side = order.config.copies_side
+
+        def make(path: Path) -> Dataset:
+            wanted = (*TRAIN_NEEDS, "imagehash", *(("scikit-learn",) if plan.source == "digits" else ()))
+            require("reading data", wanted, "train")
+            from .data.prepare import prepare
+
+            later = side is not None and wants is not None
+            return prepare(order, path, held_out_later=later, memory_of=lambda folder: self._memory(str(folder)))
+
+        dataset = self.step("data", Dataset, order, make, out)
+        self._tell_findings(plan, dataset)
+        return dataset if side is None or wants is None else self.fitted(dataset, wants().specs)
+
+    def data_order(self, plan: DataPlan, wants: Callable[[], Wants] | None = None) -> Order[DataConfig]:
+        """What reading that source is told, with the hash of what it holds now."""
         if plan.task not in TASKS:
             raise choice("task", plan.task, TASKS)
         check_source(plan)
@@ -206,19 +265,7 @@ class Chain:
             classes_fingerprint=sha256_file(plan.classes) if plan.classes is not None else None,
             held_out_copies=_held_out_copies(plan.duplicates, may_be_copies if is_folder else None),
         )
-        order = Order("data", config, {})
-
-        def make(path: Path) -> Dataset:
-            wanted = (*TRAIN_NEEDS, "imagehash", *(("scikit-learn",) if plan.source == "digits" else ()))
-            require("reading data", wanted, "train")
-            from .data.prepare import prepare
-
-            later = side is not None and wants is not None
-            return prepare(order, path, held_out_later=later, memory_of=lambda folder: self._memory(str(folder)))
-
-        dataset = self.step("data", Dataset, order, make, out)
-        self._tell_findings(plan, dataset)
-        return dataset if side is None or wants is None else self.fitted(dataset, wants().specs)
+        return Order("data", config, {})
 
     def _tell_findings(self, plan: DataPlan, dataset: Dataset) -> None:
         """Say what a person should know of images that were looked at just now. Raises UserError."""
@@ -249,8 +296,7 @@ class Chain:
         for spec in specs:
             if geometry(spec.model_dump()) in dataset.fitted:
                 continue
-            config = FittedConfig.of(spec, decoding=DECODING, versions=versions_of("pillow", "numpy"))
-            orders[geometry(spec.model_dump())] = Order("fitted", config, {"data": dataset})
+            orders[geometry(spec.model_dump())] = Order("fitted", fitted_config(spec), {"data": dataset})
         names = {shown: f"fitted-{size_words(order.config.size)}" for shown, order in orders.items()}
         paths = {shown: self.path(names[shown], order) for shown, order in orders.items()}
         missing = {paths[shown]: order for shown, order in orders.items() if not paths[shown].exists()}
@@ -893,6 +939,11 @@ def _held_out_copies(
     if len(np.unique(images)) == len(images):
         return None
     return "allow" if duplicates == "allow" else "drop"
+
+
+def fitted_config(spec: InputSpec) -> FittedConfig:
+    """What decides the pixels that networks of this input are shown."""
+    return FittedConfig.of(spec, decoding=DECODING, versions=versions_of("pillow", "numpy"))
 
 
 def versions_of(*tools: str) -> dict[str, str]:

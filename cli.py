@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -24,6 +25,7 @@ from .core.config import (
     NetworkExportPlan,
     PackageConfig,
     QuantizeConfig,
+    ReportConfig,
     TeacherPlan,
     TrainConfig,
 )
@@ -32,6 +34,8 @@ from .core.sealed import printable
 from .options import configured
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from .chain import Chain
     from .core.artifact import AnyArtifact
     from .core.kinds import Bundle, Cache, Checkpoint, Runnable
@@ -42,7 +46,7 @@ JSON_VERSION = 1
 app = typer.Typer(
     name="kdpipe",
     help="From a trained teacher and a folder of images to a small model that is measured on its device.",
-    epilog="Start with `kdpipe demo`, then `kdpipe run YOUR.yaml`; `kdpipe COMMAND --help` has examples.",
+    epilog="Start with `kdpipe demo`, then `kdpipe init YOUR_IMAGES`; `kdpipe COMMAND --help` has examples.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: twice as fast, and it never cuts an option's name
@@ -60,7 +64,12 @@ DataOption = Annotated[
 ]
 ArtifactsOption = Annotated[Path, typer.Option("--artifacts", help="folder that holds the artifacts")]
 AgainOption = Annotated[
-    str | None, typer.Option("--again", metavar="bench", help="measure again, though there is a measurement")
+    str | None,
+    typer.Option(
+        "--again",
+        metavar="STAGE",
+        help="do a stage again: bench measures more, of another one what is sealed is set aside, and all after it",
+    ),
 ]
 AllowCodeOption = Annotated[
     list[str] | None,
@@ -99,27 +108,94 @@ def _root(
 
 
 @app.command()
+def init(
+    folder: Annotated[
+        Path | None, typer.Argument(help="of images by class, or one that holds it [default: looked for here]")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", help="the teacher's weights, .pth or .safetensors [default: the one nearby]"),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="the teacher's network in timm [default: the weights tell]")
+    ] = None,
+    student: Annotated[str | None, typer.Option("--student", help="a small network of timm")] = None,
+    size: Annotated[int | None, typer.Option("--size", help="side of the input, pixels")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="where it is to run, such as local,pi5")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="the recipe [default: ./FOLDER.yaml]")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="ask nothing, take what is proposed")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Look at images, weights and this machine, and write a recipe.
+
+    Asks at most five questions, none that an option answers. The recipe says why it has what it has; no file is ever
+    replaced.
+
+    Example: kdpipe init photos --checkpoint teacher.pth --yes
+    """
+    from . import proposal
+    from .core import progress
+    from .core.errors import UserError
+    from .terminal import listener
+
+    def ask(question: str, usual: str) -> str:
+        if yes:
+            return usual
+        if not sys.stdin.isatty():
+            raise UserError("init asks questions and nobody is there to answer: add --yes")
+        return str(typer.prompt(printable(question), default=usual, err=True, show_default=bool(usual)))
+
+    progress.listen(listener())
+    devices = None if device is None else tuple(name.strip() for name in device.split(","))
+    wish = proposal.Wish(checkpoint, model, student, size, devices)
+    found, path = proposal.propose(folder, wish, ask, out)
+    written = proposal.write(found, path)
+    following = shlex.join(["kdpipe", "run", str(path)])
+    if as_json:
+        _print_json(recipe=str(path), name=written.name, words=found.words, following=following)
+        return
+    typer.echo(printable(f"{path}: {found.words}"))
+    typer.echo(printable(f"next: {following}    (with --dry-run it only says what it would do)"))
+
+
+@app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="a recipe, such as recipes/digits.yaml")],
     artifacts: ArtifactsOption = ARTIFACTS,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="as if it stood in the recipe, such as distill.temperature=2"),
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", metavar="STAGE", help="refuse to begin unless what comes before is sealed"),
+    ] = None,
+    until: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="stop when this stage is done")] = None,
     again: AgainOption = None,
     allow_code: AllowCodeOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only say what it would make, and what that takes as far as it is known")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Run a recipe, from teacher to report.
 
-    Stages: data, teacher, students, export, INT8, bundles, measurement, report. What is sealed already is not
-    done again. Exits 75 when the advice rests on latencies that are not to be trusted.
+    Stages: data, teacher, distill, export, quantize, package, bench, report. What is sealed already is not done again.
+    Exits 75 when the advice rests on latencies that are not to be trusted.
 
-    Example: kdpipe run my.yaml
+    Example: kdpipe run my.yaml --set bench.effort=thorough
     """
     from .core.errors import Untrusted, UserError
 
-    doubt, lost = _run(recipe, artifacts, again, as_json, allow_code)
+    if dry_run:
+        _plan(recipe, artifacts, changes or (), again, start, until, as_json)
+        return
+    doubt, lost = _run(recipe, artifacts, again, as_json, changes or (), start, until, allow_code)
     if lost:
         raise UserError(f"{lost}; the others are reported, run the same again when it is back")
     if doubt is not None:
-        raise Untrusted(f"{doubt}; measure again on a quiet machine: kdpipe run {recipe} --again bench")
+        same = shlex.join([str(recipe), *(word for change in changes or () for word in ("--set", change))])
+        raise Untrusted(f"{doubt}; measure again on a quiet machine: kdpipe run {same} --again bench")
 
 
 @app.command()
@@ -130,25 +206,65 @@ def demo(artifacts: ArtifactsOption = ARTIFACTS, again: AgainOption = None, as_j
         typer.echo(f"{doubt}; measure again on a quiet machine: kdpipe demo --again bench", err=True)
 
 
+def _plan(
+    recipe_path: Path,
+    artifacts: Path,
+    changes: Sequence[str],
+    again: str | None,
+    start: str | None,
+    until: str | None,
+    as_json: bool,
+) -> None:
+    """Say what a run would do."""
+    from . import pipeline, showing
+    from .core.config import read_recipe
+    from .forecast import total
+
+    recipe, chain = read_recipe(recipe_path, changes), _chain(artifacts)
+    legs = pipeline.plan(recipe, chain, again, until)
+    pipeline.check_start(legs, start, until)
+    costs = pipeline.costs(legs, pipeline.forecast_of(chain))
+    if as_json:
+        described = [showing.described(leg, cost) for leg, cost in zip(legs, costs, strict=True)]
+        whole = total(cost for leg, cost in zip(legs, costs, strict=True) if not leg.perhaps)
+        _print_json(recipe=str(recipe_path), legs=described, total=whole._asdict())
+        return
+    showing.print_plan(_wide_console(), legs, costs)
+
+
 def _run(
-    recipe_path: Path, artifacts: Path, again: str | None, as_json: bool, allow_code: Sequence[str] | None = None
+    recipe_path: Path,
+    artifacts: Path,
+    again: str | None,
+    as_json: bool,
+    changes: Sequence[str] = (),
+    start: str | None = None,
+    until: str | None = None,
+    allow_code: Sequence[str] | None = None,
 ) -> tuple[str | None, str]:
     """Run and print; returns which latencies that the advice rests on are not to be trusted, and which devices lost."""
     from . import pipeline
     from .core.config import read_recipe
     from .report.words import shaky_advice
 
-    recipe = read_recipe(recipe_path)
+    recipe = read_recipe(recipe_path, changes)
     chain = _chain(artifacts, allow_code=allow_code)
-    outcome = pipeline.run(recipe, chain, again)
+    outcome = pipeline.run_part(recipe, chain, again, start, until)
+    done = [step for step in chain.steps if not step.sealed_before]
+    told = f"{len(chain.steps)} stages, {len(done)} done now in {sum(step.seconds for step in done):.0f} s"
+    if outcome is None:
+        if as_json:
+            _print_json(artifacts=[str(step.path) for step in chain.steps], seconds=_seconds(chain))
+        else:
+            typer.echo(f"{told}; the same without --until goes on")
+        return None, ""
     numbers, page = outcome.report.numbers, outcome.report.page
     if as_json:
         bundles = {name: str(bundle.path) for name, bundle in outcome.bundles.items()}
         _print_json(report=str(page), bundles=bundles, seconds=_seconds(chain), numbers=numbers)
         return shaky_advice(numbers), outcome.lost
     _print_summary(numbers)
-    done = [step for step in chain.steps if not step.sealed_before]
-    typer.echo(f"{len(chain.steps)} stages, {len(done)} done now in {sum(step.seconds for step in done):.0f} s")
+    typer.echo(told)
     typer.echo(f"report: {page}")
     return shaky_advice(numbers), outcome.lost
 
@@ -694,6 +810,7 @@ def deploy(
 
 
 @app.command()
+@configured(ReportConfig)
 def report(
     artifacts: Annotated[
         list[Path],
@@ -703,9 +820,10 @@ def report(
             "[default: those beside the measurement that share its data]",
         ),
     ],
-    title: Annotated[str, typer.Option(help="title of the page")] = "kdpipe",
     out: OutOption = None,
     as_json: JsonFlag = False,
+    *,
+    config: Callable[..., ReportConfig],
 ) -> None:
     """Write the page from what was measured, on one device or several.
 
@@ -716,7 +834,6 @@ def report(
     """
     from .chain import checkpoints_beside, open_checkpoints
     from .core.artifact import read_manifest
-    from .core.config import ReportConfig
     from .core.errors import UserError
     from .core.kinds import Measurement
 
@@ -726,7 +843,7 @@ def report(
     opened = [Measurement.open(path) for path in measured]
     paths = [path for path in artifacts if path not in measured]
     found = open_checkpoints(paths) if paths else checkpoints_beside(opened[0])
-    made = _chain(measured[0].parent).report(ReportConfig(title=title), opened, found, out)
+    made = _chain(measured[0].parent).report(config(), opened, found, out)
     if not as_json:
         _print_summary(made.numbers)
     _print_artifact(made, as_json)
@@ -758,6 +875,181 @@ def doctor(
             raise GateFailed(
                 f"target '{state.target}' cannot be made here: it lacks {', '.join(state.missing)}; {state.cure}"
             )
+
+
+# ---- what lies there -------------------------------------------------------------------------------------
+
+
+@app.command("list")
+def list_artifacts(artifacts: ArtifactsOption = ARTIFACTS, as_json: JsonFlag = False) -> None:
+    """List the artifacts: what each is, when it was made and what that took.
+
+    Example: kdpipe list
+    """
+    from . import inventory, showing
+
+    found = inventory.entries(artifacts)
+    if as_json:
+        _print_json(artifacts=[showing.described_entry(entry) for entry in found])
+    else:
+        showing.print_entries(_wide_console(), found)
+
+
+@app.command()
+def show(
+    artifact: Annotated[Path, typer.Argument(help="folder of any artifact")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Say what an artifact is, what it was made from and what was made from it.
+
+    Example: kdpipe show artifacts/student-kd-seed0-1a2b
+    """
+    from . import inventory, showing
+
+    found = inventory.shown(artifact)
+    if not as_json:
+        showing.print_shown(_wide_console(), found)
+        return
+    manifest = found.manifest
+    _print_json(
+        **{**inventory.lineage(manifest, found.places), "path": str(artifact)},
+        stage=manifest.stage,
+        created_utc=manifest.created_utc,
+        seconds=manifest.seconds,
+        bytes=inventory.size_of(manifest),
+        settings=manifest.config,
+        facts=manifest.facts,
+        files={name: file.size_bytes for name, file in manifest.files.items()},
+        tools=manifest.tools,
+        host=manifest.host,
+        used_by=[str(path) for path in found.used_by],
+    )
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="folder of an artifact")],
+    second: Annotated[Path, typer.Argument(help="folder of another one of the same kind")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Say in which settings and results two artifacts differ, and all that they came from.
+
+    Two networks that were tested on the same images are compared image by image. Latencies of two measurements are of
+    two sessions: bench A --against B compares in one.
+
+    Example: kdpipe compare artifacts/student-kd-seed0-1a2b artifacts/student-kd-seed0-3c4d
+    """
+    from . import inventory, showing
+
+    found = inventory.compare(first, second)
+    if not as_json:
+        showing.print_compared(_wide_console(), found, (str(first), str(second)))
+        return
+    _print_json(
+        kind=found.kind,
+        first=str(first),
+        second=str(second),
+        settings=[difference._asdict() for difference in found.settings],
+        results=[difference._asdict() for difference in found.results],
+        paired=None if found.paired is None else found.paired._asdict(),
+    )
+
+
+@app.command()
+def clean(
+    artifacts: ArtifactsOption = ARTIFACTS,
+    reports: Annotated[
+        int | None, typer.Option("--reports", min=1, help="only the newest reports count [default: all of them]")
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--everything", help="what was made since the last report goes too")
+    ] = False,
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="what was interrupted and could be gone on with goes too")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Remove what no report needs, and what killed stages left behind. Asks first.
+
+    What a report, or anything else that stays, was made from is never touched; nor is anything that is no artifact.
+    With --json nothing is removed unless --yes is given.
+
+    Example: kdpipe clean --reports 1
+    """
+    from . import inventory, showing
+    from .core.errors import UserError
+
+    found = inventory.unneeded(artifacts, reports, everything, unfinished)
+    if not as_json:
+        showing.print_cleaning(_wide_console(), found)
+    freed = showing.mebibytes(sum(thing.size_bytes for thing in found.go))
+    wanted = yes
+    if found.go and not yes and not as_json:
+        if not sys.stdin.isatty():
+            raise UserError(f"{len(found.go)} would go, and nobody is there to be asked: add --yes")
+        wanted = typer.confirm(f"Remove these {len(found.go)}, {freed} MiB?", err=True)
+    gone: list[str] = []
+    if wanted:
+        inventory.remove(found.go, lambda thing: gone.append(str(thing.path)))
+    if as_json:
+        go = [{"path": str(each.path), "why": each.why, "bytes": each.size_bytes} for each in found.go]
+        _print_json(unneeded=go, removed=gone, stay=found.stay)
+    elif not found.go:
+        typer.echo("nothing to remove")
+    else:
+        typer.echo(f"{len(gone)} removed, {freed} MiB free again" if gone else "nothing was removed")
+
+
+# ---- recipes ---------------------------------------------------------------------------------------------
+
+recipe_app = typer.Typer(
+    name="recipe", help="Check a recipe, or describe recipes to an editor.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(recipe_app)
+
+
+@recipe_app.command("check")
+def recipe_check(
+    file: Annotated[Path, typer.Argument(help="a recipe")],
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="as if it stood in the recipe")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Check a recipe in a second: keys, values, names, files, packages.
+
+    What only PyTorch knows, such as whether a network takes a size, is checked by run before any work.
+
+    Example: kdpipe recipe check my.yaml
+    """
+    from . import pipeline
+    from .core.config import read_recipe
+
+    recipe = read_recipe(file, changes or ())
+    pipeline.check_names(recipe)
+    pipeline.check_packages(recipe)
+    runs = pipeline.student_runs(recipe.student, recipe.distill, recipe.data.unlabeled is not None)
+    if as_json:
+        _print_json(recipe=str(file), valid=True, runs=list(runs))
+    else:
+        targets, devices = ", ".join(recipe.export.targets), ", ".join(recipe.bench.devices)
+        typer.echo(printable(f"{file}: {len(runs)} students to train; {targets} on {devices}; nothing is wrong"))
+
+
+@recipe_app.command("schema")
+def recipe_schema() -> None:
+    """Print the JSON schema of recipes, for editors.
+
+    An editor with YAML's language server takes it by a first line: # yaml-language-server: $schema=kdpipe.schema.json
+
+    Example: kdpipe recipe schema > kdpipe.schema.json
+    """
+    import json
+
+    from .proposal import schema
+
+    typer.echo(json.dumps(schema(), indent=1))
 
 
 # ---- devices ---------------------------------------------------------------------------------------------
@@ -1028,6 +1320,13 @@ def _print_summary(numbers: dict[str, Any]) -> None:
 
     # A pipe has no width of its own; the tables need this many columns.
     print_summary(console() if sys.stdout.isatty() else console(width=110), numbers)
+
+
+def _wide_console() -> Console:
+    """A pipe has no width of its own: nothing is cut there."""
+    from .terminal import console
+
+    return console() if sys.stdout.isatty() else console(width=400)
 
 
 def _print_doctor(found: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import re
 import reprlib
 import types
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
@@ -25,6 +25,7 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_serializer,
     model_validator,
@@ -617,8 +618,9 @@ def _of_unit(units: Mapping[str, float], wanted: str) -> BeforeValidator:
     return BeforeValidator(read)
 
 
-Seconds = Annotated[float, _of_unit({"s": 1, "m": 60, "min": 60, "h": 3600}, "90s, 10m or 1h")]
-ImagesPerSecond = Annotated[float, _of_unit({"fps": 1}, "5fps")]
+_NUMBER_OR_TEXT = WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"type": "string"}]})
+Seconds = Annotated[float, _of_unit({"s": 1, "m": 60, "min": 60, "h": 3600}, "90s, 10m or 1h"), _NUMBER_OR_TEXT]
+ImagesPerSecond = Annotated[float, _of_unit({"fps": 1}, "5fps"), _NUMBER_OR_TEXT]
 
 Effort = Literal["quick", "default", "thorough", "mlperf"]
 # What an effort means for every field that is not given. mlperf has the duration and the statistic of MLPerf's single
@@ -713,8 +715,12 @@ def _each_once(value: tuple[int, ...]) -> tuple[int, ...]:
     return value
 
 
+_COUNT = {"anyOf": [{"type": "integer", "minimum": 0, "maximum": 4096}, {"type": "string"}]}
 Threads = Annotated[
-    tuple[Annotated[int, Field(ge=0, le=4096)], ...], BeforeValidator(_listed), AfterValidator(_each_once)
+    tuple[Annotated[int, Field(ge=0, le=4096)], ...],
+    BeforeValidator(_listed),
+    AfterValidator(_each_once),
+    WithJsonSchema({"type": "array", "items": _COUNT}),
 ]
 
 
@@ -934,8 +940,15 @@ def _count_values(node: Any, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
-def read_recipe(path: Path) -> Recipe:
-    """Read ``kdpipe.yaml``; relative paths in it are taken from its own folder. Raises UserError."""
+def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
+    """Read ``kdpipe.yaml``; relative paths in it are taken from its own folder.
+
+    Args:
+        changes: each ``KEY=VALUE``, such as ``distill.temperature=2``: as if it stood in the file.
+
+    Raises:
+        UserError: no recipe, or a mistake in one.
+    """
     try:
         with path.open("rb") as stream:
             content = stream.read(LARGEST_RECIPE_BYTES + 1)
@@ -947,8 +960,26 @@ def read_recipe(path: Path) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} ({error}): wanted a YAML file") from None
     values = parse_yaml(text, str(path))
-    recipe = validated(Recipe, values, str(path))
+    for change in changes:
+        values = _changed_by(values, change)
+    recipe = validated(Recipe, values, f"{path} with --set" if changes else str(path))
     return _resolve_paths(recipe, path.parent)
+
+
+def _changed_by(values: Any, change: str) -> Any:
+    """``values`` with one ``KEY=VALUE``; what an alias shares with another section is changed in this one alone."""
+    name, equals, text = change.partition("=")
+    if not equals or not name:
+        raise UserError(f"--set: wanted KEY=VALUE such as distill.temperature=2, found '{change}'")
+    made = place = dict(values) if isinstance(values, dict) else {}
+    *outer, last = name.split(".")
+    for part in outer:
+        below = place.get(part)
+        if below is not None and not isinstance(below, dict):
+            raise UserError(f"--set {name}: '{part}' is {_shown(below)}, wanted a section of settings")
+        place[part] = place = dict(below or {})
+    place[last] = parse_yaml(text, f"--set {name}")
+    return made if isinstance(values, dict) else values
 
 
 def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:

@@ -58,7 +58,8 @@ class OnnxNetwork(nn.Module):
         wanted = (*spec.shape[1:], 3) if self._channels_last else spec.shape
         if any(isinstance(has, int) and has != want for has, want in zip(shape[1:], wanted, strict=True)):
             raise UserError(
-                f"{path} takes images of {shape[1:]}, input.size {size_words(spec.size)} makes {list(wanted)}: set input.size"
+                f"{path} takes images of {shape[1:]}, input.size {size_words(spec.size)} makes {list(wanted)}: "
+                "set input.size"
             )
         if self._one_by_one and shape[0] != 1:
             raise UserError(f"{path} takes {shape[0]} images at a time: wanted any number, or one")

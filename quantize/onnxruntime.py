@@ -16,9 +16,9 @@ class DynamicMatMul(Variant):
     precision = "int8"
 
     @staticmethod
-    def suits(facts: ModelFacts, flags: Mapping[str, bool]) -> bool:
+    def suits(facts: ModelFacts | None, flags: Mapping[str, bool]) -> bool | None:
         """Transformers: a network without matrix products gains nothing."""
-        return facts.nodes_by_kind.get("MatMul", 0) > 4
+        return None if facts is None else facts.nodes_by_kind.get("MatMul", 0) > 4
 
     def quantize(self, keep_float: Collection[str], folder: Path) -> Taken:
         from onnxruntime.quantization import QuantType, quantize_dynamic
