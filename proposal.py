@@ -19,7 +19,7 @@ from .core.errors import DeviceLost, UserError, choice
 from .core.proc import is_installed
 from .core.progress import note
 from .core.sealed import UNPRINTABLE, printable
-from .data.fingerprints import list_images
+from .data.listing import list_images
 from .devices import DEVICES, book, find_device
 from .export import TARGETS
 from .networks.names import check_name

@@ -16,7 +16,7 @@ from ..core.kinds import Bundle
 from ..core.proc import in_order
 from ..core.progress import progress
 from ..data.copies import read
-from ..data.fingerprints import list_images
+from ..data.listing import list_images
 from ..devices import Device, opened
 from ..devices.accuracy import block_images, read_outputs
 from ..devices.runner import RunnerDevice
