@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from pydantic import ValidationError
 
+from .core import code
 from .core.artifact import (
     MANIFEST,
     AnyArtifact,
@@ -27,7 +29,10 @@ from .core.artifact import (
     tool_versions,
 )
 from .core.config import (
+    ONNX_MODEL,
     AdoptConfig,
+    AdoptFileConfig,
+    AdoptFilePlan,
     BenchConfig,
     BenchPlan,
     CacheConfig,
@@ -41,23 +46,26 @@ from .core.config import (
     PackageConfig,
     QuantizeConfig,
     QuantizePlan,
+    RandomConfig,
     ReportConfig,
     TeacherPlan,
     TrainConfig,
     suited,
 )
 from .core.errors import DeviceLost, GateFailed, KdpipeError, UserError, choice
-from .core.inputs import InputSpec
+from .core.inputs import InputSpec, size_words
 from .core.kinds import Bundle, Cache, Checkpoint, Graph, Measurement, Model, Probe, Report, Runnable
 from .core.proc import end_groups, require
 from .core.progress import note, progress
 from .data.copies import are_photographs
-from .data.dataset import Dataset, Fitted, geometry
+from .data.dataset import RANDOM, Dataset, Fitted, geometry
 from .data.fingerprints import Fingerprint, fingerprint_folder
 from .data.listing import REMEMBERED
-from .data.sources import names_of, usual_splits
+from .data.sources import check_source, names_of, usual_splits
 from .data.survey import findings
+from .deploy import strange
 from .deploy.bundle import check_known, check_task, try_model
+from .networks.names import check_name
 from .runtime.preprocess import DECODING
 from .runtime.task import TASKS
 
@@ -66,6 +74,8 @@ if TYPE_CHECKING:
     from .report.pooled import Pooled
 
 A = TypeVar("A", bound=AnyArtifact)
+S = TypeVar("S", bound=ModelSettings)
+REPLACED = ".replaced"  # what was set aside to be made again
 PRECISIONS = ".precisions"  # what train.precision auto took, so that a network and its controls take one
 TRAIN_NEEDS = ("torch", "torchvision", "timm", "safetensors")
 SMALLEST_SIDE, USUAL_SIDE = 256, 512  # pixels: of copies for small networks; of those for networks not known yet
@@ -87,11 +97,24 @@ class Step:
     seconds: float
     sealed_before: bool
     along_with: str | None = None  # the artifact in whose time this one was made too
+    found: tuple[str, ...] = ()  # of a network: how right it is, in a line or two
+    place: str = ""  # among the steps of a run, such as 3/31
 
     def __str__(self) -> str:
-        """What it made, how long it took or that it was there already."""
+        """What it made, how long it took or that it was there already; below it what was found."""
         cost = "sealed" if self.sealed_before else "in that" if self.along_with else f"{self.seconds:.1f} s"
-        return f"{self.name:<28} {cost:>8}  {self.path}"
+        line = f"{self.place}{' ' * bool(self.place)}{self.name:<28} {cost:>8}  {self.path}"
+        return "\n    ".join((line, *self.found))
+
+
+class Course(Protocol):
+    """Who knows how many steps a run has, and what is left of them."""
+
+    def begin(self, path: Path) -> str:
+        """Where the run is when it begins to make ``path``, in a few words."""
+
+    def end(self, artifact: AnyArtifact, *, made: bool) -> str:
+        """The place of the step that gave ``artifact``, such as 3/31; ``made`` now, or found."""
 
 
 class Chain:
@@ -102,17 +125,25 @@ class Chain:
     command, of the same name and configuration; each takes and returns artifacts, and raises what its stage raises.
     """
 
-    def __init__(self, folder: Path | str, tell: Callable[[Step], object] = lambda _: None) -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        tell: Callable[[Step], object] = lambda _: None,
+        allow_code: Iterable[str] = (),
+    ) -> None:
         """Take a folder, which is made when something is first written.
 
         Args:
-            tell: called after each step; ``print`` shows a line a step.
+            tell: called after each step; ``print`` shows a line or two a step.
+            allow_code: what may be run of your own code to make networks, each as ``package.module:factory``.
         """
         self.folder = Path(folder)
         self.tell = tell
+        self.allow_code = tuple(allow_code)
         self.steps: list[Step] = []
         # Called once, before the first step that is not sealed: mistakes are told before any work.
         self.check: Callable[[], None] = lambda: None
+        self.course: Course | None = None  # of a run, which knows what is still to come
         self._graphs: dict[Path, Graph] = {}  # opened once for all the targets of a run
 
     def step(
@@ -144,17 +175,46 @@ class Chain:
                 raise UserError(f"{path} was made from other settings or inputs: choose another --out")
         else:
             check, self.check = self.check, lambda: None
-            with progress(name, 1):  # seen while libraries are being imported
+            told = self.course.begin(path) if self.course else ""
+            # The bar is seen while libraries are being imported.
+            with progress(f"{name} ({told})" if told else name, 1), code.allowing(self.allow_code):
                 check()
                 artifact, sealed = make(path), False
         along_with = (companions or {}).get(path) if sealed else None
-        self.steps.append(Step(name, path, time.monotonic() - begun, sealed and along_with is None, along_with))
-        self.tell(self.steps[-1])
+        seconds = time.monotonic() - begun
+        step = Step(name, path, seconds, sealed and along_with is None, along_with, found_of(artifact))
+        if self.course:
+            step.place = self.course.end(artifact, made=not step.sealed_before)
+        self.steps.append(step)
+        self.tell(step)
         return artifact
 
     def path(self, name: str, order: Order[Any], attempt: int | None = None) -> Path:
         """Where the artifact of ``order`` lies; of an event, which attempt at it."""
-        return self.folder / (f"{name}-{order.key[:12]}" + ("" if attempt is None else f"-{attempt}"))
+        return self.place(name, order.key, attempt)
+
+    def place(self, name: str, key: str, attempt: int | None = None) -> Path:
+        """As ``path``, for the key of an order."""
+        return self.folder / (f"{name}-{key[:12]}" + ("" if attempt is None else f"-{attempt}"))
+
+    def set_aside(self, keys: Collection[str]) -> list[Path]:
+        """Move the artifacts of ``keys`` and all that came from them out of sight, into ``.replaced``; returns which.
+
+        What was made from something goes before it, so that a kill leaves nothing that came from what is made anew.
+        """
+        found = [
+            (manifest.depth, path)
+            for path, manifest in sealed(self.folder, skip=UserError)
+            if not manifest.lineage_keys.isdisjoint(keys)
+        ]
+        if not found:
+            return []
+        aside = self.folder / REPLACED / datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")
+        aside.mkdir(parents=True)
+        moved = [path for _, path in sorted(found, reverse=True)]
+        for path in moved:
+            path.rename(aside / path.name)
+        return moved
 
     def data(self, plan: DataPlan, out: Path | None = None, wants: Callable[[], Wants] | None = None) -> Dataset:
         """The images of a source, checked and split.
@@ -163,8 +223,26 @@ class Chain:
             wants: says what the networks of a recipe want, so that each file is decoded once for all of them; asked
                 only where images are to be stored.
         """
+        order = self.data_order(plan, wants)
+        side = order.config.copies_side
+
+        def make(path: Path) -> Dataset:
+            wanted = (*TRAIN_NEEDS, "imagehash", *(("scikit-learn",) if plan.source == "digits" else ()))
+            require("reading data", wanted, "train")
+            from .data.prepare import prepare
+
+            later = side is not None and wants is not None
+            return prepare(order, path, held_out_later=later, memory_of=lambda folder: self._memory(str(folder)))
+
+        dataset = self.step("data", Dataset, order, make, out)
+        self._tell_findings(plan, dataset)
+        return dataset if side is None or wants is None else self.fitted(dataset, wants().specs)
+
+    def data_order(self, plan: DataPlan, wants: Callable[[], Wants] | None = None) -> Order[DataConfig]:
+        """What reading that source is told, with the hash of what it holds now."""
         if plan.task not in TASKS:
             raise choice("task", plan.task, TASKS)
+        check_source(plan)
         if plan.classes is not None and not plan.classes.is_file():
             raise UserError(f"data.classes: no file at {plan.classes}: wanted a text file with one class a line")
         if plan.skip_broken and plan.check != "all":
@@ -187,19 +265,7 @@ class Chain:
             classes_fingerprint=sha256_file(plan.classes) if plan.classes is not None else None,
             held_out_copies=_held_out_copies(plan.duplicates, may_be_copies if is_folder else None),
         )
-        order = Order("data", config, {})
-
-        def make(path: Path) -> Dataset:
-            wanted = (*TRAIN_NEEDS, "imagehash", *(("scikit-learn",) if plan.source == "digits" else ()))
-            require("reading data", wanted, "train")
-            from .data.prepare import prepare
-
-            later = side is not None and wants is not None
-            return prepare(order, path, held_out_later=later, memory_of=lambda folder: self._memory(str(folder)))
-
-        dataset = self.step("data", Dataset, order, make, out)
-        self._tell_findings(plan, dataset)
-        return dataset if side is None or wants is None else self.fitted(dataset, wants().specs)
+        return Order("data", config, {})
 
     def _tell_findings(self, plan: DataPlan, dataset: Dataset) -> None:
         """Say what a person should know of images that were looked at just now. Raises UserError."""
@@ -230,9 +296,9 @@ class Chain:
         for spec in specs:
             if geometry(spec.model_dump()) in dataset.fitted:
                 continue
-            config = FittedConfig.of(spec, decoding=DECODING, versions=versions_of("pillow", "numpy"))
-            orders[geometry(spec.model_dump())] = Order("fitted", config, {"data": dataset})
-        paths = {shown: self.path(f"fitted-{order.config.size}", order) for shown, order in orders.items()}
+            orders[geometry(spec.model_dump())] = Order("fitted", fitted_config(spec), {"data": dataset})
+        names = {shown: f"fitted-{size_words(order.config.size)}" for shown, order in orders.items()}
+        paths = {shown: self.path(names[shown], order) for shown, order in orders.items()}
         missing = {paths[shown]: order for shown, order in orders.items() if not paths[shown].exists()}
         made: dict[Path, str] = {}
         kept = dict(dataset.fitted)
@@ -244,7 +310,7 @@ class Chain:
             return fit_all(missing, dataset)[path]
 
         for shown, order in orders.items():
-            kept[shown] = self.step(f"fitted-{order.config.size}", Fitted, order, make, paths[shown], made)
+            kept[shown] = self.step(names[shown], Fitted, order, make, paths[shown], made)
         return dataclasses.replace(dataset, fitted=kept)
 
     def shown(self, dataset: Dataset, network: ModelSettings) -> Dataset:
@@ -303,6 +369,7 @@ class Chain:
         cache: Cache | None = None,
     ) -> Checkpoint:
         """A network under this name; with ``cache`` from that one, which lies elsewhere than among the artifacts."""
+        check_name(config.model)
         order = train_order(config, dataset, teacher, cache)
 
         def make(path: Path) -> Checkpoint:
@@ -337,18 +404,14 @@ class Chain:
 
         return {name: self.step(name, Checkpoint, order, make, companions=made) for name, order in orders.items()}
 
-    def teacher(self, plan: TeacherPlan, dataset: Dataset, out: Path | None = None) -> Checkpoint:
+    def teacher(
+        self, plan: TeacherPlan, dataset: Dataset, out: Path | None = None, name: str = "teacher"
+    ) -> Checkpoint:
         """The user's weights, timm's, or a network trained here on all training images."""
+        check_name(plan.model)
         if plan.is_trained:
             return self.train("teacher", TrainConfig.of(plan, method="labels"), dataset, None, out)
-        if plan.checkpoint is not None and not plan.checkpoint.is_file():
-            raise UserError(f"teacher.checkpoint: no file at {plan.checkpoint}: wanted .safetensors or .pth")
-        sha256 = sha256_file(plan.checkpoint) if plan.checkpoint else None
-        if plan.checkpoint_sha256 not in (None, sha256):
-            raise UserError(
-                f"teacher.checkpoint: {plan.checkpoint} has sha256 {sha256}, wanted {plan.checkpoint_sha256}"
-            )
-        order = Order("adopt", AdoptConfig.of(plan, checkpoint_sha256=sha256), {"data": dataset})
+        order = Order("adopt", adopt_config(plan), {"data": dataset})
 
         def make(path: Path) -> Checkpoint:
             require("reading weights", TRAIN_NEEDS, "train")
@@ -356,7 +419,7 @@ class Chain:
 
             return adopt(order, self.shown(dataset, plan), path)
 
-        return self.step("teacher", Checkpoint, order, make, out)
+        return self.step(name, Checkpoint, order, make, out)
 
     def graph(self, config: GraphConfig, student: Checkpoint, dataset: Dataset) -> Graph:
         """The student as ONNX, made once for every target that starts from it."""
@@ -378,8 +441,71 @@ class Chain:
 
         if config.target not in TARGETS:
             raise choice("target", config.target, TARGETS)
+        if student.settings["model"] == ONNX_MODEL:
+            raise UserError(f"{student.path} is an ONNX file as it came, and only teaches: see kdpipe adopt")
         from_graph = TARGETS[config.target].source is Graph
-        source = self.graph(config, student, dataset) if from_graph else student
+        return self._export(config, self.graph(config, student, dataset) if from_graph else student, dataset, out)
+
+    def adopt(self, plan: AdoptFilePlan, file: Path, dataset: Dataset, out: Path | None = None) -> Model:
+        """Somebody's ONNX file for one target, in float32: a graph that takes raw colours, like any other from then on.
+
+        Raises:
+            UserError: what is no float32 ONNX of one image, cannot be run, or is of other classes than the data's.
+            GateFailed: the graph or the target's file computes something else.
+        """
+        from .export import TARGETS
+
+        if plan.target not in TARGETS:
+            raise choice("target", plan.target, TARGETS)
+        if TARGETS[plan.target].source is not Graph:
+            able = ", ".join(name for name, target in TARGETS.items() if target.source is Graph)
+            raise UserError(f"target '{plan.target}' is made from torch, not from ONNX: wanted {able}")
+        if file.suffix != ".onnx":
+            raise UserError(f"{file}: wanted an .onnx file; other models are measured as they are: kdpipe bench {file}")
+        if not file.is_file():
+            raise UserError(f"no file at {file}: wanted an .onnx file")
+        from .export.adopt import adopt, input_of
+        from .export.onnx import NEEDS
+
+        require("ONNX", NEEDS, "onnxruntime")
+        spec = input_of(file, plan.input)
+        config = AdoptFileConfig.of(plan, sha256={Graph.ONNX: sha256_file(file)}, input=spec)
+        order = Order("adopt", config, {"data": dataset})
+
+        def make(path: Path) -> Graph:
+            with tempfile.TemporaryDirectory() as scratch:  # opened in a process of its own first
+                wrapped = strange.wrap(file, Path(scratch) / "model", spec, dataset)
+                try:
+                    try_model(wrapped)
+                except GateFailed as error:
+                    raise UserError(str(error).replace(str(wrapped.path), str(file))) from None
+            return adopt(order, file, dataset, path)
+
+        return self._export(plan, self.step("graph", Graph, order, make), dataset, out)
+
+    def bare(self, plan: AdoptConfig, classes: int | None, images: int) -> tuple[Checkpoint, Dataset]:
+        """A network as it comes, and random images in place of a data set: only its parity can be told on them.
+
+        Args:
+            classes: its outputs; None for those of its pretrained weights.
+        """
+        require("making networks", TRAIN_NEEDS, "train")
+        from .data.random import random_images
+        from .networks.models import input_spec, pretrained_classes
+
+        size = input_spec(plan).size
+        config = RandomConfig(size=size, images=images, classes=classes or pretrained_classes(plan.model))
+        order = Order("data", config, {})
+        teacher = TeacherPlan.of(plan)
+        if teacher.is_trained:
+            raise UserError(f"'{plan.model}' would have random weights: wanted --pretrained or --checkpoint FILE")
+        dataset = self.step("random", Dataset, order, lambda path: random_images(order, path))
+        return self.teacher(teacher, dataset, name="network"), dataset
+
+    def _export(
+        self, config: ExportConfig, source: Checkpoint | Graph, dataset: Dataset, out: Path | None = None
+    ) -> Model:
+        config = ExportConfig.of(config)
         order = Order("export", config, {source.kind: source, "data": dataset})
 
         def make(path: Path) -> Model:
@@ -627,8 +753,8 @@ class Chain:
 
         return self.step("report", Report, order, make, out)
 
-    def _sources(self, measurements: Iterable[Measurement]) -> Sources:
-        """Graphs, models and dataset behind ``measurements`` that lie beside them."""
+    def _sources(self, measurements: Collection[Measurement]) -> Sources:
+        """Graphs, models, dataset and bundles behind ``measurements`` that lie beside them."""
         from .report.compression import Sources
 
         def found(kind: type[A]) -> dict[str, A]:
@@ -639,7 +765,13 @@ class Chain:
                 by_key |= {each.key: each for each in beside(measurement, kind, keys).values()}
             return by_key
 
-        return Sources(found(Graph), found(Model), next(iter(found(Dataset).values()), None))
+        folders = {
+            manifest.key: path
+            for parent in {measurement.path.absolute().parent for measurement in measurements}
+            for path, manifest in sealed(parent)
+            if manifest.kind == Bundle.kind
+        }
+        return Sources(found(Graph), found(Model), next(iter(found(Dataset).values()), None), folders)
 
 
 @dataclass
@@ -732,6 +864,21 @@ def pooled_beside(measurement: Measurement) -> Pooled:
     return pool([Measurement.open(path) for path in attempts_beside(measurement)])
 
 
+def adopt_config(plan: TeacherPlan) -> AdoptConfig:
+    """What adopting the user's weights is told, with their hash. Raises UserError for none, or others than wanted."""
+    if plan.checkpoint is not None and not plan.checkpoint.is_file():
+        raise UserError(f"teacher.checkpoint: no file at {plan.checkpoint}: wanted .safetensors, .pth or .onnx")
+    if plan.checkpoint is not None and (plan.model == ONNX_MODEL) != (plan.checkpoint.suffix == ".onnx"):
+        raise UserError(
+            f"teacher.checkpoint: {plan.checkpoint} with model '{plan.model}': a network that is an .onnx file "
+            f"is model '{ONNX_MODEL}', of any other the model says what makes it"
+        )
+    sha256 = sha256_file(plan.checkpoint) if plan.checkpoint else None
+    if plan.checkpoint_sha256 not in (None, sha256):
+        raise UserError(f"teacher.checkpoint: {plan.checkpoint} has sha256 {sha256}, wanted {plan.checkpoint_sha256}")
+    return AdoptConfig.of(with_code(plan), checkpoint_sha256=sha256)
+
+
 def cache_order(config: CacheConfig, dataset: Dataset, teacher: Checkpoint) -> Order[CacheConfig]:
     """What building a cache of ``teacher`` for ``dataset`` is told."""
     return Order("cache", config, {"data": dataset, "teacher": teacher})
@@ -751,7 +898,31 @@ def train_order(
         usual = CacheSettings()
         if cache is not None and any(cache.settings[name] != getattr(usual, name) for name in ("precision", "top")):
             inputs["cache"] = cache
-    return Order("train", config, inputs)
+    return Order("train", with_code(config), inputs)
+
+
+def with_code(config: S) -> S:
+    """``config`` with the hash of the user's file that makes its network, if one does. Raises UserError."""
+    if not code.is_code(config.model):
+        return config
+    sha256 = code.sha256_of(config.model)
+    if config.code_sha256 not in (None, sha256):
+        raise UserError(
+            f"code_sha256: {code.source_file(config.model)} has sha256 {sha256}, wanted {config.code_sha256}"
+        )
+    return config.model_copy(update={"code_sha256": sha256})
+
+
+def found_of(artifact: AnyArtifact) -> tuple[str, ...]:
+    """How right a network is, in words; nothing of other artifacts, nor on random images."""
+    if not isinstance(artifact, (Checkpoint, Graph)) or artifact.facts.task not in TASKS:
+        return ()
+    data = artifact.manifest.inputs.get("data")
+    if data is None or data.facts.get("source") == RANDOM:
+        return ()
+    from .report.words import found_lines
+
+    return tuple(found_lines(artifact.facts, TASKS[artifact.facts.task]))
 
 
 def _held_out_copies(
@@ -768,6 +939,11 @@ def _held_out_copies(
     if len(np.unique(images)) == len(images):
         return None
     return "allow" if duplicates == "allow" else "drop"
+
+
+def fitted_config(spec: InputSpec) -> FittedConfig:
+    """What decides the pixels that networks of this input are shown."""
+    return FittedConfig.of(spec, decoding=DECODING, versions=versions_of("pillow", "numpy"))
 
 
 def versions_of(*tools: str) -> dict[str, str]:
@@ -794,7 +970,16 @@ def dataset_of(artifact: AnyArtifact) -> Dataset:
     found = beside(artifact, Dataset, {wanted[0].key})
     if not found:
         raise UserError(f"no dataset {wanted[0].key[:12]} beside {artifact.path}: name its folder with --data")
-    return with_fitted(next(iter(found.values())))
+    return with_fitted(refuse_random(next(iter(found.values()))))
+
+
+def refuse_random(dataset: Dataset) -> Dataset:
+    """``dataset``, unless it is of random images: they stand in where only parity is told. Raises UserError."""
+    if dataset.facts.source == RANDOM:
+        raise UserError(
+            f"{dataset.path} is of random images, on which nothing can be measured: name a data set with --data"
+        )
+    return dataset
 
 
 def checkpoints_beside(measurement: Measurement) -> dict[str, Checkpoint]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import signal
 import sys
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,21 +17,25 @@ import typer
 
 from . import __version__
 from .core.config import (
+    AdoptFilePlan,
     BenchPlan,
     CachePlan,
     DataPlan,
     DeviceSettings,
-    ExportConfig,
+    NetworkExportPlan,
     PackageConfig,
     QuantizeConfig,
+    ReportConfig,
     TeacherPlan,
     TrainConfig,
 )
-from .core.errors import ExitCode, KdpipeError
+from .core.errors import INTERRUPTED, ExitCode, KdpipeError
 from .core.sealed import printable
 from .options import configured
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from .chain import Chain
     from .core.artifact import AnyArtifact
     from .core.kinds import Bundle, Cache, Checkpoint, Runnable
@@ -37,9 +46,8 @@ JSON_VERSION = 1
 app = typer.Typer(
     name="kdpipe",
     help="From a trained teacher and a folder of images to a small model that is measured on its device.",
-    epilog="Start with `kdpipe demo`, then `kdpipe run YOUR.yaml`; `kdpipe COMMAND --help` has examples.",
+    epilog="Start with `kdpipe demo`, then `kdpipe init YOUR_IMAGES`; `kdpipe COMMAND --help` has examples.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: twice as fast, and it never cuts an option's name
     context_settings={
@@ -56,9 +64,31 @@ DataOption = Annotated[
 ]
 ArtifactsOption = Annotated[Path, typer.Option("--artifacts", help="folder that holds the artifacts")]
 AgainOption = Annotated[
-    str | None, typer.Option("--again", metavar="bench", help="measure again, though there is a measurement")
+    str | None,
+    typer.Option(
+        "--again",
+        metavar="STAGE",
+        help="do a stage again: bench measures more, of another one what is sealed is set aside, and all after it",
+    ),
+]
+AllowCodeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-code",
+        metavar="MODULE:FUNCTION",
+        help="run this code of yours, which makes a network (repeatable; no recipe or artifact can ask for it)",
+    ),
 ]
 ARTIFACTS = Path("artifacts")
+
+
+def _device_names() -> list[str]:
+    """For a shell that completes them."""
+    from .devices import DEVICES, book
+
+    with suppress(KdpipeError):  # a wrong devices.yaml is told where it matters
+        return list(book.known(DEVICES))
+    return []
 
 
 def _show_version(wanted: bool) -> None:
@@ -78,26 +108,94 @@ def _root(
 
 
 @app.command()
+def init(
+    folder: Annotated[
+        Path | None, typer.Argument(help="of images by class, or one that holds it [default: looked for here]")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", help="the teacher's weights, .pth or .safetensors [default: the one nearby]"),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="the teacher's network in timm [default: the weights tell]")
+    ] = None,
+    student: Annotated[str | None, typer.Option("--student", help="a small network of timm")] = None,
+    size: Annotated[int | None, typer.Option("--size", help="side of the input, pixels")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="where it is to run, such as local,pi5")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="the recipe [default: ./FOLDER.yaml]")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="ask nothing, take what is proposed")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Look at images, weights and this machine, and write a recipe.
+
+    Asks at most five questions, none that an option answers. The recipe says why it has what it has; no file is ever
+    replaced.
+
+    Example: kdpipe init photos --checkpoint teacher.pth --yes
+    """
+    from . import proposal
+    from .core import progress
+    from .core.errors import UserError
+    from .terminal import listener
+
+    def ask(question: str, usual: str) -> str:
+        if yes:
+            return usual
+        if not sys.stdin.isatty():
+            raise UserError("init asks questions and nobody is there to answer: add --yes")
+        return str(typer.prompt(printable(question), default=usual, err=True, show_default=bool(usual)))
+
+    progress.listen(listener())
+    devices = None if device is None else tuple(name.strip() for name in device.split(","))
+    wish = proposal.Wish(checkpoint, model, student, size, devices)
+    found, path = proposal.propose(folder, wish, ask, out)
+    written = proposal.write(found, path)
+    following = shlex.join(["kdpipe", "run", str(path)])
+    if as_json:
+        _print_json(recipe=str(path), name=written.name, words=found.words, following=following)
+        return
+    typer.echo(printable(f"{path}: {found.words}"))
+    typer.echo(printable(f"next: {following}    (with --dry-run it only says what it would do)"))
+
+
+@app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="a recipe, such as recipes/digits.yaml")],
     artifacts: ArtifactsOption = ARTIFACTS,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="as if it stood in the recipe, such as distill.temperature=2"),
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", metavar="STAGE", help="refuse to begin unless what comes before is sealed"),
+    ] = None,
+    until: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="stop when this stage is done")] = None,
     again: AgainOption = None,
+    allow_code: AllowCodeOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only say what it would make, and what that takes as far as it is known")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Run a recipe, from teacher to report.
 
-    Stages: data, teacher, students, export, INT8, bundles, measurement, report. What is sealed already is not
-    done again. Exits 75 when the advice rests on latencies that are not to be trusted.
+    Stages: data, teacher, distill, export, quantize, package, bench, report. What is sealed already is not done again.
+    Exits 75 when the advice rests on latencies that are not to be trusted.
 
-    Example: kdpipe run my.yaml
+    Example: kdpipe run my.yaml --set bench.effort=thorough
     """
     from .core.errors import Untrusted, UserError
 
-    doubt, lost = _run(recipe, artifacts, again, as_json)
+    if dry_run:
+        _plan(recipe, artifacts, changes or (), again, start, until, as_json)
+        return
+    doubt, lost = _run(recipe, artifacts, again, as_json, changes or (), start, until, allow_code)
     if lost:
         raise UserError(f"{lost}; the others are reported, run the same again when it is back")
     if doubt is not None:
-        raise Untrusted(f"{doubt}; measure again on a quiet machine: kdpipe run {recipe} --again bench")
+        same = shlex.join([str(recipe), *(word for change in changes or () for word in ("--set", change))])
+        raise Untrusted(f"{doubt}; measure again on a quiet machine: kdpipe run {same} --again bench")
 
 
 @app.command()
@@ -108,23 +206,65 @@ def demo(artifacts: ArtifactsOption = ARTIFACTS, again: AgainOption = None, as_j
         typer.echo(f"{doubt}; measure again on a quiet machine: kdpipe demo --again bench", err=True)
 
 
-def _run(recipe_path: Path, artifacts: Path, again: str | None, as_json: bool) -> tuple[str | None, str]:
+def _plan(
+    recipe_path: Path,
+    artifacts: Path,
+    changes: Sequence[str],
+    again: str | None,
+    start: str | None,
+    until: str | None,
+    as_json: bool,
+) -> None:
+    """Say what a run would do."""
+    from . import pipeline, showing
+    from .core.config import read_recipe
+    from .forecast import total
+
+    recipe, chain = read_recipe(recipe_path, changes), _chain(artifacts)
+    legs = pipeline.plan(recipe, chain, again, until)
+    pipeline.check_start(legs, start, until)
+    costs = pipeline.costs(legs, pipeline.forecast_of(chain))
+    if as_json:
+        described = [showing.described(leg, cost) for leg, cost in zip(legs, costs, strict=True)]
+        whole = total(cost for leg, cost in zip(legs, costs, strict=True) if not leg.perhaps)
+        _print_json(recipe=str(recipe_path), legs=described, total=whole._asdict())
+        return
+    showing.print_plan(_wide_console(), legs, costs)
+
+
+def _run(
+    recipe_path: Path,
+    artifacts: Path,
+    again: str | None,
+    as_json: bool,
+    changes: Sequence[str] = (),
+    start: str | None = None,
+    until: str | None = None,
+    allow_code: Sequence[str] | None = None,
+) -> tuple[str | None, str]:
     """Run and print; returns which latencies that the advice rests on are not to be trusted, and which devices lost."""
     from . import pipeline
     from .core.config import read_recipe
     from .report.words import shaky_advice
 
-    recipe = read_recipe(recipe_path)
-    chain = _chain(artifacts)
-    outcome = pipeline.run(recipe, chain, again)
+    recipe = read_recipe(recipe_path, changes)
+    chain = _chain(artifacts, allow_code=allow_code)
+    outcome = pipeline.run_part(recipe, chain, again, start, until)
+    done = [step for step in chain.steps if not step.sealed_before]
+    told = f"{len(chain.steps)} stages, {len(done)} done now in {sum(step.seconds for step in done):.0f} s"
+    if outcome is None:
+        if as_json:
+            _print_json(artifacts=[str(step.path) for step in chain.steps], seconds=_seconds(chain))
+        else:
+            typer.echo(f"{told}; the same without --until goes on")
+        return None, ""
     numbers, page = outcome.report.numbers, outcome.report.page
     if as_json:
         bundles = {name: str(bundle.path) for name, bundle in outcome.bundles.items()}
         _print_json(report=str(page), bundles=bundles, seconds=_seconds(chain), numbers=numbers)
         return shaky_advice(numbers), outcome.lost
     _print_summary(numbers)
-    done = [step for step in chain.steps if not step.sealed_before]
-    typer.echo(f"{len(chain.steps)} stages, {len(done)} done now in {sum(step.seconds for step in done):.0f} s")
+    typer.echo(told)
     typer.echo(f"report: {page}")
     return shaky_advice(numbers), outcome.lost
 
@@ -170,6 +310,7 @@ def data(
 def teacher(
     dataset: Annotated[Path, typer.Argument(help="folder of a dataset artifact")],
     out: OutOption = None,
+    allow_code: AllowCodeOption = None,
     as_json: JsonFlag = False,
     *,
     config: Callable[..., TeacherPlan],
@@ -180,7 +321,7 @@ def teacher(
     """
     opened = _open_dataset(dataset)
     settings = config()
-    chain = _chain(dataset.parent, joint=settings.is_trained)
+    chain = _chain(dataset.parent, joint=settings.is_trained, allow_code=allow_code)
     _print_artifact(chain.teacher(settings, opened, out), as_json)
 
 
@@ -194,6 +335,7 @@ def cache(
     verify: Annotated[
         str | None, typer.Option("--verify", help="ask the teacher again about this share of the records, such as 0.1%")
     ] = None,
+    allow_code: AllowCodeOption = None,
     as_json: JsonFlag = False,
     *,
     config: Callable[..., CachePlan],
@@ -203,18 +345,23 @@ def cache(
     Example: kdpipe cache artifacts/teacher-1a2b --model mobilenetv4_conv_small --views 16
     """
     from .chain import cache_order
+    from .core.code import allowing
     from .core.kinds import Checkpoint
-    from .distill.cache import config_of, forecast
-    from .distill.cache import verify as verify_cache
+    from .networks.names import check_name
     from .terminal import tell_forecast
 
-    share = None if verify is None else _share(verify)
-    plan, chain = config_of(config()), _chain(teacher.parent, joint=not dry_run)
+    share, settings = None if verify is None else _share(verify), config()
+    check_name(settings.model)
     opened = Checkpoint.open(teacher)
+    from .distill.cache import config_of, forecast
+    from .distill.cache import verify as verify_cache
+
+    plan, chain = config_of(settings), _chain(teacher.parent, joint=not dry_run, allow_code=allow_code)
     dataset = _dataset_of(opened, data)
     path = out or chain.path("cache", cache_order(plan, dataset, opened))
     if dry_run or not path.exists():
-        expected = forecast(plan, dataset, opened, path)
+        with allowing(chain.allow_code):
+            expected = forecast(plan, dataset, opened, path)
         if dry_run and as_json:
             _print_json(cache=str(path), forecast=expected.as_dict())
         else:
@@ -222,7 +369,8 @@ def cache(
     if dry_run:
         return
     made = chain.cache(plan, dataset, opened, out)
-    checked = None if share is None else verify_cache(made, dataset, opened, share)
+    with allowing(chain.allow_code):
+        checked = None if share is None else verify_cache(made, dataset, opened, share)
     if checked is not None and as_json:
         _print_json(artifact=str(made.path), kind=made.kind, key=made.key, facts=made.manifest.facts, verified=checked)
         return
@@ -246,6 +394,7 @@ def distill(
     cache: Annotated[
         str | None, typer.Option("--cache", help="folder or URL (s3://, hf://) of a cache of the teacher's outputs")
     ] = None,
+    allow_code: AllowCodeOption = None,
     as_json: JsonFlag = False,
     *,
     config: Callable[..., TrainConfig],
@@ -258,7 +407,7 @@ def distill(
     from .core.kinds import Checkpoint
     from .data.dataset import Dataset
 
-    settings, chain = config(), _chain(teacher.parent, joint=True)
+    settings, chain = config(), _chain(teacher.parent, joint=True, allow_code=allow_code)
     if read_manifest(teacher).kind == Dataset.kind:
         guide, dataset = None, _open_dataset(teacher)
     else:
@@ -275,23 +424,70 @@ def distill(
 
 
 @app.command()
-@configured(ExportConfig)
+@configured(NetworkExportPlan, leave_out=("model", "pretrained"))
 def export(
-    student: Annotated[Path, typer.Argument(help="folder of a checkpoint")],
+    student: Annotated[Path | None, typer.Argument(help="folder of a checkpoint; or --model")] = None,
+    model: Annotated[
+        str, typer.Option("--model", help="a network by its name, in place of a checkpoint and without a data set")
+    ] = "",
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="--model with its pretrained weights")] = False,
     data: DataOption = None,
+    artifacts: ArtifactsOption = ARTIFACTS,
     out: OutOption = None,
+    allow_code: AllowCodeOption = None,
     as_json: JsonFlag = False,
     *,
-    config: Callable[..., ExportConfig],
+    config: Callable[..., NetworkExportPlan],
 ) -> None:
-    """Write a checkpoint for one target, checked against torch.
+    """Write a network for one target, checked against torch: on images of the data, or --model's on random ones.
+
+    What is checked on random images says nothing of accuracy, and wants a data set (--data) to be made smaller.
 
     Example: kdpipe export CHECKPOINT --target tensorrt
     """
+    from .core.config import AdoptConfig, ExportConfig
+    from .core.errors import UserError
     from .core.kinds import Checkpoint
 
-    opened = Checkpoint.open(student)
-    _print_artifact(_chain(student.parent).export(config(), opened, _dataset_of(opened, data), out), as_json)
+    plan = config(model=model, pretrained=pretrained)
+    target, network = ExportConfig.of(plan), AdoptConfig.of(plan)
+    if student is not None:
+        if network != AdoptConfig(model="") or plan.classes is not None:
+            raise UserError("wanted the folder of a checkpoint, which says all of its network, or --model: not both")
+        opened = Checkpoint.open(student)
+        chain = _chain(student.parent, allow_code=allow_code)
+        _print_artifact(chain.export(target, opened, _dataset_of(opened, data), out), as_json)
+        return
+    if not model:
+        raise UserError("wanted the folder of a checkpoint, or --model NAME with --pretrained or --checkpoint FILE")
+    if data is not None:
+        raise UserError("--model is exported without a data set; with one: kdpipe teacher DATA --model NAME, then this")
+    chain = _chain(artifacts, allow_code=allow_code)
+    checkpoint, images = chain.bare(network, plan.classes, target.parity_images)
+    made = chain.export(target, checkpoint, images, out)
+    if not as_json:
+        typer.echo(f"compared with torch on {target.parity_images} random images: its accuracy is not known", err=True)
+    _print_artifact(made, as_json)
+
+
+@app.command()
+@configured(AdoptFilePlan)
+def adopt(
+    file: Annotated[Path, typer.Argument(help="somebody's .onnx file, float32, of one image")],
+    data: Annotated[Path, typer.Option("--data", help="folder of the dataset artifact")],
+    out: OutOption = None,
+    as_json: JsonFlag = False,
+    *,
+    config: Callable[..., AdoptFilePlan],
+) -> None:
+    """Take a model of somebody else's, to be made smaller, packaged and measured like any other.
+
+    Say with --input.mean and --input.std what it wants of its colours; else it is given 0..255. The normalisation is
+    folded into it, and the result compared with the file as it came.
+
+    Example: kdpipe adopt model.onnx --data artifacts/data-1a2b --input.mean "[0.485, 0.456, 0.406]"
+    """
+    _print_artifact(_chain(data.parent).adopt(config(), file, _open_dataset(data), out), as_json)
 
 
 @app.command()
@@ -300,9 +496,13 @@ def quantize(
     model: Annotated[Path, typer.Argument(help="folder of a float32 model")],
     data: DataOption = None,
     device: Annotated[
-        str, typer.Option("--device", help="where it will run: decides what is left to the CPU")
+        str,
+        typer.Option(
+            "--device", help="where it will run: decides what is left to the CPU", autocompletion=_device_names
+        ),
     ] = "local",
     out: OutOption = None,
+    allow_code: AllowCodeOption = None,
     as_json: JsonFlag = False,
     *,
     config: Callable[..., QuantizeConfig],
@@ -319,7 +519,7 @@ def quantize(
     from .core.kinds import Model, unshown
     from .devices import find_device
 
-    settings, opened, chain = config(), Model.open(model), _chain(model.parent)
+    settings, opened, chain = config(), Model.open(model), _chain(model.parent, allow_code=allow_code)
     dataset, probe = _dataset_of(opened, data), find_device(device).probe()
     if settings.variant != "auto":
         made = [chain.quantize(settings, opened, dataset, probe, out)]
@@ -374,7 +574,12 @@ def bench(
         ),
     ] = None,
     device: Annotated[
-        str, typer.Option("--device", help="devices, measured side by side, such as pi5,orin (see devices list)")
+        str,
+        typer.Option(
+            "--device",
+            help="devices, measured side by side, such as pi5,orin (see devices list)",
+            autocompletion=_device_names,
+        ),
     ] = "local",
     against: Annotated[
         Path | None, typer.Option("--against", help="a bundle that the others are compared with, one sentence each")
@@ -517,9 +722,61 @@ def verify(
 
 
 @app.command()
+def predict(
+    bundle: Annotated[Path, typer.Argument(help="folder of a bundle")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE|FOLDER...", help="image files, and folders of them")],
+    device: Annotated[
+        str, typer.Option("--device", help="where to ask, as devices.yaml names it", autocompletion=_device_names)
+    ] = "local",
+    top: Annotated[int, typer.Option("--top", min=1, help="labels of an image, the likeliest first")] = 1,
+    as_json: JsonFlag = False,
+) -> None:
+    """Say what a bundle sees in images, as CSV: label and probability, --top rows an image.
+
+    A probability is how sure the model is, not how often it is right. Images that cannot be read are named, the others
+    answered, and then it exits 2.
+
+    Example: kdpipe predict BUNDLE holiday.jpg photos --top 3
+    """
+    import csv
+    from contextlib import closing
+
+    from .core import progress
+    from .core.errors import UserError
+    from .core.kinds import Bundle
+    from .deploy import predict as asking
+    from .devices import find_device
+    from .terminal import listener
+
+    progress.listen(listener())
+    files, rows, faults = asking.find(images), [], []
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    with closing(asking.predict(Bundle.open(bundle), files, find_device(device), top)) as answers:
+        for at, said in enumerate(answers):
+            if at == 0 and not as_json:
+                writer.writerow(["image", "label", "probability"])
+            name = printable(str(said.image))
+            told = [(printable(label), share) for label, share in zip(said.labels, said.probabilities, strict=True)]
+            if said.fault is not None:
+                progress.note(said.fault)
+                faults.append({"image": name, "reason": printable(said.fault)})
+            elif as_json:
+                says = [{"label": label, "probability": round(share, 6)} for label, share in told]
+                rows.append({"image": name, "says": says})
+            else:
+                writer.writerows([name, label, f"{share:.6f}"] for label, share in told)
+    if as_json:
+        _print_json(bundle=str(bundle), device=device, predictions=rows, unreadable=faults)
+    if faults:
+        raise UserError(f"{len(faults)} of {len(files)} images cannot be read: {faults[0]['reason']}")
+
+
+@app.command()
 def deploy(
     bundle: Annotated[Path | None, typer.Argument(help="folder of a bundle")] = None,
-    device: Annotated[str, typer.Option("--device", help="where to, as devices.yaml names it")] = "local",
+    device: Annotated[
+        str, typer.Option("--device", help="where to, as devices.yaml names it", autocompletion=_device_names)
+    ] = "local",
     rollback: Annotated[bool, typer.Option("--rollback", help="go back to the bundle that was live before")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -553,6 +810,7 @@ def deploy(
 
 
 @app.command()
+@configured(ReportConfig)
 def report(
     artifacts: Annotated[
         list[Path],
@@ -562,9 +820,10 @@ def report(
             "[default: those beside the measurement that share its data]",
         ),
     ],
-    title: Annotated[str, typer.Option(help="title of the page")] = "kdpipe",
     out: OutOption = None,
     as_json: JsonFlag = False,
+    *,
+    config: Callable[..., ReportConfig],
 ) -> None:
     """Write the page from what was measured, on one device or several.
 
@@ -575,7 +834,6 @@ def report(
     """
     from .chain import checkpoints_beside, open_checkpoints
     from .core.artifact import read_manifest
-    from .core.config import ReportConfig
     from .core.errors import UserError
     from .core.kinds import Measurement
 
@@ -585,7 +843,7 @@ def report(
     opened = [Measurement.open(path) for path in measured]
     paths = [path for path in artifacts if path not in measured]
     found = open_checkpoints(paths) if paths else checkpoints_beside(opened[0])
-    made = _chain(measured[0].parent).report(ReportConfig(title=title), opened, found, out)
+    made = _chain(measured[0].parent).report(config(), opened, found, out)
     if not as_json:
         _print_summary(made.numbers)
     _print_artifact(made, as_json)
@@ -596,7 +854,9 @@ def doctor(
     target: Annotated[
         list[str] | None, typer.Option("--target", help="exit 1 unless this target can be made here (repeatable)")
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="where bundles are to run")] = "local",
+    device: Annotated[
+        str, typer.Option("--device", help="where bundles are to run", autocompletion=_device_names)
+    ] = "local",
     as_json: JsonFlag = False,
 ) -> None:
     """Say what can be made here and run on the device, and what to do about the rest."""
@@ -615,6 +875,181 @@ def doctor(
             raise GateFailed(
                 f"target '{state.target}' cannot be made here: it lacks {', '.join(state.missing)}; {state.cure}"
             )
+
+
+# ---- what lies there -------------------------------------------------------------------------------------
+
+
+@app.command("list")
+def list_artifacts(artifacts: ArtifactsOption = ARTIFACTS, as_json: JsonFlag = False) -> None:
+    """List the artifacts: what each is, when it was made and what that took.
+
+    Example: kdpipe list
+    """
+    from . import inventory, showing
+
+    found = inventory.entries(artifacts)
+    if as_json:
+        _print_json(artifacts=[showing.described_entry(entry) for entry in found])
+    else:
+        showing.print_entries(_wide_console(), found)
+
+
+@app.command()
+def show(
+    artifact: Annotated[Path, typer.Argument(help="folder of any artifact")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Say what an artifact is, what it was made from and what was made from it.
+
+    Example: kdpipe show artifacts/student-kd-seed0-1a2b
+    """
+    from . import inventory, showing
+
+    found = inventory.shown(artifact)
+    if not as_json:
+        showing.print_shown(_wide_console(), found)
+        return
+    manifest = found.manifest
+    _print_json(
+        **{**inventory.lineage(manifest, found.places), "path": str(artifact)},
+        stage=manifest.stage,
+        created_utc=manifest.created_utc,
+        seconds=manifest.seconds,
+        bytes=inventory.size_of(manifest),
+        settings=manifest.config,
+        facts=manifest.facts,
+        files={name: file.size_bytes for name, file in manifest.files.items()},
+        tools=manifest.tools,
+        host=manifest.host,
+        used_by=[str(path) for path in found.used_by],
+    )
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="folder of an artifact")],
+    second: Annotated[Path, typer.Argument(help="folder of another one of the same kind")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Say in which settings and results two artifacts differ, and all that they came from.
+
+    Two networks that were tested on the same images are compared image by image. Latencies of two measurements are of
+    two sessions: bench A --against B compares in one.
+
+    Example: kdpipe compare artifacts/student-kd-seed0-1a2b artifacts/student-kd-seed0-3c4d
+    """
+    from . import inventory, showing
+
+    found = inventory.compare(first, second)
+    if not as_json:
+        showing.print_compared(_wide_console(), found, (str(first), str(second)))
+        return
+    _print_json(
+        kind=found.kind,
+        first=str(first),
+        second=str(second),
+        settings=[difference._asdict() for difference in found.settings],
+        results=[difference._asdict() for difference in found.results],
+        paired=None if found.paired is None else found.paired._asdict(),
+    )
+
+
+@app.command()
+def clean(
+    artifacts: ArtifactsOption = ARTIFACTS,
+    reports: Annotated[
+        int | None, typer.Option("--reports", min=1, help="only the newest reports count [default: all of them]")
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--everything", help="what was made since the last report goes too")
+    ] = False,
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="what was interrupted and could be gone on with goes too")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Remove what no report needs, and what killed stages left behind. Asks first.
+
+    What a report, or anything else that stays, was made from is never touched; nor is anything that is no artifact.
+    With --json nothing is removed unless --yes is given.
+
+    Example: kdpipe clean --reports 1
+    """
+    from . import inventory, showing
+    from .core.errors import UserError
+
+    found = inventory.unneeded(artifacts, reports, everything, unfinished)
+    if not as_json:
+        showing.print_cleaning(_wide_console(), found)
+    freed = showing.mebibytes(sum(thing.size_bytes for thing in found.go))
+    wanted = yes
+    if found.go and not yes and not as_json:
+        if not sys.stdin.isatty():
+            raise UserError(f"{len(found.go)} would go, and nobody is there to be asked: add --yes")
+        wanted = typer.confirm(f"Remove these {len(found.go)}, {freed} MiB?", err=True)
+    gone: list[str] = []
+    if wanted:
+        inventory.remove(found.go, lambda thing: gone.append(str(thing.path)))
+    if as_json:
+        go = [{"path": str(each.path), "why": each.why, "bytes": each.size_bytes} for each in found.go]
+        _print_json(unneeded=go, removed=gone, stay=found.stay)
+    elif not found.go:
+        typer.echo("nothing to remove")
+    else:
+        typer.echo(f"{len(gone)} removed, {freed} MiB free again" if gone else "nothing was removed")
+
+
+# ---- recipes ---------------------------------------------------------------------------------------------
+
+recipe_app = typer.Typer(
+    name="recipe", help="Check a recipe, or describe recipes to an editor.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(recipe_app)
+
+
+@recipe_app.command("check")
+def recipe_check(
+    file: Annotated[Path, typer.Argument(help="a recipe")],
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="as if it stood in the recipe")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Check a recipe in a second: keys, values, names, files, packages.
+
+    What only PyTorch knows, such as whether a network takes a size, is checked by run before any work.
+
+    Example: kdpipe recipe check my.yaml
+    """
+    from . import pipeline
+    from .core.config import read_recipe
+
+    recipe = read_recipe(file, changes or ())
+    pipeline.check_names(recipe)
+    pipeline.check_packages(recipe)
+    runs = pipeline.student_runs(recipe.student, recipe.distill, recipe.data.unlabeled is not None)
+    if as_json:
+        _print_json(recipe=str(file), valid=True, runs=list(runs))
+    else:
+        targets, devices = ", ".join(recipe.export.targets), ", ".join(recipe.bench.devices)
+        typer.echo(printable(f"{file}: {len(runs)} students to train; {targets} on {devices}; nothing is wrong"))
+
+
+@recipe_app.command("schema")
+def recipe_schema() -> None:
+    """Print the JSON schema of recipes, for editors.
+
+    An editor with YAML's language server takes it by a first line: # yaml-language-server: $schema=kdpipe.schema.json
+
+    Example: kdpipe recipe schema > kdpipe.schema.json
+    """
+    import json
+
+    from .proposal import schema
+
+    typer.echo(json.dumps(schema(), indent=1))
 
 
 # ---- devices ---------------------------------------------------------------------------------------------
@@ -674,7 +1109,7 @@ def devices_list(as_json: JsonFlag = False) -> None:
 
 @devices_app.command("probe")
 def devices_probe(
-    name: Annotated[str, typer.Argument(help="of the device")],
+    name: Annotated[str, typer.Argument(help="of the device", autocompletion=_device_names)],
     as_json: JsonFlag = False,
 ) -> None:
     """Reach a device and say what it is; what cannot be read is "unavailable".
@@ -811,7 +1246,7 @@ def devices_status(
 
 @devices_app.command("clean")
 def devices_clean(
-    name: Annotated[str, typer.Argument(help="of the device")],
+    name: Annotated[str, typer.Argument(help="of the device", autocompletion=_device_names)],
     everything: Annotated[bool, typer.Option("--everything", help="the deployed bundles too")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -834,7 +1269,7 @@ def devices_clean(
 
 @devices_app.command("remove")
 def devices_remove(
-    name: Annotated[str, typer.Argument(help="of the device")],
+    name: Annotated[str, typer.Argument(help="of the device", autocompletion=_device_names)],
     as_json: JsonFlag = False,
 ) -> None:
     """Forget a device; nothing on it is touched.
@@ -887,6 +1322,13 @@ def _print_summary(numbers: dict[str, Any]) -> None:
     print_summary(console() if sys.stdout.isatty() else console(width=110), numbers)
 
 
+def _wide_console() -> Console:
+    """A pipe has no width of its own: nothing is cut there."""
+    from .terminal import console
+
+    return console() if sys.stdout.isatty() else console(width=400)
+
+
 def _print_doctor(found: dict[str, Any]) -> None:
     from rich.table import Table
 
@@ -917,7 +1359,7 @@ def _print_doctor(found: dict[str, Any]) -> None:
 # ---- finding things --------------------------------------------------------------------------------------
 
 
-def _chain(folder: Path, *, joint: bool = False) -> Chain:
+def _chain(folder: Path, *, joint: bool = False, allow_code: Sequence[str] | None = None) -> Chain:
     """The artifacts in ``folder``; only a ``joint`` command is one that the processes of torchrun share."""
     from .chain import Chain
     from .core import progress
@@ -927,7 +1369,7 @@ def _chain(folder: Path, *, joint: bool = False) -> Chain:
     if process_count() > 1 and not joint:
         raise UserError("torchrun is for training: start 'kdpipe teacher' or 'kdpipe distill' with it, this without it")
     progress.listen(listener())
-    return Chain(folder, tell=tell_step)
+    return Chain(folder, tell=tell_step, allow_code=allow_code or ())
 
 
 def _seconds(chain: Chain) -> dict[str, float]:
@@ -961,10 +1403,10 @@ def _share(text: str) -> float:
 
 
 def _open_dataset(path: Path) -> Dataset:
-    from .chain import with_fitted
+    from .chain import refuse_random, with_fitted
     from .data.dataset import Dataset
 
-    return with_fitted(Dataset.open(path))
+    return with_fitted(refuse_random(Dataset.open(path)))
 
 
 def _dataset_of(artifact: AnyArtifact, given: Path | None) -> Dataset:
@@ -978,25 +1420,95 @@ def _dataset_of(artifact: AnyArtifact, given: Path | None) -> Dataset:
 
 def main() -> None:
     """Run the command line; every expected failure is one line and its exit code."""
+    warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")  # a phone's camera has that many
+    with _interrupts_noted() as interrupts:
+        code, line = _outcome(interrupts)
+    fault = _flush_fault()
+    if isinstance(fault, BrokenPipeError):
+        code = code or ExitCode.PIPE_CLOSED
+    elif fault is not None:
+        reason = fault.strerror or fault
+        code, line = ExitCode.MISTAKE, f"kdpipe: cannot write to standard output ({reason}): what was sealed stays"
+    if fault is not None or code == ExitCode.PIPE_CLOSED:
+        _print_nowhere()
+    if line:
+        with suppress(OSError):  # nobody is left to be told
+            typer.echo(printable(line), err=True)
+    sys.exit(code)
+
+
+@contextmanager
+def _interrupts_noted() -> Iterator[list[int]]:
+    """Holds a signal for every Ctrl-C of the block, which is interrupted as ever."""
+    noted: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    is_heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not so in a job in the background
+    if not is_heard or threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _flush_fault() -> OSError | None:
+    """Why what was printed does not arrive, if it does not."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        return error
+    return None
+
+
+def _print_nowhere() -> None:
+    """Let go of what cannot be printed: Python would try once more at its end, and say so in its own words."""
+    with suppress(OSError, ValueError):  # a stream without a descriptor
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def _outcome(interrupts: Sequence[int]) -> tuple[int, str]:
+    """Exit code of the command, and the line that says why it failed; empty where there is nothing to say."""
+    try:
+        code, line = _result()
+    except Exception:
+        if not interrupts:
+            raise
+        code, line = ExitCode.REFUSED, ""
+    # While a library loads, an interrupt may come out as any error.
+    return (ExitCode.INTERRUPTED, INTERRUPTED) if interrupts and code != ExitCode.DONE else (code, line)
+
+
+def _result() -> tuple[int, str]:
+    """As ``_outcome``; raises what is a bug of ours."""
     try:
         code = app(prog_name="kdpipe", standalone_mode=False)
     except KdpipeError as error:
-        typer.echo(printable(f"kdpipe: {error}"), err=True)
-        sys.exit(error.exit_code)
+        return error.exit_code, f"kdpipe: {error}"
     except BrokenPipeError:
-        sys.exit(ExitCode.PIPE_CLOSED)
+        return ExitCode.PIPE_CLOSED, ""
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # what Typer makes of it
+            return ExitCode.PIPE_CLOSED, ""
+        return end.code if isinstance(end.code, int) else ExitCode.DONE, ""
     except OSError as error:  # a path that the system refuses, such as one that is too long
         where = "" if error.filename is None else f": {error.filename}"
-        typer.echo(printable(f"kdpipe: {error.strerror or error}{where}", 500), err=True)
-        sys.exit(ExitCode.MISTAKE)
+        return ExitCode.MISTAKE, printable(f"kdpipe: {error.strerror or error}{where}", 500)
+    except typer.Abort:  # a question, and nobody there to answer it
+        return ExitCode.INTERRUPTED, "kdpipe: no answer: nothing was done"
     except Exception as error:
-        message = getattr(error, "format_message", None)  # Typer's usage errors
-        if message is None:
-            raise
-        context = getattr(error, "ctx", None)
-        command = context.command_path if context else "kdpipe"
-        typer.echo(printable(f"{command}: {message()} (see {command} --help)"), err=True)
-        sys.exit(ExitCode.MISTAKE)
+        if (message := getattr(error, "format_message", None)) is not None:  # Typer's usage errors
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context else "kdpipe"
+            return ExitCode.MISTAKE, f"{command}: {message()} (see {command} --help)"
+        raise
     if code == ExitCode.INTERRUPTED:  # what Typer makes of Ctrl-C
-        typer.echo("kdpipe: interrupted; what was sealed stays, nothing half-written is left", err=True)
-    sys.exit(code if isinstance(code, int) else ExitCode.DONE)
+        return ExitCode.INTERRUPTED, INTERRUPTED
+    return code if isinstance(code, int) else ExitCode.DONE, ""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import types
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from .core.config import nested, parse_yaml, validated
 
@@ -45,10 +46,19 @@ def metavar(annotation: Any) -> str:
     return getattr(annotation, "__name__", str(annotation)).upper() if origin is None else "{...}"
 
 
+def choices(annotation: Any) -> list[str]:
+    """The words that a field of this type takes, if it takes a few only."""
+    if annotation is bool:
+        return ["true", "false"]
+    if get_origin(annotation) is Literal:
+        return list(map(str, get_args(annotation)))
+    inner = get_args(annotation) if get_origin(annotation) in (Annotated, types.UnionType, Union) else ()
+    return [word for each in inner for word in choices(each)]
+
+
 def _parse(text: str, info: FieldInfo, option: str) -> Any:
     """The text of an option as YAML would read it; fields of plain text take it as it is."""
-    may_be_null = get_origin(info.annotation) in (types.UnionType, Union) and str in get_args(info.annotation)
-    if info.annotation is str or (may_be_null and text.lower() != "null"):
+    if _takes_plain_text(info) and (info.annotation is str or text.lower() != "null"):
         return text
     return parse_yaml(text, option)
 
@@ -85,6 +95,56 @@ def configured(kind: type[BaseModel], leave_out: tuple[str, ...] = ()) -> Callab
     return decorate
 
 
+def options_of(config: BaseModel, leave_out: tuple[str, ...] = ()) -> list[str]:
+    """The options that make ``config`` on a command line, as few as do; ``leave_out`` are given in another way.
+
+    A field that is left out may follow another one (what an effort means), so that it is looked at what comes out.
+    """
+    kind = type(config)
+    own = {name: getattr(config, name) for name in leave_out}
+    leaves = {path: info for path, info in walk(kind) if path[0] not in leave_out}
+    wanted = {path: _value_at(config, path) for path in leaves}
+    given = {path for path, info in leaves.items() if len(path) == 1 and info.is_required()}
+    while True:
+        values: dict[str, Any] = dict(own)
+        for path in given:
+            place = values
+            for part in path[:-1]:
+                place = place.setdefault(part, {})
+            place[path[-1]] = wanted[path]
+        made = kind.model_validate(values)
+        lacking = {path for path in leaves if path not in given and _value_at(made, path) != wanted[path]}
+        if not lacking:
+            break
+        given |= lacking
+    return [
+        text
+        for path, info in leaves.items()
+        if path in given
+        for text in ("--" + ".".join(path).replace("_", "-"), _text(wanted[path], info))
+    ]
+
+
+def _value_at(config: Any, path: tuple[str, ...]) -> Any:
+    for part in path:
+        config = getattr(config, part)
+    return config
+
+
+def _text(value: Any, info: FieldInfo) -> str:
+    """The opposite of ``_parse``."""
+    if isinstance(value, str) and _takes_plain_text(info):
+        return value
+    return json.dumps(to_jsonable_python(value), ensure_ascii=False)
+
+
+def _takes_plain_text(info: FieldInfo) -> bool:
+    """Whether a text is the field's value as it stands, and no YAML."""
+    return info.annotation is str or (
+        get_origin(info.annotation) in (types.UnionType, Union) and str in get_args(info.annotation)
+    )
+
+
 def _complete(kind: type[BaseModel], values: dict[str, Any], /, **more: Any) -> Any:
     """The options with what the command adds, validated. Raises UserError."""
     return validated(kind, {**values, **more}, "options")
@@ -92,12 +152,14 @@ def _complete(kind: type[BaseModel], values: dict[str, Any], /, **more: Any) -> 
 
 def _parameter(name: str, path: tuple[str, ...], info: FieldInfo) -> inspect.Parameter:
     default = None if info.default is PydanticUndefined else info.default
+    words = choices(info.annotation)
     shown = "none" if default is None else ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
     option = typer.Option(
         "--" + ".".join(path).replace("_", "-"),
         help=f"{info.description or ''}; " + ("required" if info.is_required() else f"default {shown}"),
         metavar=metavar(info.annotation),
         show_default=False,
+        autocompletion=(lambda: words) if words else None,
     )
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]

@@ -3,51 +3,99 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-from .chain import TRAIN_NEEDS, Chain, Wants, believed_beside
+from pydantic import BaseModel
+
+from . import forecast
+from .chain import (
+    REPLACED,
+    TRAIN_NEEDS,
+    Chain,
+    Wants,
+    adopt_config,
+    attempt_of,
+    attempts,
+    believed,
+    believed_beside,
+    fitted_config,
+    sealed,
+    with_code,
+)
+from .core.artifact import MANIFEST, AnyArtifact, Manifest, check_provenance, order_key, read_manifest
 from .core.config import (
+    BenchConfig,
+    BenchPlan,
+    CachePlan,
     DistillPlan,
     DistillSettings,
     ExportConfig,
+    GraphConfig,
     ModelSettings,
+    QuantizeConfig,
     Recipe,
     ReportConfig,
     TrainConfig,
     changed,
     control_of,
+    suited,
 )
 from .core.errors import DeviceLost, KdpipeError, UserError, choice
+from .core.inputs import size_words
 from .core.kinds import Bundle, Graph, Measurement, Model, Probe, Report, unshown
 from .core.proc import require
 from .core.progress import note
+from .data.listing import list_images
+from .data.sources import check_source
+from .devices.session import bench_config, swept
+from .export import TARGETS
+from .forecast import Cost, Forecast, Work
+from .options import options_of
+from .quantize import VARIANTS
 
-AGAIN = ("bench",)  # events: other stages give the same when they are done again
+# In their order; each is called as its command and what is told to it.
+STAGES = ("data", "teacher", "distill", "export", "quantize", "package", "bench", "report")
 
 if TYPE_CHECKING:
     from .report.plots import Figure
     from .report.shown import Table
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Refuse before any work what a later stage would refuse: packages, names, networks. Raises UserError."""
+def check_names(recipe: Recipe) -> None:
+    """Refuse what can be told in a second, without PyTorch: names and files. Raises UserError."""
     from .devices import find_device
-    from .export import TARGETS
-    from .export.onnx import NEEDS as GRAPH_NEEDS
-    from .quantize import VARIANTS
+    from .networks.names import check_name
 
+    checkpoint = recipe.teacher.checkpoint
+    check_source(recipe.data)
+    if checkpoint is not None and not checkpoint.is_file():
+        raise UserError(f"teacher.checkpoint: no file at {checkpoint}: wanted .safetensors or .pth")
     for device in recipe.bench.devices:
         find_device(device)
-    _, lost = probe_all(recipe.bench.devices)
-    for device, error in lost.items():
-        note(f"'{device}' may be lost when it is to be measured: {error}")
-    require("training", TRAIN_NEEDS, "train")
-    require("the report", ("jinja2", "matplotlib"), "report")
+    check_name(recipe.teacher.model)
+    for config in student_runs(recipe.student, recipe.distill, recipe.data.unlabeled is not None).values():
+        check_name(config.model)
     for target in recipe.export.targets:
         if target not in TARGETS:
             raise choice("target", target, TARGETS)
+    if recipe.quantize is not None and recipe.quantize.variants != "auto":
+        known = {name for target in recipe.export.targets for name in VARIANTS[target]}
+        for name in recipe.quantize.variants:
+            if name not in known:
+                raise choice("variant", name, known)
+
+
+def check_packages(recipe: Recipe) -> None:
+    """Refuse where a package is missing that a stage needs; imports none of them. Raises UserError."""
+    from .export.onnx import NEEDS as GRAPH_NEEDS
+
+    require("training", TRAIN_NEEDS, "train")
+    require("the report", ("jinja2", "matplotlib"), "report")
+    for target in recipe.export.targets:
         require(f"target '{target}'", TARGETS[target].needs, target)
         if TARGETS[target].source is Graph:
             require("ONNX", GRAPH_NEEDS, target)
@@ -55,18 +103,22 @@ def check_recipe(recipe: Recipe) -> None:
             for name, variant in VARIANTS[target].items():
                 if recipe.quantize.variants == "auto" or name in recipe.quantize.variants:
                     require(f"{name} for '{target}'", variant.needs, target)
-    if recipe.quantize is not None and recipe.quantize.variants != "auto":
-        known = {name for target in recipe.export.targets for name in VARIANTS[target]}
-        for name in recipe.quantize.variants:
-            if name not in known:
-                raise choice("variant", name, known)
-    from .distill.train import check_run
-
-    check_run(recipe.teacher, None if recipe.teacher.checkpoint else recipe.teacher.train)
     if recipe.distill.tracker != "none":
         from .distill.trackers import TRACKERS
 
         require(f"tracker '{recipe.distill.tracker}'", TRACKERS[recipe.distill.tracker].needs, recipe.distill.tracker)
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse before any work what a later stage would refuse: names, packages, networks. Raises UserError."""
+    check_names(recipe)
+    _, lost = probe_all(recipe.bench.devices)
+    for device, error in lost.items():
+        note(f"'{device}' may be lost when it is to be measured: {error}")
+    check_packages(recipe)
+    from .distill.train import check_run
+
+    check_run(recipe.teacher, None if recipe.teacher.checkpoint else recipe.teacher.train)
     of_one_seed = recipe.distill.model_copy(update={"seeds": recipe.distill.seeds[:1]})  # the others are like it
     for config in student_runs(recipe.student, of_one_seed, recipe.data.unlabeled is not None).values():
         check_run(config, config.train)
@@ -145,7 +197,7 @@ class Outcome:
         return table(self.report)
 
     def figure(self, name: str) -> Figure:
-        """``pareto``, ``noise``, ``curves`` or ``gain METHOD``. Raises UserError for one that there is not."""
+        """``pareto``, ``accuracy``, ``confusion``, ``noise``, ``curves`` or ``gain METHOD``. Raises UserError."""
         from .report.shown import figure
 
         return figure(self.report, name)
@@ -156,44 +208,489 @@ def run(recipe: Recipe, chain: Chain, again: str | None = None) -> Outcome:
 
     The shipped student is the one of the first seed by the method: chosen beforehand, never by its test
     accuracy. Each device measures the variants that suit it. Sessions are measured until there are as many as the
-    recipe says; with ``again="bench"`` as many more.
+    recipe says.
+
+    Args:
+        again: a stage to do again. Of ``bench``, an event, as many sessions more; of another one what is sealed is set
+            aside, with all that came from it.
 
     Raises:
         KdpipeError: as its stages do.
     """
-    if again not in (None, *AGAIN):
-        raise choice("stage to do again", again, AGAIN)
+    outcome = run_part(recipe, chain, again)
+    assert outcome is not None
+    return outcome
+
+
+def run_part(
+    recipe: Recipe, chain: Chain, again: str | None = None, start: str | None = None, until: str | None = None
+) -> Outcome | None:
+    """As ``run``, up to and with the stage ``until``; None where that is before the report.
+
+    Args:
+        start: what the stages before this one make must be sealed: nothing is trained again by mistake.
+
+    Raises:
+        UserError: an unknown stage, or something before ``start`` is not sealed.
+        KdpipeError: as its stages do.
+    """
+    legs = plan(recipe, chain, again, until)
+    check_start(legs, start, until)
+    if again is not None and again != "bench":
+        keys = {leg.key for leg in legs if leg.stage == again and leg.key is not None}
+        if moved := chain.set_aside(keys):
+            note(f"{len(moved)} artifacts of '{again}' and after it are set aside in {chain.folder / REPLACED}")
+    chain.course = course = _Course(legs, chain)
+    stages = _stages(recipe, chain, again == "bench")
+    while True:
+        try:
+            stage = next(stages)
+        except StopIteration as ended:
+            outcome: Outcome = ended.value
+            return outcome
+        if until is not None and _position(stage) > _position(until):
+            return None
+        if stage == "quantize" and any(leg.perhaps for leg in legs):  # which the exported models tell now
+            course.know(plan(recipe, chain, again if again == "bench" else None, until))
+
+
+def check_start(legs: Sequence[Leg], start: str | None, until: str | None = None) -> None:
+    """Refuse to begin with a stage where something before it is not sealed. Raises UserError."""
+    if start is None:
+        return
+    if _position(start) > _position(until or STAGES[-1]):
+        raise UserError(f"--from {start} comes after --until {until}: the stages are {', '.join(STAGES)}")
+    before = [leg for leg in legs if _position(leg.stage) < _position(start)]
+    if lacking := [leg for leg in before if not leg.sealed and not leg.perhaps]:
+        raise UserError(
+            f"--from {start}: {len(lacking)} of the {len(before)} artifacts before it are not sealed, the first is "
+            f"'{lacking[0].name}': leave --from out, or go back to the settings that made them"
+        )
+
+
+def _position(stage: str) -> int:
+    """Raises UserError for an unknown one."""
+    if stage not in STAGES:
+        raise choice("stage", stage, STAGES)
+    return STAGES.index(stage)
+
+
+def _stages(recipe: Recipe, chain: Chain, again: bool) -> Generator[str, None, Outcome]:
+    """Do one stage after another; gives the name of each before it is begun."""
     chain.check = lambda: check_recipe(recipe)
+    yield "data"
     dataset = chain.data(recipe.data, wants=lambda: wants(recipe))
+    yield "teacher"
     teacher = chain.teacher(recipe.teacher, dataset)
+    yield "distill"
     checkpoints = {"teacher": teacher}
     runs = student_runs(recipe.student, recipe.distill, recipe.data.unlabeled is not None)
     checkpoints |= chain.train_all(runs, dataset, teacher, recipe.distill.together)
-    shipped = checkpoints[f"student-{recipe.distill.method}-seed{recipe.distill.seeds[0]}"]
+    shipped = checkpoints[shipped_name(recipe)]
 
+    yield "export"
+    targets = recipe.export.targets
+    float32 = {
+        target: chain.export(ExportConfig.of(recipe.export, target=target), shipped, dataset) for target in targets
+    }
+    yield "quantize"
     probes, lost = probe_all(recipe.bench.devices)
-    bundles: dict[str, dict[str, Bundle]] = {device: {} for device in probes}
-    for target in recipe.export.targets:
-        float32 = chain.export(ExportConfig.of(recipe.export, target=target), shipped, dataset)
-        variants: dict[str, list[Model]] = {device: [] for device in probes}
+    variants: dict[str, dict[str, list[Model]]] = {target: {device: [] for device in probes} for target in targets}
+    for target, model in float32.items():
         if recipe.quantize is not None:
-            variants = chain.variants_of(recipe.quantize, float32, dataset, probes)
-        models = {model.key: model for model in [float32, *itertools.chain.from_iterable(variants.values())]}
-        if told := unshown(models.values()):
+            variants[target] = chain.variants_of(recipe.quantize, model, dataset, probes)
+        if told := unshown({each.key: each for its in variants[target].values() for each in its}.values()):
             note(told)
+    yield "package"
+    bundles: dict[str, dict[str, Bundle]] = {device: {} for device in probes}
+    for target, whole in float32.items():
+        smaller = itertools.chain.from_iterable(variants[target].values())
+        models = {model.key: model for model in [whole, *smaller]}
         packed = {key: chain.package(recipe.package, model, dataset) for key, model in models.items()}
-        for device, its in variants.items():
-            for model in [float32, *its]:
+        for device, its in variants[target].items():
+            for model in [whole, *its]:
                 bundles[device][f"{target}-{model.facts.variant}"] = packed[model.key]
-    plan = recipe.bench.model_copy(update={"devices": tuple(probes)})
-    benched = chain.bench(plan, bundles, dataset, again=again == "bench")
-    page = ReportConfig(title=recipe.name)
-    if recipe.quantize is not None and recipe.quantize.max_drop is not None:
-        page = page.model_copy(update={"max_drop": recipe.quantize.max_drop})
-    report = chain.report(page, benched.one_of_each, checkpoints)
+    yield "bench"
+    benched = chain.bench(_bench_plan(recipe, probes), bundles, dataset, again=again)
+    yield "report"
+    report = chain.report(_report_config(recipe), benched.one_of_each, checkpoints)
     benched.lost.update(lost)
     measurements = {found.facts.device: found for found in map(believed_beside, benched.one_of_each)}
     return Outcome(report, measurements, _named(bundles), benched.told_lost)
+
+
+def shipped_name(recipe: Recipe) -> str:
+    """Of the run whose student is exported."""
+    return f"student-{recipe.distill.method}-seed{recipe.distill.seeds[0]}"
+
+
+def _bench_plan(recipe: Recipe, probes: Mapping[str, Probe]) -> BenchPlan:
+    return recipe.bench.model_copy(update={"devices": tuple(probes)})
+
+
+def _report_config(recipe: Recipe) -> ReportConfig:
+    config = ReportConfig(title=recipe.name)
+    if recipe.quantize is None or recipe.quantize.max_drop is None:
+        return config
+    return config.model_copy(update={"max_drop": recipe.quantize.max_drop})
+
+
+# ---- what a run would do ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One artifact that a run makes, or finds.
+
+    ``key`` and ``path`` are None where only the work before can tell; ``perhaps``: whether it is wanted at all only the
+    model before can tell. ``after`` are the names, ``id``, of the legs that it is made from. ``command`` makes exactly
+    this artifact by itself once these are there; None where it comes along with the first leg after it.
+    """
+
+    stage: str
+    name: str
+    key: str | None
+    path: Path | None
+    sealed: bool
+    after: tuple[str, ...]
+    command: tuple[str, ...] | None
+    work: Work
+    perhaps: bool = False
+
+    @property
+    def id(self) -> str:
+        """The name of its folder; where that is not known, its own."""
+        return self.name if self.path is None else self.path.name
+
+
+def plan(recipe: Recipe, chain: Chain, again: str | None = None, until: str | None = None) -> list[Leg]:
+    """What ``run_part`` makes and finds, in its order; nothing is made.
+
+    A key is a function of settings and inputs, so that most are known before the work. What a variant's refusal or a
+    lost device would change is not foreseen.
+
+    Raises:
+        UserError: an unknown stage, or what ``check_names`` refuses.
+        DeviceLost: no device is left.
+    """
+    if again is not None and _position(again) > _position(until or STAGES[-1]):
+        raise UserError(f"--again {again} comes after --until {until}: the stages are {', '.join(STAGES)}")
+    check_names(recipe)  # before a folder of images is read, which may take minutes
+    planner = _Planner(recipe, chain, again)
+    legs = planner.legs()
+    last = _position(until or STAGES[-1])
+    return [leg for leg in legs if _position(leg.stage) <= last]
+
+
+class _Planner:
+    """Walks through a recipe as ``_stages`` does, with keys in place of artifacts."""
+
+    def __init__(self, recipe: Recipe, chain: Chain, again: str | None) -> None:
+        self._recipe, self._chain, self._again = recipe, chain, again
+        self._legs: list[Leg] = []
+        self._stale: set[str] = set()  # what is to be made again though it is sealed
+
+    def legs(self) -> list[Leg]:
+        """All of them."""
+        recipe = self._recipe
+        data = self._data()
+        teacher = self._teacher(data)
+        students = self._students(data, teacher)
+        shipped = students[shipped_name(recipe)]
+        float32 = {target: self._export(target, shipped, data) for target in recipe.export.targets}
+        probes, _ = probe_all(recipe.bench.devices)
+        variants = {target: self._variants(target, model, data, probes) for target, model in float32.items()}
+        bundles: dict[str, dict[str, Leg]] = {device: {} for device in probes}
+        for target, whole in float32.items():
+            smaller = itertools.chain.from_iterable(its.items() for its in variants[target].values())
+            models = {leg.id: (variant, leg) for variant, leg in [("float32", whole), *smaller]}
+            packed = {id: self._package(target, variant, leg, data) for id, (variant, leg) in models.items()}
+            for device, its in variants[target].items():
+                for variant, leg in [("float32", whole), *its.items()]:
+                    bundles[device][f"{target}-{variant}"] = packed[leg.id]
+        models = [leg for leg in self._legs if leg.stage in ("export", "quantize") and leg.name != "graph"]
+        self._report(self._bench(bundles, data, probes), {"teacher": teacher, **students}, models)
+        return self._legs
+
+    def _leg(
+        self,
+        stage: str,
+        name: str,
+        make: str,
+        config: BaseModel,
+        inputs: Mapping[str, Leg],
+        work: Work,
+        command: Iterable[object] | None,
+        *,
+        perhaps: bool = False,
+        besides: Iterable[Leg] = (),
+    ) -> Leg:
+        """One more: ``make`` is the stage of its order, ``besides`` it waits for these. ``command`` lacks ``--out``."""
+        perhaps = perhaps or any(leg.perhaps for leg in inputs.values())
+        key = _key(make, config, inputs)
+        path = None if key is None else self._chain.place(name, key)
+        return self._add(stage, name, key, path, [*inputs.values(), *besides], command, work, perhaps)
+
+    def _add(
+        self,
+        stage: str,
+        name: str,
+        key: str | None,
+        path: Path | None,
+        after: Iterable[Leg],
+        command: Iterable[object] | None,
+        work: Work,
+        perhaps: bool = False,
+        out: bool = True,
+    ) -> Leg:
+        ids = tuple(dict.fromkeys(leg.id for leg in after))
+        told = list(command or ())
+        words: tuple[str, ...] | None = None
+        if told and path is not None and None not in told:  # all paths are known
+            words = ("kdpipe", *map(str, told), *(("--out", str(path)) if out else ()))
+        stale = (stage == self._again and stage != "bench") or bool(self._stale.intersection(ids))
+        there = path is not None and not stale and (path / MANIFEST).is_file()
+        leg = Leg(stage, name, key, path, there, ids, words, work, perhaps)
+        if stale:
+            self._stale.add(leg.id)
+        if leg.id not in {other.id for other in self._legs}:
+            self._legs.append(leg)
+        return leg
+
+    def _data(self) -> Leg:
+        plan = self._recipe.data
+        config = self._chain.data_order(plan, lambda: wants(self._recipe)).config
+        side = config.copies_side
+        stored = {"store": "none"} if side is None else {"store": "resized", "store_side": side}
+        command = ("data", config.source, *options_of(plan.model_copy(update=stored), leave_out=("source",)))
+        folder = Path(config.source)
+        images = sum(1 for _ in list_images(folder)) if folder.is_dir() else 1
+        work = forecast.reading(config.source, side, images)
+        data = self._leg("data", "data", "data", config, {}, work, command)
+        for spec in () if side is None else wants(self._recipe).specs:
+            fitted = fitted_config(spec)
+            work = forecast.fitting(fitted.size, data=data.key)
+            self._leg("data", f"fitted-{size_words(fitted.size)}", "fitted", fitted, {"data": data}, work, None)
+        return data
+
+    def _teacher(self, data: Leg) -> Leg:
+        plan = self._recipe.teacher
+        if plan.is_trained:
+            config = with_code(TrainConfig.of(plan, method="labels"))
+            work = forecast.training(config.model_dump(mode="json"), None, data=data.key)
+            command = ("teacher", data.path, *options_of(plan))
+            return self._leg("teacher", "teacher", "train", config, {"data": data}, work, command)
+        adopted = adopt_config(plan)
+        work = forecast.adopting(adopted.model_dump(mode="json"))
+        command = ("teacher", data.path, *options_of(plan, leave_out=("train", "seed")))
+        return self._leg("teacher", "teacher", "adopt", adopted, {"data": data}, work, command)
+
+    def _students(self, data: Leg, teacher: Leg) -> dict[str, Leg]:
+        recipe = self._recipe
+        found = {}
+        runs = student_runs(recipe.student, recipe.distill, recipe.data.unlabeled is not None)
+        for name, config in ((name, with_code(run)) for name, run in runs.items()):
+            taught_by = recipe.teacher.model if config.needs_teacher else None
+            inputs = {"data": data} | ({"teacher": teacher} if config.needs_teacher else {})
+            work = forecast.training(config.model_dump(mode="json"), taught_by, data=data.key)
+            command = ("distill", (teacher if taught_by else data).path, "--data", data.path, *options_of(config))
+            key = _key("train", config, inputs)
+            there = key is not None and self._chain.place(name, key).exists()
+            there = there and not self._stale and self._again != "distill"
+            besides = [] if there or config.cache_views is None or not taught_by else [self._cache(config, inputs)]
+            found[name] = self._leg("distill", name, "train", config, inputs, work, command, besides=besides)
+        return found
+
+    def _cache(self, config: TrainConfig, inputs: Mapping[str, Leg]) -> Leg:
+        from .distill.train import cache_config
+
+        wanted = cache_config(config)
+        assert wanted is not None
+        asked = CachePlan.of(wanted, ModelSettings.of(config))
+        command = ("cache", inputs["teacher"].path, "--data", inputs["data"].path, *options_of(asked))
+        work = forecast.asking(wanted.model_dump(mode="json"), self._recipe.teacher.model, data=inputs["data"].key)
+        return self._leg("distill", "cache", "cache", wanted, inputs, work, command)
+
+    def _export(self, target: str, student: Leg, data: Leg) -> Leg:
+        config = ExportConfig.of(self._recipe.export, target=target)
+        source, model = student, self._recipe.student.model
+        if TARGETS[target].source is Graph:
+            work = forecast.tracing(model)
+            inputs = {"student": student, "data": data}
+            source = self._leg("export", "graph", "graph", GraphConfig.of(config), inputs, work, None)
+        command = ("export", student.path, "--data", data.path, *options_of(config))
+        inputs = {TARGETS[target].source.kind: source, "data": data}
+        work = forecast.writing(target, model)
+        return self._leg("export", f"{target}-float32", "export", config, inputs, work, command)
+
+    def _variants(self, target: str, float32: Leg, data: Leg, probes: Mapping[str, Probe]) -> dict[str, dict[str, Leg]]:
+        """For each device its variants by name."""
+        plan = self._recipe.quantize
+        found: dict[str, dict[str, Leg]] = {device: {} for device in probes}
+        if plan is None:
+            return found
+        facts = None
+        if float32.sealed and float32.path is not None:
+            manifest = read_manifest(float32.path)
+            check_provenance(float32.path, manifest)
+            facts = Model.facts_of(manifest)
+        for device, probe in probes.items():
+            for name, kind in VARIANTS[target].items():
+                wanted = kind.suits(facts, probe.known_flags) if plan.variants == "auto" else name in plan.variants
+                if wanted is False:
+                    continue
+                config = suited(QuantizeConfig.of(plan, variant=name), probe.machine, probe.known_flags)
+                command = ("quantize", float32.path, "--data", data.path, "--device", device, *options_of(config))
+                work = forecast.shrinking(config.model_dump(mode="json"), target, self._recipe.student.model)
+                inputs = {"model": float32, "data": data}
+                found[device][name] = self._leg(
+                    "quantize", f"{target}-{name}", "quantize", config, inputs, work, command, perhaps=wanted is None
+                )
+        return found
+
+    def _package(self, target: str, variant: str, model: Leg, data: Leg) -> Leg:
+        config = self._recipe.package
+        command = ("package", model.path, "--data", data.path, *options_of(config))
+        work = forecast.packing(target, variant, self._recipe.student.model)
+        inputs = {"model": model, "data": data}
+        return self._leg("package", f"bundle-{target}-{variant}", "package", config, inputs, work, command)
+
+    def _bench(
+        self, bundles: Mapping[str, Mapping[str, Leg]], data: Leg, probes: Mapping[str, Probe]
+    ) -> tuple[list[Leg], dict[str, str | None]]:
+        """The sessions of this run; and the keys of all that a report is made of, by role."""
+        plan = _bench_plan(self._recipe, probes)
+        sessions = {device: self._session(plan, device, probes[device], its, data) for device, its in bundles.items()}
+        turns = [
+            (0 if session.sealed else number, device, number)
+            for device, session in sessions.items()
+            for number in session.numbers
+        ]
+        legs = []
+        keys: dict[str, str | None] = {}
+        for device, session in sessions.items():
+            keys |= {f"measurement-{device}-{number}": key for number, key in session.earlier.items()}
+        for _, device, number in sorted(turns, key=lambda turn: turn[0]):
+            session = sessions[device]
+            name = f"measurement-{device}-{number}"
+            key, path = None, None
+            if session.key is not None:
+                attempt = session.config.model_copy(update={"attempt": number})
+                key = _key("bench", attempt, session.inputs)
+                path = self._chain.place("measurement", session.key, number)
+            after = session.inputs.values()
+            legs.append(self._add("bench", name, key, path, after, session.command, session.work, out=False))
+            keys[name] = key
+        return legs, keys
+
+    def _session(self, plan: BenchPlan, device: str, probe: Probe, bundles: Mapping[str, Leg], data: Leg) -> _Session:
+        """What is measured of a device, and how often."""
+        config = bench_config(plan, device, probe)
+        inputs = {**swept(bundles, plan.threads), "data": data}
+        key = None if any(leg.perhaps for leg in inputs.values()) else _key("bench", config, inputs)
+        earlier: dict[Path, Manifest] = {}
+        if key is not None and not self._stale.intersection(leg.id for leg in inputs.values()):
+            keys = {role: leg.key for role, leg in inputs.items() if leg.key is not None}
+            earlier = attempts(self._chain.folder, config.model_dump(mode="json"), keys)
+        last = max(map(attempt_of, earlier.values()), default=0)
+        goal = plan.sessions + (last if self._again == "bench" else 0)
+        sealed = last >= goal
+        numbers = [attempt_of(earlier[believed(earlier)])] if sealed else list(range(last + 1, goal + 1))
+        options = options_of(plan.model_copy(update={"sessions": 1}), leave_out=("devices",))
+        paths = dict.fromkeys(leg.path for leg in bundles.values())
+        return _Session(
+            config=config,
+            inputs=inputs,
+            key=key,
+            earlier={attempt_of(manifest): manifest.key for manifest in earlier.values()},
+            sealed=sealed,
+            numbers=numbers,
+            command=("bench", *paths, "--data", data.path, "--device", device, *options),
+            work=forecast.benching(config.model_dump(mode="json"), device, len(inputs) - 1),
+        )
+
+    def _report(
+        self, measured: tuple[list[Leg], dict[str, str | None]], checkpoints: Mapping[str, Leg], models: Iterable[Leg]
+    ) -> None:
+        sessions, keys = measured
+        inputs = {**keys, **{name: leg.key for name, leg in checkpoints.items()}}
+        inputs |= {f"model-{str(leg.key)[:12]}": leg.key for leg in models}
+        inputs |= {f"graph-{str(leg.key)[:12]}": leg.key for leg in self._legs if leg.name == "graph"}
+        inputs |= {leg.name: leg.key for leg in self._legs if leg.name == "data"}
+        known = {role: key for role, key in inputs.items() if key is not None}
+        config = _report_config(self._recipe)
+        key = order_key("report", config, known) if len(known) == len(inputs) else None
+        path = None if key is None else self._chain.place("report", key)
+        last = {leg.name.rpartition("-")[0]: leg for leg in sessions}  # of each device
+        after = [*sessions, *checkpoints.values()]
+        paths = [leg.path for leg in [*last.values(), *checkpoints.values()]]
+        command = ("report", *paths, *options_of(config))
+        self._add("report", "report", key, path, after, command, forecast.reporting())
+
+
+class _Session(NamedTuple):
+    """The sessions of a device: which are wanted now, and which there were."""
+
+    config: BenchConfig
+    inputs: Mapping[str, Leg]
+    key: str | None  # of the session, whatever the attempt
+    earlier: Mapping[int, str]  # keys of the attempts that are sealed
+    sealed: bool
+    numbers: Sequence[int]
+    command: Sequence[object]
+    work: Work
+
+
+def _key(make: str, config: BaseModel, inputs: Mapping[str, Leg]) -> str | None:
+    """The key of an order, where those of its inputs are known."""
+    known = {role: leg.key for role, leg in inputs.items() if leg.key is not None}
+    return order_key(make, config, known) if len(known) == len(inputs) else None
+
+
+class _Course:
+    """Where a run is among its legs, and about how long the rest takes."""
+
+    def __init__(self, legs: Sequence[Leg], chain: Chain) -> None:
+        self._chain = chain
+        self._done: list[str] = []
+        self.know(legs)
+
+    def know(self, legs: Sequence[Leg]) -> None:
+        """Take what is known of the whole run by now."""
+        self._open = {leg.id: leg for leg in legs if not leg.perhaps and leg.id not in self._done}
+        self._total = len(self._done) + len(self._open)
+
+    @cached_property
+    def _forecast(self) -> Forecast:
+        """Read where something is to be made at all."""
+        return forecast_of(self._chain)
+
+    def begin(self, path: Path) -> str:
+        """As ``chain.Course`` has it."""
+        left = [self._forecast.cost(leg.work) for leg in self._open.values() if not leg.sealed]
+        words = forecast.total(left).left()
+        place = len(self._done) + 1
+        return f"{place} of {max(self._total, place)}" + (f", {words}" if words else "")
+
+    def end(self, artifact: AnyArtifact, *, made: bool) -> str:
+        """As ``chain.Course`` has it."""
+        self._done.append(artifact.path.name)
+        self._open.pop(artifact.path.name, None)
+        if made:
+            self._forecast.learn(artifact.manifest)
+        place = len(self._done)
+        total = max(self._total, place)
+        return f"{place:>{len(str(total))}}/{total}"
+
+
+def forecast_of(chain: Chain) -> Forecast:
+    """What work took so far, by what is sealed in the folder."""
+    return Forecast(manifest for _, manifest in sealed(chain.folder, skip=UserError))
+
+
+def costs(legs: Iterable[Leg], known: Forecast) -> list[Cost]:
+    """What each leg takes; nothing where it is sealed."""
+    return [forecast.SEALED if leg.sealed else known.cost(leg.work) for leg in legs]
 
 
 def probe_all(devices: Iterable[str]) -> tuple[dict[str, Probe], dict[str, KdpipeError]]:

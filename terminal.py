@@ -43,7 +43,8 @@ class Lines:
         if time.monotonic() - self._told >= PLAIN_INTERVAL_SECONDS:
             self._told = time.monotonic()
             whole = "" if total is None else f" of {total}"
-            self.note(f"  {what}: {done + steps}{whole} {detail}".rstrip())
+            inside = f"; {self._open[0][0]}" if len(self._open) > 1 else ""  # which step of a run, and what is left
+            self.note(f"  {what}: {done + steps}{whole} {detail}".rstrip() + inside)
 
     def end(self) -> None:
         self._open.pop()
@@ -116,10 +117,11 @@ def listener() -> Listener:
 
 
 def tell_step(step: Step) -> None:
-    """One line a step: what it made, how long it took or that it was there already."""
+    """One line a step: what it made, how long it took or that it was there already; below it what was found."""
     if process_number():
         return
-    sys.stderr.write(printable(str(step)) + "\n")
+    for line in str(step).splitlines():
+        sys.stderr.write(printable(line) + "\n")
 
 
 def tell_forecast(forecast: Forecast) -> None:

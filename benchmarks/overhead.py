@@ -56,10 +56,10 @@ def by_runner(folder: Path, bundle: Bundle, images: Path, seconds: float, outsid
 
 def by_benchmark_app(bundle: Bundle, seconds: float, shape: str) -> float:
     """Median in microseconds: in one stream of one thread, as ours, and in the same precision."""
-    size = bundle.facts.input.size
+    height, width = bundle.facts.input.sides
     command = [_tool("benchmark_app"), "-m", str(bundle.file(bundle.facts.entry)), "-d", "CPU", "-hint", "none"]
     command += ["-api", "sync", "-nstreams", "1", "-nthreads", "1", "-infer_precision", "f32"]
-    command += [shape, f"[1,3,{size},{size}]", "-t", str(max(1, round(seconds)))]
+    command += [shape, f"[1,3,{height},{width}]", "-t", str(max(1, round(seconds)))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = re.search(r"Median:\s+([\d.]+) (us|ms)", done.stdout)
     assert found, done.stdout
@@ -94,14 +94,14 @@ def main(
 
 
 def compare(bundle: Bundle, pairs: int, seconds: float) -> None:
-    size, target = bundle.facts.input.size, bundle.facts.target
+    (height, width), target = bundle.facts.input.sides, bundle.facts.target
     found: dict[str, list[float]] = {OURS: []}
     outside_us: list[float] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "runtime").symlink_to(Path(runtime.__file__).parent)
         images = folder / "images.npy"
-        np.save(images, np.random.default_rng(0).integers(0, 256, (64, size, size, 3), dtype=np.uint8))
+        np.save(images, np.random.default_rng(0).integers(0, 256, (64, height, width, 3), dtype=np.uint8))
         calls: dict[str, Callable[[], float]] = {OURS: partial(by_runner, folder, bundle, images, seconds, outside_us)}
         if target == "openvino":
             calls["benchmark_app"] = partial(by_benchmark_app, bundle, seconds, "-data_shape")
@@ -114,7 +114,7 @@ def compare(bundle: Bundle, pairs: int, seconds: float) -> None:
             for name in list(calls)[:: -1 if turn % 2 else 1]:
                 found[name].append(calls[name]())
         starts = [ask(FreshStart, folder, bundle, images) for _ in range(10)]
-    print(f"\n{target}, {bundle.facts.model} at {size} pixels")
+    print(f"\n{target}, {bundle.facts.model} at {height}x{width} pixels")
     for name, medians in found.items():
         print(f"  {name}: {' '.join(f'{value:.1f}' for value in medians)} us")
     for name in list(found)[1:]:

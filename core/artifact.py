@@ -69,6 +69,16 @@ class Provenance(Record):
     inputs: dict[str, Provenance]
     seconds: float
 
+    @property
+    def depth(self) -> int:
+        """How many stages lie before it at most."""
+        return 1 + max((source.depth for source in self.inputs.values()), default=-1)
+
+    @property
+    def lineage_keys(self) -> set[str]:
+        """Its own key and those of all it came from."""
+        return {self.key}.union(*(source.lineage_keys for source in self.inputs.values()))
+
 
 class Manifest(Provenance):
     schema_version: int
@@ -291,14 +301,19 @@ class Order(Generic[C]):
 
     @cached_property
     def key(self) -> str:
-        """sha256 (hex) of stage, configuration and the keys of the inputs."""
-        identity = {
-            "schema_version": SCHEMA_VERSION,
-            "stage": self.stage,
-            "config": self.config.model_dump(mode="json"),
-            "inputs": {role: artifact.key for role, artifact in self.inputs.items()},
-        }
-        return hashlib.sha256(canonical(identity)).hexdigest()
+        """As ``order_key`` makes it."""
+        return order_key(self.stage, self.config, {role: artifact.key for role, artifact in self.inputs.items()})
+
+
+def order_key(stage: str, config: BaseModel, input_keys: Mapping[str, str]) -> str:
+    """sha256 (hex) of stage, configuration and the keys of the inputs by role: known before any of them is made."""
+    identity = {
+        "schema_version": SCHEMA_VERSION,
+        "stage": stage,
+        "config": config.model_dump(mode="json"),
+        "inputs": dict(input_keys),
+    }
+    return hashlib.sha256(canonical(identity)).hexdigest()
 
 
 A = TypeVar("A", bound=AnyArtifact)

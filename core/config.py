@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import re
 import reprlib
+import types
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -24,25 +25,49 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_serializer,
     model_validator,
 )
 
 from .errors import UserError, did_you_mean
-from .inputs import InputSpec
+from .inputs import InputSpec, Mean, Size, Std, sides
 from .sealed import LONGEST_NUMBER, MOST_LEVELS, NAME, printable
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
+ONNX_MODEL = "onnx"  # the model of every network that is a file
 Method = Literal[
     "labels", "hard", "kd", "bkd", "logit_mse", "dkd", "dist", "hint", "at", "rkd", "deep_supervision", "stagewise"
 ]
+
+
+def _is_one_of_list(value: Any, annotation: Any) -> bool:
+    """Whether ``value`` is a single one where the annotation wants several, however many."""
+    if not isinstance(value, (str, int, float)):
+        return False
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    if any(get_origin(kind) is Literal and value in get_args(kind) for kind in kinds):
+        return False
+    return any(get_origin(kind) is tuple and Ellipsis in get_args(kind) for kind in kinds)
 
 
 class Config(BaseModel):
     """The base of every configuration: frozen, and it refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_as_list(cls, values: Any) -> Any:
+        """A single value where a list is wanted is a list of one."""
+        if not isinstance(values, dict):
+            return values
+        known = cls.model_fields
+        return {
+            name: (value,) if name in known and _is_one_of_list(value, known[name].annotation) else value
+            for name, value in values.items()
+        }
 
     @classmethod
     def of(cls, *others: BaseModel, **more: Any) -> Self:
@@ -131,7 +156,7 @@ class DataConfig(DataPlan):
 class FittedConfig(Config):
     """What decides the pixels that a network is shown of an image."""
 
-    size: int
+    size: Size
     crop_fraction: float
     interpolation: str
     antialias: bool
@@ -139,16 +164,26 @@ class FittedConfig(Config):
     versions: dict[str, str] = Field(description="of the libraries that make the pixels")
 
 
+SMALLEST_SIDE = 8  # pixels, of what a network is trained on
+
+
 class InputSettings(Config):
     """How an image becomes the network's input; what is left out comes from timm's data for the model."""
 
-    size: int | None = Field(None, ge=8, description="side of the square input, pixels")
-    mean: tuple[float, float, float] | None = Field(None, description="subtracted from RGB in 0..1")
-    std: tuple[float, float, float] | None = Field(None, description="divides RGB in 0..1")
-    crop_fraction: Fraction | None = Field(None, description="side of the centre crop over the resized shorter side")
+    size: Size | None = Field(None, description="side of the square input, or [height, width], pixels")
+    mean: Mean | None = Field(None, description="subtracted from RGB in 0..1")
+    std: Std | None = Field(None, description="divides RGB in 0..1")
+    crop_fraction: Fraction | None = Field(None, description="side of the centre crop over that of the resized image")
     interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] | None = Field(
         None, description="resizing filter"
     )
+
+    @field_validator("size")
+    @classmethod
+    def _not_tiny(cls, size: Size | None) -> Size | None:
+        if size is not None and min(sides(size)) < SMALLEST_SIDE:
+            raise ValueError(f"wanted at least {SMALLEST_SIDE} pixels")
+        return size
 
 
 class AugmentSettings(Config):
@@ -204,20 +239,44 @@ class TrainSettings(Config):
 
 
 class ModelSettings(Config):
-    """A network by its name in timm, and the input it takes."""
+    """A network by its name, and the input it takes."""
 
-    model: str = Field(description="any model name of timm")
-    model_args: dict[str, Any] = Field({}, description="further arguments of timm.create_model")
-    pretrained: bool = Field(False, description="start from timm's pretrained weights (needs a model hub)")
+    # What came later: as long as it says nothing it is in no key, so that what was made before is found again.
+    LATER: ClassVar[tuple[str, ...]] = ("code_sha256", "checkpoint_entry")
+
+    model: str = Field(
+        description="a name of timm, torchvision/NAME, or MODULE:FUNCTION of your own code (with --allow-code)"
+    )
+    model_args: dict[str, Any] = Field({}, description="further arguments of what makes the network")
+    pretrained: bool = Field(
+        False, description="start from the pretrained weights of timm or torchvision (needs a model hub)"
+    )
+    code_sha256: str | None = Field(
+        None, description="hash of the file of your own code; worked out where it is left out"
+    )
     input: InputSettings = InputSettings()
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_unsaid(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        return {name: value for name, value in values.items() if value is not None or name not in self.LATER}
 
 
 class AdoptConfig(ModelSettings):
     """A network whose weights the user brings."""
 
     # The hash stands for the file in keys and lineage, so that neither holds a path of the user's machine.
-    checkpoint: Path | None = Field(None, exclude=True, description="weights: .safetensors, or .pth with tensors only")
+    checkpoint: Path | None = Field(
+        None,
+        exclude=True,
+        description="weights: .safetensors, or .pth with tensors only; or an .onnx file (model: onnx)",
+    )
     checkpoint_sha256: str | None = Field(None, description="hash of the weights; worked out where it is left out")
+    checkpoint_entry: str | None = Field(
+        None,
+        description="which of several state dicts in the file, such as state_dict_ema, or which prefix of its names; "
+        "left out, the usual one",
+    )
 
 
 class TeacherPlan(AdoptConfig):
@@ -410,6 +469,23 @@ class ExportConfig(GraphConfig):
     target: str = Field("onnxruntime", description="onnxruntime, openvino, tensorrt or tflite")
 
 
+class NetworkExportPlan(ExportConfig, AdoptConfig):
+    """A network that is exported as it comes, without a data set."""
+
+    classes: int | None = Field(
+        None, ge=2, description="outputs of the network; left out, those of its pretrained weights"
+    )
+
+
+class RandomConfig(Config):
+    """Random images in place of a data set: parity can be told on them, and nothing else."""
+
+    size: Size
+    images: int
+    classes: int
+    seed: int = 0
+
+
 class ExportPlan(GraphConfig):
     """The targets of a recipe."""
 
@@ -542,8 +618,9 @@ def _of_unit(units: Mapping[str, float], wanted: str) -> BeforeValidator:
     return BeforeValidator(read)
 
 
-Seconds = Annotated[float, _of_unit({"s": 1, "m": 60, "min": 60, "h": 3600}, "90s, 10m or 1h")]
-ImagesPerSecond = Annotated[float, _of_unit({"fps": 1}, "5fps")]
+_NUMBER_OR_TEXT = WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"type": "string"}]})
+Seconds = Annotated[float, _of_unit({"s": 1, "m": 60, "min": 60, "h": 3600}, "90s, 10m or 1h"), _NUMBER_OR_TEXT]
+ImagesPerSecond = Annotated[float, _of_unit({"fps": 1}, "5fps"), _NUMBER_OR_TEXT]
 
 Effort = Literal["quick", "default", "thorough", "mlperf"]
 # What an effort means for every field that is not given. mlperf has the duration and the statistic of MLPerf's single
@@ -625,14 +702,11 @@ class MeasureSettings(TimingSettings):
 
 
 def _listed(value: Any) -> Any:
-    """Numbers of threads as a command line gives them: 4, or 1,2,4,all."""
-    if isinstance(value, str):
-        value = value.split(",")
-    if isinstance(value, int):
-        value = (value,)
+    """Numbers of threads, some of them perhaps as a command line gives them: 1,2,4,all."""
     if not isinstance(value, (list, tuple)):
         return value
-    return tuple(0 if isinstance(each, str) and each.strip() == "all" else each for each in value)
+    found = [part for each in value for part in (each.split(",") if isinstance(each, str) else (each,))]
+    return tuple(0 if isinstance(each, str) and each.strip() == "all" else each for each in found)
 
 
 def _each_once(value: tuple[int, ...]) -> tuple[int, ...]:
@@ -641,8 +715,12 @@ def _each_once(value: tuple[int, ...]) -> tuple[int, ...]:
     return value
 
 
+_COUNT = {"anyOf": [{"type": "integer", "minimum": 0, "maximum": 4096}, {"type": "string"}]}
 Threads = Annotated[
-    tuple[Annotated[int, Field(ge=0, le=4096)], ...], BeforeValidator(_listed), AfterValidator(_each_once)
+    tuple[Annotated[int, Field(ge=0, le=4096)], ...],
+    BeforeValidator(_listed),
+    AfterValidator(_each_once),
+    WithJsonSchema({"type": "array", "items": _COUNT}),
 ]
 
 
@@ -706,9 +784,20 @@ class StrangeConfig(Config):
     input: InputSpec | None
 
 
+class AdoptFilePlan(ExportConfig):
+    """A model of somebody else's, adopted to be made smaller and measured: what it takes, and for which target."""
+
+    input: InputSettings = InputSettings()
+
+
+class AdoptFileConfig(StrangeConfig, GraphConfig):
+    """Such a model, complete: how its file becomes a graph like any other."""
+
+
 class ReportConfig(Config):
     """What the page is called, and what it advises."""
 
+    version: Literal[3] = Field(3, description="of the numbers and the page: reports of another one are made anew")
     title: str = Field("kdpipe", description="title of the page")
     max_drop: float = Field(0.5, gt=0, description="points of accuracy that an advised variant may lose to float32")
 
@@ -750,7 +839,7 @@ def validated(kind: type[C], values: Any, where: str) -> C:
                 f"{where}: unknown key '{path}'{did_you_mean(word, known)} (known: {', '.join(known)})"
             ) from None
         found = "nothing" if first["type"] == "missing" else _shown(first["input"])
-        reason = _lower_first(first["msg"].removeprefix("Value error, "))
+        reason = _lower_first(first["msg"].removeprefix("Value error, ")).replace("tuple", "list")  # as YAML has it
         raise UserError(f"{where}: '{path}': {reason}, found {found}") from None
 
 
@@ -851,8 +940,15 @@ def _count_values(node: Any, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
-def read_recipe(path: Path) -> Recipe:
-    """Read ``kdpipe.yaml``; relative paths in it are taken from its own folder. Raises UserError."""
+def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
+    """Read ``kdpipe.yaml``; relative paths in it are taken from its own folder.
+
+    Args:
+        changes: each ``KEY=VALUE``, such as ``distill.temperature=2``: as if it stood in the file.
+
+    Raises:
+        UserError: no recipe, or a mistake in one.
+    """
     try:
         with path.open("rb") as stream:
             content = stream.read(LARGEST_RECIPE_BYTES + 1)
@@ -864,8 +960,26 @@ def read_recipe(path: Path) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} ({error}): wanted a YAML file") from None
     values = parse_yaml(text, str(path))
-    recipe = validated(Recipe, values, str(path))
+    for change in changes:
+        values = _changed_by(values, change)
+    recipe = validated(Recipe, values, f"{path} with --set" if changes else str(path))
     return _resolve_paths(recipe, path.parent)
+
+
+def _changed_by(values: Any, change: str) -> Any:
+    """``values`` with one ``KEY=VALUE``; what an alias shares with another section is changed in this one alone."""
+    name, equals, text = change.partition("=")
+    if not equals or not name:
+        raise UserError(f"--set: wanted KEY=VALUE such as distill.temperature=2, found '{change}'")
+    made = place = dict(values) if isinstance(values, dict) else {}
+    *outer, last = name.split(".")
+    for part in outer:
+        below = place.get(part)
+        if below is not None and not isinstance(below, dict):
+            raise UserError(f"--set {name}: '{part}' is {_shown(below)}, wanted a section of settings")
+        place[part] = place = dict(below or {})
+    place[last] = parse_yaml(text, f"--set {name}")
+    return made if isinstance(values, dict) else values
 
 
 def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:

@@ -21,6 +21,11 @@ class ExitCode(IntEnum):
     PIPE_CLOSED = 141  # by whoever read what was printed
 
 
+INTERRUPTED = (
+    "kdpipe: interrupted; what was sealed stays, nothing half-written is left, and the same command goes on from there"
+)
+
+
 class KdpipeError(Exception):
     """Base of every failure that is told to the user without a traceback."""
 
@@ -51,8 +56,10 @@ class Untrusted(KdpipeError):
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the nearest choice, or the empty string when none is near."""
-    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
-    return f"; did you mean '{near[0]}'?" if near else ""
+    known = {choice.lower(): choice for choice in choices}
+    near = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.6)
+    near = near or [choice for choice in known if len(word) > 2 and choice.startswith(word.lower())]
+    return f"; did you mean '{known[near[0]]}'?" if near else ""
 
 
 def choice(kind: str, word: str, choices: Iterable[str]) -> UserError:

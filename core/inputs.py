@@ -2,13 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 from .artifact import Record
 
 LARGEST_SIDE = 8192  # pixels
+
+Colours = tuple[float, float, float]
+
+
+def _within_one(values: Colours) -> Colours:
+    if max(values) > 1:
+        raise ValueError("wanted numbers of RGB in 0..1: divide by 255")
+    return values
+
+
+def _positive_within_one(values: Colours) -> Colours:
+    if min(values) <= 0:
+        raise ValueError("wanted numbers above 0")
+    return _within_one(values)
+
+
+# Of a network that takes 0..255 as they are.
+RAW: dict[str, Colours] = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
+Mean = Annotated[Colours, AfterValidator(_within_one)]
+Std = Annotated[Colours, AfterValidator(_positive_within_one)]
+
+
+def _in_one_spelling(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    """Equal sides are a square, so that the same input has the same key however it was written."""
+    try:
+        size = read(value)
+    except ValidationError:
+        raise ValueError(f"wanted pixels from 1 to {LARGEST_SIDE}, of a square or as [height, width]") from None
+    return size[0] if isinstance(size, tuple) and size[0] == size[1] else size
+
+
+Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
+# Side of a square, or height and width, in pixels.
+Size = Annotated[Side | tuple[Side, Side], WrapValidator(_in_one_spelling)]
+
+
+def sides(size: Size) -> tuple[int, int]:
+    """Height and width of an input of this size, in pixels."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def size_words(size: Size) -> str:
+    """``96`` for a square, ``96x128`` for another height and width."""
+    return str(size) if isinstance(size, int) else "x".join(map(str, size))
 
 
 class InputSpec(Record):
@@ -17,9 +61,9 @@ class InputSpec(Record):
     ``mean`` and ``std`` (of RGB in 0..1) are folded into every exported graph: a device feeds 0..255.
     """
 
-    size: int = Field(ge=1, le=LARGEST_SIDE)
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    size: Size
+    mean: Mean
+    std: Std
     crop_fraction: float = Field(gt=0, le=1)
     interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"]
     antialias: Literal[True] = True
@@ -28,6 +72,11 @@ class InputSpec(Record):
     dtype: Literal["float32"] = "float32"
 
     @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width, in pixels."""
+        return sides(self.size)
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Shape of one input in this layout."""
-        return (3, self.size, self.size) if self.layout == "NCHW" else (self.size, self.size, 3)
+        return (3, *self.sides) if self.layout == "NCHW" else (*self.sides, 3)

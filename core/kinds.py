@@ -5,6 +5,7 @@ The record of an artifact's findings is the ``facts`` of its manifest, validated
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
@@ -38,6 +39,11 @@ class RuntimeSession(Record):
 MOST_CLASSES = 10**6
 
 
+def as_name(text: str) -> str:
+    """``text`` as a manifest may call a model: letters, digits and ``. _ -``."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", text, flags=re.ASCII).lstrip("_.-")[:128] or "model"
+
+
 def same_length(path: Path, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Two arrays of as many images. Raises UserError."""
     if len(first) != len(second):
@@ -54,6 +60,11 @@ class Labelled(Artifact[F]):
     def labels(self) -> list[str]:
         """The classes, in the order of the outputs."""
         return self.rows(self.LABELS, str)
+
+
+def may_guess(accuracy: Interval | None, guessing: float | None) -> bool:
+    """Whether an accuracy is not shown to be better than that of the best answer that looks at no image."""
+    return accuracy is not None and accuracy.low is not None and guessing is not None and accuracy.low <= guessing
 
 
 # ---- checkpoint ------------------------------------------------------------------------------------------
@@ -83,8 +94,11 @@ class CheckpointFacts(Record):
     classes: int
     input: InputSpec
     parameters: int
+    macs: int | None = None  # multiply-accumulates for one image, as it is deployed
     test_accuracy: float
     test_images: int
+    test_interval: Interval | None = None  # of the accuracy
+    guessing: float | None = None  # accuracy of the best answer that looks at no image
     method: str
     training_images: int
     unlabeled_images: int = 0
@@ -95,6 +109,11 @@ class CheckpointFacts(Record):
     last_validation: float | None = None
     precision: TrainingPrecision | None = None  # None where it was not trained here
     cache: str | None = None  # key of the cache it learned from
+
+    @property
+    def may_guess(self) -> bool:
+        """Whether it is not shown to do better than one that looks at no image."""
+        return may_guess(self.test_interval, self.guessing)
 
 
 class Epoch(BaseModel):
@@ -115,6 +134,7 @@ class Checkpoint(Labelled[CheckpointFacts]):
     Configs: ClassVar = {"train": TrainConfig, "adopt": AdoptConfig}
     roles = frozenset({"data"})
     WEIGHTS = "model.safetensors"
+    ONNX = "model.onnx"  # in place of weights, of a network that is a file
     HISTORY = "history.jsonl"  # one row an epoch
     IMAGES = "images.npy"  # which training images it learned from: positions in the training part, ascending
     TEST_OUTPUTS = "test_logits.npz"  # ``logits`` [N, K] and ``labels`` [N] of the test part
@@ -176,6 +196,8 @@ class ParityFacts(Record):
     relative_difference: float
     agreement: float  # of what both say of an image, 0 to 1
     worst_image: str
+    # Of torch's own float32 outputs, from those in double precision, over their spread; None: not asked for.
+    float32_error: float | None = None
     session: RuntimeSession | None = None
 
 
@@ -196,6 +218,8 @@ class GraphFacts(Record):
     parity: HopParity
     export_seconds: float
     simplify_seconds: float
+    accuracy: Interval | None = None  # of somebody's file, on the test images that were looked at
+    guessing: float | None = None  # that of the best answer that looks at no image
 
 
 class Graph(Labelled[GraphFacts]):
@@ -333,7 +357,7 @@ def unshown(models: Iterable[Model]) -> str:
     """Which guarded models are not shown to keep their accuracy, and what would show it; empty if there are none."""
     return "; ".join(
         f"{model.facts.target} {model.facts.variant} is not shown to lose at most "
-        f"{guard.max_drop_points:g} points: {guard.confirmed.words()}"
+        f"{guard.max_drop_points:g} points: it {guard.confirmed.words()}"
         for model in models
         if (guard := model.facts.guard) is not None and not guard.shown
     )
@@ -367,9 +391,9 @@ AT_THREADS = "@"  # between a bundle's name and its threads, in a session that m
 
 
 def student_of(bundle: Provenance) -> str | None:
-    """Key of the checkpoint that ``bundle`` was made from."""
-    nearest = next(iter(find_ancestors(bundle, Checkpoint)), None)
-    return nearest.key if nearest else None
+    """Key of the checkpoint that ``bundle`` was made from; of the graph, where somebody's file was adopted."""
+    nearest = [*find_ancestors(bundle, Checkpoint), *find_ancestors(bundle, Graph)]
+    return nearest[0].key if nearest else None
 
 
 def float32_by_bundle(bundles: Mapping[str, Provenance]) -> dict[str, str]:
@@ -837,13 +861,15 @@ class GainFacts(Record):
 class DeviceReport(Record):
     """One device in a few words: its worst word, and how many sessions stand behind its numbers, at most.
 
-    Each of ``pareto`` is one place on the front, with those that tie for it.
+    ``ship`` is the bundle to take, None where that is not decided. Each of ``pareto`` is one place on the front, with
+    those that tie for it.
     """
 
     device: str
     trust: TrustWord | None
     sessions: int
     bundles: int
+    ship: str | None = None
     pareto: list[list[str]]
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from ..core.artifact import Order, drafting
 from ..core.config import AugmentSettings, FittedConfig
 from ..core.errors import UserError
-from ..core.inputs import InputSpec
+from ..core.inputs import InputSpec, size_words
 from ..core.proc import first_line, in_order
 from ..core.progress import note, track
 from ..runtime.preprocess import as_rgb, fit
@@ -53,7 +53,7 @@ def side_for(spec: InputSpec, augment: AugmentSettings) -> int:
     may be smaller still; rounded up, so that networks of nearly one size share their copies.
     """
     smallest = math.sqrt(augment.min_scale) if augment.crop == "resized" else spec.crop_fraction
-    return STEP * math.ceil(spec.size / max(0.5, smallest) / STEP)
+    return STEP * math.ceil(max(spec.sides) / max(0.5, smallest) / STEP)
 
 
 def read(path: Path) -> Image.Image:
@@ -146,7 +146,7 @@ def fit_all(orders: Mapping[Path, Order[FittedConfig]], dataset: Dataset) -> dic
     with contextlib.ExitStack() as stack:
         drafts = {out: stack.enter_context(drafting(Fitted, order, out)) for out, order in orders.items()}
         images = sum(map(len, parts.values()))
-        sizes = ", ".join(sorted({str(spec["size"]) for spec in specs}))
+        sizes = ", ".join(sorted({size_words(order.config.size) for order in orders.values()}))
         what = f"{images} held-out images as networks of {sizes} pixels see them"
         check_room(sum(math.prod(images_shape(images, spec)) for spec in specs), what, next(iter(orders)).parent)
         for part, samples in parts.items():

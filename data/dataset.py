@@ -17,9 +17,11 @@ from pydantic import ValidationError
 from ..core.artifact import Artifact, Record
 from ..core.config import FittedConfig
 from ..core.errors import UserError
+from ..core.inputs import Size
 from ..core.kinds import Labelled
 from ..core.proc import first_line, in_order
 from ..runtime import Session, predict
+from ..runtime.layout import sides
 from ..runtime.preprocess import fit
 from .formats import decode
 from .labels import LABELS
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 UNLABELED = -1  # label of an image that has none
+RANDOM = "random images"  # the source of what only stands in for a data set
 Part = Literal["train", "val", "test", "unlabeled"]
 PARTS: tuple[Part, ...] = ("train", "val", "test", "unlabeled")
 # What decides which pixels a network is shown; the rest of an InputSpec is arithmetic on them.
@@ -50,7 +53,7 @@ class Sample:
         return self.part.image(self.position)
 
     def fitted(self, spec: Mapping[str, Any]) -> np.ndarray:
-        """What a network of this InputSpec is shown when it is evaluated, uint8 [size, size, 3]. Raises UserError."""
+        """What a network of this InputSpec is evaluated on, uint8 [height, width, 3]. Raises UserError."""
         return self.part.fitted(self.position, spec)
 
     def truth(self, spec: Mapping[str, Any]) -> np.ndarray | np.integer[Any]:
@@ -73,7 +76,7 @@ class Samples(Sequence[Sample]):
 
         Args:
             copies: uint8 [bytes], where the records say where in it the copies lie.
-            fitted: uint8 [N, size, size, 3] by ``geometry``.
+            fitted: uint8 [N, height, width, 3] by ``geometry``.
         """
         self.task, self._root, self._records, self._copies = task, root, records, copies
         self._fitted = {} if fitted is None else fitted
@@ -127,7 +130,7 @@ def geometry(spec: Mapping[str, Any]) -> str:
 
 
 def load_images(samples: Iterable[Sample], spec: Mapping[str, Any]) -> np.ndarray:
-    """What a network of this InputSpec is shown, uint8 [N, size, size, 3]. Raises UserError."""
+    """What a network of this InputSpec is shown, uint8 [N, height, width, 3]. Raises UserError."""
     images = [sample.fitted(spec) for sample in samples]
     return np.stack(images) if images else np.zeros(images_shape(0, spec), np.uint8)
 
@@ -151,7 +154,7 @@ def predict_samples(
 
 def images_shape(count: int, spec: Mapping[str, Any]) -> tuple[int, int, int, int]:
     """Shape of so many images as a network of this InputSpec is shown them."""
-    return (count, spec["size"], spec["size"], 3)
+    return (count, *sides(spec), 3)
 
 
 def write_header(stream: BinaryIO, shape: tuple[int, ...]) -> None:
@@ -160,7 +163,7 @@ def write_header(stream: BinaryIO, shape: tuple[int, ...]) -> None:
 
 
 def write_images(path: Path, samples: Sequence[Sample], spec: Mapping[str, Any]) -> None:
-    """What a network of this InputSpec is shown of ``samples``, as .npy of uint8 [N, size, size, 3], one at a time.
+    """What a network of this InputSpec is shown of ``samples``, as .npy of uint8 [N, height, width, 3], one at a time.
 
     Raises:
         UserError: an image that can't be read.
@@ -210,7 +213,7 @@ class Index(Record):
 class FittedFacts(Record):
     """What the images were fitted to, and how many there are by part."""
 
-    size: int
+    size: Size
     images: dict[str, int]
 
 
@@ -224,7 +227,7 @@ class Fitted(Artifact[FittedFacts]):
 
     @staticmethod
     def file_name(part: Part) -> str:
-        """The file of one part: uint8 [N, size, size, 3]."""
+        """The file of one part: uint8 [N, height, width, 3]."""
         return f"{part}.npy"
 
     def pixels(self, part: Part, images: int) -> np.ndarray:

@@ -9,6 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..core.config import DataPlan
+from ..core.progress import note
+from ..core.stats import matched_share
+from ..runtime.task import Task
 from .listing import Others
 from .sources import Split, folder
 
@@ -42,6 +45,23 @@ class ClassNumbers:
     def read(self, image: Path, number: int, spec: Mapping[str, Any]) -> np.integer[Any]:
         """The number of its class."""
         return np.int64(number)
+
+
+IMAGES_A_CLASS = 5  # at least, for a matching of classes to say anything
+
+
+def other_order(task: Task, outputs: np.ndarray, labels: np.ndarray) -> None:
+    """Tell where the outputs [N, K] of somebody's network are right for classes in another order than the data's."""
+    said = task.decide(outputs)
+    right = task.summary(task.scores(outputs, labels))
+    if said.ndim != 1 or len(labels) < IMAGES_A_CLASS * outputs.shape[1]:
+        return
+    matched = matched_share(said, labels)
+    if matched > 0.5 and matched - right.value > 0.3:
+        note(
+            f"{matched:.0%} of the test images are right if its classes are matched with the data's one to one, and "
+            f"{right.value:.0%} as they are: they stand in another order, list them in its own with data.classes"
+        )
 
 
 LABELS: dict[str, Labels] = {"classification": ClassNumbers()}

@@ -37,15 +37,26 @@ class Split(NamedTuple):
         return Split(self.names[positions], self.labels[positions], self.digests[positions])
 
 
+def check_source(config: DataPlan) -> None:
+    """Refuse a source that is none, before anything is loaded to read it. Raises UserError."""
+    is_timms = config.source.partition("/")[0].lower() in ("hfds", "hfids", "wds", "tfds") and "/" in config.source
+    if config.source != "digits" and not Path(config.source).is_dir() and not is_timms:
+        raise UserError(
+            f"no data at '{config.source}': wanted 'digits', a folder with {config.train_split}/<class>/*, "
+            "or a name of timm such as hfds/NAME, wds/PATTERN, tfds/NAME"
+        )
+    if config.source == "digits" and config.test_split is not None:
+        raise UserError(
+            "data.test_split: the digits have no test split, wanted null (it is cut from the training part)"
+        )
+
+
 def digits(draft: Draft[Dataset], config: DataPlan) -> tuple[None, list[str], dict[str, Split]]:
     """The 1,797 handwritten digits (8x8, 17 grey levels) that scikit-learn ships."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    if config.test_split is not None:
-        raise UserError(
-            "data.test_split: the digits have no test split, wanted null (it is cut from the training part)"
-        )
+    check_source(config)
     digits = load_digits()
     names, labels = [], []
     for index, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
@@ -203,11 +214,7 @@ def reader(draft: Draft[Dataset], config: DataPlan) -> tuple[None, list[str], di
     """Anything else that timm's dataset factory reads, copied into the artifact image by image."""
     from timm.data import create_dataset
 
-    if "/" not in config.source or config.source.partition("/")[0].lower() not in ("hfds", "hfids", "wds", "tfds"):
-        raise UserError(
-            f"no data at '{config.source}': wanted 'digits', a folder with {config.train_split}/<class>/*, "
-            "or a name of timm such as hfds/NAME, wds/PATTERN, tfds/NAME"
-        )
+    check_source(config)
     splits: dict[str, Split] = {}
     names: dict[int, str] = {}
     for split in _wanted_splits(config):

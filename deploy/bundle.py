@@ -16,7 +16,7 @@ from ..core.config import PackageConfig
 from ..core.errors import GateFailed, UserError, choice
 from ..core.kinds import Bundle, BundleFacts, Model
 from ..core.proc import RUNNER_SECONDS, ask_runner, quiet
-from ..data.dataset import Dataset, Sample, load_images
+from ..data.dataset import Dataset, Sample, images_shape, load_images
 from ..devices.runner import copy_runner
 from ..runtime.bundle import GOLDEN, TOLERANCES
 from ..runtime.layout import to_input
@@ -125,10 +125,10 @@ def try_model(model: Model) -> None:
         UserError: no runtime to open it with.
         GateFailed: it cannot be opened and run, or answers something else than one output a class.
     """
-    size = model.facts.input.size
+    shape = images_shape(1, model.facts.input.model_dump())
     with tempfile.TemporaryDirectory() as scratch:
         images, outputs = Path(scratch) / "images.npy", Path(scratch) / "outputs.npy"
-        np.save(images, np.zeros((1, size, size, 3), np.uint8))
+        np.save(images, np.zeros(shape, np.uint8))
         _ask("predict", model, ("--images", str(images), "--logits", str(outputs)))
         found, wanted = np.load(outputs, allow_pickle=False), (1, len(model.labels))
     if found.shape[:2] != wanted or not np.isfinite(found).all():

@@ -105,10 +105,7 @@ def deploy(path: Path, device: Device) -> Installed:
     """
     bundle, there = Bundle.open(path), with_runner(device)
     check_known(bundle)
-    target = bundle.facts.target
-    if not there.runs(target):
-        line = there.pip_line(*runtime.RUNTIMES[target].needs)
-        raise UserError(f"'{there.name}' cannot open a bundle of {target}: run there {line}")
+    check_runs(there, bundle.facts.target)
     name = Path(there.store(bundle.path)).name
     kept = there.settings
     more = ["--keep-versions", str(kept.keep_versions), "--keep-bytes", str(kept.keep_bytes)]
@@ -153,6 +150,13 @@ def clean(device: Device, everything: bool = False) -> Cleaned:
 def described() -> list[str]:
     """The names of all devices that bundles can lie on. Raises UserError."""
     return [name for name, each in book.known(DEVICES).items() if issubclass(DEVICES[each.kind], RunnerDevice)]
+
+
+def check_runs(device: RunnerDevice, target: str) -> None:
+    """Refuse a device that has no runtime of ``target``, with the cure. Raises UserError."""
+    if not device.runs(target):
+        line = device.pip_line(*runtime.RUNTIMES[target].needs)
+        raise UserError(f"'{device.name}' cannot open a bundle of {target}: run there {line}")
 
 
 def with_runner(device: Device) -> RunnerDevice:

@@ -9,13 +9,12 @@ from typing import Any
 from ..core.artifact import Order, drafting, sha256_file, write_json
 from ..core.config import StrangeConfig, validated
 from ..core.errors import UserError
-from ..core.inputs import InputSpec
-from ..core.kinds import Model, ModelFacts
+from ..core.inputs import RAW, InputSpec
+from ..core.kinds import Model, ModelFacts, as_name
 from ..data.dataset import Dataset
 from ..runtime.weights import ModelFileError, refuse_files_elsewhere
 
 TARGETS = {".onnx": "onnxruntime", ".tflite": "tflite", ".xml": "openvino"}
-RAW = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3}  # of a network that takes 0..255
 NOTHING = InputSpec(size=1, crop_fraction=1.0, interpolation="bilinear", **RAW)
 
 
@@ -53,7 +52,7 @@ def wrap(path: Path, folder: Path, spec: InputSpec | None = None, dataset: Datas
             precision="float32",
             entry=entries[path],
             input=spec or NOTHING,
-            model=path.name,
+            model=as_name(path.name),
             nodes_by_kind={},
             runtime={**how, "inference_precision": "f32"},
         )
@@ -61,7 +60,7 @@ def wrap(path: Path, folder: Path, spec: InputSpec | None = None, dataset: Datas
 
 
 def described(values: dict[str, Any]) -> InputSpec:
-    """What a user says of a model's images, the rest as most take them: bicubic, the whole square, 0..255.
+    """What a user says of a model's images, the rest as most take them: bicubic, the whole of what fits, 0..255.
 
     Raises:
         UserError: an unknown field, or a value that none has.

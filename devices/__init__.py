@@ -13,10 +13,12 @@ from ..core.kinds import FreshStart, Prediction, Probe, Samples
 from . import book
 from .adb import AdbDevice
 from .local import LocalDevice
+from .lock import held
 from .null import NullDevice
 from .runner import RunnerDevice
 from .ssh import SshDevice
 from .surroundings import Watch
+from .talk import Talk
 
 if TYPE_CHECKING:
     from .bootstrap import Kept
@@ -129,7 +131,8 @@ def bring_python(name: str, targets: Sequence[str]) -> tuple[Kept, str | None]:
     device = find_device(name)
     if not isinstance(device, RunnerDevice) or isinstance(device, LocalDevice):
         raise UserError(f"'{name}' runs with the Python of this kdpipe: pip install what it lacks")
-    return bootstrap.bring(device, targets), device.python
+    with held(device.settings, Talk(lambda *_: None)):  # a Python is not exchanged under what is measured
+        return bootstrap.bring(device, targets), device.python
 
 
 @contextmanager

@@ -133,7 +133,10 @@ def bench(
         run = _Run(asked, config)
         for name, bundle in bundles.items():
             if not device.runs(bundle.facts.target):
-                talk.note(f"{name}: {bundle.facts.target} is not installed on '{config.device}': no latency")
+                talk.note(
+                    f"{name}: {bundle.facts.target} is not installed on '{config.device}': no latency "
+                    f"(kdpipe doctor --device {config.device} says what is missing)"
+                )
 
         def all_of_it() -> tuple[dict[str, Result], dict[str, list[str]], dict[str, list[FreshStart]]]:
             with opened(device, Path(scratch)), device.watching() as watch:
@@ -320,7 +323,8 @@ def _measure_rounds(
     """
     journal, talk, asked = run.journal, run.asked.talk, run.asked
     repeated = _repeated(judged_by)
-    forgotten = journal.begin([*timed, *repeated])
+    longest = max((_longest_seconds(run, name) for name in timed), default=0.0)
+    forgotten = journal.begin([*timed, *repeated], longest)
     if forgotten:
         talk.note(
             f"{forgotten} processes are of another session (too long ago, or other bundles): measuring them again"
@@ -418,11 +422,16 @@ def _failed(reason: str) -> dict[str, Any]:
     return {"status": f"failed: {reason}", "failed": True}
 
 
-def _time_limit(run: _Run, name: str) -> float:
-    """Seconds after which a process that measures hangs: by how long the timing images took, one at a time."""
+def _longest_seconds(run: _Run, name: str) -> float:
+    """How long a process that measures takes at most: by how long the timing images took, one at a time."""
     alone = run.journal.answer(name, ALONE)
     assert alone is not None  # only what was run is timed
-    return SLACK_SECONDS + SLACK * longest_seconds(alone.open_seconds, image_seconds(alone), run.config)
+    return longest_seconds(alone.open_seconds, image_seconds(alone), run.config)
+
+
+def _time_limit(run: _Run, name: str) -> float:
+    """Seconds after which a process that measures hangs."""
+    return SLACK_SECONDS + SLACK * _longest_seconds(run, name)
 
 
 def turns(names: Sequence[str], rounds: int, seed: int) -> list[list[str]]:

@@ -55,17 +55,19 @@ class Journal:
         self.pauses_seconds: list[float] = []
         self.order_seed = secrets.randbits(32)
 
-    def begin(self, timed: Sequence[str]) -> int:
+    def begin(self, timed: Sequence[str], longest_process_seconds: float) -> int:
         """Go on with the session of these rows if it is still one, else begin anew.
 
-        After a pause of more than ten minutes times are taken anew, in another order.
+        After a pause of more than ten minutes times are taken anew, in another order. A process that was stopped
+        left nothing: up to ``longest_process_seconds`` of what seems a pause it may have been at work.
 
         Returns:
             How many processes were measured in a session that is none any more.
         """
         session, kept = self._read()
         pause = max(0.0, time.time() - kept[-1].ended_unix) if kept else 0.0
-        if session is None or session.timed != list(timed) or pause > PAUSE_LIMIT_SECONDS:
+        limit = PAUSE_LIMIT_SECONDS + longest_process_seconds
+        if session is None or session.timed != list(timed) or pause > limit:
             self._processes.unlink(missing_ok=True)
             self._write_session(timed)
             return len(kept)

@@ -229,11 +229,14 @@ class RunnerDevice(ABC):
         full = "No space left" in said or "quota exceeded" in said
         if full or (free and size > 1024 * (int(free[1]) + there)):
             self.shell(f"rm -rf {part}")
-            left = f"{int(free[1]) / 1024:.1f} MiB" if free else "nothing"
-            raise UserError(
-                f"no space on '{self.name}': {left} free in {path.rpartition('/')[0]}, {size / 1024**2:.1f} MiB "
-                "wanted: remove something there, or name another `folder:` in devices.yaml"
-            )
+            raise self._no_space(path.rpartition("/")[0], size, 1024 * int(free[1]) if free else 0)
+
+    def _no_space(self, folder: str, wanted_bytes: int, free_bytes: int) -> UserError:
+        return UserError(
+            f"no space on '{self.name}': wanted {wanted_bytes / 2**20:.1f} MiB in {folder}, "
+            f"{free_bytes / 2**20:.1f} MiB are free: kdpipe devices clean {self.name} removes what nothing needs; "
+            "or name another `folder:` in devices.yaml"
+        )
 
     def store(self, source: Path) -> str:
         """Put a file or folder of this host into the store there, by content; returns its path there.
@@ -268,10 +271,7 @@ class RunnerDevice(ABC):
                     return place
                 wanted = (blocks + SPARE_BLOCKS) * BLOCK - lying.part_bytes.get(found, 0)
                 if wanted > lying.free_bytes:
-                    raise UserError(
-                        f"'{self.name}' has no space for {source}: wanted {wanted} bytes, {lying.free_bytes} are free; "
-                        f"kdpipe devices clean {self.name} removes what nothing needs"
-                    )
+                    raise self._no_space(self.root, wanted, lying.free_bytes)
             try:
                 self.send(source, arriving)
                 self.ask(Received, ["receive", self.root, found], seconds, runner or arriving)

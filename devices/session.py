@@ -6,20 +6,21 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from ..core.config import BenchConfig, BenchPlan, MeasureSettings
-from ..core.kinds import AT_THREADS
+from ..core.kinds import AT_THREADS, Probe
 from . import find_device
 
 B = TypeVar("B")
 
 
-def bench_config(config: BenchPlan, device: str) -> BenchConfig:
-    """Name the device as it is now behind ``config``.
+def bench_config(config: BenchPlan, device: str, probe: Probe | None = None) -> BenchConfig:
+    """Name the device as it is now behind ``config``; it is asked unless its ``probe`` is given.
 
     Raises:
         UserError: an unknown one.
         DeviceLost: it cannot be reached.
     """
-    return BenchConfig.of(config, device=device, device_fingerprint=find_device(device).probe().fingerprint)
+    found = find_device(device).probe() if probe is None else probe
+    return BenchConfig.of(config, device=device, device_fingerprint=found.fingerprint)
 
 
 def swept(bundles: Mapping[str, B], threads: Sequence[int]) -> dict[str, B]:

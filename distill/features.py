@@ -54,13 +54,11 @@ def maps_alone(network: nn.Module, image: Tensor, indices: list[int]) -> list[Te
     return maps
 
 
-def map_shapes(network: nn.Module, size: int, indices: list[int]) -> list[tuple[int, int, int]]:
-    """(channels, height, width) of the maps at ``indices`` for one image of ``size`` pixels."""
+def map_shapes(network: nn.Module, sides: tuple[int, int], indices: list[int]) -> list[tuple[int, int, int]]:
+    """(channels, height, width) of the maps at ``indices`` for one image whose ``sides`` are height and width."""
     was_training = network.training
     with torch.no_grad():
-        image = torch.zeros(
-            1, 3, size, size, device=next(network.parameters()).device
-        )  # a teacher is on its own already
+        image = torch.zeros(1, 3, *sides, device=next(network.parameters()).device)  # a teacher is on its own already
         maps, _ = maps_and_logits(network.eval(), image, indices)
     network.train(was_training)
     return [(features.shape[1], features.shape[2], features.shape[3]) for features in maps]
@@ -101,7 +99,7 @@ class AuxiliaryHead(nn.Sequential):
         super().__init__(*steps, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 
-def stage_parameters(network: nn.Module, size: int, indices: list[int]) -> list[list[str]]:
+def stage_parameters(network: nn.Module, sides: tuple[int, int], indices: list[int]) -> list[list[str]]:
     """Names of the parameters of each stage, and of what follows the last (the head), by autograd.
 
     A parameter belongs to the first stage whose map depends on it: that holds for any network, whatever
@@ -112,7 +110,7 @@ def stage_parameters(network: nn.Module, size: int, indices: list[int]) -> list[
     was_training = network.training
     for parameter in parameters:
         parameter.requires_grad_(True)
-    maps, _ = maps_and_logits(network.eval(), torch.randn(2, 3, size, size), indices)
+    maps, _ = maps_and_logits(network.eval(), torch.randn(2, 3, *sides), indices)
     seen: set[str] = set()
     stages = []
     for features in maps:

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from ..core.config import TrainConfig, TrainSettings
 from ..core.errors import KdpipeError, UserError
-from ..core.inputs import InputSpec
+from ..core.inputs import InputSpec, size_words
 from ..core.proc import children_signal_kept, first_line
 from ..core.progress import note, progress
 from ..data.dataset import Dataset, Part
@@ -253,9 +253,9 @@ class Run:
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
                 raise UserError(
-                    f"out of memory training {self.config.model} on {images} images of {self.spec.size} pixels "
-                    f"({first_line(error)}): lower train.batch_size or input.size, train with distill.together false, "
-                    "or try train.precision bf16"
+                    f"out of memory training {self.config.model} on {images} images of {size_words(self.spec.size)} "
+                    f"pixels ({first_line(error)}): lower train.batch_size or input.size, train with distill.together "
+                    "false, or try train.precision bf16"
                 ) from None
             raise
 
@@ -618,7 +618,7 @@ def evaluate(
     network: nn.Module, spec: InputSpec, dataset: Dataset, part: Part, workers: int, batch_size: int = 256
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Float32 outputs [B, ...] and labels [B] of one part batch by batch, by the preprocessing the device shares."""
-    device = next(network.parameters()).device
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     was_training = network.training
     normalised = Normalise(network, spec).to(device).eval()
     for image, label in DataLoader(EvaluationViews(dataset.samples(part), spec), batch_size, num_workers=workers):

@@ -359,8 +359,8 @@ class FeatureMethod(DistillationMethod):
     ) -> nn.ModuleList:
         """From each of the student's maps to the channels of the teacher's; identity for equal ones if wanted."""
         assert isinstance(teacher, Teacher)
-        students = map_shapes(student, self.spec.size, indices)
-        teachers = map_shapes(teacher.network, teacher.size, self.teacher_indices)
+        students = map_shapes(student, self.spec.sides, indices)
+        teachers = map_shapes(teacher.network, teacher.sides, self.teacher_indices)
         return nn.ModuleList(
             Adapter(here[0], there[0]) if where_equal or here[0] != there[0] else nn.Identity()
             for here, there in zip(students, teachers, strict=True)
@@ -423,8 +423,8 @@ class DeepSupervision(DistillationMethod):
         indices = stage_indices(student, self.name)[:-1]
         classes = student.num_classes
         heads = nn.ModuleList(
-            AuxiliaryHead(channels, min(len(indices) - at, max(0, height.bit_length() - 1)), classes)  # type: ignore[arg-type]
-            for at, (channels, height, _) in enumerate(map_shapes(student, self.spec.size, indices))
+            AuxiliaryHead(channels, min(len(indices) - at, max(0, min(side).bit_length() - 1)), classes)  # type: ignore[arg-type]
+            for at, (channels, *side) in enumerate(map_shapes(student, self.spec.sides, indices))
         )
         return StudentWithAuxiliaries(student, indices, heads)
 
@@ -449,7 +449,7 @@ class Stagewise(FeatureMethod):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         student = self.student
-        self._stages = stage_parameters(student.student, self.spec.size, student.indices)
+        self._stages = stage_parameters(student.student, self.spec.sides, student.indices)
         self._phase = 0
 
     def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..core.inputs import InputSpec
+from ..core.inputs import InputSpec, size_words
 from ..core.kinds import Checkpoint
+from ..core.progress import note
 from ..data.dataset import Dataset
 from ..networks import models
 from .features import maps_and_logits
@@ -39,8 +40,8 @@ class Teacher(nn.Module):
         super().__init__()
         self.network = network.eval().requires_grad_(False)
         self.wanted: set[int] = set()  # indices of the feature maps that its output is to have
-        self.size = spec.size
-        self._resizes = spec.size != student_spec.size
+        self.sides = spec.sides
+        self._resizes = spec.sides != student_spec.sides
         self._same_colours = (spec.mean, spec.std) == (student_spec.mean, student_spec.std)
         for name, values in (
             ("student_mean", student_spec.mean),
@@ -60,7 +61,7 @@ class Teacher(nn.Module):
         if not self._same_colours:
             view = (view * self.student_std + self.student_mean - self.mean) / self.std
         if self._resizes:
-            view = functional.interpolate(view, (self.size, self.size), mode="bicubic", antialias=True)
+            view = functional.interpolate(view, self.sides, mode="bicubic", antialias=True)
         if not self.wanted:
             return TeacherOutput(self.network(view))
         indices = sorted(self.wanted)
@@ -72,4 +73,10 @@ def open_teacher(teacher: Checkpoint, dataset: Dataset, spec: InputSpec) -> Teac
     """The teacher in ``teacher`` for students of ``spec``. Raises UserError when its classes are not the data's."""
     dataset.check_classes_of(teacher, "the teacher")
     network, teacher_spec = models.restore(teacher)
+    (height, width), (its_height, its_width) = spec.sides, teacher_spec.sides
+    if height * its_width != width * its_height:
+        note(
+            f"the teacher takes {size_words(teacher_spec.size)} pixels: views of {size_words(spec.size)} are stretched "
+            "for it, so that both look at the same part of an image"
+        )
     return Teacher(network, teacher_spec, spec)

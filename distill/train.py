@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,16 @@ from torch import nn
 from ..core.artifact import Draft, Order, drafting, write_json
 from ..core.config import AdoptConfig, CacheConfig, ModelSettings, TrainConfig, TrainSettings
 from ..core.errors import UserError, choice
-from ..core.inputs import InputSpec
-from ..core.kinds import Cache, Checkpoint, CheckpointFacts
+from ..core.inputs import InputSpec, size_words
+from ..core.kinds import Cache, Checkpoint, CheckpointFacts, as_name
 from ..core.progress import note
+from ..core.stats import Interval
 from ..data.copies import side_for
 from ..data.dataset import Dataset
+from ..data.labels import other_order
 from ..networks import models
+from ..networks.onnx import OnnxNetwork
+from ..networks.weights import load_weights
 from ..runtime.task import TASKS
 from .cache import CachedTeacher, check_fit, config_for
 from .loop import Lockstep, Run, evaluate
@@ -138,8 +143,9 @@ def _runs(
     copies, wanted = dataset.facts.copies, side_for(spec, first.train.augment)
     if copies is not None and copies.shorter_side < wanted:
         note(
-            f"{first.model} at {spec.size} pixels wants images of {wanted} pixels, the copies in {dataset.path} have "
-            f"{copies.shorter_side}: its smallest crops are enlarged (data.store_side {wanted} makes others)"
+            f"{first.model} at {size_words(spec.size)} pixels wants images of {wanted} pixels, the copies in "
+            f"{dataset.path} have {copies.shorter_side}: its smallest crops are enlarged (data.store_side {wanted} "
+            "makes others)"
         )
     taught = [config for config in configs.values() if config.needs_teacher]
     if teacher is not None and cache is not None and taught:
@@ -228,26 +234,28 @@ def _write(draft: Draft[Checkpoint], run: Run, dataset: Dataset, cache: Cache | 
 
 
 def adopt(order: Order[AdoptConfig], dataset: Dataset, out: Path) -> Checkpoint:
-    """Seal the user's own weights (or timm's pretrained ones) as a checkpoint, with their test accuracy.
+    """Seal the user's own weights, file or pretrained network as a checkpoint, with their test accuracy.
 
     Raises:
-        UserError: unreadable weights, another architecture or class count.
+        UserError: unreadable weights, another architecture or class count, outputs that are not finite.
     """
     config = order.config
     with drafting(Checkpoint, order, out) as draft:
         network, spec = models.create(config, len(dataset.classes))
-        if config.checkpoint is not None:
-            models.load_weights(network, config.checkpoint)
+        if config.checkpoint is not None and not isinstance(network, OnnxNetwork):
+            load_weights(network, config.checkpoint, config.checkpoint_entry)
         draft.facts = _described(
             draft.path, config, network, spec, dataset,
             method="as given", training_images=0, epochs=0, selected="as given",
         )  # fmt: skip
+        with np.load(draft.path / Checkpoint.TEST_OUTPUTS) as tested:
+            other_order(TASKS[draft.facts.task], tested["logits"], tested["labels"])
     return draft.artifact
 
 
 def check_run(config: ModelSettings, settings: TrainSettings | None) -> None:
     """Refuse what training would refuse, without training. Raises UserError."""
-    _, spec = models.create(config.model_copy(update={"pretrained": False}), classes=2)
+    _, spec = models.create(config.model_copy(update={"pretrained": False}), classes=None)
     if settings is not None:
         if settings.optimizer not in list_optimizers():
             raise choice("optimiser", settings.optimizer, list_optimizers())
@@ -261,22 +269,36 @@ def _described(
 
     ``training``: the fields of the record that say how it came to its weights.
     """
-    models.save_weights(network, folder / Checkpoint.WEIGHTS)
+    if isinstance(network, OnnxNetwork):
+        shutil.copyfile(network.path, folder / Checkpoint.ONNX)
+        parameters = network.count_parameters()
+    else:
+        models.save_weights(network, folder / Checkpoint.WEIGHTS)
+        parameters = sum(parameter.numel() for parameter in network.parameters())
     write_json(folder / Checkpoint.LABELS, dataset.classes)
     batches = list(evaluate(network, spec, dataset, "test", workers=0))
     logits, labels = (np.concatenate(each) for each in zip(*batches, strict=True))
-    if not np.isfinite(logits).all():
-        raise UserError(f"'{config.model}' gives outputs that are not finite on the test images: train it again")
+    if broken := int((~np.isfinite(logits.reshape(len(logits), -1)).all(1)).sum()):
+        trained = training["epochs"] > 0
+        cure = "train it again" if trained else "look at its weights, input.mean and input.std"
+        raise UserError(
+            f"'{config.model}' gives outputs that are not finite (NaN or infinite) on {broken} of {len(logits)} test "
+            f"images: {cure}"
+        )
     task = TASKS[dataset.facts.task]
+    accuracy = task.summary(task.scores(logits, labels))
     np.savez(folder / Checkpoint.TEST_OUTPUTS, logits=logits, labels=labels)
     return CheckpointFacts(
         task=task.name,
-        model=config.model,
+        model=as_name(config.model),
         model_args=config.model_args,
         classes=len(dataset.classes),
         input=spec,
-        parameters=sum(parameter.numel() for parameter in network.parameters()),
-        test_accuracy=task.summary(task.scores(logits, labels)).value,
+        parameters=parameters,
+        macs=None if isinstance(network, OnnxNetwork) else models.multiply_accumulates(network, spec),
+        test_accuracy=accuracy.value,
         test_images=len(labels),
+        test_interval=Interval(**accuracy._asdict()),
+        guessing=task.guessing(labels),
         **training,
     )

@@ -50,7 +50,7 @@ def seeded(*identity: int) -> Iterator[None]:
 
 
 def training_transform(config: AugmentSettings, spec: InputSpec) -> Callable[[Image.Image], torch.Tensor]:
-    """RGB picture to float32 [3, size, size], augmented and normalised. Raises UserError."""
+    """RGB picture to float32 [3, height, width], augmented and normalised. Raises UserError."""
     try:
         return _imagenet_style(config, spec) if config.crop == "resized" else _small_image_style(config, spec)
     except (AssertionError, ValueError, KeyError) as error:  # what timm says of a policy it can't read
@@ -61,10 +61,12 @@ def training_transform(config: AugmentSettings, spec: InputSpec) -> Callable[[Im
 
 
 def _imagenet_style(config: AugmentSettings, spec: InputSpec) -> Callable[[Image.Image], torch.Tensor]:
+    height, width = spec.sides
     transform: Callable[[Image.Image], torch.Tensor] = create_transform(
-        spec.size,
+        spec.sides,
         is_training=True,
         scale=(config.min_scale, 1.0),
+        ratio=(3 / 4 * (width / height), 4 / 3 * (width / height)),  # a crop is stretched as little as a square one
         hflip=config.flip,
         color_jitter=None,
         auto_augment=config.auto_augment,
@@ -80,7 +82,9 @@ def _small_image_style(config: AugmentSettings, spec: InputSpec) -> Callable[[Im
     fitting = spec.model_dump()
     steps: list[Callable[..., object]] = [lambda image: Image.fromarray(fit(image, fitting))]
     if config.crop == "pad":
-        steps.append(transforms.RandomCrop(spec.size, padding=round(spec.size * config.pad_fraction)))
+        height, width = spec.sides
+        padding = [round(side * config.pad_fraction) for side in (width, height)]
+        steps.append(transforms.RandomCrop(spec.sides, padding=padding))
     if config.flip:
         steps.append(transforms.RandomHorizontalFlip(config.flip))
     if config.auto_augment:
@@ -127,7 +131,7 @@ class Joined(Sequence[Sample]):
 class TrainingView(NamedTuple):
     """One random view; in a batch, a batch of each."""
 
-    image: torch.Tensor  # float32 [3, size, size], normalised
+    image: torch.Tensor  # float32 [3, height, width], normalised
     label: torch.Tensor  # what is right of the image itself; UNLABELED where nobody knows
     target: torch.Tensor  # the label, or after mixing distributions [K, ...], nothing where there is no label
     address: tuple[int, int] | list[torch.Tensor]  # view number and image number
@@ -245,7 +249,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
 
 class EvaluationViews(TorchDataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Each image once, by ``runtime.preprocess``, as uint8 [size, size, 3]."""
+    """Each image once, by ``runtime.preprocess``, as uint8 [height, width, 3]."""
 
     def __init__(self, samples: Sequence[Sample], spec: InputSpec) -> None:
         self._samples, self._spec = samples, spec.model_dump()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,9 @@ from ..core.proc import first_line, quiet, require
 from ..core.progress import progress
 from ..data.dataset import Dataset, load_images, predict_samples
 from ..runtime import open_session, predict
-from ..runtime.task import TASKS
+from ..runtime.task import TASKS, Task
 from .onnx import NEEDS, simplify, write_onnx
-from .parity import check, compare, keep_worst, torch_outputs
+from .parity import check, compare, float32_error, keep_worst, torch_outputs
 from .written import Written
 
 
@@ -48,6 +50,7 @@ def trace(order: Order[GraphConfig], student: Checkpoint, dataset: Dataset, out:
             paths = [sample.path for sample in samples]
             images = load_images(samples, spec.model_dump())
             expected = torch_outputs(whole, images, str(student.path))
+            error_of_torch = cache(partial(float32_error, whole, images, expected))
             raw = draft.path / "raw.onnx"
             seconds, begun = {}, time.monotonic()
             with quiet(), torch.no_grad(), AsTorchComputes(FOR_ONNX):
@@ -63,38 +66,67 @@ def trace(order: Order[GraphConfig], student: Checkpoint, dataset: Dataset, out:
                 simplify(raw, draft.path / Graph.ONNX)
             seconds["simplify"] = time.monotonic() - begun
             advance(1, "comparing")
-            hops = dataset.positions("test", config.hop_images, seed=0)
-            test = dataset.samples("test")
-            tested = [test[at] for at in hops]
-            parity, logits = {}, {}
-            for hop, file in (("exported", raw), ("simplified", draft.path / Graph.ONNX)):
-                with quiet():
-                    session = open_session(file.parent, _as_model(file.name, spec), threads=0)
-                    actual = predict(session, images)
-                    logits[hop] = predict_samples(session, tested, spec.model_dump())
-                found = compare(TASKS[student.facts.task], expected, actual, paths)
-                parity[hop] = check(found, config, f"{hop} ONNX graph").facts()
-                keep_worst(found, draft.path / EVIDENCE / hop)
-                advance(1, "")
-        raw.unlink()
-        np.save(draft.path / Graph.PARITY_OUTPUTS, expected)
-        np.savez(draft.path / Graph.HOPS, positions=hops, exported=logits["exported"], simplified=logits["simplified"])
+            task, asked = TASKS[student.facts.task], (images, expected, paths)
+            parity = compare_hops(draft.path, raw, spec, asked, dataset, config, task, error_of_torch, advance)
         shutil.copyfile(student.file(student.LABELS), draft.path / Graph.LABELS)
         draft.facts = GraphFacts(
             task=student.facts.task,
             model=student.facts.model,
             input=spec,
-            nodes_by_kind=_nodes_by_kind(draft.path / Graph.ONNX),
-            parity=HopParity(**parity),
+            nodes_by_kind=nodes_by_kind(draft.path / Graph.ONNX),
+            parity=parity,
             export_seconds=round(seconds["export"], 2),
             simplify_seconds=round(seconds["simplify"], 2),
         )
     return draft.artifact
 
 
+def compare_hops(
+    folder: Path,
+    raw: Path,
+    spec: InputSpec,
+    wanted: tuple[np.ndarray, np.ndarray, Sequence[Path]],
+    dataset: Dataset,
+    config: GraphConfig,
+    task: Task,
+    error_of_torch: Callable[[], float],
+    advance: Callable[[int, str], None],
+) -> HopParity:
+    """Compare the graph in ``folder`` and the one before it was simplified, and write what both say of test images.
+
+    Args:
+        raw: the file before; it is removed.
+        spec: what both take.
+        wanted: images uint8 [N, H, W, 3], what is right of them [N, ...], and their files.
+        error_of_torch: as ``check`` has it.
+
+    Raises:
+        GateFailed: one of them computes something else.
+    """
+    images, expected, paths = wanted
+    hops = dataset.positions("test", config.hop_images, seed=0)
+    test = dataset.samples("test")
+    tested = [test[at] for at in hops]
+    parity, logits = {}, {}
+    for hop, file in (("exported", raw), ("simplified", folder / Graph.ONNX)):
+        with quiet():
+            session = open_session(file.parent, _as_model(file.name, spec), threads=0)
+            actual = predict(session, images)
+            logits[hop] = predict_samples(session, tested, spec.model_dump())
+        found = compare(task, expected, actual, paths)
+        parity[hop] = check(found, config, f"{hop} ONNX graph", error_of_torch).facts()
+        keep_worst(found, folder / EVIDENCE / hop)
+        advance(1, "")
+    raw.unlink()
+    np.save(folder / Graph.PARITY_OUTPUTS, expected)
+    np.savez(folder / Graph.HOPS, positions=hops, exported=logits["exported"], simplified=logits["simplified"])
+    return HopParity(**parity)
+
+
 def of_graph(graph: Graph) -> Written:
     """What is known of every model that is made from ``graph``."""
-    return Written(np.asarray(graph.array(graph.PARITY_OUTPUTS, "f", 2)), graph.facts.nodes_by_kind)
+    error = graph.facts.parity.simplified.float32_error or 0.0
+    return Written(np.asarray(graph.array(graph.PARITY_OUTPUTS, "f", 2)), graph.facts.nodes_by_kind, lambda: error)
 
 
 def _as_model(entry: str, spec: InputSpec) -> dict[str, Any]:
@@ -102,7 +134,8 @@ def _as_model(entry: str, spec: InputSpec) -> dict[str, Any]:
     return {"target": "onnxruntime", "entry": entry, "input": spec.model_dump(mode="json")}
 
 
-def _nodes_by_kind(path: Path) -> dict[str, int]:
+def nodes_by_kind(path: Path) -> dict[str, int]:
+    """How many operators of which kind an ONNX file has."""
     import onnx
 
     return dict(Counter(node.op_type for node in onnx.load(path).graph.node).most_common())

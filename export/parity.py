@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,17 @@ import numpy as np
 from ..core.config import ParitySettings
 from ..core.errors import GateFailed, UserError
 from ..core.kinds import ParityFacts, RuntimeSession
+from ..core.progress import note
 from ..runtime.task import Task
 
 if TYPE_CHECKING:
     from torch import nn
 
 LARGEST_BATCH_EFFECT = 1e-2  # over the outputs' spread: rounding makes a hundredth of that
+# A file and torch round apart. Where a network magnifies rounding, both may be as far off as torch's float32 is from
+# its double precision; up to a limit, beyond which nothing could be told from a fault.
+ROUNDINGS, LARGEST_ROUNDING = 2, 2e-2
+IN_QUESTION = 0.1  # of the tolerance: closer outputs say that torch's rounding need not be known
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class Parity:
     logit_spread: float  # largest standard deviation of a torch logit over the images: the scale of the difference
     agreement: float  # of what they say, as the task counts it
     worst_image: Path
+    float32_error: float | None = None  # as ``float32_error`` has it; None where it was in no question
 
     @property
     def relative(self) -> float:
@@ -42,6 +49,7 @@ class Parity:
             relative_difference=self.relative,
             agreement=self.agreement,
             worst_image=self.worst_image.name,
+            float32_error=self.float32_error,
             session=None if session is None else RuntimeSession(**session),
         )
 
@@ -87,13 +95,51 @@ def compare(task: Task, expected: np.ndarray, actual: np.ndarray, images: Sequen
     )
 
 
-def check(parity: Parity, config: ParitySettings, what: str) -> Parity:
-    """Refuse a file that differs. Raises GateFailed."""
-    if parity.relative > config.parity_tolerance:
+def float32_error(network: nn.Module, images: np.ndarray, outputs: np.ndarray) -> float:
+    """How far torch's own float32 ``outputs`` are from what it says in double precision, over their spread.
+
+    Args:
+        network: NCHW, 0..255; it is left as it is.
+        images: uint8 [N, H, W, 3].
+        outputs: what ``torch_outputs`` gave of them, float32 [N, ...].
+    """
+    import torch
+
+    with torch.inference_mode():
+        try:
+            precise = deepcopy(network).double()(torch.from_numpy(images).permute(0, 3, 1, 2).double()).numpy()
+        except Exception:  # it casts to float32 by itself, or is a user's own that raises anything
+            return 0.0
+    return float(np.abs(precise - outputs).max() / outputs.std(axis=0).max())
+
+
+def check(parity: Parity, config: ParitySettings, what: str, error_of_torch: Callable[[], float]) -> Parity:
+    """Refuse a file that differs.
+
+    Args:
+        error_of_torch: ``float32_error`` on the same images; asked for where it could matter.
+
+    Returns:
+        ``parity`` with that error, where it was asked for.
+
+    Raises:
+        GateFailed: it differs by more than the tolerance, and by more than torch's own rounding explains.
+    """
+    if parity.relative <= IN_QUESTION * config.parity_tolerance:
+        return parity
+    error = error_of_torch()
+    parity = replace(parity, float32_error=error)
+    explained = min(ROUNDINGS * error, LARGEST_ROUNDING)
+    if parity.relative > max(config.parity_tolerance, explained):
         raise GateFailed(
             f"the {what} differs from torch by {parity.relative:.1e} of the logits' spread "
-            f"(allowed {config.parity_tolerance:.0e}), they agree by {parity.agreement:.1%} on {parity.images} "
-            f"images; worst image {parity.worst_image}"
+            f"(allowed {config.parity_tolerance:.0e}; torch's own float32 is off by {error:.1e}), they "
+            f"agree by {parity.agreement:.1%} on {parity.images} images; worst image {parity.worst_image}"
+        )
+    if parity.relative > config.parity_tolerance:
+        note(
+            f"the {what} differs from torch by {parity.relative:.1e} of the logits' spread: this network magnifies "
+            f"rounding, torch's own float32 is off by {error:.1e}"
         )
     return parity
 

@@ -69,7 +69,7 @@ def export(order: Order[ExportConfig], source: Checkpoint | Graph, dataset: Data
                 actual = predict(session, images)
             advance(1, "")
         parity = compare(TASKS[facts.task], written.torch_outputs, actual, paths)
-        check(parity, config, f"{config.target} file")
+        parity = check(parity, config, f"{config.target} file", written.float32_error)
         keep_worst(parity, draft.path / EVIDENCE)
         draft.facts = facts.model_copy(update={"parity": parity.facts(session.describe())})
         shutil.copyfile(source.file(source.LABELS), draft.path / Model.LABELS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +13,7 @@ import numpy as np
 
 from ..core.artifact import AnyArtifact
 from ..core.kinds import Checkpoint
-from .parity import torch_outputs
+from .parity import float32_error, torch_outputs
 from .written import Written
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class TfliteTarget:
                 logits: torch.Tensor = self.network(image.permute(0, 3, 1, 2))
                 return logits
 
-        expected = torch_outputs(models.Normalise(network, torch_spec).eval(), images, str(source.path))
+        original = models.Normalise(network, torch_spec).eval()
+        expected = torch_outputs(original, images, str(source.path))
         with torch.no_grad():
             whole = ChannelsLast(for_tflite(deployed(network))).eval()
             example = torch.zeros(1, *spec.shape)
@@ -57,7 +59,7 @@ class TfliteTarget:
             converted.export(str(folder / self.entry))
         interpreter = Interpreter(str(folder / self.entry), num_threads=1)
         kinds = Counter(operation["op_name"] for operation in interpreter._get_ops_details())
-        return Written(expected, dict(kinds.most_common()))
+        return Written(expected, dict(kinds.most_common()), partial(float32_error, original, images, expected))
 
     @staticmethod
     def check(entry: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -12,3 +13,4 @@ class Written(NamedTuple):
 
     torch_outputs: np.ndarray  # of the parity images, float32 [N, ...]
     nodes_by_kind: dict[str, int]  # operations of the file, by the target's own names
+    float32_error: Callable[[], float]  # of torch itself on them, as ``parity.float32_error`` has it

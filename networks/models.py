@@ -1,4 +1,4 @@
-"""Networks by their names in timm, and their weights in and out."""
+"""Networks by their names: of timm, of torchvision, of the user's own code; or a file that is one."""
 
 from __future__ import annotations
 
@@ -7,22 +7,32 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from timm.utils.model import reparameterize_model
 from torch import nn
 
-from ..core.config import InputSettings, ModelSettings
+from ..core import code
+from ..core.config import ONNX_MODEL, AdoptConfig, InputSettings, ModelSettings
 from ..core.errors import UserError, did_you_mean
-from ..core.inputs import InputSpec
+from ..core.inputs import InputSpec, sides, size_words
 from ..core.kinds import Checkpoint
 from ..core.proc import first_line
-from . import cifar  # noqa: F401 (registers its networks with timm)
+from . import (
+    cifar,  # noqa: F401 (registers its networks with timm)
+    onnx,
+    own,
+    torchvision,
+)
+from .onnx import OnnxNetwork
+from .weights import load_weights
 
 
 def resolve_input(config: InputSettings, pretrained: dict[str, Any]) -> InputSpec:
     """The user's InputSettings completed from timm's configuration of the model."""
-    size = config.size or pretrained["input_size"][-1]
+    size = config.size or tuple(pretrained["input_size"][-2:])
     # Cropping away a border is an ImageNet habit: where the user sets a small size, the whole image counts.
-    crop = config.crop_fraction or (1.0 if config.size and config.size <= 64 else pretrained.get("crop_pct") or 0.875)
+    whole = config.size is not None and max(sides(config.size)) <= 64
+    crop = config.crop_fraction or (1.0 if whole else pretrained.get("crop_pct") or 0.875)
     interpolation = config.interpolation or pretrained.get("interpolation") or "bicubic"
     return InputSpec(
         size=size,
@@ -34,35 +44,90 @@ def resolve_input(config: InputSettings, pretrained: dict[str, Any]) -> InputSpe
 
 
 def input_spec(config: ModelSettings) -> InputSpec:
-    """What the network takes, without making it. Raises UserError for an unknown name."""
+    """What the network takes, without making it or running code of its own. Raises UserError for an unknown name."""
+    if config.model == ONNX_MODEL:
+        return resolve_input(config.input, onnx.INPUT)
+    if code.is_code(config.model):
+        return resolve_input(config.input, own.INPUT)
+    if config.model.startswith(torchvision.PREFIX):
+        return resolve_input(config.input, torchvision.input_defaults(config.model))
     if not timm.is_model(config.model):
-        raise UserError(
-            f"unknown model '{config.model}': wanted a name of timm{did_you_mean(config.model, timm.list_models())}"
-        )
+        near = did_you_mean(config.model, timm.list_models())
+        others = "" if near else f", {torchvision.PREFIX}NAME or MODULE:FUNCTION of your own"
+        if config.model.endswith(".onnx"):
+            near = f"; of a file it is '{ONNX_MODEL}', with checkpoint: {config.model}"
+        raise UserError(f"unknown model '{config.model}': wanted a name of timm{others}{near}")
     base = timm.models.get_pretrained_cfg(config.model)
     return resolve_input(config.input, base.to_dict() if base else _NO_PRETRAINED_CFG)
 
 
-def create(config: ModelSettings, classes: int) -> tuple[nn.Module, InputSpec]:
-    """A network with ``classes`` outputs, random or pretrained weights, and its InputSpec.
+def pretrained_classes(name: str) -> int:
+    """Outputs of the pretrained weights of a network. Raises UserError where nobody knows them."""
+    if name == ONNX_MODEL or code.is_code(name):
+        raise UserError(f"how many outputs '{name}' has is not known: say it with --classes")
+    base = None if name.startswith(torchvision.PREFIX) else timm.models.get_pretrained_cfg(name)
+    return torchvision.CLASSES if base is None else int(base.num_classes)
+
+
+def create(config: ModelSettings, classes: int | None) -> tuple[nn.Module, InputSpec]:
+    """A network with ``classes`` outputs (None: not known yet), random or pretrained weights, and its InputSpec.
 
     Raises:
-        UserError: an unknown name or argument, a size the network can't take, weights out of reach.
+        UserError: an unknown name or argument, code that is not allowed, a size the network can't take, other
+            outputs, weights out of reach.
     """
     spec = input_spec(config)
+    return make(config, spec, classes), spec
+
+
+def make(config: ModelSettings, spec: InputSpec, classes: int | None) -> nn.Module:
+    """The network of ``create`` for images of ``spec``; an ONNX file is the configuration's checkpoint."""
+    count = 2 if classes is None else classes
+    name, arguments = config.model, dict(config.model_args)
+    if name == ONNX_MODEL:
+        if not isinstance(config, AdoptConfig) or config.checkpoint is None:
+            raise UserError(f"model '{ONNX_MODEL}' is a file that is asked, as a teacher: wanted it as checkpoint")
+        network: nn.Module = OnnxNetwork(config.checkpoint, spec)
+    elif code.is_code(name):
+        if config.pretrained:
+            raise UserError(f"kdpipe knows no pretrained weights of '{name}': give them as checkpoint")
+        network = own.make(name, arguments, count)
+    elif name.startswith(torchvision.PREFIX):
+        network = torchvision.make(name, arguments, count, spec.sides, config.pretrained)
+    else:
+        network = _of_timm(config, spec, count)
+    if not hasattr(network, "num_classes"):
+        network.num_classes = count  # type: ignore[assignment] # timm's networks know it
+    try:
+        with torch.no_grad():
+            outputs = network.eval()(torch.zeros(1, *spec.shape))
+    except Exception as error:  # a user's own network raises anything
+        line = own.where(error, code.source_file(name)) if code.is_code(name) else ""
+        raise UserError(
+            f"'{name}' cannot take inputs of {size_words(spec.size)} pixels: {first_line(error)}{line}"
+        ) from error
+    found = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+    if classes is not None and (isinstance(found, str) or found[:2] != (1, classes)):
+        raise UserError(f"'{name}' gives {found} for an image, wanted logits {(1, classes)}: one output a class")
+    return network
+
+
+def _of_timm(config: ModelSettings, spec: InputSpec, classes: int) -> nn.Module:
     if config.pretrained and not timm.models.is_model_pretrained(config.model):
         raise UserError(
             f"timm has no pretrained weights for '{config.model}': set pretrained to false or train a teacher"
         )
     base = timm.models.get_pretrained_cfg(config.model)
-    overlay = {"mean": spec.mean, "std": spec.std, "input_size": (3, spec.size, spec.size)}
+    overlay = {"mean": spec.mean, "std": spec.std, "input_size": (3, *spec.sides)}
     arguments = dict(config.model_args)
-    if own := sorted(arguments.keys() & _OWN_ARGUMENTS):
-        raise UserError(f"model_args: '{own[0]}' is not one of the network's own: weights come by the checkpoint alone")
+    if taken := sorted(arguments.keys() & _OWN_ARGUMENTS):
+        raise UserError(
+            f"model_args: '{taken[0]}' is not one of the network's own: weights come by the checkpoint alone"
+        )
     if base and base.fixed_input_size:
         arguments.setdefault("img_size", spec.size)
     try:
-        network = timm.create_model(
+        network: nn.Module = timm.create_model(
             config.model,
             pretrained=config.pretrained,
             num_classes=classes,
@@ -75,12 +140,7 @@ def create(config: ModelSettings, classes: int) -> tuple[nn.Module, InputSpec]:
         raise UserError(
             f"cannot make '{config.model}' with {arguments or 'no arguments'}: {first_line(error)}"
         ) from error
-    try:
-        with torch.no_grad():
-            network.eval()(torch.zeros(1, 3, spec.size, spec.size))
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"'{config.model}' cannot take inputs of {spec.size} pixels: {first_line(error)}") from error
-    return network, spec
+    return network
 
 
 # Of create_model itself: a stranger's checkpoint must not say which files are read.
@@ -90,75 +150,45 @@ _OWN_ARGUMENTS = frozenset(
 _NO_PRETRAINED_CFG = {"input_size": (3, 224, 224), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
-def load_weights(network: nn.Module, path: Path) -> None:
-    """Read a state dict from .safetensors or .pth (tensors only) into ``network``.
-
-    Raises:
-        UserError: a missing or unreadable file, or weights of another architecture or class count.
-    """
-    state = read_state(path)
-    wanted = network.state_dict()
-    missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    if missing or unknown:
-        example = f"lacks '{missing[0]}'" if missing else f"has '{unknown[0]}'"
-        raise UserError(
-            f"{path} is of another architecture than '{type(network).__name__}' "
-            f"({len(missing)} tensors missing, {len(unknown)} unknown; it {example}): name the model it was made with"
-        )
-    for name, tensor in wanted.items():
-        if state[name].shape != tensor.shape:
-            found, want = tuple(state[name].shape), tuple(tensor.shape)
-            hint = "another class count" if found[1:] == want[1:] else "another architecture"
-            raise UserError(f"{path}: '{name}' has shape {found}, wanted {want} ({hint})")
-        if state[name].is_complex():
-            raise UserError(f"{path}: '{name}' is not of numbers like a network's ({state[name].dtype})")
-    network.load_state_dict(state)
-
-
-def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict from a file of the user; never unpickles anything but tensors. Raises UserError."""
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}: wanted a .safetensors or .pth file")
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each format raises its own
-        reason = "it holds more than tensors" if "weights_only" in str(error).lower() else first_line(error)
-        raise UserError(
-            f"cannot read weights from {path} ({reason}): wanted .safetensors, or .pth with tensors only"
-        ) from None
-    for wrapper in ("state_dict", "model", "model_state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
-    ):
-        raise UserError(f"{path} holds no state dict: wanted a mapping from names to tensors")
-    for name, tensor in state.items():
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
-            raise UserError(f"{path}: '{name}' is no plain tensor with values of its own: wanted dense weights")
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
-
-
 def save_weights(network: nn.Module, path: Path) -> None:
     """Write the state dict as safetensors; tied tensors are stored apart."""
     save_file({name: tensor.detach().clone().contiguous() for name, tensor in network.state_dict().items()}, path)
 
 
 def restore(checkpoint: Checkpoint) -> tuple[nn.Module, InputSpec]:
-    """The network of a sealed checkpoint, in eval mode, with its InputSpec. Raises UserError."""
-    facts = checkpoint.facts
-    spec = facts.input
-    config = ModelSettings(
-        model=facts.model,
-        model_args=facts.model_args,
-        input=InputSettings(size=spec.size, mean=spec.mean, std=spec.std),
-    )
-    network, _ = create(config, facts.classes)
+    """The network of a sealed checkpoint, in eval mode, with its InputSpec.
+
+    Raises:
+        UserError: it does not fit; it is of code of its maker's own that is not allowed, or was changed since.
+    """
+    facts, settings = checkpoint.facts, checkpoint.settings
+    config = AdoptConfig(model=settings["model"], model_args=facts.model_args)
+    input_spec(config)  # a name that is known
+    if config.model == ONNX_MODEL:
+        config = config.model_copy(update={"checkpoint": checkpoint.file(checkpoint.ONNX)})
+        return make(config, facts.input, facts.classes).eval(), facts.input
+    if code.is_code(config.model):
+        code.check_allowed(config.model, str(checkpoint.path))
+        code.check_same(config.model, settings.get("code_sha256"), str(checkpoint.path))
+    network = make(config, facts.input, facts.classes)
     load_weights(network, checkpoint.file(checkpoint.WEIGHTS))
-    return network.eval(), spec
+    return network.eval(), facts.input
+
+
+def multiply_accumulates(network: nn.Module, spec: InputSpec) -> int:
+    """What one image takes: the products of its convolutions and matrix products, half of torch's count of operations.
+
+    In the form that is deployed, branches merged into convolutions where timm knows how. Activations, normalisation and
+    pooling are not counted, as in the papers of most networks.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    deployed = reparameterize_model(network).cpu().eval()
+    # Attention as the matrix products that it is: CPU's own kernel has no count.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        deployed(torch.zeros(1, *spec.shape))
+    return counter.get_total_flops() // 2
 
 
 class Normalise(nn.Module):

@@ -163,7 +163,7 @@ def enough_to_show(task: Task, scores: np.ndarray, max_drop: float) -> bool:
 
 def _told(confirmed: NoWorse, target: str) -> str:
     text = (
-        f"the mix for {target} loses {confirmed.words()} (on {confirmed.images} images that the search did not use, "
+        f"the mix for {target} {confirmed.words()} (on {confirmed.images} images that the search did not use, "
         f"which can tell a drop of {confirmed.detectable_points:.2f})"
     )
     return text if confirmed.answer == "holds" else f"{text}; not shown to lose at most {confirmed.max_drop_points:g}"

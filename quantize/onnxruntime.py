@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..core.kinds import ModelFacts
 from .variant import Taken, Variant
-
-if TYPE_CHECKING:
-    pass
 
 
 class DynamicMatMul(Variant):
@@ -20,9 +16,9 @@ class DynamicMatMul(Variant):
     precision = "int8"
 
     @staticmethod
-    def suits(facts: ModelFacts, flags: Mapping[str, bool]) -> bool:
+    def suits(facts: ModelFacts | None, flags: Mapping[str, bool]) -> bool | None:
         """Transformers: a network without matrix products gains nothing."""
-        return facts.nodes_by_kind.get("MatMul", 0) > 4
+        return None if facts is None else facts.nodes_by_kind.get("MatMul", 0) > 4
 
     def quantize(self, keep_float: Collection[str], folder: Path) -> Taken:
         from onnxruntime.quantization import QuantType, quantize_dynamic

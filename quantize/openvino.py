@@ -141,7 +141,7 @@ class BFloat16(Variant):
     precision = "bf16"
 
     @staticmethod
-    def suits(facts: ModelFacts, flags: Mapping[str, bool]) -> bool:
+    def suits(facts: ModelFacts | None, flags: Mapping[str, bool]) -> bool | None:
         return bool(flags.get("amx_bf16") or flags.get("avx512_bf16"))
 
     def quantize(self, keep_float: Collection[str], folder: Path) -> Taken:
@@ -157,7 +157,7 @@ class CompressedFloat16(Variant):
     precision = "float16"
 
     @staticmethod
-    def suits(facts: ModelFacts, flags: Mapping[str, bool]) -> bool:
+    def suits(facts: ModelFacts | None, flags: Mapping[str, bool]) -> bool | None:
         return False  # on a CPU it can only be smaller
 
     def quantize(self, keep_float: Collection[str], folder: Path) -> Taken:

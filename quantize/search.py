@@ -10,7 +10,7 @@ from ..core.artifact import write_json
 from ..core.errors import GateFailed
 from ..core.kinds import Mix
 from ..core.progress import progress
-from ..core.stats import NoWorse
+from ..core.stats import NoWorse, lost_or_won
 
 
 class Found(NamedTuple):
@@ -66,7 +66,7 @@ def search(
             write_json(draft, step.model_dump())
             draft.rename(told)
         steps[kept] = step
-        advance(1, f"{kept} layers in float: {step.drop_points:+.2f} points lost")
+        advance(1, f"{kept} layers in float: {lost_or_won(step.drop_points)}")
         return step
 
     def fewest(holds: Callable[[Mix], bool]) -> int | None:
@@ -107,7 +107,7 @@ def search(
     if verdict.answer == "fails":
         layers = f"{taken} of {len(names)} layers in float" if names else "no layer in float"
         raise GateFailed(
-            f"no mix of {len(steps)} loses at most {max_drop:g} points: the best, with {layers}, loses "
+            f"no mix of {len(steps)} loses at most {max_drop:g} points: the best, with {layers}, "
             f"{verdict.words()} on {verdict.images} images; allow more, or ship float32"
         )
     return Found(list(steps.values()), folder, list((names or ())[:taken]), verdict)

@@ -203,9 +203,9 @@ class DynamicInt8(Variant):
     precision = "int8"
 
     @staticmethod
-    def suits(facts: ModelFacts, flags: Mapping[str, bool]) -> bool:
+    def suits(facts: ModelFacts | None, flags: Mapping[str, bool]) -> bool | None:
         """Transformers: static INT8 loses their accuracy and their speed; CNNs lose their speed by this one."""
-        return facts.nodes_by_kind.get("SOFTMAX", 0) > 0
+        return None if facts is None else facts.nodes_by_kind.get("SOFTMAX", 0) > 0
 
     def quantize(self, keep_float: Collection[str], folder: Path) -> Taken:
         from ai_edge_quantizer import quantizer, recipe
@@ -223,7 +223,7 @@ class Float16Weights(Variant):
     precision = "float16"
 
     @staticmethod
-    def suits(facts: ModelFacts, flags: Mapping[str, bool]) -> bool:
+    def suits(facts: ModelFacts | None, flags: Mapping[str, bool]) -> bool | None:
         return False  # on a CPU it can only be smaller
 
     def quantize(self, keep_float: Collection[str], folder: Path) -> Taken:

@@ -34,8 +34,11 @@ class Variant(ABC):
         self._work = work
 
     @staticmethod
-    def suits(facts: ModelFacts, flags: Mapping[str, bool]) -> bool:
-        """Whether it could be the best one of a model with these facts, on a CPU with these flags."""
+    def suits(facts: ModelFacts | None, flags: Mapping[str, bool]) -> bool | None:
+        """Whether it could be the best one of a model with these facts, on a CPU with these flags.
+
+        None where the facts would tell and there are none yet.
+        """
         return True
 
     def write(self, keep_float: Collection[str], folder: Path) -> Taken:

@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,6 +46,7 @@ class Sources:
     graphs: Mapping[str, Graph] = field(default_factory=dict)  # by key, like the models
     models: Mapping[str, Model] = field(default_factory=dict)
     dataset: Dataset | None = None
+    bundles: Mapping[str, Path] = field(default_factory=dict)  # folders: where to take one from, not what is in it
 
     def as_inputs(self) -> dict[str, AnyArtifact]:
         """What was found, by role, as inputs of the report."""
@@ -54,7 +56,11 @@ class Sources:
 
 
 def advice(
-    rows: Sequence[Numbers], hops: Sequence[Numbers], max_drop: float, surely_faster: Callable[[str, str], bool]
+    rows: Sequence[Numbers],
+    hops: Sequence[Numbers],
+    max_drop: float,
+    surely_faster: Callable[[str, str], bool],
+    student: str = "",
 ) -> list[Numbers]:
     """By target the variant to ship: the fastest of those that are surely faster than float32 and keep its accuracy.
 
@@ -65,7 +71,9 @@ def advice(
     shipped by it.
 
     Args:
+        rows: the bundles of one student.
         surely_faster: whether the session shows the first of two bundles to be faster than the second.
+        student: what it is called, where there are several.
     """
     drops = {step["bundle"]: step["difference"] for hop in hops for step in hop["steps"] if step["variant"]}
     found = []
@@ -87,6 +95,7 @@ def advice(
         ties = [row for row in also if not surely_faster(best["name"], row["name"])]
         advised = {
             "target": target,
+            "student": student,
             **_advised(best, drops.get(best["name"])),
             "ties": [row["variant"] for row in ties],
             "max_drop_points": max_drop,

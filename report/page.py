@@ -13,6 +13,10 @@ from ..core.kinds import Checkpoint, DeviceReport, GainFacts, Measurement, Repor
 from . import tables, words
 from .compression import Sources, thumbnail
 from .images import contact_sheet
+from .terms import TERMS
+
+MOST_CLASSES = 1000  # rows of the page; report.json has all
+LONGEST_SETTING = 120  # characters of one on the page; report.json has it whole
 
 
 def report(
@@ -44,6 +48,7 @@ def report(
                     trust=device["trust"]["word"],
                     sessions=device["trust"]["sessions"],
                     bundles=len(device["bundles"]),
+                    ship=device["decision"]["bundle"],
                     pareto=device["front"],
                 )
                 for device in numbers["devices"]
@@ -53,22 +58,26 @@ def report(
     return draft.artifact
 
 
-def _pictures(numbers: tables.Numbers, sources: Sources) -> list[str]:
-    """The flipped images, one for each row of ``numbers["flips"]``."""
+def _pictures(numbers: tables.Numbers, sources: Sources) -> dict[int, str]:
+    """The test images that the page shows, by position: those that changed, and the worst mistakes."""
+    shown = [*numbers["flips"], *(numbers["answers"]["mistakes"] if numbers["answers"] else [])]
     samples = sources.dataset.samples("test") if sources.dataset else []
-    return [thumbnail(samples[flip["position"]].image()) for flip in numbers["flips"]]
+    return {each["position"]: thumbnail(samples[each["position"]].image()) for each in shown}
 
 
-def render(numbers: tables.Numbers, pictures: Sequence[str], sheet: str = "") -> str:
+def render(numbers: tables.Numbers, pictures: Mapping[int, str], sheet: str = "") -> str:
     """The page of ``numbers``; everything is escaped but the figures drawn here.
 
     Args:
-        pictures: data URIs, one for each row of ``numbers["flips"]``.
+        pictures: test images as URIs, by position.
         sheet: the contact sheet of the data, as a data URI.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     from .plots import figures, gain_names, pareto_name
+    from .settings import chosen
+
+    rows, defaults = chosen(numbers["lineage"])
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -77,7 +86,7 @@ def render(numbers: tables.Numbers, pictures: Sequence[str], sheet: str = "") ->
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(pretty=pretty)
+    environment.filters.update(pretty=pretty, brief=brief)
     return environment.get_template("page.html").render(
         **numbers,
         words=words,
@@ -87,9 +96,19 @@ def render(numbers: tables.Numbers, pictures: Sequence[str], sheet: str = "") ->
         pareto_name=pareto_name,
         pictures=pictures,
         sheet=sheet,
+        chosen=rows,
+        defaults=defaults,
+        terms=TERMS,
+        most_classes=MOST_CLASSES,
     )
 
 
 def pretty(value: Any) -> str:
     """A value as indented JSON."""
     return json.dumps(value, indent=1, ensure_ascii=False)
+
+
+def brief(value: Any) -> str:
+    """A setting as JSON in one line, cut where it is long."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LONGEST_SETTING else text[: LONGEST_SETTING - 1] + "\N{HORIZONTAL ELLIPSIS}"

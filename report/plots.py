@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import html
 import io
 import itertools
-from collections.abc import Sequence
+import math
+import unicodedata
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import words
 from .tables import Numbers
 
 # Stands for the page's text colour: matplotlib knows no currentColor, so it is put in afterwards.
@@ -30,6 +35,11 @@ STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a name with dollars is a name
 }
 Box = tuple[float, float, float, float]  # left, bottom, right, top in points
+WIDTH = 9.4  # inches
+CHARACTER, LINE = 6.4, 13.0  # points that a character of a label takes, whatever the page's font, and a line of it
+FRAME_WIDTH = 72 * WIDTH * 0.91  # points between the axes of a figure with labels
+LONGEST_NAME = 44  # characters of a label; a bundle may be called anything
+LARGEST_MATRIX, LARGEST_COUNTED = 40, 20  # classes that a confusion matrix is drawn of, and with counts in its cells
 
 
 @dataclass(frozen=True)
@@ -50,9 +60,10 @@ class Figure:
 
 
 def figures(numbers: Numbers) -> dict[str, Figure]:
-    """Every figure that has something to show: ``pareto``, ``noise``, ``curves``, and ``gain METHOD`` of each gain.
+    """Every figure that has something to show, by name.
 
-    With several devices there is a ``pareto DEVICE`` of each.
+    ``pareto`` (with several devices ``pareto DEVICE`` of each), ``accuracy`` of every network and bundle,
+    ``confusion``, ``noise``, ``curves``, and ``gain METHOD`` of each gain.
     """
     import matplotlib
 
@@ -61,7 +72,13 @@ def figures(numbers: Numbers) -> dict[str, Figure]:
         for device in numbers["devices"]:
             timed = [row for row in device["bundles"] if row["latency_p50_ms"] and row["accuracy"]]
             if timed:
-                found[pareto_name(numbers, device)] = accuracy_against_latency(timed, device["front"], task)
+                name = pareto_name(numbers, device)
+                found[name] = accuracy_against_latency(timed, device["front"], task, salt=name)
+        compared = compared_networks(numbers)
+        if len(compared) > 1:
+            found["accuracy"] = accuracy_of_each(compared, task)
+        if numbers["answers"] and 1 < len(numbers["answers"]["classes"]) <= LARGEST_MATRIX:
+            found["confusion"] = confusion(numbers["answers"])
         for name, gain in zip(gain_names(numbers["gains"]), numbers["gains"], strict=True):
             if gain["gain_points"]:
                 found[name] = gain_by_seed(gain, task)
@@ -92,37 +109,83 @@ def _figure(width: float, height: float, **margins: float) -> Any:
     return figure
 
 
-def _drawn(figure: Any, title: str, salt: str) -> Figure:
-    """Only the ``<svg>`` element; ``salt`` keeps ids reproducible and apart from other figures'."""
+def _drawn(figure: Any, title: str, salt: str, told: Mapping[str, str] | None = None) -> Figure:
+    """Only the ``<svg>`` element; ``salt`` keeps ids reproducible and apart from other figures'.
+
+    Args:
+        told: by id of a drawn thing what a pointer on it is shown.
+    """
     import matplotlib
 
     stream = io.StringIO()
     for axes in figure.axes:
         axes.set_facecolor("none")
-    with matplotlib.rc_context({"svg.hashsalt": salt}):
+    with matplotlib.rc_context({"svg.hashsalt": salt}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the page's font has it
         figure.savefig(stream, format="svg", metadata={"Date": None})
     text = stream.getvalue()
-    return Figure(title, text[text.index("<svg") :].rstrip().replace(INK, "currentColor"))
+    text = text[text.index("<svg") :].rstrip().replace(INK, "currentColor")
+    for name, what in (told or {}).items():
+        text = text.replace(f'<g id="{name}">', f'<g id="{name}"><title>{html.escape(what)}</title>')
+    return Figure(title, text)
 
 
-def accuracy_against_latency(rows: Sequence[Numbers], front: Sequence[Sequence[str]], task: Numbers) -> Figure:
+def shortened(name: str, longest: int = LONGEST_NAME) -> str:
+    """A name that takes no more room than so many characters of Latin letters; what is left out shows as dots."""
+    if extent(name) <= longest * CHARACTER:
+        return name
+    kept = list(itertools.takewhile(lambda end: extent(name[:end]) <= (longest - 1) * CHARACTER, range(1, len(name))))
+    return name[: kept[-1] if kept else 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def extent(name: str) -> float:
+    """Points that a label takes at most: characters of East Asian scripts are twice as wide."""
+    return CHARACTER * sum(2 if unicodedata.east_asian_width(each) in "WF" else 1 for each in name)
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Ticks of a logarithmic axis at 1, 2 and 5, as plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _legend_rows(names: Sequence[str]) -> tuple[int, int]:
+    """Columns and rows of a legend above a figure."""
+    columns = max(1, min(len(names), int(620 // (40 + max(map(extent, names))))))
+    return columns, math.ceil(len(names) / columns)
+
+
+def accuracy_against_latency(
+    rows: Sequence[Numbers], front: Sequence[Sequence[str]], task: Numbers, salt: str = "pareto"
+) -> Figure:
     """Accuracy against median latency with both intervals, a label at each point, and the Pareto front.
 
-    The front passes through the fastest of each of its places.
+    The front passes through the fastest of each of its places. The more points there are, the higher the figure is, so
+    that there is always room for their labels.
     """
-    figure = _figure(9.4, 4.6, left=0.075, right=0.985, bottom=0.12, top=0.97)
+    height = room([shortened(row["name"]) for row in rows]) / 72 + 0.69
+    figure = _figure(WIDTH, height, left=0.075, right=0.985, bottom=0.55 / height, top=1 - 0.14 / height)
     axes = figure.add_subplot()
     targets = list(dict.fromkeys(row["target"] for row in rows))
     latencies = [row["latency_p50_ms"]["value"] for row in rows]
     if max(latencies) > 10 * min(latencies):
         axes.set_xscale("log")
-    for row in rows:
+        _plain_ticks(axes.xaxis)
+    told = {}
+    for at, row in enumerate(rows):
         colour = PALETTE[targets.index(row["target"]) % len(PALETTE)]
         x, y = _point(row)
         error = {"xerr": _arms(row["latency_p50_ms"], 1), "yerr": _arms(row["accuracy"], 100)}
         marker = "o" if row["variant"] == "float32" else "D"
         hollow = {"markerfacecolor": "none"} if row["trust"]["word"] != "trusted" else {}
-        axes.errorbar(x, y, **error, fmt=marker, color=colour, markersize=8, elinewidth=1, alpha=0.9, **hollow)
+        style = {"fmt": marker, "color": colour, "markersize": 8, "elinewidth": 1, "alpha": 0.9, **hollow}
+        name = f"{salt.replace(' ', '-')}-{at}"
+        axes.errorbar(x, y, **error, **style).lines[0].set_gid(name)
+        p50, accuracy = words.interval(row["latency_p50_ms"]), words.shares(row["accuracy"])
+        told[name] = f"{row['name']}: p50 {p50} ms, {task['metric']} {accuracy} {task['unit']}, {row['trust']['word']}"
     axes.margins(x=0.22, y=0.08)  # room for labels beside the outermost points
     axes.set_xlim(*axes.get_xlim())
     axes.set_ylim(*axes.get_ylim())
@@ -130,7 +193,7 @@ def accuracy_against_latency(rows: Sequence[Numbers], front: Sequence[Sequence[s
     _draw_labels(axes, rows, covered)
     axes.set_xlabel("latency of one image, p50, ms")
     axes.set_ylabel(f"{task['metric']} on the test images, {task['unit']}")
-    return _drawn(figure, "Accuracy against latency of every timed bundle", "pareto")
+    return _drawn(figure, "Accuracy against latency of every timed bundle", salt, told)
 
 
 def _point(row: Numbers) -> tuple[float, float]:
@@ -166,11 +229,12 @@ def _draw_labels(axes: Any, rows: Sequence[Numbers], taken: Sequence[Box]) -> No
         ends = [axes.transData.transform((_point(row)[0], 100 * row["accuracy"][end]))[1] for end in ("low", "high")]
         bars += [(x - 2, ends[0], x + 2, ends[1]), (x - 6, y - 6, x + 6, y + 6)]
     frame = axes.bbox.extents
-    for row, centre, box in zip(rows, centres, place([row["name"] for row in rows], centres, bars, frame), strict=True):
+    names = [shortened(row["name"]) for row in rows]
+    for name, centre, box in zip(names, centres, place(names, centres, bars, frame), strict=True):
         x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
         x0, y0 = centre
         nearest = min(max(x0, box[0]), box[2]), min(max(y0, box[1]), box[3])
-        axes.annotate(row["name"], (x, y), xycoords="figure pixels", ha="center", va="center")
+        axes.annotate(name, (x, y), xycoords="figure pixels", ha="center", va="center")
         if abs(nearest[0] - x0) + abs(nearest[1] - y0) < 22:
             continue  # near enough to need no line
         axes.annotate(
@@ -179,33 +243,161 @@ def _draw_labels(axes: Any, rows: Sequence[Numbers], taken: Sequence[Box]) -> No
         )  # fmt: skip
 
 
+def room(names: Sequence[str]) -> float:
+    """The height in points of a frame in which names find a place wherever the others are.
+
+    A name takes two lines of a grid at worst, and on each keeps others off twice its width.
+    """
+    in_a_line = max(1, int(FRAME_WIDTH // (2 * max(map(extent, names)))))
+    return max(280.0, 50 + 2 * LINE * math.ceil(len(names) / in_a_line))
+
+
 def place(names: Sequence[str], centres: Sequence[Any], taken: Sequence[Box], frame: Sequence[float]) -> list[Box]:
-    """A box for each name near its centre, clear of what is taken and of each other where that is possible."""
+    """A box for each name inside the frame: off the others' boxes, and off what is taken and near its centre if it can.
+
+    In a frame that is high enough (``room``) no two boxes overlap: where nothing is free around a centre, a name goes
+    to a free place of the whole frame.
+    """
     boxes: list[Box] = []
-    sides = [(1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1)]
     for name, (x, y) in zip(names, centres, strict=True):
-        half_width, half_height = 3.0 * len(name), 6.5
-        candidates = []
-        for distance in (8, 16, 26, 40, 58, 78, 100):
-            for right, up in sides:
-                middle = x + right * (distance + half_width), y + up * (distance + half_height)
-                low = middle[0] - half_width, middle[1] - half_height
-                candidates.append((*low, low[0] + 2 * half_width, low[1] + 2 * half_height))
-        boxes.append(min(candidates, key=lambda box: _crowding(box, [*taken, *boxes], frame)))
+        half_width, half_height = extent(name) / 2, LINE / 2
+        near = [
+            (x + right * (distance + half_width), y + up * (distance + half_height))
+            for distance in (8, 16, 26, 40, 58, 78, 100)
+            for right, up in ((1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1))
+        ]
+        best = _least_crowded(near, (half_width, half_height), boxes, taken, frame)
+        if _hits(best, boxes) or _outside(best, frame):
+            left, bottom = frame[0] + half_width, frame[1] + half_height
+            across = range(int(max(0, frame[2] - half_width - left)) // 24 + 1)
+            upwards = range(int(max(0, frame[3] - half_height - bottom) // LINE) + 1)
+            anywhere = [(left + 24 * column, bottom + LINE * line) for line in upwards for column in across]
+            anywhere.sort(key=lambda middle: math.dist(middle, (x, y)))
+            best = _least_crowded(anywhere, (half_width, half_height), boxes, taken, frame)
+        boxes.append(best)
     return boxes
 
 
-def _crowding(box: Box, taken: Sequence[Box], frame: Sequence[float]) -> int:
-    outside = box[0] < frame[0] or box[1] < frame[1] or box[2] > frame[2] or box[3] > frame[3]
-    hits = sum(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken)
-    return hits + 100 * outside
+def _least_crowded(
+    middles: Sequence[tuple[float, float]],
+    half: tuple[float, float],
+    boxes: Sequence[Box],
+    taken: Sequence[Box],
+    frame: Sequence[float],
+) -> Box:
+    """The first of the boxes around ``middles`` that hits fewest names, then least of what is taken."""
+    best, least = None, (math.inf, math.inf)
+    for x, y in middles:
+        box = (x - half[0], y - half[1], x + half[0], y + half[1])
+        crowd = (_hits(box, boxes) + _outside(box, frame), _hits(box, taken))
+        if crowd < least:
+            best, least = box, crowd
+        if crowd == (0, 0):
+            break
+    assert best is not None  # there is always a middle
+    return best
+
+
+def _outside(box: Box, frame: Sequence[float]) -> bool:
+    slack = 1e-6  # of a box that fits exactly
+    below = box[0] < frame[0] - slack or box[1] < frame[1] - slack
+    return below or box[2] > frame[2] + slack or box[3] > frame[3] + slack
+
+
+def _hits(box: Box, taken: Sequence[Box]) -> int:
+    return sum(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken)
+
+
+def compared_networks(numbers: Numbers) -> list[Numbers]:
+    """The teachers, the students, and every bundle that was tested: name, kind and accuracy of each."""
+    found = [{**row, "kind": "teacher" if row["teacher"] else "student"} for row in numbers["networks"]]
+    several = len(numbers["devices"]) > 1
+    for device in numbers["devices"]:
+        on = f" on {device['device']}" if several else ""
+        found += [
+            {"name": row["name"] + on, "kind": "bundle", "accuracy": row["accuracy"]}
+            for row in device["bundles"]
+            if row["accuracy"]
+        ]
+    return found
+
+
+def accuracy_of_each(rows: Sequence[Numbers], task: Numbers) -> Figure:
+    """One line a network or bundle with its accuracy and interval, from the first down."""
+    names = [shortened(row["name"]) for row in rows]
+    inches, line = 72 * WIDTH, 17 / 72
+    height = 0.95 + line * len(rows)
+    left = (max(map(extent, names)) + 14) / inches
+    figure = _figure(WIDTH, height, left=left, right=0.985, bottom=0.6 / height, top=1 - 0.32 / height)
+    axes = figure.add_subplot()
+    styles = {"teacher": ("s", PALETTE[1]), "student": ("o", GREY), "bundle": ("D", PALETTE[0])}
+    told, legend = {}, {}
+    for at, row in enumerate(rows):
+        marker, colour = styles[row["kind"]]
+        style = {"fmt": marker, "color": colour, "markersize": 6, "elinewidth": 1.2, "alpha": 0.9}
+        drawn = axes.errorbar(100 * row["accuracy"]["value"], at, xerr=_arms(row["accuracy"], 100), **style)
+        drawn.lines[0].set_gid(f"accuracy-{at}")
+        told[f"accuracy-{at}"] = f"{row['name']}: {task['metric']} {words.shares(row['accuracy'])} {task['unit']}"
+        legend.setdefault(row["kind"], drawn)
+    axes.set_yticks(range(len(rows)), names)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel(f"{task['metric']} on the test images, {task['unit']}")
+    axes.legend(
+        list(legend.values()), list(legend), loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2,
+        handletextpad=0.5,
+    )  # fmt: skip
+    return _drawn(figure, "Accuracy of every network and bundle", "accuracy", told)
+
+
+def confusion(answers: Numbers) -> Figure:
+    """How many images of each class (a row) are called what (a column), the darker the larger the share of the row."""
+    from matplotlib.patches import Rectangle
+
+    names = [row["class"] for row in answers["classes"]]
+    counts = [[0] * len(names) for _ in names]
+    for each in answers["confusions"]:
+        label, said = each["classes"]
+        counts[label][said] = each["images"]
+    for at, row in enumerate(answers["classes"]):
+        counts[at][at] = row["test_images"] - sum(counts[at])
+    shown, inches = [shortened(name, 18) for name in names], 72 * WIDTH
+    longest, cell = max(map(extent, shown)), max(15.0, min(26.0, 420 / len(names)))
+    height = (cell * len(names) + longest + 50) / 72
+    left = (longest + 34) / inches
+    figure = _figure(
+        WIDTH, height, left=left, right=0.985, bottom=(longest + 34) / (72 * height), top=1 - 8 / (72 * height)
+    )
+    axes = figure.add_subplot()
+    axes.grid(visible=False)
+    told = {}
+    for row, (name, line) in enumerate(zip(names, counts, strict=True)):
+        for column, images in enumerate(line):
+            if not images:
+                continue
+            colour = PALETTE[2] if row == column else PALETTE[1]
+            share = images / sum(line)
+            cell_name = f"confusion-{row}-{column}"
+            axes.add_patch(
+                Rectangle((column - 0.5, row - 0.5), 1, 1, color=colour, alpha=0.15 + 0.75 * share, gid=cell_name, lw=0)
+            )
+            told[cell_name] = f"'{name}' called '{names[column]}': {images:,} of {sum(line):,} images"
+            if len(names) <= LARGEST_COUNTED:
+                told_count = str(images) if images < 10_000 else f"{images / 1000:.0f}k"
+                axes.text(column, row, told_count, ha="center", va="center", fontsize=8)
+    axes.set_xlim(-0.5, len(names) - 0.5)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xticks(range(len(names)), shown, rotation=90, fontsize=9)
+    axes.set_yticks(range(len(names)), shown, fontsize=9)
+    axes.set_xlabel("is called")
+    axes.set_ylabel("is")
+    return _drawn(figure, f"What {answers['bundle']} takes for what", "confusion", told)
 
 
 def gain_by_seed(gain: Numbers, task: Numbers) -> Figure:
     """One line a seed from the control to the method; the teacher as a dashed line."""
     seeds = [seed for seed in gain["seeds"] if seed["labels_accuracy"] is not None][::-1]
     height = 1.25 + 0.34 * len(seeds)
-    figure = _figure(9.4, height, left=0.075, right=0.985, bottom=0.58 / height, top=1 - 0.38 / height)
+    figure = _figure(WIDTH, height, left=0.075, right=0.985, bottom=0.58 / height, top=1 - 0.38 / height)
     axes = figure.add_subplot()
     for at, seed in enumerate(seeds):
         alone, taught = 100 * seed["labels_accuracy"], 100 * seed["accuracy"]
@@ -225,23 +417,31 @@ def gain_by_seed(gain: Numbers, task: Numbers) -> Figure:
 
 def noise_by_layer(models: Sequence[Numbers]) -> Figure:
     """Signal-to-quantisation-noise ratio at each layer's output against its place, one line a variant."""
-    figure = _figure(9.4, 3.4, left=0.075, right=0.985, bottom=0.15, top=0.86)
+    columns, lines = _legend_rows([model["bundle"] for model in models])
+    height = 3.15 + 0.24 * lines
+    bottom, top = 0.51 / height, 1 - (0.24 + 0.24 * lines) / height
+    figure = _figure(WIDTH, height, left=0.075, right=0.985, bottom=bottom, top=top)
     axes = figure.add_subplot()
     for at, model in enumerate(models):
         ratios = [layer["out_db"] for layer in model["layers"]]
         places = [100 * place / max(1, len(ratios) - 1) for place in range(len(ratios))]
         known = [(x, y) for x, y in zip(places, ratios, strict=True) if y is not None]
         style = {"color": PALETTE[at % len(PALETTE)], "linewidth": 1.3, "alpha": 0.85}
+        style["linestyle"] = ("-", "--", ":")[at // len(PALETTE) % 3]
         axes.plot([x for x, _ in known], [y for _, y in known], label=model["bundle"], **style)
     axes.set_xlabel("place among the layers, % from input to output")
     axes.set_ylabel("signal to noise, dB")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(models), borderaxespad=0.2, handletextpad=0.5)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, handletextpad=0.5)
     return _drawn(figure, "Signal-to-quantisation-noise ratio by layer", "noise")
 
 
 def training_curves(curves: Sequence[Numbers], task: Numbers) -> Figure:
     """Loss and, where there was a validation part, its accuracy; one colour a method, the teacher apart."""
-    figure = _figure(9.4, 3.7, left=0.075, right=0.985, bottom=0.15, top=0.88, wspace=0.2)
+    names = {"labels": "labels alone"}
+    columns, lines = _legend_rows([names.get(group, group) for group in {curve["group"] for curve in curves}])
+    height = 3.4 + 0.24 * lines
+    bottom, top = 0.55 / height, 1 - (0.2 + 0.24 * lines) / height
+    figure = _figure(WIDTH, height, left=0.075, right=0.985, bottom=bottom, top=top, wspace=0.2)
     groups = sorted({curve["group"] for curve in curves} - {"labels", "teacher"})
     colours = {"labels": GREY, "teacher": PALETTE[1], **dict(zip(groups, (PALETTE[0], *PALETTE[2:]), strict=False))}
     validated = any(curve["validation_epochs"] for curve in curves)
@@ -255,12 +455,13 @@ def training_curves(curves: Sequence[Numbers], task: Numbers) -> Figure:
             accuracy = [100 * value for value in curve["validation_accuracy"]]
             panels[1].plot(curve["validation_epochs"], accuracy, **style)
     panels[0].set_yscale("log")
+    _plain_ticks(panels[0].yaxis)
     validation = f"{task['metric']} on the validation images, {task['unit']}"
     for axes, what in zip(panels, ("training loss (log scale)", validation), strict=False):
         axes.set_xlabel("epoch")
         axes.set_ylabel(what)
     figure.legend(
-        list(drawn.values()), ["labels alone" if name == "labels" else name for name in drawn],
-        loc="upper left", bbox_to_anchor=(0.065, 1), ncols=len(drawn), handletextpad=0.5,
+        list(drawn.values()), [names.get(name, name) for name in drawn],
+        loc="upper left", bbox_to_anchor=(0.065, 1), ncols=columns, handletextpad=0.5,
     )  # fmt: skip
     return _drawn(figure, "Training loss and validation accuracy by epoch", "curves")

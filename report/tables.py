@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,12 +28,16 @@ from ..core.kinds import (
     Model,
     ParityFacts,
     float32_by_bundle,
+    may_guess,
 )
+from ..core.sealed import printable
 from ..core.stats import Interval, holm_levels, mean_interval
 from ..data.dataset import Dataset
 from ..runtime.task import TASKS, Task
 from . import words
+from .answers import answers, judged
 from .compression import Packed, Sources, advice, flips, guards, noise_by_layer
+from .decision import decision
 from .images import image_numbers
 from .pooled import Pooled, pool
 
@@ -40,7 +45,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-SCHEMA_VERSION = 2
 Numbers = dict[str, Any]
 Checkpoints = Mapping[str, Checkpoint]
 Shown = Callable[[str, str], bool]  # of the first of two bundles, over the second
@@ -68,12 +72,14 @@ def collect(
     bundles = each_bundle(shown)
     told = [device_numbers(config, pooled, checkpoints, sources) for pooled in devices.values()]
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": config.version,
         "title": config.title,
         "task": {name: getattr(task, name) for name in ("name", "metric", "unit", "summary_note", "change_note")},
         "measured_utc": max(measurement.manifest.created_utc for measurement in shown.values()),
         "chain": chain(shown.values(), checkpoints),
         "devices": told,
+        "answers": told_answers(task, first, told[0], sources),
+        "networks": networks(shown.values(), checkpoints),
         "flips": flips(first, _variants(told[0]["hops"], bundles_of(first)), first.labels, sources),
         "noise_by_layer": noise_by_layer(bundles, sources),
         "guards": guards(bundles),
@@ -89,14 +95,23 @@ def device_numbers(config: ReportConfig, pooled: Pooled, checkpoints: Checkpoint
     """What was measured on one device, and what it comes to."""
     shown, facts = pooled.shown, pooled.facts
     faster, rows = surely_faster(facts.comparisons), bundle_rows(pooled)
-    front = pareto_front(rows, faster, surely_better(shown, believed(rows)))
+    better = surely_better(shown, believed(rows))
+    front = pareto_front(rows, faster, better)
     hops = accuracy_hops(shown, checkpoints, sources.graphs)
+    rows = name_students(rows, checkpoints)
+    advised = [
+        _guessing(each, rows, shown)
+        for student in dict.fromkeys(row["student"] for row in rows)
+        for each in advice([row for row in rows if row["student"] == student], hops, config.max_drop, faster, student)
+    ]
+    decided = decision(advised, rows, config.max_drop, faster, better, facts.emulated)
     return {
         "device": facts.device,
+        "decision": {**decided, "file": file_of(decided["bundle"], shown, sources)},
         "trust": trust(pooled),
         "bundles": [{**row, "pareto": any(row["name"] in place for place in front)} for row in rows],
         "front": front,
-        "advice": advice(rows, hops, config.max_drop, faster),
+        "advice": advised,
         "hops": hops,
         "probe_before": shown.facts.probe_before.model_dump(),
         "probe_after": shown.facts.probe_after.model_dump(),
@@ -104,6 +119,43 @@ def device_numbers(config: ReportConfig, pooled: Pooled, checkpoints: Checkpoint
             name: result.session.model_dump() for name, result in facts.results.items() if result.session is not None
         },
     }
+
+
+def _guessing(advised: Numbers, rows: Sequence[Numbers], shown: Measurement) -> Numbers:
+    """``advised``, with the figure of guessing where it is not shown to be better."""
+    task = TASKS[shown.facts.task]
+    accuracy = next(row["accuracy"] for row in rows if row["name"] == advised["bundle"])
+    share = None if accuracy is None else task.guessing(shown.labels)
+    guesses = accuracy is not None and may_guess(Interval(**accuracy), share)
+    found = {"share": share, "metric": task.metric, "unit": task.unit} if guesses else None
+    return {**advised, "guessing": found}
+
+
+def name_students(rows: Sequence[Numbers], checkpoints: Checkpoints) -> list[Numbers]:
+    """The rows with the names of their students in place of the keys; none where there is one student alone."""
+    if len({row["student"] for row in rows}) < 2:
+        return [{**row, "student": ""} for row in rows]
+    names = {found.key: name for name, found in checkpoints.items()}
+    return [{**row, "student": names.get(row["student"], row["student"][:12])} for row in rows]
+
+
+def file_of(name: str | None, measurement: Measurement, sources: Sources) -> Numbers | None:
+    """Where the bundle lies, and which file of it the runtime opens; None where it was not found."""
+    bundle = None if name is None else bundles_of(measurement)[name]
+    folder = None if bundle is None else sources.bundles.get(bundle.source.key)
+    return None if bundle is None or folder is None else {"folder": str(folder), "entry": bundle.facts.entry}
+
+
+def told_answers(task: Task, measurement: Measurement, device: Numbers, sources: Sources) -> Numbers | None:
+    """The answers of the bundle to ship, else of the first smaller one, else of the first; None where none was run."""
+    bundles = bundles_of(measurement)
+    run = [name for name in bundles if measurement.outputs_name(name) in measurement.manifest.files]
+    smaller = [name for name in run if bundles[name].facts.precision != "float32"]
+    name = next((name for name in (device["decision"]["bundle"], *smaller, *run) if name in run), None)
+    if name is None:
+        return None
+    base = float32_of(name, bundles)
+    return answers(task, measurement, name, base if base in run and base != name else None, sources)
 
 
 def _variants(hops: Sequence[Numbers], bundles: Mapping[str, Packed]) -> list[tuple[str, str]]:
@@ -177,12 +229,24 @@ def chain(measurements: Iterable[Measurement], checkpoints: Checkpoints) -> Numb
     }
 
 
+def networks(measurements: Iterable[Measurement], checkpoints: Checkpoints) -> list[Numbers]:
+    """Every network that is compared: the teachers, then the students, and which of those were shipped."""
+    shipped = {bundle.student_key for measurement in measurements for bundle in bundles_of(measurement).values()}
+    teachers = teacher_names(checkpoints)
+    found = [
+        {**network(name, checkpoint), "teacher": name in teachers, "shipped": checkpoint.key in shipped}
+        for name, checkpoint in checkpoints.items()
+    ]
+    return sorted(found, key=lambda row: not row["teacher"])
+
+
 def network(name: str, checkpoint: Checkpoint) -> Numbers:
     facts, config = checkpoint.facts, checkpoint.settings
     return {
         "name": name,
         "model": facts.model,
         "parameters": facts.parameters,
+        "macs": facts.macs,
         "method": facts.method,
         "training_images": facts.training_images,
         "label_fraction": config.get("label_fraction"),
@@ -219,19 +283,27 @@ def trust(pooled: Pooled) -> Numbers:
 
 
 def bundle_rows(pooled: Pooled) -> list[Numbers]:
-    rows = []
-    for name, bundle in bundles_of(pooled.shown).items():
+    rows, shown = [], pooled.shown
+    task, bundles = TASKS[shown.facts.task], bundles_of(shown)
+    said = {name: judged(task, outputs, shown.labels) for name, outputs in shown.all_outputs(bundles)}
+    for name, bundle in bundles.items():
         result = pooled.facts.results[name]
+        student = next(iter(find_ancestors(bundle.source, Checkpoint)), None)
+        made_of = None if student is None else Checkpoint.facts_of(student)
         rows.append(
             {
                 "name": name,
                 "target": bundle.facts.target,
                 "variant": bundle.facts.variant,
+                "student": bundle.student_key or "",
                 "status": result.status,
                 "trust": None if result.trust is None else result.trust.model_dump(),
                 "sessions": pooled.sessions[name],
                 "against_host": None if result.against_host is None else result.against_host.model_dump(),
                 "accuracy": _plain(result.accuracy),
+                **said.get(name, {"balanced": None, "calibration": None}),
+                "parameters": None if made_of is None else made_of.parameters,
+                "macs": None if made_of is None else made_of.macs,
                 "latency_p50_ms": _plain(result.latency_p50_ms),
                 "latency_p90_ms": _plain(result.latency_p90_ms),
                 "latency_p95_ms": _plain(result.latency_p95_ms),
@@ -576,15 +648,24 @@ def summary_table(device: Numbers, task: Numbers) -> Table:
 
 
 def print_summary(console: Console, numbers: Numbers) -> None:
-    """The report in a terminal: of each device main table and ``device_lines``, then the gains."""
+    """The report in a terminal: of each device main table, ``device_lines`` and what to take, then the rest."""
     for device in numbers["devices"]:
         if len(numbers["devices"]) > 1:
             console.print(words.device_heading(device), markup=False, highlight=False)
         console.print(summary_table(device, numbers["task"]))
         for line in device_lines(device):
             console.print(line, markup=False, highlight=False)
+        if device["decision"]["file"]:  # in one line, however long, so that it can be copied
+            taken = from_here(Path(device["decision"]["file"]["folder"]))
+            console.print(printable(f"take: {taken}"), markup=False, highlight=False, soft_wrap=True)
     for line in closing_lines(numbers):
         console.print(line, markup=False, highlight=False)
+
+
+def from_here(path: Path) -> Path:
+    """As a person would type it: relative where it lies below the folder that they are in."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def device_lines(device: Numbers) -> Iterator[str]:
@@ -600,13 +681,15 @@ def device_lines(device: Numbers) -> Iterator[str]:
     yield from words.host_lines(device["bundles"])
     for advised in device["advice"]:
         yield words.advice_sentence(advised)
+    yield words.decision_sentence(device["decision"])
     yield words.trust_sentence(device["trust"])
     if device["trust"]["emulated"]:
         yield words.emulated_sentence(device["trust"])
 
 
 def closing_lines(numbers: Numbers) -> Iterator[str]:
-    """What is said of all devices together: what distillation added, and that no device is ranked against another."""
+    """What is said of all devices together: answers by class, what distillation added, that no device is ranked."""
+    yield from words.answers_lines(numbers)
     for gain in numbers["gains"]:
         yield words.gain_sentence(gain)
     if len(numbers["devices"]) > 1:

@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..core.kinds import MeasurementFacts
-from ..core.stats import NoWorse
+from ..core.kinds import CheckpointFacts, GraphFacts, MeasurementFacts, may_guess
+from ..core.stats import NoWorse, plain
+from ..runtime.task import Task
 
 NOTHING = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
@@ -156,6 +157,31 @@ def machine(device: Mapping[str, Any]) -> str:
     return f"{probe.get('cpu', 'unavailable')}, {probe.get('usable_cores', 'unavailable')} usable cores"
 
 
+def found_lines(found: CheckpointFacts | GraphFacts, task: Task) -> list[str]:
+    """How right a network is, and loudly where that is not shown to be more than guessing; nothing where unknown."""
+    trained = isinstance(found, CheckpointFacts) and found.method != "as given"
+    accuracy = found.test_interval if isinstance(found, CheckpointFacts) else found.accuracy
+    if accuracy is None:
+        return []
+    value, between = percent(accuracy.value), share_bounds(accuracy.as_dict())
+    lines = [f"{task.metric} {value} {task.unit} {between} on {accuracy.n} test images"]
+    if may_guess(accuracy, found.guessing):
+        causes = (
+            "it learned nothing yet: more train.epochs, another train.learning_rate"
+            if trained
+            else "usual causes: colours normalised in another way (input.mean, input.std), classes in another order "
+            "(data.classes), another input.size, or weights that were never trained on these classes"
+        )
+        guessing = guessing_words(found.guessing, task.metric, task.unit)
+        lines.append(f"WARNING: not shown to be better than {guessing}; {causes}")
+    return lines
+
+
+def guessing_words(guessing: float | None, metric: str, unit: str) -> str:
+    """What one gets who looks at no image."""
+    return f"guessing ({metric} {percent(guessing)} {unit} without looking at the image)"
+
+
 def random_input_lines(facts: MeasurementFacts) -> list[str]:
     """Of models that were timed on random input, a line each."""
     lines = []
@@ -288,7 +314,10 @@ def gain_sentence(gain: Mapping[str, Any]) -> str:
     amount = f"{points(found['value'])} points {point_bounds(found)} over {found['n']} seeds ({where})"
     if found["low"] <= 0 <= found["high"]:
         return f"Gain not shown: {against} {amount}; the interval includes zero."
-    return f"{'Gain' if found['value'] > 0 else 'Loss'}: {against} {amount}."
+    if found["value"] > 0:
+        return f"Gain: {against} {amount}."
+    amount = f"{plain(-found['value'])} points [{plain(-found['high'])}, {plain(-found['low'])}]"
+    return f"Loss: {gain['method']} lost {amount} against labels alone over {found['n']} seeds ({where})."
 
 
 def hop_lines(hop: Mapping[str, Any]) -> list[str]:
@@ -303,26 +332,185 @@ def hop_lines(hop: Mapping[str, Any]) -> list[str]:
 
 def advice_sentence(advised: Mapping[str, Any]) -> str:
     """Which variant of a target to ship, and why; and which faster one may do."""
+    return _advice(advised) + guessing_clause(advised)
+
+
+def guessing_clause(advised: Mapping[str, Any]) -> str:
+    """That what is advised is not shown to be better than guessing, after a semicolon; else nothing."""
+    found = advised.get("guessing")
+    if found is None:
+        return ""
+    return f"; BUT it is not shown to be better than {guessing_words(found['share'], found['metric'], found['unit'])}"
+
+
+def _advice(advised: Mapping[str, Any]) -> str:
+    target = advised["target"] + (f" of {advised['student']}" if advised["student"] else "")
     if advised["untrusted"]:
-        return f"{advised['target']}: nothing to ship by these latencies ({_by_word(advised['untrusted'])})"
+        return f"{target}: nothing to ship by these latencies ({_by_word(advised['untrusted'])})"
     limit, may_do = f"{advised['max_drop_points']:g} points", advised["may_do"]
     if advised["variant"] != "float32":
         best = advised["variant"] + (f" (a tie with {listed(advised['ties'])})" if advised["ties"] else "")
         text = (
-            f"{advised['target']}: ship {best}, {interval(advised['over_float32'])} of float32's latency, "
+            f"{target}: ship {best}, {interval(advised['over_float32'])} of float32's latency, "
             f"{points(100 * advised['difference']['value'])} points {point_bounds(advised['difference'], 100)}"
         )
     elif may_do is None:
-        return f"{advised['target']}: ship float32; no variant is surely faster and loses at most {limit}"
+        return f"{target}: ship float32; no variant is surely faster and loses at most {limit}"
     else:
-        text = f"{advised['target']}: no variant is shown to be faster and to lose at most {limit}"
+        text = f"{target}: no variant is shown to be faster and to lose at most {limit}"
     return text if may_do is None else f"{text}; {may_do_clause(may_do)}"
+
+
+def decision_sentence(decision: Mapping[str, Any]) -> str:
+    """What to ship to a device, and what is known of it, in one sentence."""
+    answer, bundle, allowed = decision["answer"], decision["bundle"], f"{decision['max_drop_points']:g} points"
+    if answer == "not timed":
+        return "No decision: none of these bundles was timed on this device."
+    if answer == "emulated":
+        return "No decision: this device is emulated, its latencies say nothing about the hardware."
+    if answer == "untrusted":
+        which = listed(decision["doubted"])
+        return f"No decision yet: the latencies that would decide are not trusted ({which}). Measure again."
+    if answer == "float32":
+        return f"Ship {bundle}: nothing smaller is shown to be faster and to lose at most {allowed}."
+    return f"Ship {bundle}: {times_as_fast(decision['over_float32'])}, {kept_clause(decision['accuracy'])}."
+
+
+def times_as_fast(over_float32: Mapping[str, Any]) -> str:
+    """A ratio of latencies the other way round: how often the one is done while float32 is done once."""
+    return f"{figure(1 / over_float32['value'])} times as fast as its float32"
+
+
+def kept_clause(accuracy: Mapping[str, Any]) -> str:
+    """What becomes of the accuracy, by what so many images can show; and how many would prove what they cannot."""
+    found = NoWorse(**accuracy)
+    images, at_most = f"{found.images:,} images", ""
+    if found.possible_points is None or found.detectable_points is None:
+        lost = "wins" if found.drop_points < 0 else "loses"
+        return f"{lost} {plain(abs(found.drop_points))} points on {images}, which are too few for an interval"
+    least = found.possible_points - 2 * found.detectable_points  # the other end of the interval
+    if found.answer == "holds" and found.possible_points > 0:
+        at_most = f", {plain(found.possible_points)} points at most"
+    if least <= 0 <= found.possible_points:
+        text = f"loses nothing that {images} could show{at_most}"
+    elif found.drop_points < 0:
+        text = f"wins {plain(-found.drop_points)} points on {images}"
+    else:
+        text = f"loses {plain(found.drop_points)} points on {images}{at_most}"
+    if found.images_needed is None:
+        return text
+    return (
+        f"{text}; to prove that it loses at most {found.max_drop_points:g} points takes about {found.images_needed:,}"
+    )
+
+
+def decision_reasons(
+    decision: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], task: Mapping[str, Any]
+) -> list[str]:
+    """What the decision rests on, a line each; none where there is nothing to ship."""
+    row = next((row for row in rows if row["name"] == decision["bundle"]), None)
+    if row is None:
+        return []
+    speed = f"One image takes {interval(row['latency_p50_ms'])} ms (the median; in brackets 95 % intervals)"
+    if decision["over_float32"] is not None:
+        speed += f", {interval(decision['over_float32'])} of what its float32 takes"
+    lines = [f"{speed}."]
+    if row["accuracy"] is not None:
+        kept = f"{task['metric']} {shares(row['accuracy'])} {task['unit']} on {row['accuracy']['n']:,} test images"
+        if decision["difference"] is not None:
+            change = points(100 * decision["difference"]["value"])
+            kept += f", against its float32 {change} points {point_bounds(decision['difference'], 100)}"
+            kept += f" where a loss of {decision['max_drop_points']:g} is allowed"
+        lines.append(f"{kept}.")
+    lines.append(f"{listed(sizes(row))}.")
+    if decision["ties"]:
+        lines.append(f"As fast, as far as this session can tell: {listed(decision['ties'])}.")
+    if decision["faster"] is not None:
+        lines.append(f"Faster, but not shown to lose so little: {decision['faster']}.")
+    if decision["worse"]:
+        lines.append(f"Left out, since another student is surely more accurate: {listed(decision['worse'])}.")
+    if decision["doubted"]:
+        lines.append(f"Left out, since what they take is not trusted: {listed(decision['doubted'])}.")
+    return lines
+
+
+def sizes(row: Mapping[str, Any]) -> list[str]:
+    """How large a bundle is: the file, its parameters, what one image takes; as far as it is known."""
+    found = [f"{mebibytes(row['size_bytes'])} MiB on disk"]
+    if row["parameters"] is not None:
+        found.append(f"{count(row['parameters'])} parameters")
+    if row["macs"] is not None:
+        found.append(f"{count(row['macs'])} multiply-accumulates for one image")
+    return found
+
+
+def count(number: int | None) -> str:
+    """A number of things: in full below a million, else in millions or billions."""
+    if number is None:
+        return NOTHING
+    if number < 10**6:
+        return f"{number:,}"
+    return f"{figure(number / 1e6)} million" if number < 10**9 else f"{figure(number / 1e9)} billion"
+
+
+def calibration(found: Mapping[str, Any] | None) -> str:
+    """A calibration error in per cent, without the sign."""
+    return NOTHING if found is None else percent(found["error"])
+
+
+def answers_lines(numbers: Mapping[str, Any]) -> list[str]:
+    """Of the bundle to ship, in short: accuracy by class, what is taken for what, how sure it is."""
+    answers, task = numbers["answers"], numbers["task"]
+    if answers is None:
+        return []
+    rows = {row["name"]: row for row in numbers["devices"][0]["bundles"]}
+    row, float32 = rows[answers["bundle"]], rows.get(answers["float32"] or "")
+    text = f"{answers['bundle']} by class: {task['metric']} {shares(row['balanced'])} {task['unit']} on average"
+    least = lowest(answers["classes"])
+    if least is not None:
+        text += (
+            f"; lowest '{least['class']}' with {percent(least['accuracy']['value'], 1)} {task['unit']} "
+            f"of {least['test_images']:,} images"
+        )
+    if answers["confusions"]:
+        most = answers["confusions"][0]
+        text += f"; most often '{most['label']}' is called '{most['said']}' ({most['images']:,} images)"
+    lines = [text]
+    if (found := row["calibration"]) is not None:
+        before = "" if float32 is None else f" (float32 {calibration(float32['calibration'])})"
+        chance = f"up to {percent(found['by_chance'])} by chance alone on {found['images']:,} images"
+        lines.append(f"{answers['bundle']} calibration error {calibration(found)} %{before}, {chance}")
+    return [*lines, f"{answers['bundle']}: {', '.join(sizes(row))}"]
+
+
+def worst_first(classes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The classes from the lowest accuracy up; those without test images last."""
+    return sorted(classes, key=lambda row: row["accuracy"]["value"] if row["accuracy"] else math.inf)
+
+
+def lowest(classes: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The class with the lowest accuracy; of several the one with the most images. None where no class has images."""
+    known = [row for row in classes if row["accuracy"] is not None]
+    return min(known, key=lambda row: (row["accuracy"]["value"], -row["test_images"]), default=None)
+
+
+def lost(drop_points: float | None) -> str:
+    """A drop as a column has it: what is won is called so."""
+    if drop_points is None:
+        return NOTHING
+    amount = plain(drop_points)
+    return f"{amount.removeprefix('-')} won" if amount.startswith("-") else amount
+
+
+def lost_bounds(low: float | None, high: float | None) -> str:
+    """Bounds of a drop."""
+    return "n too small" if low is None or high is None else f"[{lost(low)}, {lost(high)}]"
 
 
 def may_do_clause(may_do: Mapping[str, Any]) -> str:
     """The fastest variant that keeps the accuracy by the point value, and how little that says."""
     return (
-        f"fastest that may do: {may_do['variant']}, {interval(may_do['over_float32'])} of float32's latency, lost "
+        f"fastest that may do: {may_do['variant']}, {interval(may_do['over_float32'])} of float32's latency, "
         f"{NoWorse(**may_do['accuracy']).words()}"
     )
 
@@ -334,7 +522,7 @@ def guard_sentence(guard: Mapping[str, Any]) -> str:
     can_tell = (
         "" if confirmed.detectable_points is None else f", which can tell a drop of {confirmed.detectable_points:.2f}"
     )
-    return f"{shown} on {confirmed.images} images that the search did not use{can_tell}: lost {confirmed.words()}."
+    return f"{shown} on {confirmed.images} images that the search did not use{can_tell}: {confirmed.words()}."
 
 
 def on_part(step: Mapping[str, Any], images: int) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from . import RUNTIMES, open_session, predict, sealed
+from .layout import sides
 from .weights import refuse_files_elsewhere
 
 GOLDEN = "golden.npz"  # ``images`` uint8 [N, H, W, 3] and the ``logits`` that they gave where the bundle was packed
@@ -20,7 +21,7 @@ WANTED: dict[str, Any] = {
     "target": str,
     "precision": str,
     "entry": str,
-    "input": {"size": int, "layout": str, "dtype": str},
+    "input": {"layout": str, "dtype": str},
     "runtime": {},
 }
 
@@ -53,12 +54,18 @@ def read_facts(folder: Path, *, hashed: bool = True) -> dict[str, Any]:
     if facts["precision"] not in TOLERANCES:
         raise BundleError(f"unknown precision '{facts['precision']}', wanted {', '.join(TOLERANCES)}")
     given = facts["input"]
-    if not 1 <= given["size"] <= LARGEST_SIDE or given["layout"] not in ("NCHW", "NHWC") or given["dtype"] != "float32":
+    if not _is_size(given.get("size")) or given["layout"] not in ("NCHW", "NHWC") or given["dtype"] != "float32":
         raise BundleError(f"no input is like that: {sealed.printable(repr(given), 200)}")
     if facts["entry"] not in manifest["files"]:
         raise BundleError(f"bundle {folder} has no file '{facts['entry']}' to open")
     refuse_files_elsewhere(folder / facts["entry"])
     return facts
+
+
+def _is_size(size: Any) -> bool:
+    """Whether it is the side of a square, or height and width."""
+    both = size if isinstance(size, list) else [size, size]
+    return len(both) == 2 and all(type(side) is int and 1 <= side <= LARGEST_SIDE for side in both)
 
 
 def check_facts(facts: Any, wanted: dict[str, Any], where: str) -> None:
@@ -80,12 +87,12 @@ def read_golden(folder: Path, facts: dict[str, Any]) -> tuple[np.ndarray, np.nda
     except sealed.Unsound as error:
         raise BundleError(str(error)) from None
     images, outputs = golden["images"], golden["logits"]
-    size, count = facts["input"]["size"], facts.get("golden_images")
-    whole = images.shape == (count, size, size, 3) and len(outputs) == count
+    (height, width), count = sides(facts["input"]), facts.get("golden_images")
+    whole = images.shape == (count, height, width, 3) and len(outputs) == count
     if not whole or images.dtype != np.uint8 or outputs.dtype != np.float32:
         raise BundleError(
             f"golden images of shape {images.shape} with outputs of shape {outputs.shape} are not the {count} "
-            f"of {size} pixels that the manifest promises"
+            f"of {height}x{width} pixels that the manifest promises"
         )
     return images, outputs
 

@@ -8,6 +8,12 @@ from typing import Any
 import numpy as np
 
 
+def sides(spec: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of an InputSpec's input, in pixels: ``size`` is the side of a square, or both."""
+    size = spec["size"]
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
 def to_input(images: np.ndarray, spec: Mapping[str, Any]) -> np.ndarray:
     """uint8 [N, H, W, 3] to the InputSpec's dtype and layout, contiguous.
 

@@ -1,8 +1,8 @@
 """Decoding, resizing and cropping: the one definition that training-time evaluation, calibration, parity
 and the device share.
 
-Resize the shorter side to ``round(size / crop_fraction)`` with Pillow's filter (antialiased, on uint8),
-then crop the centre. Normalisation is not here: it is inside every exported graph.
+Resize with Pillow's filter (antialiased, on uint8) until the image covers ``round(height / crop_fraction)`` by
+``round(width / crop_fraction)``, then crop the centre. Normalisation is not here: it is inside every exported graph.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
+
+from .layout import sides
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -93,19 +95,18 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def fit(image: Image.Image, spec: Mapping[str, Any]) -> np.ndarray:
-    """An RGB image to uint8 [size, size, 3].
+    """An RGB image to uint8 [height, width, 3].
 
     Args:
         spec: an InputSpec as a mapping: size, crop_fraction, interpolation.
     """
     from PIL import Image
 
-    size = spec["size"]
-    shorter = round(size / spec["crop_fraction"])
-    width, height = image.size
-    scale = shorter / min(width, height)
-    target = (max(shorter, round(width * scale)), max(shorter, round(height * scale)))
+    height, width = sides(spec)
+    covered = round(width / spec["crop_fraction"]), round(height / spec["crop_fraction"])
+    scale = max(covered[0] / image.width, covered[1] / image.height)
+    target = max(covered[0], round(image.width * scale)), max(covered[1], round(image.height * scale))
     if target != image.size:
         image = image.resize(target, Image.Resampling[spec["interpolation"].upper()])
-    left, top = (target[0] - size) // 2, (target[1] - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.uint8)
+    left, top = (target[0] - width) // 2, (target[1] - height) // 2
+    return np.asarray(image.crop((left, top, left + width, top + height)), dtype=np.uint8)

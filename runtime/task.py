@@ -48,6 +48,14 @@ class Task(Protocol):
     def decide(self, outputs: np.ndarray) -> np.ndarray:
         """Outputs [N, ...] to what the network says of each image, as ``labels`` are written."""
 
+    def likeliest(self, outputs: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """What the network says of each image, the likeliest first, for outputs [N, ...].
+
+        Returns:
+            At most ``count`` decisions [N, count, ...], the first being that of ``decide``; and how likely the network
+            itself takes each to be, 0 to 1 [N, count].
+        """
+
     def scores(self, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """How right outputs [N, ...] are about images with these labels: one score an image [N, ...]."""
 
@@ -60,6 +68,12 @@ class Task(Protocol):
         Raises:
             ValueError: of different shapes, or none.
         """
+
+    def guessing(self, labels: np.ndarray) -> float:
+        """The figure of the best answer that looks at no image, for images with these labels."""
+
+    def confidence(self, outputs: np.ndarray) -> np.ndarray:
+        """How sure outputs [N, ...] are of what ``decide`` makes of them, 0 to 1, one value a score [N, ...]."""
 
     def agreement(self, first: np.ndarray, second: np.ndarray) -> float:
         """How far two outputs of the same images say the same, 0 to 1."""
@@ -85,6 +99,18 @@ class Classification:
     def decide(self, outputs: np.ndarray) -> np.ndarray:
         """Logits [N, K] to classes [N]."""
         return np.asarray(outputs.argmax(1))
+
+    def likeliest(self, outputs: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Classes [N, count] with their probability by softmax, for finite logits [N, K]; of equal ones the first.
+
+        Outputs that are probabilities already (none negative, every row with the sum 1) are taken as they are.
+        """
+        shares = outputs.astype(np.float64)
+        if shares.min() < 0 or not np.allclose(shares.sum(1), 1, rtol=0, atol=1e-3):
+            shares = np.exp(shares - shares.max(1, keepdims=True))
+            shares /= shares.sum(1, keepdims=True)
+        classes = np.argsort(-outputs, axis=1, kind="stable")[:, :count]
+        return classes, np.take_along_axis(shares, classes, 1)
 
     def scores(self, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Whether the class is right, bool [N], for logits [N, K] and classes [N]."""
@@ -115,6 +141,20 @@ class Classification:
         half = _normal_quantile() * math.sqrt((b + c) - (c - b) ** 2 / total) / total
         p_value = min(1.0, 2 * _half_binomial_cdf(min(lost, won), lost + won))
         return Change((won - lost) / n, centre - half, centre + half, lost, won, p_value, n)
+
+    def guessing(self, labels: np.ndarray) -> float:
+        """The share of the commonest class."""
+        return float(np.unique(labels, return_counts=True)[1].max() / len(labels))
+
+    def confidence(self, outputs: np.ndarray) -> np.ndarray:
+        """The probability of the class that is said, by softmax, float64 [N], for finite logits [N, K].
+
+        Outputs that are probabilities already (none negative, every row with the sum 1) are taken as they are.
+        """
+        largest = outputs.max(1, keepdims=True)
+        if outputs.min() >= 0 and np.allclose(outputs.sum(1, dtype=np.float64), 1, rtol=0, atol=1e-3):
+            return np.minimum(largest[:, 0].astype(np.float64), 1.0)
+        return np.asarray(1 / np.exp(outputs - largest).sum(1, dtype=np.float64))
 
     def agreement(self, first: np.ndarray, second: np.ndarray) -> float:
         """The share of images that both call the same, for logits [N, K]."""

@@ -25,7 +25,7 @@ import numpy as np
 
 from . import sealed
 from .beside import beside
-from .layout import to_input
+from .layout import sides, to_input
 from .strange import random_values
 
 MOST_OF_MEMORY = 0.75  # of what is free when building begins, that it may take
@@ -118,9 +118,9 @@ def build_engine(folder: Path, facts: dict[str, Any]) -> Path:
         part = path.with_name(path.name + ".part")
         free = memory()["MemAvailable"]
         code = f"import sys; from {__package__}.tensorrt import write_engine; write_engine(*sys.argv[1:])"
-        model, size = str(folder / facts["entry"]), str(facts["input"]["size"])
+        model, shape = str(folder / facts["entry"]), map(str, sides(facts["input"]))
         limit_bytes = round(MOST_OF_MEMORY * free)
-        run_within(limit_bytes, [sys.executable, "-c", code, model, size, str(limit_bytes // 2), str(part)])
+        run_within(limit_bytes, [sys.executable, "-c", code, model, *shape, str(limit_bytes // 2), str(part)])
         record = {"machine": machine, "sha256": sealed.sha256_file(part)}
         path.with_name(path.name + ".json").unlink(missing_ok=True)
         part.rename(path)
@@ -136,7 +136,7 @@ def build_engine(folder: Path, facts: dict[str, Any]) -> Path:
         os.close(descriptor)
 
 
-def write_engine(model: str, size: str, workspace_bytes: str, path: str) -> None:
+def write_engine(model: str, height: str, width: str, workspace_bytes: str, path: str) -> None:
     """Build the engine of an ONNX file for one image at a time into ``path``: in a process of its own.
 
     Precision stands in the graph: 11.x knows nothing else, 10.x is told.
@@ -153,7 +153,7 @@ def write_engine(model: str, size: str, workspace_bytes: str, path: str) -> None
     config = builder.create_builder_config()
     config.set_memory_pool_limit(tensorrt.MemoryPoolType.WORKSPACE, int(workspace_bytes))
     profile = builder.create_optimization_profile()
-    shape = (1, 3, int(size), int(size))
+    shape = (1, 3, int(height), int(width))
     profile.set_shape(network.get_input(0).name, shape, shape, shape)
     config.add_optimization_profile(profile)
     engine = builder.build_serialized_network(network, config)
@@ -226,10 +226,10 @@ class TensorRtSession:
         self._context = self._engine.create_execution_context()
         self._input, self._output = (self._engine.get_tensor_name(at) for at in range(2))
         self._stream = self._checked(cuda.cudaStreamCreate())
-        size = self._spec["size"]
-        self._context.set_input_shape(self._input, (1, 3, size, size))
+        height, width = sides(self._spec)
+        self._context.set_input_shape(self._input, (1, 3, height, width))
         self._logits = np.empty(tuple(self._context.get_tensor_shape(self._output)), np.float32)
-        self._device_image = self._checked(cuda.cudaMalloc(4 * 3 * size * size))
+        self._device_image = self._checked(cuda.cudaMalloc(4 * 3 * height * width))
         self._device_logits = self._checked(cuda.cudaMalloc(self._logits.nbytes))
         self._context.set_tensor_address(self._input, self._device_image)
         self._context.set_tensor_address(self._output, self._device_logits)

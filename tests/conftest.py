@@ -238,6 +238,16 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "kdpipe", *map(str, arguments)]
 
 
+class Told(progress.Silence):
+    """Hears what a person is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
 @contextlib.contextmanager
 def listening(listener: progress.Listener) -> Iterator[None]:
     """Hear what is told of progress meanwhile, in place of whoever heard it before."""

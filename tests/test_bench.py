@@ -17,9 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Made, listening, replace_file
+from conftest import Made, Told, listening, replace_file
 
-from kdpipe.core import progress
 from kdpipe.core.artifact import Order
 from kdpipe.core.config import BenchPlan, DeviceSettings, MeasureSettings, QuantizeConfig, suited, validated
 from kdpipe.core.errors import KdpipeError, UserError
@@ -428,16 +427,6 @@ def order_of(bundles: dict[str, Bundle], made: Made, plan: BenchPlan = QUICK) ->
     return Order("bench", bench_config(plan, "local"), {**bundles, "data": made.dataset})
 
 
-class Told(progress.Silence):
-    """Hears what a person is told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
 class Breaker(Told):
     """Breaks a bundle's model at a moment of the session, and mends it when a note has these words."""
 
@@ -565,7 +554,7 @@ def test_after_a_long_pause_times_are_taken_anew(
     made: Made, killed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rounds of before and after are no session; outputs are the same whenever they are computed."""
-    monkeypatch.setattr(journal, "PAUSE_LIMIT_SECONDS", 0.0)
+    monkeypatch.setattr(journal, "PAUSE_LIMIT_SECONDS", -3600.0)
     listener = Told()
     with listening(listener):
         finished, kept, before = go_on(made, killed, tmp_path / "copy")

@@ -86,7 +86,7 @@ def test_a_phone_without_python_says_what_to_do(project: Path) -> None:
 def test_a_full_phone_is_one_line(phone: arm64.Phone, project: Path, cache: Path) -> None:
     described = {"full": {"kind": "adb", "address": phone.address, "folder": f"{phone.storage}/small/kdpipe"}}
     (project / "devices.yaml").write_text(yaml.safe_dump(described))
-    assert_one_line(kdpipe("devices", "prepare", "full"), 2, "no space on 'full'", "remove something there")
+    assert_one_line(kdpipe("devices", "prepare", "full"), 2, "no space on 'full'", "are free")
     full = find_device("full")
     assert isinstance(full, AdbDevice) and full.shell(f"ls {full.root}/python/store") == ""
 

@@ -145,7 +145,7 @@ def test_a_full_disk_leaves_the_old_version_live(
         before = store.status(root)["live"]
         fill(disk, left=size)
         done = kdpipe("deploy", new, "--device", "board")
-        assert_one_line(done, 2, "'board' has no space for", "are free", "kdpipe devices clean board")
+        assert_one_line(done, 2, "no space on 'board'", "are free", "kdpipe devices clean board")
         still_old(set())
         # Space enough, as far as the disk says, and no room for one more file.
         (disk / "filling").unlink()

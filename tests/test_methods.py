@@ -248,12 +248,12 @@ def test_stages_partition_the_network(name: str) -> None:
     made = network(name)
     indices = stage_indices(made, name)
     assert indices == sorted(set(indices)) and 3 <= len(indices) <= 4
-    stages = stage_parameters(made, 32, indices)
+    stages = stage_parameters(made, (32, 32), indices)
     everything = [parameter for stage in stages for parameter in stage]
     assert sorted(everything) == sorted(dict(made.named_parameters()))
     assert all(stages)
     assert {"fc.weight", "head.weight", "classifier.weight", "head.fc.weight"} & set(stages[-1])
-    assert len(map_shapes(made, 32, indices)) == len(indices)
+    assert len(map_shapes(made, (32, 32), indices)) == len(indices)
 
 
 def test_pairs_are_the_deepest() -> None:
@@ -269,7 +269,7 @@ def test_networks_without_features_say_so() -> None:
 def test_stagewise_trains_one_stage_at_a_time() -> None:
     mine, its = network("test_resnet"), network("test_resnet", seed=1)
     task = Taught(DistillSettings(method="stagewise"), mine, its)
-    groups = stage_parameters(mine, 32, stage_indices(mine, "", with_stem=True))
+    groups = stage_parameters(mine, (32, 32), stage_indices(mine, "", with_stem=True))
     for phase in range(len(task.phases(40, 10))):
         before = {name: tensor.clone() for name, tensor in mine.state_dict().items()}
         task.enter(phase)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import Made, assert_one_line, kdpipe, quantize
+from conftest import Made, Told, assert_one_line, kdpipe, listening, quantize
 from test_quantize import config
 from timm.models import register_model
 from timm.models.csatv2 import SpatialTransformerBlock
@@ -21,17 +21,18 @@ from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, interpolate, scaled_dot_product_attention
 
 from kdpipe.chain import Chain
-from kdpipe.core.config import ExportConfig, InputSettings, QuantizePlan, TeacherPlan, validated
+from kdpipe.core.config import ExportConfig, InputSettings, ParitySettings, QuantizePlan, TeacherPlan, validated
 from kdpipe.core.errors import GateFailed, UserError
 from kdpipe.core.kinds import Checkpoint, Model
 from kdpipe.devices import find_device
-from kdpipe.export.parity import torch_outputs
+from kdpipe.export.parity import Parity, check, compare, float32_error, torch_outputs
 from kdpipe.export.rewrites import FOR_TFLITE, AsTorchComputes, deployed, for_tflite
 from kdpipe.networks import models
 from kdpipe.quantize import VARIANTS
 from kdpipe.quantize.layers import signal_to_noise_db
 from kdpipe.quantize.qdq import OnnxActivations, write_qdq
 from kdpipe.quantize.tflite import TfliteActivations
+from kdpipe.runtime.task import TASKS
 
 
 class Branches(nn.Module):
@@ -162,6 +163,45 @@ def test_a_wrong_merging_is_refused(
     monkeypatch.setattr(Branches, "reparameterize", forgetful)
     with pytest.raises(GateFailed, match="differs from torch by"):
         Chain(tmp_path / "artifacts").export(ExportConfig(target="onnxruntime"), network, made.dataset)
+
+
+class Cancelling(nn.Module):
+    """What it says is a small difference of large numbers."""
+
+    def __init__(self, offset: float) -> None:
+        super().__init__()
+        self.offset = offset
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        small = image.flatten(1)[:, :10] / 255
+        return (small + self.offset) - self.offset
+
+
+def test_a_network_that_magnifies_rounding_is_held_to_its_own() -> None:
+    """A file may be as far from torch as torch's float32 is from its double precision; within a limit."""
+    images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), np.uint8)
+    paths, task = [Path("a.png")] * 16, TASKS["classification"]
+
+    def checked(offset: float, share: float) -> Parity:
+        """Of a file that is off by ``share`` of the outputs' spread."""
+        network = Cancelling(offset)
+        expected = torch_outputs(network, images, "it")
+        actual = expected + np.float32(share * expected.std(axis=0).max())
+        found = compare(task, expected, actual, paths)
+        return check(found, ParitySettings(), "file", lambda: float32_error(network, images, expected))
+
+    assert checked(0.0, 1e-5).float32_error is None, "it was in no question"
+    assert checked(0.0, 9e-4).float32_error < 1e-6
+    with pytest.raises(GateFailed, match="torch's own float32 is off by"):
+        checked(0.0, 2e-3)
+    listener = Told()
+    with listening(listener):
+        assert 1e-3 < checked(30_000.0, 3e-3).float32_error < 1e-2
+    assert any("magnifies rounding" in line for line in listener.notes)
+    with pytest.raises(GateFailed):
+        checked(30_000.0, 3e-2)
+    with pytest.raises(GateFailed):  # nothing could be told from a fault
+        checked(1_000_000.0, 3e-2)
 
 
 @pytest.mark.parametrize("name", ["repghostnet_050", "repvit_m0_9", "fastvit_t8", "test_byobnet"])

@@ -103,7 +103,81 @@ def test_no_worse_is_decided_by_the_whole_interval(value: float, low: float, hig
 def test_no_worse_without_an_interval_cannot_tell() -> None:
     found = stats.no_worse(stats.Interval(0.0, None, None, 3), 0.5)
     assert (found.answer, found.images_needed, found.possible_points) == ("cannot tell", None, None)
-    assert found.words() == "0.00 points by the point value"
+    assert found.words() == "lost 0.00 points by the point value"
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "words"),
+    [
+        (-0.2, -1.9, 1.5, "lost 0.20 points, up to 1.90 possible, about 1,200 images would tell"),
+        (-0.2, -0.4, 0.0, "lost 0.20 points, up to 0.40 possible"),
+        (1.39, -0.3, 3.1, "won 1.39 points, a loss of up to 0.30 possible"),
+        (1.0, -0.7, 2.7, "won 1.00 points, a loss of up to 0.70 possible, about 1,200 images would tell"),
+        (1.39, 0.2, 2.6, "won 1.39 points, 0.20 or more surely"),
+        (-0.8, -1.0, -0.6, "lost 0.80 points, up to 1.00 possible, surely above 0.5"),
+        (0.001, -0.001, 0.001, "lost 0.00 points, up to 0.00 possible"),
+    ],
+)  # fmt: skip
+def test_what_is_lost_is_positive_and_what_is_won_is_told_as_won(
+    value: float, low: float, high: float, words: str
+) -> None:
+    found = stats.no_worse(stats.Interval(value / 100, low / 100, high / 100, 100), 0.5)
+    assert found.words().replace(" by the point value", "", 1) == words
+    assert "-" not in found.words()
+
+
+# ---- shares of several classes, and confidence ----------------------------------------------------------------
+
+
+def wilson(right: int, n: int) -> stats.Interval:
+    return stats.Interval(*TASKS["classification"].summary(np.arange(n) < right))
+
+
+def test_a_mean_of_shares_covers_what_it_is_of() -> None:
+    """Simulated: a balanced accuracy of five classes, two of them nearly always right, one of ten images."""
+    generator, truth, sizes = np.random.default_rng(3), np.array([0.99, 0.98, 0.9, 0.7, 0.6]), [60, 30, 50, 10, 40]
+    covered = 0
+    for _ in range(400):
+        found = stats.mean_of_shares([wilson(generator.binomial(n, p), n) for n, p in zip(sizes, truth, strict=True)])
+        assert found.low is not None and found.high is not None and found.n == sum(sizes)
+        covered += found.low <= truth.mean() <= found.high
+    assert 0.92 <= covered / 400 <= 0.99
+    alone = wilson(7, 9)
+    assert stats.mean_of_shares([alone]) == alone
+    assert stats.mean_of_shares([wilson(5, 5), wilson(9, 9)]).low < 0.9, "that all are right leaves something open"
+    assert stats.mean_of_shares([alone, stats.Interval(1.0, None, None, 0)]).low is None
+    with pytest.raises(ValueError, match="at least one"):
+        stats.mean_of_shares([])
+
+
+def test_calibration_error_by_hand() -> None:
+    # Two bins: four images at 0.9 of which three are right, six at 0.55 of which three are.
+    sure = np.array([0.9] * 4 + [0.55] * 6)
+    right = np.array([1, 1, 1, 0] + [1, 0] * 3, bool)
+    found = stats.calibration_error(sure, right)
+    assert found.error == pytest.approx(0.4 * 0.15 + 0.6 * 0.05)
+    assert (found.bins, found.images) == (15, 10)
+    # The ends of a bin belong to the bin below, as in the paper: (0, 1/15], (1/15, 2/15], ...
+    assert stats.calibration_error(np.array([1.0, 1.0]), np.array([True, False])).error == pytest.approx(0.5)
+    for confidence, scores in (([], []), ([0.5], [1, 0]), ([1.1], [1]), ([math.nan], [1])):
+        with pytest.raises(ValueError, match="equally long"):
+            stats.calibration_error(np.array(confidence), np.array(scores))
+
+
+def test_what_calibration_shows_by_chance() -> None:
+    """Networks that are exactly as sure as they are right stay below it in 95 of 100 cases; others do not."""
+    generator = np.random.default_rng(5)
+    below = []
+    for _ in range(100):
+        sure = generator.uniform(0.3, 1, 300)
+        found = stats.calibration_error(sure, generator.random(300) < sure)
+        below.append(found.error <= found.by_chance)
+    assert 88 <= sum(below) <= 100
+    sure = np.full(300, 0.95)
+    found = stats.calibration_error(sure, generator.random(300) < 0.8)
+    assert found.error > 3 * found.by_chance
+    few, many = (stats.calibration_error(np.full(n, 0.7), np.arange(n) < 0.7 * n).by_chance for n in (100, 10_000))
+    assert few > 5 * many, "the fewer images, the more by chance"
 
 
 def test_the_images_that_would_tell() -> None:

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, Made
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import special, stats
 
 from kdpipe.report.page import render
 from kdpipe.runtime.task import TASKS, Classification
@@ -69,11 +69,20 @@ def test_a_decision_in_words() -> None:
     assert [TASK.tell(decision, ["cat", "dog"]) for decision in decisions] == ["dog", "cat"]
 
 
+def test_confidence_is_softmax() -> None:
+    outputs = np.array([[0.0, 2.0, 1.0], [300.0, -300.0, 0.0], [0.0, 0.0, 0.0]], np.float32)
+    known = special.softmax(outputs.astype(float), axis=1).max(1)
+    assert TASK.confidence(outputs) == pytest.approx(known)
+    # What a network with a softmax at its end says is a probability already; one row of logits may look like it.
+    assert TASK.confidence(special.softmax(outputs[:1], axis=1)) == pytest.approx(known[:1])
+    assert TASK.confidence(np.array([[0.25, 0.75], [3.0, 1.0]])) == pytest.approx([0.6225, 0.8808], abs=1e-4)
+
+
 def test_the_page_says_the_tasks_own_figure(made: Made) -> None:
     """Neither the page nor its figures know what is counted."""
     numbers = made.report.numbers
     numbers["task"] |= {"metric": "mean overlap", "summary_note": "by hand", "change_note": "Lost: fewer pixels."}
-    page = render(numbers, ["data:,"] * len(numbers["flips"]))
+    page = render(numbers, dict.fromkeys(range(len(made.dataset.samples("test"))), "data:,"))
     assert page.count("mean overlap") >= 6 and "fewer pixels" in page
     for word in ("top-1", "Wilson", "Agresti", "right before"):
         assert word not in page.partition("Every version and setting")[0], word

@@ -1,0 +1,51 @@
+"""Which names a network can have, read from timm's sources: importing it takes seconds, a wrong name is told at once.
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from functools import cache
+from pathlib import Path
+
+from ..core.config import ONNX_MODEL
+from ..core.errors import UserError, did_you_mean
+
+PLAIN = re.compile(r"\w+(\.\w+)*")  # a name of timm, perhaps with the tag of its weights
+
+
+def check_name(model: str) -> None:
+    """Refuse a plain name that nothing is registered under. What passes may be unknown all the same: timm decides.
+
+    Raises:
+        UserError: with the name that is nearest.
+    """
+    if "timm" in sys.modules or model == ONNX_MODEL or not PLAIN.fullmatch(model):  # asking timm itself is quick then
+        return
+    registered, others = _names()
+    if registered and model.partition(".")[0] not in registered | others:
+        raise unknown(model, registered)
+
+
+def unknown(model: str, names: frozenset[str]) -> UserError:
+    """The mistake of naming a network that is not among ``names``."""
+    return UserError(f"unknown model '{model}': wanted a name of timm{did_you_mean(model, names)}")
+
+
+@cache
+def _names() -> tuple[frozenset[str], frozenset[str]]:
+    """Names of registered functions, in timm and here; and whatever else could be one (deprecated names are keys)."""
+    registered: set[str] = set()
+    others: set[str] = set()
+    timm = importlib.util.find_spec("timm")
+    folders = [] if timm is None else [Path(place) / "models" for place in timm.submodule_search_locations or ()]
+    sources = [path for folder in folders for path in folder.glob("*.py")]
+    for path in [*sources, Path(__file__).with_name("cifar.py")] if sources else []:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        registered.update(re.findall(r"^@register_model\s+def (\w+)\(", text, re.MULTILINE))
+        others.update(re.findall(r"^def (\w+)\(", text, re.MULTILINE))
+        others.update(key.partition(".")[0] for key in re.findall(r"^\s+['\"]([\w.]+)['\"]\s*:", text, re.MULTILINE))
+    return frozenset(registered), frozenset(others)

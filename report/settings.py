@@ -1,0 +1,58 @@
+"""Of many artifacts the settings that somebody chose; those that stand at their defaults are told once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ..core import config as configs
+
+Numbers = dict[str, Any]
+# By stage what its settings are; those of another stage are all told.
+SETTINGS: dict[str, type[configs.Config]] = {
+    "data": configs.DataConfig,
+    "fitted": configs.FittedConfig,
+    "adopt": configs.AdoptConfig,
+    "train": configs.TrainConfig,
+    "cache": configs.CacheConfig,
+    "graph": configs.GraphConfig,
+    "export": configs.ExportConfig,
+    "quantize": configs.QuantizeConfig,
+    "package": configs.PackageConfig,
+    "bench": configs.BenchConfig,
+}
+
+
+def chosen(lineage: Sequence[Numbers]) -> tuple[list[Numbers], dict[str, Numbers]]:
+    """The settings of each artifact that differ from the defaults, by dotted name; and the defaults by stage, once.
+
+    A default stands among those of its stage if any artifact has it.
+
+    Args:
+        lineage: artifacts with ``stage`` and ``config``, as ``tables.lineage`` gives them.
+    """
+    rows, standing = [], {}
+    for made in lineage:
+        known = defaults(made["stage"])
+        settings = dict(flat(made["config"]))
+        own = {name: value for name, value in settings.items() if name not in known or known[name] != value}
+        rows.append({**made, "chosen": own})
+        standing.setdefault(made["stage"], {}).update({name: known[name] for name in settings if name not in own})
+    return rows, {stage: found for stage, found in standing.items() if found}
+
+
+def defaults(stage: str) -> Numbers:
+    """The defaults of a stage's settings by dotted name; what has none is not among them."""
+    kind = SETTINGS.get(stage)
+    if kind is None:
+        return {}
+    return dict(flat(kind.model_construct().model_dump(mode="json", warnings=False)))
+
+
+def flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting by its dotted name."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{above}{name}.")
+        else:
+            yield above + name, value
