@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from kdpipe.core.progress import Silence
 from kdpipe.data.dataset import Dataset
 from kdpipe.data.formats import decode
 from kdpipe.data.leaks import find_copies, find_look_alikes
-from kdpipe.data.looks import look, perceptual_hash
+from kdpipe.data.looks import look, perceptual_hashes
 from kdpipe.data.survey import findings
 from kdpipe.report.images import contact_sheet, image_numbers
 from kdpipe.runtime.preprocess import FORMATS
@@ -464,12 +465,30 @@ def test_images_that_look_alike_are_told(folder: Path, tmp_path: Path) -> None:
     assert dataset.survey.hashed == 14
 
 
+def hashed(*pictures: Any) -> list[int]:
+    """The perceptual hashes of pictures, as files are hashed."""
+    with tempfile.TemporaryDirectory() as name:
+        found = []
+        for at, each in enumerate(pictures):
+            each.save(Path(name) / f"{at}.png")
+            found.append(look(Path(name) / f"{at}.png")[1])
+    return perceptual_hashes(found)
+
+
 def test_small_and_flat_pictures_say_nothing_of_each_other() -> None:
     from PIL import Image
 
-    assert perceptual_hash(picture(1, 31, 40)) == 0 and perceptual_hash(picture(1, 32, 40)) != 0
-    for colour in ((0, 0, 0), (255, 255, 255), (90, 10, 200)):
-        assert perceptual_hash(Image.new("RGB", (64, 64), colour)) == 0
+    small, large = hashed(picture(1, 31, 40), picture(1, 32, 40))
+    assert small == 0 and large != 0
+    flat = [Image.new("RGB", (64, 64), colour) for colour in ((0, 0, 0), (255, 255, 255), (90, 10, 200))]
+    assert hashed(*flat) == [0, 0, 0]
+
+
+def test_hashes_are_those_of_the_library_for_them() -> None:
+    import imagehash
+
+    pictures = [picture(seed, 60 + seed, 50, shapes=12) for seed in range(40)]
+    assert hashed(*pictures) == [int(str(imagehash.phash(each)), 16) for each in pictures]
 
 
 def test_the_digits_do_not_drown_in_warnings(made: Made) -> None:
