@@ -219,6 +219,9 @@ NOT_READ = [
     Oddity(
         "back", lambda path: path.symlink_to(path.parent), "not read", r"links back to a folder that they lie in: 1"
     ),
+    Oddity(
+        "far", lambda path: path.symlink_to(path.parents[2]), "not read", r"links back to a folder that they lie in: 1"
+    ),
     Oddity("gone", lambda path: path.symlink_to("nowhere"), "not read", r"links to nowhere, pipes and the like: 1"),
 ]
 BROKEN = [
@@ -412,12 +415,13 @@ def test_copies_of_held_out_images_are_left_out_of_what_is_learned_from(folder: 
     assert "cat/leaked.png" not in names(dropped, "train") and "dog/again.png" in names(dropped, "train")
     assert told == [
         "data: 1 image to learn from left out, the same as validation or test images: "
-        "such as train/cat/leaked.png and val/cat/0.png"
+        "such as train/cat/leaked.png (train) and val/cat/0.png (test)"
     ]
     assert dropped.survey.copies_left_out == 1 and dropped.survey.repeated == 1
     kept, told = prepared(folder, tmp_path / "artifacts", duplicates="allow")
     assert "cat/leaked.png" in names(kept, "train") and kept.key != dropped.key
-    assert told == ["data: 1 image held out and in another part too: such as train/cat/leaked.png and val/cat/0.png"]
+    [line] = told
+    assert line.startswith("data: 1 image held out and in another part too: such as train/cat/leaked.png (train) and")
     with pytest.raises(
         UserError, match=r"1 image to learn from found among .* test images too, such as train/cat/leaked"
     ):
@@ -458,7 +462,7 @@ def test_images_that_look_alike_are_told(folder: Path, tmp_path: Path) -> None:
     assert len(names(dataset, "train")) == 9, "told, not judged"
     assert told == [
         "data: 1 image held out and like one of another part by the looks (judge by eye): "
-        "such as train/cat/again-0.jpg and val/cat/seen.png",
+        "such as train/cat/again-0.jpg (train) and val/cat/seen.png (test)",
         "data: 2 images like one of another label by the looks (judge by eye): "
         "such as train/cat/seen.png (cat) and train/dog/again-1.jpg (dog)",
     ]
@@ -619,7 +623,7 @@ def test_a_class_with_one_image_is_told_for_what_it_is(folder: Path, tmp_path: P
 def test_a_class_that_copies_and_broken_images_leave_empty(folder: Path, tmp_path: Path) -> None:
     for at in range(3):
         shutil.copy(folder / "val/cat/0.png", folder / f"train/cat/{at}.png")
-    with pytest.raises(UserError, match="class 'cat' has 3 training images, and none is left"):
+    with pytest.raises(UserError, match=r"class 'cat' has 3 training images, and none is left \(3 copies of held-out"):
         prepared(folder, tmp_path / "artifacts")
 
 
