@@ -371,6 +371,10 @@ def decision_sentence(decision: Mapping[str, Any]) -> str:
     if answer == "untrusted":
         which = listed(decision["doubted"])
         return f"No decision yet: the latencies that would decide are not trusted ({which}). Measure again."
+    if answer == "guessing":
+        found = decision["guessing"]
+        told = guessing_words(found["share"], found["metric"], found["unit"])
+        return f"Ship none of these: they are not shown to be better than {told}."
     if answer == "float32":
         return f"Ship {bundle}: nothing smaller is shown to be faster and to lose at most {allowed}."
     return f"Ship {bundle}: {times_as_fast(decision['over_float32'])}, {kept_clause(decision['accuracy'])}."

@@ -28,7 +28,7 @@ from kdpipe.core.kinds import Checkpoint, CheckpointFacts
 from kdpipe.core.stats import lost_or_won, no_worse
 from kdpipe.networks.models import multiply_accumulates
 from kdpipe.report import plots, words
-from kdpipe.report.answers import MISTAKES, answers, judged, of_classes
+from kdpipe.report.answers import MISTAKES, answers, confidence, judged, of_classes
 from kdpipe.report.compression import Sources, advice
 from kdpipe.report.decision import decision
 from kdpipe.report.page import render
@@ -165,6 +165,20 @@ def test_nothing_is_decided_by_what_is_not_known(rows: list[Numbers], more: Any,
         assert told[-1] == "Left out, since what they take is not trusted: a-float32."
 
 
+def test_what_guesses_is_not_shipped() -> None:
+    rows, shown = [row("a-float32", 1.0), row("a-int8", 0.3), row("b-float32", 2.0)], faster("a-int8 a-float32")
+    steps = [{"variant": True, "bundle": "a-int8", "difference": {"value": 0.0, "low": -1e-3, "high": 1e-3, "n": 9000}}]
+    guessing = {"share": 0.104, "metric": "top-1", "unit": "%"}
+    advised = [{**each, "guessing": guessing} for each in advice(rows, [{"steps": steps}], 0.5, shown)]
+    found = decision(advised, rows, 0.5, shown, faster(), emulated=False)
+    assert (found["answer"], found["bundle"]) == ("guessing", None)
+    assert words.decision_sentence(found).startswith(
+        "Ship none of these: they are not shown to be better than guessing (top-1 10.40 %"
+    )
+    advised[1]["guessing"] = None
+    assert decision(advised, rows, 0.5, shown, faster(), emulated=False)["bundle"] == "b-float32"
+
+
 @pytest.mark.parametrize(
     ("drop", "half", "text"),
     [
@@ -237,7 +251,7 @@ def test_the_worst_mistakes_are_those_it_is_surest_of(made: Made) -> None:
     found = answers(TASK, made.measurement, "tflite-int8", None, Sources(dataset=made.dataset))["mistakes"]
     wrong = np.flatnonzero(TASK.decide(outputs) != labels)
     assert 0 < len(found) == min(len(wrong), MISTAKES)
-    sure = TASK.confidence(outputs)
+    sure = confidence(TASK, outputs)
     assert [each["confidence"] for each in found] == pytest.approx(sorted(sure[wrong], reverse=True)[: len(found)])
     for each in found:
         at = each["position"]
