@@ -8,7 +8,7 @@ import itertools
 import math
 import unicodedata
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -232,11 +232,10 @@ def _draw_labels(axes: Any, rows: Sequence[Numbers], taken: Sequence[Box]) -> No
     names = [shortened(row["name"]) for row in rows]
     for name, centre, box in zip(names, centres, place(names, centres, bars, frame), strict=True):
         x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-        x0, y0 = centre
-        nearest = min(max(x0, box[0]), box[2]), min(max(y0, box[1]), box[3])
+        nearest, apart = _nearest(box, centre), _apart(box, centre)
         axes.annotate(name, (x, y), xycoords="figure pixels", ha="center", va="center")
-        if abs(nearest[0] - x0) + abs(nearest[1] - y0) < 22:
-            continue  # near enough to need no line
+        if apart < 20 and all(apart <= _apart(box, other) for other in centres):
+            continue  # nobody takes it for another's
         axes.annotate(
             "", nearest, xytext=centre, xycoords="figure pixels", textcoords="figure pixels",
             arrowprops={"arrowstyle": "-", "color": INK, "alpha": 0.45, "linewidth": 0.7, "shrinkA": 6, "shrinkB": 0},
@@ -253,7 +252,7 @@ def room(names: Sequence[str]) -> float:
 
 
 def place(names: Sequence[str], centres: Sequence[Any], taken: Sequence[Box], frame: Sequence[float]) -> list[Box]:
-    """A box for each name inside the frame: off the others' boxes, and off what is taken and near its centre if it can.
+    """A box for each name inside the frame: off the others' boxes; near its own centre and off what is taken if it can.
 
     In a frame that is high enough (``room``) no two boxes overlap: where nothing is free around a centre, a name goes
     to a free place of the whole frame.
@@ -266,36 +265,47 @@ def place(names: Sequence[str], centres: Sequence[Any], taken: Sequence[Box], fr
             for distance in (8, 16, 26, 40, 58, 78, 100)
             for right, up in ((1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1))
         ]
-        best = _least_crowded(near, (half_width, half_height), boxes, taken, frame)
+
+        def crowd(box: Box, own: tuple[float, float] = (x, y)) -> tuple[int, float]:
+            apart = _apart(box, own)
+            nearer = sum(_apart(box, other) < apart for other in centres)  # it would seem to be theirs
+            return _hits(box, boxes) + _outside(box, frame), 2 * (_hits(box, taken) + nearer) + apart / 30
+
+        best = _least_crowded(near, (half_width, half_height), crowd)
         if _hits(best, boxes) or _outside(best, frame):
             left, bottom = frame[0] + half_width, frame[1] + half_height
             across = range(int(max(0, frame[2] - half_width - left)) // 24 + 1)
             upwards = range(int(max(0, frame[3] - half_height - bottom) // LINE) + 1)
             anywhere = [(left + 24 * column, bottom + LINE * line) for line in upwards for column in across]
             anywhere.sort(key=lambda middle: math.dist(middle, (x, y)))
-            best = _least_crowded(anywhere, (half_width, half_height), boxes, taken, frame)
+            best = _least_crowded(anywhere, (half_width, half_height), crowd)
         boxes.append(best)
     return boxes
 
 
 def _least_crowded(
-    middles: Sequence[tuple[float, float]],
-    half: tuple[float, float],
-    boxes: Sequence[Box],
-    taken: Sequence[Box],
-    frame: Sequence[float],
+    middles: Sequence[tuple[float, float]], half: tuple[float, float], crowd: Callable[[Box], tuple[int, float]]
 ) -> Box:
-    """The first of the boxes around ``middles`` that hits fewest names, then least of what is taken."""
+    """The first of the boxes around ``middles`` that hits fewest names, then the one that is least in the way."""
     best, least = None, (math.inf, math.inf)
     for x, y in middles:
         box = (x - half[0], y - half[1], x + half[0], y + half[1])
-        crowd = (_hits(box, boxes) + _outside(box, frame), _hits(box, taken))
-        if crowd < least:
-            best, least = box, crowd
-        if crowd == (0, 0):
+        found = crowd(box)
+        if found < least:
+            best, least = box, found
+        if found < (0, 0.5):  # no better one is to be expected
             break
     assert best is not None  # there is always a middle
     return best
+
+
+def _apart(box: Box, point: Sequence[float]) -> float:
+    """How far a point lies from a box, in points."""
+    return math.dist(_nearest(box, point), point[:2])
+
+
+def _nearest(box: Box, point: Sequence[float]) -> tuple[float, float]:
+    return min(max(point[0], box[0]), box[2]), min(max(point[1], box[1]), box[3])
 
 
 def _outside(box: Box, frame: Sequence[float]) -> bool:

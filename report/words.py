@@ -481,9 +481,9 @@ def answers_lines(numbers: Mapping[str, Any]) -> list[str]:
         text += f"; most often '{most['label']}' is called '{most['said']}' ({most['images']:,} images)"
     lines = [text]
     if (found := row["calibration"]) is not None:
-        before = "" if float32 is None else f" (float32 {calibration(float32['calibration'])})"
-        chance = f"up to {percent(found['by_chance'])} by chance alone on {found['images']:,} images"
-        lines.append(f"{answers['bundle']} calibration error {calibration(found)} %{before}, {chance}")
+        before = "" if float32 is None else f" (float32 {calibration(float32['calibration'])} %)"
+        chance = f"up to {percent(found['by_chance'])} % may be chance on {found['images']:,} images"
+        lines.append(f"{answers['bundle']} calibration error {calibration(found)} %{before}; {chance}")
     return [*lines, f"{answers['bundle']}: {', '.join(sizes(row))}"]
 
 
