@@ -338,7 +338,7 @@ class Chain:
         if plan.checkpoint is not None and (plan.model == ONNX_MODEL) != (plan.checkpoint.suffix == ".onnx"):
             raise UserError(
                 f"teacher.checkpoint: {plan.checkpoint} with model '{plan.model}': a network that is an .onnx file "
-                "is model '{ONNX_MODEL}', of any other the model says what makes it"
+                f"is model '{ONNX_MODEL}', of any other the model says what makes it"
             )
         sha256 = sha256_file(plan.checkpoint) if plan.checkpoint else None
         if plan.checkpoint_sha256 not in (None, sha256):
