@@ -943,7 +943,7 @@ def compare(
 
     found = inventory.compare(first, second)
     if not as_json:
-        showing.print_compared(_wide_console(), found, (str(first), str(second)))
+        showing.print_compared(_wide_console(), found, first, second)
         return
     _print_json(
         kind=found.kind,

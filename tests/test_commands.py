@@ -495,7 +495,33 @@ def test_compare_names_what_differs(tiny: Tiny) -> None:
     back = json.loads(kdpipe("compare", taught, control, "--json").stdout)
     assert back["paired"]["difference"] == pytest.approx(one - other)
     text = kdpipe("compare", control, taught).stdout
-    assert re.search(r"^method +labels +kd$", text, re.MULTILINE) and "points" in text and "same test images" in text
+    assert re.search(r"^method +labels +kd *$", text, re.MULTILINE) and "same test images" in text
+
+
+def test_compare_takes_the_second_against_the_first(made: Made) -> None:
+    """In a difference of two networks a gain is positive."""
+    worse, better = sorted((made.teacher, made.student), key=lambda each: each.facts.test_accuracy)
+    gain = 100 * (better.facts.test_accuracy - worse.facts.test_accuracy)
+    assert gain > 0
+    assert (
+        f"{better.path.name} against {worse.path.name}: {gain:+.2f} points"
+        in kdpipe("compare", worse.path, better.path).stdout
+    )
+    assert (
+        f"{worse.path.name} against {better.path.name}: {-gain:+.2f} points"
+        in kdpipe("compare", better.path, worse.path).stdout
+    )
+
+
+def test_compare_tells_latencies_of_two_sessions(tiny: Tiny) -> None:
+    assert tiny.run("--again", "bench").returncode in (0, 75)
+    first, second = sorted(tiny.artifacts.glob("measurement-*"))
+    found = json.loads(kdpipe("compare", first, second, "--json").stdout)
+    assert [each["name"] for each in found["settings"]] == ["attempt"]
+    names = {each["name"] for each in found["results"]}
+    assert names <= {f"onnxruntime-{variant}.{what}" for variant in ("float32", "int8") for what in
+                     ("latency_p50_ms", "latency_p90_ms", "trust", "status")}  # fmt: skip
+    assert "onnxruntime-int8.latency_p50_ms" in names
 
 
 def test_compare_looks_into_lineage(tiny: Tiny) -> None:
