@@ -188,7 +188,7 @@ def multiply_accumulates(network: nn.Module, spec: InputSpec) -> int:
     # Attention as the matrix products that it is: CPU's own kernel has no count.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         deployed(torch.zeros(1, *spec.shape))
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2
 
 
 class Normalise(nn.Module):

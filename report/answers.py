@@ -32,7 +32,7 @@ def judged(task: Task, outputs: np.ndarray, labels: np.ndarray) -> Numbers:
 
 def confidence(task: Task, outputs: np.ndarray) -> np.ndarray:
     """How likely a network takes what it says of each image to be, 0 to 1 [N, ...], for finite outputs [N, ...]."""
-    return np.minimum(task.likeliest(outputs, 1)[1][:, 0], 1.0)
+    return np.asarray(np.minimum(task.likeliest(outputs, 1)[1][:, 0], 1.0))
 
 
 def of_classes(task: Task, scores: np.ndarray, labels: np.ndarray) -> dict[int, Interval]:
