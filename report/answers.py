@@ -34,7 +34,7 @@ def judged(task: Task, outputs: np.ndarray, labels: np.ndarray) -> Numbers:
 def confidence(task: Task, outputs: np.ndarray) -> np.ndarray:
     """How likely a network takes what it says of each image to be, 0 to 1 [N, ...], for finite outputs [N, ...]."""
     parts = [task.likeliest(outputs[at : at + BATCH], 1)[1][:, 0] for at in range(0, len(outputs), BATCH)]
-    return np.minimum(np.concatenate(parts), 1.0)
+    return np.asarray(np.minimum(np.concatenate(parts), 1.0))
 
 
 def of_classes(task: Task, scores: np.ndarray, labels: np.ndarray) -> dict[int, Interval]:
