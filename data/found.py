@@ -72,7 +72,7 @@ class Unreadable(NamedTuple):
     """The first of the images that cannot be read, and how many there are."""
 
     first: list[Broken]
-    count: int
+    images: int
 
 
 def file_name(name: bytes) -> str:
@@ -113,7 +113,7 @@ def survey_of(
         not_read=tuple(
             NotRead(kind=kind, count=count, example=others.examples[kind]) for kind, count in others.counts.items()
         ),
-        left_out=broken.count,
+        left_out=broken.images,
         broken=tuple(broken.first),
         duplicates=config.duplicates,
         copies_left_out=leaks.left_out,

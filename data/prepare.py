@@ -54,10 +54,8 @@ def prepare(
         source = _read_source(draft, config, others)
         classes, roots = source.classes, source.roots
         _check_classes(config, source.parts["train"], source, may_be_empty=config.classes is not None)
-        parts, leaks = source.parts, Leaks(None, 0)
-        if not source.stays or config.held_out_copies is not None:
-            parts, leaks = _without_copies(config, source, memory_of)
 
+        parts = dict(source.parts)
         in_copies = tuple(part for part in parts if part not in HELD_OUT and config.copies_side is not None)
         records = {part: _records(split, part in in_copies) for part, split in parts.items()}
         samples = {part: Samples(config.task, roots[part], records[part]) for part in parts}
@@ -67,11 +65,15 @@ def prepare(
             examine(checked, looks, config.check, config.seed, quick=HELD_OUT if held_out_later else ())
         facts = [_write_copies(draft, part, samples[part], records[part], config, looks[part]) for part in in_copies]
         broken = _broken(parts, roots, looks, others)
-        if broken.count and not config.skip_broken:
+        if broken.images and not config.skip_broken:
             raise _unreadable(broken, roots["train"])
-        for part, found in looks.items():
-            parts[part], records[part] = parts[part].at(found.whole), records[part][found.whole]
-            found.rows = found.rows[found.whole]
+        kept, leaks = {part: found.whole for part, found in looks.items()}, Leaks(None, 0)
+        if not source.stays or config.held_out_copies is not None:
+            parts = _with_digests(source, kept, memory_of)
+            leaks = _leaks(config, parts, classes, kept)
+        for part, stay in kept.items():
+            parts[part], records[part] = parts[part].at(stay), records[part][stay]
+            looks[part].rows = looks[part].rows[stay]
         _check_classes(config, parts["train"], source, may_be_empty=config.classes is not None)
 
         for part, rows in records.items():
@@ -179,38 +181,41 @@ def _unlabeled(folder: Path, others: Others) -> Split:
     return Split.of(names, np.full(len(names), UNLABELED, np.int32))
 
 
-def _without_copies(
-    config: DataConfig, source: Source, memory_of: Callable[[Path], Path | None]
-) -> tuple[dict[Part, Split], Leaks]:
-    """The parts by content, without images that lie in a part of a later side too, unless these are to stay.
-
-    Raises:
-        UserError: such images, where they are refused; or nothing is left.
-    """
+def _with_digests(
+    source: Source, kept: Mapping[Part, np.ndarray], memory_of: Callable[[Path], Path | None]
+) -> dict[Part, Split]:
+    """The parts of a source with the contents of the images that are ``kept``, bool [N] each."""
     parts: dict[Part, Split] = {}
     for part, split in source.parts.items():
-        place = source.roots[part]
-        memory = memory_of(place) if source.stays or part == "unlabeled" else None
-        parts[part] = split._replace(digests=digests(place, split.names.tolist(), memory))
-    leaks = Leaks(Together(parts, source.classes), 0)
-    if config.duplicates == "allow":
-        return parts, leaks
-    left: dict[Part, Split] = {}
-    for part, split in parts.items():
+        memory = memory_of(source.roots[part]) if source.stays or part == "unlabeled" else None
+        contents = digests(source.roots[part], split.names.tolist(), memory)
+        parts[part] = split._replace(digests=np.where(kept[part], contents, 0))
+    return parts
+
+
+def _leaks(
+    config: DataConfig, parts: Mapping[Part, Split], classes: list[str], kept: Mapping[Part, np.ndarray]
+) -> Leaks:
+    """Which images are in two parts; unless these are to stay, those of the earlier side are not ``kept`` any more.
+
+    Raises:
+        UserError: there are such images, and they are refused; or no image without a label is left.
+    """
+    images, left_out = Together(parts, classes), 0
+    for part, split in parts.items() if config.duplicates != "allow" else ():
         later = [other.digests for name, other in parts.items() if SIDES[name] > SIDES[part]]
         copied = np.isin(split.digests, np.concatenate([*later, np.zeros(0, np.uint64)])) & (split.digests != 0)
-        left[part] = split.at(~copied)
-        if part == "unlabeled" and copied.all():
+        kept[part][copied] = False
+        left_out += int(copied.sum())
+        if part == "unlabeled" and not kept[part].any():
             raise UserError("data.unlabeled: no images of use, all of them are held out: wanted others, or none")
-    dropped = sum(len(parts[part].names) - len(left[part].names) for part in parts)
-    if dropped and config.duplicates == "refuse":
-        twice, _ = leaks.images.copies()
-        pair = leaks.images.in_two_parts(twice).pairs[0]
+    if left_out and config.duplicates == "refuse":
+        pair = images.in_two_parts(images.copies()[0]).pairs[0]
         raise UserError(
-            f"{counted(dropped)} to learn from found among validation or test images too, such as {pair.first} and "
+            f"{counted(left_out)} to learn from found among validation or test images too, such as {pair.first} and "
             f"{pair.second}: remove one of each, or data.duplicates drop, which leaves those to learn from out"
         )
-    return left, leaks._replace(left_out=dropped)
+    return Leaks(images, left_out)
 
 
 def _write_copies(
@@ -241,7 +246,7 @@ def _broken(
 def _unreadable(broken: Unreadable, root: Path) -> UserError:
     """All that cannot be read in one line, as far as a line goes."""
     cure = "with --skip-broken (data.skip_broken: true in a recipe)"
-    if broken.count == 1:
+    if broken.images == 1:
         one = f"{root / broken.first[0].image} ({broken.first[0].reason})"
         return UserError(f"cannot read image {one}: replace or remove it, or leave it out {cure}")
     listed: list[str] = []
@@ -250,9 +255,9 @@ def _unreadable(broken: Unreadable, root: Path) -> UserError:
         if sum(map(len, listed)) + len(text) > LONGEST_LIST:
             break
         listed.append(text)
-    more = f" and {broken.count - len(listed)} more" if broken.count > len(listed) else ""
+    more = f" and {broken.images - len(listed)} more" if broken.images > len(listed) else ""
     return UserError(
-        f"cannot read {broken.count} images below {root}: {', '.join(listed)}{more}: replace or remove them, or leave "
+        f"cannot read {broken.images} images below {root}: {', '.join(listed)}{more}: replace or remove them, or leave "
         f"them out {cure}"
     )
 

@@ -26,8 +26,13 @@ def judged(task: Task, outputs: np.ndarray, labels: np.ndarray) -> Numbers:
     classes = list(of_classes(task, scores, labels).values())
     calibration = None
     if np.isfinite(outputs).all():
-        calibration = calibration_error(np.ravel(task.confidence(outputs)), np.ravel(scores)).as_dict()
+        calibration = calibration_error(confidence(task, outputs).ravel(), scores.ravel()).as_dict()
     return {"balanced": mean_of_shares(classes).as_dict(), "calibration": calibration}
+
+
+def confidence(task: Task, outputs: np.ndarray) -> np.ndarray:
+    """How likely a network takes what it says of each image to be, 0 to 1 [N, ...], for finite outputs [N, ...]."""
+    return np.minimum(task.likeliest(outputs, 1)[1][:, 0], 1.0)
 
 
 def of_classes(task: Task, scores: np.ndarray, labels: np.ndarray) -> dict[int, Interval]:
@@ -82,7 +87,7 @@ def _mistakes(
     """Up to 16 test images that are called something else, those first of which that is surest."""
     if sources.dataset is None or not np.isfinite(outputs).all():
         return []
-    said, sure, samples = task.decide(outputs), task.confidence(outputs), sources.dataset.samples("test")
+    said, sure, samples = task.decide(outputs), confidence(task, outputs), sources.dataset.samples("test")
     wrong = np.flatnonzero(said != labels)
     worst = wrong[np.argsort(-sure[wrong], kind="stable")][:MISTAKES]
     return [

@@ -34,11 +34,11 @@ from kdpipe.runtime.preprocess import FORMATS
 WIDTH, HEIGHT = 48, 40
 
 
-def picture(seed: int, width: int = WIDTH, height: int = HEIGHT) -> Any:
+def picture(seed: int, width: int = WIDTH, height: int = HEIGHT, shapes: int = 5) -> Any:
     """A smooth picture in colours that no other seed has."""
     from PIL import Image
 
-    coarse = np.random.default_rng(seed).integers(40, 216, (4, 5, 3)).astype(np.uint8)
+    coarse = np.random.default_rng(seed).integers(40, 216, (shapes - 1, shapes, 3)).astype(np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
@@ -147,8 +147,17 @@ def huge_header(path: Path) -> None:
 
 
 def heif(path: Path, on_its_side: bool = False) -> None:
+    """HEIC says by itself how it is turned, as phones write it."""
+    from PIL import Image
+
     look(path)  # whatever is there: by it Pillow is taught HEIC
-    turned(path) if on_its_side else SEEN.save(path, "HEIF", quality=95)
+    stored = SEEN
+    if on_its_side:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        stored = SEEN.transpose(Image.Transpose.ROTATE_90)
+        stored.info["exif"] = exif.tobytes()
+    stored.save(path, "HEIF", quality=95)
 
 
 class Oddity(NamedTuple):
@@ -211,7 +220,7 @@ NOT_READ = [
     Oddity("gone", lambda path: path.symlink_to("nowhere"), "not read", r"links to nowhere, pipes and the like: 1"),
 ]
 BROKEN = [
-    Oddity("cut.jpg", written(encoded("JPEG")[:400]), "broken", "truncated"),
+    Oddity("cut.jpg", written(encoded("JPEG")[:-60]), "broken", "truncated"),
     Oddity("cut.png", written(encoded("PNG")[:200]), "broken", "truncated"),
     Oddity("empty.png", written(b""), "broken", "no image of a format that is read"),
     Oddity("page.jpg", written("<html>not found</html>"), "broken", "no image of a format that is read"),
@@ -439,21 +448,19 @@ def test_an_image_under_two_labels_is_told_and_not_judged(folder: Path, tmp_path
 
 def test_images_that_look_alike_are_told(folder: Path, tmp_path: Path) -> None:
     """Saved again, smaller and in another format: other contents, the same picture."""
-    from PIL import Image
-
-    with Image.open(folder / "val/cat/0.png") as image:
-        image.convert("RGB").resize((44, 36)).save(folder / "train/cat/again.jpg", quality=70)
-    with Image.open(folder / "train/cat/1.png") as image:
-        image.convert("RGB").save(folder / "train/dog/other.jpg", quality=70)
+    for seed, (part, label) in enumerate((("val", "cat"), ("train", "cat"))):
+        seen = picture(seed, 120, 100, shapes=16)
+        seen.save(folder / part / label / "seen.png")
+        seen.resize((90, 75)).save(folder / "train" / ("cat", "dog")[seed] / f"again-{seed}.jpg", quality=75)
     dataset, told = prepared(folder, tmp_path / "artifacts")
-    assert len(names(dataset, "train")) == 8, "told, not judged"
+    assert len(names(dataset, "train")) == 9, "told, not judged"
     assert told == [
         "data: 1 image held out and like one of another part by the looks (judge by eye): "
-        "such as train/cat/again.jpg and val/cat/0.png",
+        "such as train/cat/again-0.jpg and val/cat/seen.png",
         "data: 2 images like one of another label by the looks (judge by eye): "
-        "such as train/cat/1.png (cat) and train/dog/other.jpg (dog)",
+        "such as train/cat/seen.png (cat) and train/dog/again-1.jpg (dog)",
     ]
-    assert dataset.survey.hashed == 12
+    assert dataset.survey.hashed == 14
 
 
 def test_small_and_flat_pictures_say_nothing_of_each_other(tmp_path: Path) -> None:
