@@ -17,6 +17,7 @@ from .compression import Sources
 
 Numbers = dict[str, Any]
 MISTAKES = 16  # pictures
+BATCH = 4096  # images whose probabilities are in memory
 CONFUSIONS = 2000  # pairs of classes that are written down, the most frequent ones
 
 
@@ -26,8 +27,14 @@ def judged(task: Task, outputs: np.ndarray, labels: np.ndarray) -> Numbers:
     classes = list(of_classes(task, scores, labels).values())
     calibration = None
     if np.isfinite(outputs).all():
-        calibration = calibration_error(np.ravel(task.confidence(outputs)), np.ravel(scores)).as_dict()
+        calibration = calibration_error(confidence(task, outputs).ravel(), scores.ravel()).as_dict()
     return {"balanced": mean_of_shares(classes).as_dict(), "calibration": calibration}
+
+
+def confidence(task: Task, outputs: np.ndarray) -> np.ndarray:
+    """How likely a network takes what it says of each image to be, 0 to 1 [N, ...], for finite outputs [N, ...]."""
+    parts = [task.likeliest(outputs[at : at + BATCH], 1)[1][:, 0] for at in range(0, len(outputs), BATCH)]
+    return np.asarray(np.minimum(np.concatenate(parts), 1.0))
 
 
 def of_classes(task: Task, scores: np.ndarray, labels: np.ndarray) -> dict[int, Interval]:
@@ -82,7 +89,7 @@ def _mistakes(
     """Up to 16 test images that are called something else, those first of which that is surest."""
     if sources.dataset is None or not np.isfinite(outputs).all():
         return []
-    said, sure, samples = task.decide(outputs), task.confidence(outputs), sources.dataset.samples("test")
+    said, sure, samples = task.decide(outputs), confidence(task, outputs), sources.dataset.samples("test")
     wrong = np.flatnonzero(said != labels)
     worst = wrong[np.argsort(-sure[wrong], kind="stable")][:MISTAKES]
     return [

@@ -29,9 +29,10 @@ def decision(
     - "likely": nothing smaller is shown to keep that, and this one does by the point value;
     - "float32": nothing smaller is faster and keeps its accuracy;
     - "untrusted": no latency that would decide is trusted;
+    - "guessing": what would be shipped is not shown to be better than guessing;
     - "emulated", "not timed": there is no latency of the device itself.
 
-    ``bundle`` is None in the last three. ``ties`` cannot be told from it in latency, ``faster`` is shown to be faster
+    ``bundle`` is None in the last four. ``ties`` cannot be told from it in latency, ``faster`` is shown to be faster
     and not shown to keep its accuracy. ``doubted`` holds what was left out since its latency is not trusted, ``worse``
     what another student's is more accurate than.
 
@@ -48,11 +49,16 @@ def decision(
         "doubted": doubted,
         "ties": [],
         "worse": [],
-        **dict.fromkeys(("bundle", "over_float32", "difference", "accuracy", "faster")),
+        **dict.fromkeys(("bundle", "over_float32", "difference", "accuracy", "faster", "guessing")),
     }
     founded = [advised for advised in advice if not advised["untrusted"]]
     if emulated or not founded:
         return {"answer": "emulated" if emulated else "untrusted" if advice else "not timed", **nothing}
+
+    guessing = [found for advised in founded if (found := advised.get("guessing")) is not None]
+    founded = [advised for advised in founded if advised.get("guessing") is None]
+    if not founded:
+        return {"answer": "guessing", **nothing, "guessing": guessing[0]}
 
     def p50(advised: Mapping[str, Any]) -> float:
         return float(by_name[advised["bundle"]]["latency_p50_ms"]["value"])

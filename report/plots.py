@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from . import words
 from .tables import Numbers
 
@@ -232,11 +234,11 @@ def _draw_labels(axes: Any, rows: Sequence[Numbers], taken: Sequence[Box]) -> No
     names = [shortened(row["name"]) for row in rows]
     for name, centre, box in zip(names, centres, place(names, centres, bars, frame), strict=True):
         x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-        x0, y0 = centre
-        nearest = min(max(x0, box[0]), box[2]), min(max(y0, box[1]), box[3])
+        nearest = min(max(centre[0], box[0]), box[2]), min(max(centre[1], box[1]), box[3])
+        apart, *others = _apart(np.array([box]), [centre, *centres])[0]
         axes.annotate(name, (x, y), xycoords="figure pixels", ha="center", va="center")
-        if abs(nearest[0] - x0) + abs(nearest[1] - y0) < 22:
-            continue  # near enough to need no line
+        if apart < 20 and apart <= min(others):
+            continue  # nobody takes it for another's
         axes.annotate(
             "", nearest, xytext=centre, xycoords="figure pixels", textcoords="figure pixels",
             arrowprops={"arrowstyle": "-", "color": INK, "alpha": 0.45, "linewidth": 0.7, "shrinkA": 6, "shrinkB": 0},
@@ -253,27 +255,26 @@ def room(names: Sequence[str]) -> float:
 
 
 def place(names: Sequence[str], centres: Sequence[Any], taken: Sequence[Box], frame: Sequence[float]) -> list[Box]:
-    """A box for each name inside the frame: off the others' boxes, and off what is taken and near its centre if it can.
+    """A box for each name inside the frame: off the others' boxes; near its own centre and off what is taken if it can.
 
     In a frame that is high enough (``room``) no two boxes overlap: where nothing is free around a centre, a name goes
     to a free place of the whole frame.
     """
     boxes: list[Box] = []
+    near = [
+        (distance, right, up)
+        for distance in (8, 16, 26, 40, 58, 78, 100)
+        for right, up in ((1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1))
+    ]
     for name, (x, y) in zip(names, centres, strict=True):
-        half_width, half_height = extent(name) / 2, LINE / 2
-        near = [
-            (x + right * (distance + half_width), y + up * (distance + half_height))
-            for distance in (8, 16, 26, 40, 58, 78, 100)
-            for right, up in ((1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1))
-        ]
-        best = _least_crowded(near, (half_width, half_height), boxes, taken, frame)
-        if _hits(best, boxes) or _outside(best, frame):
-            left, bottom = frame[0] + half_width, frame[1] + half_height
-            across = range(int(max(0, frame[2] - half_width - left)) // 24 + 1)
-            upwards = range(int(max(0, frame[3] - half_height - bottom) // LINE) + 1)
-            anywhere = [(left + 24 * column, bottom + LINE * line) for line in upwards for column in across]
-            anywhere.sort(key=lambda middle: math.dist(middle, (x, y)))
-            best = _least_crowded(anywhere, (half_width, half_height), boxes, taken, frame)
+        half = extent(name) / 2, LINE / 2
+        around = [(x + right * (far + half[0]), y + up * (far + half[1])) for far, right, up in near]
+        best, crowded = _least_crowded(around, half, (x, y), centres, boxes, taken, frame)
+        if crowded:
+            across = np.arange(frame[0] + half[0], max(frame[0], frame[2] - half[0]) + 1e-6, 24.0)
+            upwards = np.arange(frame[1] + half[1], max(frame[1], frame[3] - half[1]) + 1e-6, LINE)
+            anywhere = [(column, line) for line in upwards for column in across] or around
+            best, _ = _least_crowded(anywhere, half, (x, y), centres, boxes, taken, frame)
         boxes.append(best)
     return boxes
 
@@ -281,31 +282,40 @@ def place(names: Sequence[str], centres: Sequence[Any], taken: Sequence[Box], fr
 def _least_crowded(
     middles: Sequence[tuple[float, float]],
     half: tuple[float, float],
+    own: tuple[float, float],
+    centres: Sequence[Any],
     boxes: Sequence[Box],
     taken: Sequence[Box],
     frame: Sequence[float],
-) -> Box:
-    """The first of the boxes around ``middles`` that hits fewest names, then least of what is taken."""
-    best, least = None, (math.inf, math.inf)
-    for x, y in middles:
-        box = (x - half[0], y - half[1], x + half[0], y + half[1])
-        crowd = (_hits(box, boxes) + _outside(box, frame), _hits(box, taken))
-        if crowd < least:
-            best, least = box, crowd
-        if crowd == (0, 0):
-            break
-    assert best is not None  # there is always a middle
-    return best
+) -> tuple[Box, bool]:
+    """Of the boxes around ``middles`` the one that hits fewest names, then the one that is least in the way.
 
-
-def _outside(box: Box, frame: Sequence[float]) -> bool:
+    That is one that covers little, is nearer to its own centre than to another, and near. Returns whether it hits a
+    name, or lies outside the frame, all the same.
+    """
+    found = np.asarray(middles)[:, [0, 1, 0, 1]] + np.array([-half[0], -half[1], *half])
     slack = 1e-6  # of a box that fits exactly
-    below = box[0] < frame[0] - slack or box[1] < frame[1] - slack
-    return below or box[2] > frame[2] + slack or box[3] > frame[3] + slack
+    outside = (found[:, :2] < np.array(frame[:2]) - slack).any(1) | (found[:, 2:] > np.array(frame[2:]) + slack).any(1)
+    barred = _hits(found, boxes) + outside
+    apart = _apart(found, [own])[:, 0]
+    nearer = (_apart(found, centres) < apart[:, None]).sum(1)  # it would seem to be theirs
+    best = np.lexsort((2 * (_hits(found, taken) + nearer) + apart / 30, barred))[0]
+    left, bottom, right, top = found[best].tolist()
+    return (left, bottom, right, top), bool(barred[best])
 
 
-def _hits(box: Box, taken: Sequence[Box]) -> int:
-    return sum(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken)
+def _hits(found: np.ndarray, taken: Sequence[Box]) -> np.ndarray:
+    """How many boxes each of the boxes [N, 4] overlaps."""
+    others = np.array(taken, dtype=float).reshape(-1, 4)
+    apart = (found[:, None, :2] >= others[:, 2:]) | (others[:, :2] >= found[:, None, 2:])
+    return np.asarray((~apart.any(2)).sum(1))
+
+
+def _apart(found: np.ndarray, points: Sequence[Any]) -> np.ndarray:
+    """How far each point lies from each of the boxes [N, 4]: [N, points]."""
+    there = np.asarray(points, dtype=float)[:, :2]
+    beyond = np.maximum(found[:, None, :2] - there, there - found[:, None, 2:])
+    return np.asarray(np.hypot(*np.moveaxis(np.maximum(beyond, 0), 2, 0)))
 
 
 def compared_networks(numbers: Numbers) -> list[Numbers]:
@@ -331,7 +341,8 @@ def accuracy_of_each(rows: Sequence[Numbers], task: Numbers) -> Figure:
     figure = _figure(WIDTH, height, left=left, right=0.985, bottom=0.6 / height, top=1 - 0.32 / height)
     axes = figure.add_subplot()
     styles = {"teacher": ("s", PALETTE[1]), "student": ("o", GREY), "bundle": ("D", PALETTE[0])}
-    told, legend = {}, {}
+    told: dict[str, str] = {}
+    legend: dict[str, Any] = {}
     for at, row in enumerate(rows):
         marker, colour = styles[row["kind"]]
         style = {"fmt": marker, "color": colour, "markersize": 6, "elinewidth": 1.2, "alpha": 0.9}

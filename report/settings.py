@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pydantic import BaseModel
+
 from ..core import config as configs
 
 Numbers = dict[str, Any]
@@ -31,10 +33,11 @@ def chosen(lineage: Sequence[Numbers]) -> tuple[list[Numbers], dict[str, Numbers
     Args:
         lineage: artifacts with ``stage`` and ``config``, as ``tables.lineage`` gives them.
     """
-    rows, standing = [], {}
+    rows: list[Numbers] = []
+    standing: dict[str, Numbers] = {}
     for made in lineage:
         known = defaults(made["stage"])
-        settings = dict(flat(made["config"]))
+        settings = dict(flat(made["config"], SETTINGS.get(made["stage"])))
         own = {name: value for name, value in settings.items() if name not in known or known[name] != value}
         rows.append({**made, "chosen": own})
         standing.setdefault(made["stage"], {}).update({name: known[name] for name in settings if name not in own})
@@ -46,13 +49,15 @@ def defaults(stage: str) -> Numbers:
     kind = SETTINGS.get(stage)
     if kind is None:
         return {}
-    return dict(flat(kind.model_construct().model_dump(mode="json", warnings=False)))
+    return dict(flat(kind.model_construct().model_dump(mode="json", warnings=False), kind))
 
 
-def flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting by its dotted name."""
+def flat(settings: Mapping[str, Any], kind: type[BaseModel] | None, above: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting by its dotted name, as far as ``kind`` has settings inside settings."""
     for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{above}{name}.")
+        field = None if kind is None else kind.model_fields.get(name)
+        inner = None if field is None else configs.nested(field.annotation)
+        if inner is not None and isinstance(value, Mapping):
+            yield from flat(value, inner, f"{above}{name}.")
         else:
             yield above + name, value

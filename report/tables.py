@@ -681,10 +681,10 @@ def device_lines(device: Numbers) -> Iterator[str]:
     yield from words.host_lines(device["bundles"])
     for advised in device["advice"]:
         yield words.advice_sentence(advised)
-    yield words.decision_sentence(device["decision"])
     yield words.trust_sentence(device["trust"])
     if device["trust"]["emulated"]:
         yield words.emulated_sentence(device["trust"])
+    yield words.decision_sentence(device["decision"])
 
 
 def closing_lines(numbers: Numbers) -> Iterator[str]:

@@ -371,9 +371,14 @@ def decision_sentence(decision: Mapping[str, Any]) -> str:
     if answer == "untrusted":
         which = listed(decision["doubted"])
         return f"No decision yet: the latencies that would decide are not trusted ({which}). Measure again."
+    if answer == "guessing":
+        found = decision["guessing"]
+        told = guessing_words(found["share"], found["metric"], found["unit"])
+        return f"Ship none of these: they are not shown to be better than {told}."
     if answer == "float32":
         return f"Ship {bundle}: nothing smaller is shown to be faster and to lose at most {allowed}."
-    return f"Ship {bundle}: {times_as_fast(decision['over_float32'])}, {kept_clause(decision['accuracy'])}."
+    speed = "" if decision["over_float32"] is None else f"{times_as_fast(decision['over_float32'])}, "
+    return f"Ship {bundle}: {speed}{kept_clause(decision['accuracy'])}."
 
 
 def times_as_fast(over_float32: Mapping[str, Any]) -> str:
@@ -477,9 +482,9 @@ def answers_lines(numbers: Mapping[str, Any]) -> list[str]:
         text += f"; most often '{most['label']}' is called '{most['said']}' ({most['images']:,} images)"
     lines = [text]
     if (found := row["calibration"]) is not None:
-        before = "" if float32 is None else f" (float32 {calibration(float32['calibration'])})"
-        chance = f"up to {percent(found['by_chance'])} by chance alone on {found['images']:,} images"
-        lines.append(f"{answers['bundle']} calibration error {calibration(found)} %{before}, {chance}")
+        before = "" if float32 is None else f" (float32 {calibration(float32['calibration'])} %)"
+        chance = f"up to {percent(found['by_chance'])} % may be chance on {found['images']:,} images"
+        lines.append(f"{answers['bundle']} calibration error {calibration(found)} %{before}; {chance}")
     return [*lines, f"{answers['bundle']}: {', '.join(sizes(row))}"]
 
 

@@ -72,9 +72,6 @@ class Task(Protocol):
     def guessing(self, labels: np.ndarray) -> float:
         """The figure of the best answer that looks at no image, for images with these labels."""
 
-    def confidence(self, outputs: np.ndarray) -> np.ndarray:
-        """How sure outputs [N, ...] are of what ``decide`` makes of them, 0 to 1, one value a score [N, ...]."""
-
     def agreement(self, first: np.ndarray, second: np.ndarray) -> float:
         """How far two outputs of the same images say the same, 0 to 1."""
 
@@ -109,7 +106,8 @@ class Classification:
         if shares.min() < 0 or not np.allclose(shares.sum(1), 1, rtol=0, atol=1e-3):
             shares = np.exp(shares - shares.max(1, keepdims=True))
             shares /= shares.sum(1, keepdims=True)
-        classes = np.argsort(-outputs, axis=1, kind="stable")[:, :count]
+        best = self.decide(outputs)[:, None]  # what takes no sorting
+        classes = best if count == 1 else np.argsort(-outputs, axis=1, kind="stable")[:, :count]
         return classes, np.take_along_axis(shares, classes, 1)
 
     def scores(self, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -145,16 +143,6 @@ class Classification:
     def guessing(self, labels: np.ndarray) -> float:
         """The share of the commonest class."""
         return float(np.unique(labels, return_counts=True)[1].max() / len(labels))
-
-    def confidence(self, outputs: np.ndarray) -> np.ndarray:
-        """The probability of the class that is said, by softmax, float64 [N], for finite logits [N, K].
-
-        Outputs that are probabilities already (none negative, every row with the sum 1) are taken as they are.
-        """
-        largest = outputs.max(1, keepdims=True)
-        if outputs.min() >= 0 and np.allclose(outputs.sum(1, dtype=np.float64), 1, rtol=0, atol=1e-3):
-            return np.minimum(largest[:, 0].astype(np.float64), 1.0)
-        return np.asarray(1 / np.exp(outputs - largest).sum(1, dtype=np.float64))
 
     def agreement(self, first: np.ndarray, second: np.ndarray) -> float:
         """The share of images that both call the same, for logits [N, K]."""

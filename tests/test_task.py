@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, Made
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import special, stats
+from scipy import stats
 
 from kdpipe.report.page import render
 from kdpipe.runtime.task import TASKS, Classification
@@ -67,15 +67,6 @@ def test_change_by_hand() -> None:
 def test_a_decision_in_words() -> None:
     decisions = TASK.decide(np.array([[0.1, 0.9], [2.0, 1.0]]))
     assert [TASK.tell(decision, ["cat", "dog"]) for decision in decisions] == ["dog", "cat"]
-
-
-def test_confidence_is_softmax() -> None:
-    outputs = np.array([[0.0, 2.0, 1.0], [300.0, -300.0, 0.0], [0.0, 0.0, 0.0]], np.float32)
-    known = special.softmax(outputs.astype(float), axis=1).max(1)
-    assert TASK.confidence(outputs) == pytest.approx(known)
-    # What a network with a softmax at its end says is a probability already; one row of logits may look like it.
-    assert TASK.confidence(special.softmax(outputs[:1], axis=1)) == pytest.approx(known[:1])
-    assert TASK.confidence(np.array([[0.25, 0.75], [3.0, 1.0]])) == pytest.approx([0.6225, 0.8808], abs=1e-4)
 
 
 def test_the_page_says_the_tasks_own_figure(made: Made) -> None:
