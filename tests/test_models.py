@@ -344,7 +344,14 @@ def test_a_mean_of_0_to_255_is_refused(trained: Trained, tmp_path: Path, values:
 
 
 def test_advice_says_when_a_model_guesses() -> None:
-    advised = {"target": "tflite", "untrusted": [], "max_drop_points": 0.5, "may_do": None, "variant": "float32"}
+    advised = {
+        "target": "tflite",
+        "student": None,
+        "untrusted": [],
+        "max_drop_points": 0.5,
+        "may_do": None,
+        "variant": "float32",
+    }
     assert "BUT" not in advice_sentence(advised)
     assert "BUT" not in advice_sentence({**advised, "guessing": None})
     sentence = advice_sentence({**advised, "guessing": {"share": 0.3821, "metric": "top-1", "unit": "%"}})
