@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+from typing import Any
 
 
 def main() -> None:
@@ -39,10 +41,26 @@ def _hold_streams() -> bool:
         pass
     os.close(descriptor)
     sys.stdin = sys.stdin or os.fdopen(0)
-    sys.stdout = sys.stdout or os.fdopen(1, "w")
     sys.stderr = sys.stderr or os.fdopen(2, "w")
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
+    encoding, by_line = (sys.stdout.encoding, sys.stdout.line_buffering) if printed else ("utf-8", False)
+    output = io.BufferedWriter(_Output(1, "w", closefd=False))
+    # What an encoding has no sign for is spelled out.
+    sys.stdout = io.TextIOWrapper(output, encoding, "backslashreplace", line_buffering=by_line)
     return printed
+
+
+class _Output(io.FileIO):
+    """Standard output: when it is full, that is told of it, and not of any file that the work may write."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            from .core.errors import UserError
+
+            raise UserError(f"cannot write to standard output ({error.strerror}): what was sealed stays") from None
 
 
 if __name__ == "__main__":

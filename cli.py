@@ -1424,14 +1424,14 @@ def main() -> None:
     warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")  # a phone's camera has that many
     with _interrupts_noted() as interrupts:
         code, line = _outcome(interrupts)
-    fault = _flush_fault()
-    if isinstance(fault, BrokenPipeError):
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
         code = code or ExitCode.PIPE_CLOSED
-    elif fault is not None:
-        reason = fault.strerror or fault
-        code, line = ExitCode.MISTAKE, f"kdpipe: cannot write to standard output ({reason}): what was sealed stays"
-    if fault is not None or code == ExitCode.PIPE_CLOSED:
-        _print_nowhere()
+    except KdpipeError as error:  # see ``kdpipe.__main__``
+        code, line = error.exit_code, f"kdpipe: {error}"
+    if code != ExitCode.DONE:
+        _let_go_of_output()
     if line:
         with suppress(OSError):  # nobody is left to be told
             typer.echo(printable(line), err=True)
@@ -1458,17 +1458,8 @@ def _interrupts_noted() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _flush_fault() -> OSError | None:
-    """Why what was printed does not arrive, if it does not."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        return error
-    return None
-
-
-def _print_nowhere() -> None:
-    """Let go of what cannot be printed: Python would try once more at its end, and say so in its own words."""
+def _let_go_of_output() -> None:
+    """What is left to print goes nowhere: Python would try it once more at its end, and fail in its own words."""
     with suppress(OSError, ValueError):  # a stream without a descriptor
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

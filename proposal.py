@@ -21,6 +21,7 @@ from .core.inputs import Size, sides
 from .core.proc import is_installed
 from .core.progress import note
 from .core.sealed import UNPRINTABLE, printable
+from .data.formats import opened
 from .data.listing import list_images
 from .devices import DEVICES, book, find_device
 from .export import TARGETS
@@ -154,14 +155,12 @@ def _counted(root: Path, train: str, test: str | None) -> Images:
 
 def _sides(classes: list[Path]) -> Iterator[int]:
     """Shorter sides of some images, the classes taking turns."""
-    from PIL import Image
-
     listed = [(folder, itertools.islice(list_images(folder), SAMPLE)) for folder in classes]
     turns = itertools.zip_longest(*([folder / os.fsdecode(name) for name in names] for folder, names in listed))
     paths = (path for turn in turns for path in turn if path is not None)
     for path in itertools.islice(paths, SAMPLE):
         # What cannot be opened is named by ``kdpipe data``.
-        with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError), Image.open(path) as image:
+        with suppress(OSError, MemoryError, UserError), opened(path) as image:
             yield min(image.size)
 
 

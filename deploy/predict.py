@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def find(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def predict(bundle: Bundle, images: Sequence[Path], device: Device, top: int = 1) -> Iterator[Said]:
+def predict(bundle: Bundle, images: Sequence[Path], device: Device, top: int = 1) -> Generator[Said, None, None]:
     """Ask ``bundle`` on ``device`` about image files, in their order; some are under way, however many there are.
 
     Args:
