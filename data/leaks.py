@@ -16,6 +16,7 @@ SIMILAR_BITS = 3  # of 64 that may differ
 # Two hashes of which so few bits differ have one of four quarters in common: sorted by it they are near each other. So
 # many neighbours are compared, whatever the images: some pairs may be missed where very many look alike.
 QUARTERS, NEIGHBOURS = 4, 16
+BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)  # set in each byte
 
 
 @dataclass
@@ -81,8 +82,8 @@ def find_look_alikes(hashes: np.ndarray, digests: np.ndarray, sides: np.ndarray,
         order = np.argsort(turned, kind="stable")
         ordered, positions = turned[order], known[order]
         for step in range(1, min(NEIGHBOURS, len(known) - 1) + 1):
-            differing = (ordered[step:] ^ ordered[:-step]).view(np.uint8).reshape(-1, 8)
-            near = np.unpackbits(differing, axis=1).sum(axis=1, dtype=np.uint8) <= SIMILAR_BITS
+            differing = BITS[(ordered[step:] ^ ordered[:-step]).view(np.uint8)].reshape(-1, 8)
+            near = differing.sum(axis=1, dtype=np.uint8) <= SIMILAR_BITS
             first, second = positions[:-step][near], positions[step:][near]
             copies = (digests[first] == digests[second]) & (digests[first] != 0)
             found.add(first[~copies], second[~copies])

@@ -193,7 +193,7 @@ def _with_digests(
     parts: dict[Part, Split] = {}
     for part, split in source.parts.items():
         memory = memory_of(source.roots[part]) if source.stays or part == "unlabeled" else None
-        contents = digests(source.roots[part], split.names.tolist(), memory)
+        contents = digests(source.roots[part], map(bytes, split.names), memory)
         parts[part] = split._replace(digests=np.where(kept[part], contents, 0))
     return parts
 

@@ -38,6 +38,8 @@ def write_sheet(samples: Samples, classes: Sequence[str], seed: int, path: Path)
         for turn, at in enumerate(orders[label][:EACH]):
             picture = shrunk(samples.path(int(at)), SIDE)
             if picture is not None:
+                larger = SIDE // max(picture.size)  # a tiny one is shown pixel by pixel
+                picture = picture.resize((larger * picture.width, larger * picture.height), Image.Resampling.NEAREST)
                 middle = (SIDE - picture.width) // 2, (SIDE - picture.height) // 2
                 sheet.paste(picture, (left + turn * (SIDE + MARGIN) + middle[0], top + LINE + MARGIN + middle[1]))
     sheet.save(path, "JPEG", quality=80)

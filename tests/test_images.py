@@ -697,6 +697,19 @@ def test_the_report_of_many_classes_stays_small(tmp_path: Path) -> None:
     assert (dataset.path / dataset.SHEET).stat().st_size < 300_000
 
 
+def test_tiny_images_are_shown_pixel_by_pixel(tmp_path: Path) -> None:
+    from PIL import Image
+
+    root = tmp_path / "photos"
+    for part, label in itertools.product(("train", "val"), ("black", "white")):
+        (root / part / label).mkdir(parents=True)
+        Image.new("L", (8, 8), 255 * (label == "white")).save(root / part / label / "a.png")
+    dataset, _ = prepared(root, tmp_path / "artifacts", duplicates="allow")
+    with Image.open(dataset.path / dataset.SHEET) as sheet:
+        pixels = np.asarray(sheet.convert("L"))
+    assert abs(int((pixels < 20).sum()) - 72 * 72) < 72 * 8, "nine times as large, and the letters"
+
+
 def test_the_page_shows_the_images(folder: Path, tmp_path: Path) -> None:
     (folder / "train/cat/<b>.txt").write_text("x")
     dataset, _ = prepared(folder, tmp_path / "artifacts")
