@@ -747,6 +747,30 @@ def test_an_onnx_file_is_adopted(
     assert len({step.path for step in chain.steps if step.name == "graph"}) == 1, "made once for all of the targets"
 
 
+def test_files_of_other_habits_are_adopted(
+    trained: Trained, files: dict[str, Path], told: dict[str, Any], tmp_path: Path
+) -> None:
+    """A newer operator set, weights listed as inputs, nodes without names, a second output."""
+    import onnx
+    from onnx import helper
+
+    model = onnx.version_converter.convert_version(onnx.load(files["plain"]), 21)
+    for tensor in model.graph.initializer:
+        model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    for node in model.graph.node:
+        node.name = ""
+    inside = model.graph.node[0].output[0]
+    model.graph.output.append(helper.make_tensor_value_info(inside, onnx.TensorProto.FLOAT, None))
+    onnx.save(model, tmp_path / "habits.onnx")
+    chain = Chain(tmp_path / "artifacts")
+    made = chain.adopt(validated(AdoptFilePlan, {"input": told}, "test"), tmp_path / "habits.onnx", trained.dataset)
+    graph = onnx.load(made.entry).graph
+    assert [value.name for value in graph.input] == ["image"] and [value.name for value in graph.output] == ["logits"]
+    assert len({node.name for node in graph.node}) == len(graph.node) and all(node.name for node in graph.node)
+    [opset] = [each.version for each in onnx.load(made.entry).opset_import if not each.domain]
+    assert opset == 20
+
+
 def test_adopted_guesses_to_the_report(trained: Trained, tmp_path: Path) -> None:
     """From the command line to the advice, which says what such a model is worth."""
     torch.manual_seed(3)
