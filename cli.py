@@ -188,7 +188,7 @@ def run(
     from .core.errors import Untrusted, UserError
 
     if dry_run:
-        _plan(recipe, artifacts, changes or (), again, start, until, as_json)
+        _plan(recipe, artifacts, changes or (), again, start, until, as_json, allow_code)
         return
     doubt, lost = _run(recipe, artifacts, again, as_json, changes or (), start, until, allow_code)
     if lost:
@@ -214,13 +214,14 @@ def _plan(
     start: str | None,
     until: str | None,
     as_json: bool,
+    allow_code: Sequence[str] | None,
 ) -> None:
     """Say what a run would do."""
     from . import pipeline, showing
     from .core.config import read_recipe
     from .forecast import total
 
-    recipe, chain = read_recipe(recipe_path, changes), _chain(artifacts)
+    recipe, chain = read_recipe(recipe_path, changes), _chain(artifacts, allow_code=allow_code)
     legs = pipeline.plan(recipe, chain, again, until)
     pipeline.check_start(legs, start, until)
     costs = pipeline.costs(legs, pipeline.forecast_of(chain))
@@ -943,7 +944,7 @@ def compare(
 
     found = inventory.compare(first, second)
     if not as_json:
-        showing.print_compared(_wide_console(), found, (str(first), str(second)))
+        showing.print_compared(_wide_console(), found, first, second)
         return
     _print_json(
         kind=found.kind,

@@ -281,9 +281,9 @@ def _results(source: Provenance) -> dict[str, Any]:
     for name, result in facts.results.items():
         found = {
             "status": result.status,
-            "accuracy_percent": shares(result.accuracy.model_dump()) if result.accuracy else None,
-            "latency_p50_ms": interval(result.latency_p50_ms.model_dump()) if result.latency_p50_ms else None,
-            "latency_p90_ms": interval(result.latency_p90_ms.model_dump()) if result.latency_p90_ms else None,
+            "accuracy_percent": shares(result.accuracy.as_dict()) if result.accuracy else None,
+            "latency_p50_ms": interval(result.latency_p50_ms.as_dict()) if result.latency_p50_ms else None,
+            "latency_p90_ms": interval(result.latency_p90_ms.as_dict()) if result.latency_p90_ms else None,
             "trust": result.trust.word if result.trust else None,
         }
         rows |= {f"{name}.{field}": value for field, value in found.items() if value is not None}

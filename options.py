@@ -102,9 +102,9 @@ def options_of(config: BaseModel, leave_out: tuple[str, ...] = ()) -> list[str]:
     """
     kind = type(config)
     own = {name: getattr(config, name) for name in leave_out}
-    leaves = {path: info for path, info in walk(kind) if path[0] not in leave_out}
+    leaves: dict[tuple[str, ...], FieldInfo] = {path: info for path, info in walk(kind) if path[0] not in leave_out}
     wanted = {path: _value_at(config, path) for path in leaves}
-    given = {path for path, info in leaves.items() if len(path) == 1 and info.is_required()}
+    given: set[tuple[str, ...]] = {path for path, info in leaves.items() if len(path) == 1 and info.is_required()}
     while True:
         values: dict[str, Any] = dict(own)
         for path in given:

@@ -57,6 +57,7 @@ from .forecast import Cost, Forecast, Work
 from .options import options_of
 from .quantize import VARIANTS
 
+MAKES_NETWORKS = ("teacher", "cache", "distill", "export", "quantize")  # commands that may run code of the user's
 # In their order; each is called as its command and what is told to it.
 STAGES = ("data", "teacher", "distill", "export", "quantize", "package", "bench", "report")
 
@@ -403,8 +404,8 @@ class _Planner:
         bundles: dict[str, dict[str, Leg]] = {device: {} for device in probes}
         for target, whole in float32.items():
             smaller = itertools.chain.from_iterable(its.items() for its in variants[target].values())
-            models = {leg.id: (variant, leg) for variant, leg in [("float32", whole), *smaller]}
-            packed = {id: self._package(target, variant, leg, data) for id, (variant, leg) in models.items()}
+            every = {leg.id: (variant, leg) for variant, leg in [("float32", whole), *smaller]}
+            packed = {id: self._package(target, variant, leg, data) for id, (variant, leg) in every.items()}
             for device, its in variants[target].items():
                 for variant, leg in [("float32", whole), *its.items()]:
                     bundles[device][f"{target}-{variant}"] = packed[leg.id]
@@ -448,6 +449,8 @@ class _Planner:
         words: tuple[str, ...] | None = None
         if told and path is not None and None not in told:  # all paths are known
             words = ("kdpipe", *map(str, told), *(("--out", str(path)) if out else ()))
+            if told[0] in MAKES_NETWORKS:
+                words += tuple(word for code in self._chain.allow_code for word in ("--allow-code", code))
         stale = (stage == self._again and stage != "bench") or bool(self._stale.intersection(ids))
         there = path is not None and not stale and (path / MANIFEST).is_file()
         leg = Leg(stage, name, key, path, there, ids, words, work, perhaps)
@@ -462,7 +465,8 @@ class _Planner:
         config = self._chain.data_order(plan, lambda: wants(self._recipe)).config
         side = config.copies_side
         stored = {"store": "none"} if side is None else {"store": "resized", "store_side": side}
-        command = ("data", config.source, *options_of(plan.model_copy(update=stored), leave_out=("source",)))
+        own = options_of(plan.model_copy(update=stored), leave_out=("source", "skip_broken"))
+        command = ("data", config.source, *own, *(("--skip-broken",) if plan.skip_broken else ()))
         folder = Path(config.source)
         images = sum(1 for _ in list_images(folder)) if folder.is_dir() else 1
         work = forecast.reading(config.source, side, images)

@@ -8,17 +8,20 @@ import os
 import re
 import secrets
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .core.config import InputSettings, Recipe, read_recipe, validated
+from .core.config import InputSettings, ModelSettings, Recipe, read_recipe, validated
 from .core.errors import DeviceLost, UserError, choice
+from .core.inputs import Size, sides
 from .core.proc import is_installed
 from .core.progress import note
 from .core.sealed import UNPRINTABLE, printable
+from .data.formats import opened
 from .data.listing import list_images
 from .devices import DEVICES, book, find_device
 from .export import TARGETS
@@ -152,14 +155,12 @@ def _counted(root: Path, train: str, test: str | None) -> Images:
 
 def _sides(classes: list[Path]) -> Iterator[int]:
     """Shorter sides of some images, the classes taking turns."""
-    from PIL import Image
-
     listed = [(folder, itertools.islice(list_images(folder), SAMPLE)) for folder in classes]
     turns = itertools.zip_longest(*([folder / os.fsdecode(name) for name in names] for folder, names in listed))
     paths = (path for turn in turns for path in turn if path is not None)
     for path in itertools.islice(paths, SAMPLE):
         # What cannot be opened is named by ``kdpipe data``.
-        with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError), Image.open(path) as image:
+        with suppress(OSError, MemoryError, UserError), opened(path) as image:
             yield min(image.size)
 
 
@@ -212,23 +213,27 @@ def _teacher(images: Images, wish: Wish, ask: Ask) -> Teacher:
         weights = None if answer.strip().lower() in ("", "none") else Path(answer).expanduser()
     if weights is None:
         model = wish.teacher or ask("The network to train as the teacher, a name of timm", "resnet18")
-        check_name(model)
+        _check(model)
         return Teacher(model, None, None, "no weights were given: it is trained here on all training images")
     if not weights.is_file():
         raise UserError(f"no file at {weights}: wanted the teacher's weights, .safetensors or .pth")
     if wish.teacher is not None:
-        check_name(wish.teacher)
+        _check(wish.teacher)
         return Teacher(wish.teacher, weights, None, "as it was named")
-    from .networks.models import read_state
-    from .networks.recognise import recognise, shapes_of
+    from .networks.recognise import recognise
+    from .networks.weights import read_state_dicts
 
-    found = recognise(shapes_of(read_state(weights)), weights.stem)
+    found = recognise(read_state_dicts(weights), weights.stem)
     if found is None:
-        question = f"The network that {weights.name} is of, a name of timm (its tensors do not tell)"
+        question = (
+            f"The network that {weights.name} is of, a name of timm or torchvision/NAME (its tensors do not tell)"
+        )
         model = ask(question, "")
         if not model:
-            raise UserError(f"{weights} is of no network of timm as it stands: name the one that it is of by --model")
-        check_name(model)
+            raise UserError(
+                f"{weights} is of no network of timm or torchvision as it stands: name the one that it is of by --model"
+            )
+        _check(model)
         return Teacher(model, weights, None, "as it was named")
     if found.classes != len(images.classes):
         raise UserError(
@@ -239,7 +244,16 @@ def _teacher(images: Images, wish: Wish, ask: Ask) -> Teacher:
     return Teacher(found.model, weights, found.size, reason)
 
 
-def _size(images: Images, teacher: Teacher, wish: Wish, ask: Ask) -> tuple[int | None, str]:
+def _check(model: str) -> None:
+    """Refuse an unknown name of a network. Raises UserError."""
+    check_name(model)
+    if "timm" in sys.modules:  # which knows better, and is here already
+        from .networks.models import input_spec
+
+        input_spec(ModelSettings(model=model))
+
+
+def _size(images: Images, teacher: Teacher, wish: Wish, ask: Ask) -> tuple[Size | None, str]:
     """Side of the input, None for the network's usual one; and why."""
     if wish.size is not None:
         return validated(InputSettings, {"size": wish.size}, "--size").size, "as it was named"
@@ -253,10 +267,11 @@ def _size(images: Images, teacher: Teacher, wish: Wish, ask: Ask) -> tuple[int |
     return size, f"the images have about {images.side} pixels" if size == usual else "as it was named"
 
 
-def _student(images: Images, size: int | None, wish: Wish, ask: Ask) -> str:
-    usual = "resnet10t" if images.side < SMALL_SIDE and (size or 0) < SMALL_SIDE else "mobilenetv4_conv_small"
+def _student(images: Images, size: Size | None, wish: Wish, ask: Ask) -> str:
+    small = images.side < SMALL_SIDE and (size is None or max(sides(size)) < SMALL_SIDE)
+    usual = "resnet10t" if small else "mobilenetv4_conv_small"
     student = wish.student or ask("The student, a small network of timm", usual)
-    check_name(student)
+    _check(student)
     return student
 
 
@@ -313,7 +328,7 @@ def _written(
     path: Path,
     images: Images,
     teacher: Teacher,
-    size: int | None,
+    size: Size | None,
     why_size: str,
     student: str,
     devices: tuple[str, ...],
@@ -339,7 +354,7 @@ def _written(
         lines.append(f"  test_split: {_plain(images.test_split)}  # nothing trains, selects or calibrates on it")
     input_line = f"  input: {{size: {size}}}  # {why_size}"
     views = ""
-    if size is not None and size <= 64:
+    if size is not None and max(sides(size)) <= 64:
         views = "augment: {crop: pad, flip: 0}  # of small pictures; flip: 0.5 where a mirrored one means the same"
     lines += ["teacher:", f"  model: {_plain(teacher.model)}  # {teacher.reason}"]
     if teacher.weights is not None:
@@ -398,7 +413,7 @@ def schema() -> dict[str, Any]:
         **Recipe.model_json_schema(),
         "title": "A recipe of kdpipe",
     }
-    return _with_single_values(found)
+    return dict(_with_single_values(found))
 
 
 def _with_single_values(found: Any) -> Any:

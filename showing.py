@@ -191,8 +191,10 @@ def _tree(source: Provenance, places: Mapping[str, Path]) -> Any:
 # ---- two of them -----------------------------------------------------------------------------------------
 
 
-def print_compared(console: Console, found: Compared, names: tuple[str, str]) -> None:
+def print_compared(console: Console, found: Compared, first: Path, second: Path) -> None:
     """What was told and found differently; a line each."""
+    same = first.name == second.name
+    names = tuple(printable(str(path) if same else path.name, 60) for path in (first, second))
     if not (found.settings or found.results):
         console.print("nothing differs")
         return
@@ -200,7 +202,7 @@ def print_compared(console: Console, found: Compared, names: tuple[str, str]) ->
         if not rows:
             console.print(f"no {title}")
             continue
-        table = _table(title, *(printable(name, 60) for name in names))
+        table = _table(title, *names)
         for row in rows[:MOST_ROWS]:
             table.add_row(printable(row.name, 80), as_text(row.first), as_text(row.second))
         console.print(table)
@@ -210,7 +212,7 @@ def print_compared(console: Console, found: Compared, names: tuple[str, str]) ->
         change = found.paired
         won = f"lost {change.lost}, won {change.won} of {change.n} images, p {change.p_value:.3f}"
         console.print(
-            f"{printable(names[1], 60)} against {printable(names[0], 60)}: {100 * change.difference:+.2f} points "
+            f"{names[1]} against {names[0]}: {100 * change.difference:+.2f} points "
             f"[{100 * change.low:+.2f}, {100 * change.high:+.2f}] on the same test images ({won})"
         )
 

@@ -71,7 +71,11 @@ def source_file(name: str) -> Path:
     places: Sequence[str] | None = None
     with current_folder_last():
         for count in range(1, len(parts) + 1):
-            found = _find(".".join(parts[:count]), places)
+            try:
+                found = _find(".".join(parts[:count]), places)
+            except KeyError:  # a folder without __init__.py, which asks the module that it is in: that is not imported
+                places = [str(Path(each) / parts[count - 1]) for each in places or ()]
+                continue
             places = None if found is None else found.submodule_search_locations
             if places is None and count < len(parts):
                 found = None

@@ -94,7 +94,7 @@ class CheckpointFacts(Record):
     classes: int
     input: InputSpec
     parameters: int
-    macs: int | None = None  # multiply-accumulates for one image, as it is deployed
+    macs: int | None = Field(None, ge=0)  # multiply-accumulates for one image, as it is deployed
     test_accuracy: float
     test_images: int
     test_interval: Interval | None = None  # of the accuracy

@@ -27,6 +27,7 @@ from .onnx import INPUT, NEEDS, OPSET, OUTPUT, simplify
 
 if TYPE_CHECKING:
     import onnx
+    import onnx_ir as ir
 
 OLDEST_OPSET = 13  # that knows ranges by channel, as INT8 wants them
 
@@ -143,6 +144,8 @@ def fold(path: Path, spec: InputSpec, out: Path) -> None:
             value.name = f"{value.name}.of_the_file"
         if value.producer() is not None:
             value.shape = None  # may hold the one image that it was written for
+    if taken.shape is not None and taken.shape[0] == 1:
+        _any_batch(graph)
     image = ir.val(INPUT, dtype=ir.DataType.FLOAT, shape=["batch", *spec.model_copy(update={"layout": "NCHW"}).shape])
     nodes: list[ir.Node] = []
 
@@ -175,6 +178,23 @@ def fold(path: Path, spec: InputSpec, out: Path) -> None:
     onnx.save(ir.to_proto(model), out)
 
 
+def _any_batch(graph: ir.Graph) -> None:
+    """Let what reshapes one image reshape any number of them: its first dimension is that of what comes in."""
+    import onnx_ir as ir
+
+    for at, node in enumerate(list(graph)):
+        if node.op_type != "Reshape" or node.inputs[0] is None or node.inputs[0].is_initializer():
+            continue
+        found = None if node.inputs[1] is None else ir.convenience.get_const_tensor(node.inputs[1])
+        shape = [] if found is None else found.numpy().tolist()
+        if shape and shape[0] == 1 and 0 not in shape:
+            node.attributes.pop("allowzero", None)  # 0 is then: as it comes in
+            array = np.array([0, *shape[1:]], np.int64)
+            value = ir.val(f"any_batch.{at}", const_value=ir.tensor(array, name=f"any_batch.{at}"))
+            graph.register_initializer(value)
+            node.replace_input_with(1, value)
+
+
 def _read(path: Path) -> onnx.ModelProto:
     import onnx
 
@@ -198,7 +218,7 @@ def _only_input(model: onnx.ModelProto, path: Path) -> onnx.ValueInfoProto:
             f"as it is it can be measured: kdpipe bench {path}"
         )
     weights = {tensor.name for tensor in model.graph.initializer}
-    taken = [value for value in model.graph.input if value.name not in weights]
+    taken: list[onnx.ValueInfoProto] = [value for value in model.graph.input if value.name not in weights]
     if len(taken) != 1 or not model.graph.node:
         raise UserError(f"{path} takes {len(taken)} inputs: wanted one image")
     kind = taken[0].type.tensor_type

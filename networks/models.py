@@ -175,20 +175,24 @@ def restore(checkpoint: Checkpoint) -> tuple[nn.Module, InputSpec]:
     return network.eval(), facts.input
 
 
-def multiply_accumulates(network: nn.Module, spec: InputSpec) -> int:
+def multiply_accumulates(network: nn.Module, spec: InputSpec) -> int | None:
     """What one image takes: the products of its convolutions and matrix products, half of torch's count of operations.
 
     In the form that is deployed, branches merged into convolutions where timm knows how. Activations, normalisation and
-    pooling are not counted, as in the papers of most networks.
+    pooling are not counted, as in the papers of most networks. None for a network that cannot be copied or counted: it
+    may be anybody's, and no training is lost for a count.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    deployed = reparameterize_model(network).cpu().eval()
-    # Attention as the matrix products that it is: CPU's own kernel has no count.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        deployed(torch.zeros(1, *spec.shape))
-    return counter.get_total_flops() // 2
+    try:
+        deployed = reparameterize_model(network).cpu().eval()
+        # Attention as the matrix products that it is: CPU's own kernel has no count.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            deployed(torch.zeros(1, *spec.shape))
+    except Exception:
+        return None
+    return int(counter.get_total_flops()) // 2
 
 
 class Normalise(nn.Module):

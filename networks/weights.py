@@ -26,6 +26,7 @@ USUAL = ("", "state_dict", "model", "model_state_dict")  # "": the file itself
 AVERAGED = re.compile(r"(^|[._])(ema|swa)([._]|$)|averag")
 MOST_NESTED = 4  # of mappings in a file that are looked into
 COUNTER = "num_batches_tracked"  # of a BatchNorm: files of old have none, and nothing is computed by it
+ZIP, PICKLE = b"PK\x03\x04", b"\x80\x02\x8a\n"  # how files of torch begin; before 1.6 they were pickles
 LARGEST_HEADER_BYTES = 10**8  # of safetensors, by its own rule
 
 
@@ -110,13 +111,13 @@ def read_state_dicts(path: Path) -> dict[str, State]:
 def _read(path: Path) -> Any:
     with path.open("rb") as stream:
         start = stream.read(9)
-    if start[8:] == b"{":  # safetensors: the length of a JSON header, and the header
+    if start[:4] not in (ZIP, PICKLE):
+        if start[8:] != b"{":  # safetensors: the length of a JSON header, and the header
+            raise ValueError("it begins as neither of them does")
         return load_file(path)
-    if start[:2] not in (b"PK", b"\x80\x02"):  # of a zip, or of a pickle as torch before 1.6 wrote it
-        raise ValueError("it begins as neither of them does")
-    # What timm and torchvision save beside the weights: harmless, a bag of names.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    # What timm and torchvision save beside the weights is harmless. A stream, because torch goes by names too.
+    with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as stream:
+        return torch.load(stream, map_location="cpu", weights_only=True)
 
 
 def _reason(error: Exception) -> str:
@@ -133,9 +134,9 @@ def _is_cut_short(path: Path, error: Exception) -> bool:
     size = path.stat().st_size
     with path.open("rb") as stream:
         start = stream.read(9)
-        if not start or start[:4] == b"PK\x03\x04":  # the list of a zip's contents is at its end
+        if not start or start[:4] == ZIP:  # the list of a zip's contents is at its end
             return not zipfile.is_zipfile(path)
-        if start[8:] == b"{":
+        if start[8:] == b"{" and start[:4] != PICKLE:
             stream.seek(8)
             length = int.from_bytes(start[:8], "little")
             header = stream.read(min(length, LARGEST_HEADER_BYTES))
@@ -146,7 +147,7 @@ def _is_cut_short(path: Path, error: Exception) -> bool:
                 return bool(8 + length + max(ends, default=0) > size)
             except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
                 return False
-        # A pickle as torch before 1.6 wrote it: what reads it runs into the end.
+        # What reads a pickle runs into the end.
         return isinstance(error, (EOFError, IndexError, struct.error)) or "unexpected EOF" in str(error)
 
 

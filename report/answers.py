@@ -17,6 +17,7 @@ from .compression import Sources
 
 Numbers = dict[str, Any]
 MISTAKES = 16  # pictures
+BATCH = 4096  # images whose probabilities are in memory
 CONFUSIONS = 2000  # pairs of classes that are written down, the most frequent ones
 
 
@@ -32,7 +33,8 @@ def judged(task: Task, outputs: np.ndarray, labels: np.ndarray) -> Numbers:
 
 def confidence(task: Task, outputs: np.ndarray) -> np.ndarray:
     """How likely a network takes what it says of each image to be, 0 to 1 [N, ...], for finite outputs [N, ...]."""
-    return np.minimum(task.likeliest(outputs, 1)[1][:, 0], 1.0)
+    parts = [task.likeliest(outputs[at : at + BATCH], 1)[1][:, 0] for at in range(0, len(outputs), BATCH)]
+    return np.asarray(np.minimum(np.concatenate(parts), 1.0))
 
 
 def of_classes(task: Task, scores: np.ndarray, labels: np.ndarray) -> dict[int, Interval]:

@@ -315,7 +315,7 @@ def _apart(found: np.ndarray, points: Sequence[Any]) -> np.ndarray:
     """How far each point lies from each of the boxes [N, 4]: [N, points]."""
     there = np.asarray(points, dtype=float)[:, :2]
     beyond = np.maximum(found[:, None, :2] - there, there - found[:, None, 2:])
-    return np.hypot(*np.moveaxis(np.maximum(beyond, 0), 2, 0))
+    return np.asarray(np.hypot(*np.moveaxis(np.maximum(beyond, 0), 2, 0)))
 
 
 def compared_networks(numbers: Numbers) -> list[Numbers]:
@@ -341,7 +341,8 @@ def accuracy_of_each(rows: Sequence[Numbers], task: Numbers) -> Figure:
     figure = _figure(WIDTH, height, left=left, right=0.985, bottom=0.6 / height, top=1 - 0.32 / height)
     axes = figure.add_subplot()
     styles = {"teacher": ("s", PALETTE[1]), "student": ("o", GREY), "bundle": ("D", PALETTE[0])}
-    told, legend = {}, {}
+    told: dict[str, str] = {}
+    legend: dict[str, Any] = {}
     for at, row in enumerate(rows):
         marker, colour = styles[row["kind"]]
         style = {"fmt": marker, "color": colour, "markersize": 6, "elinewidth": 1.2, "alpha": 0.9}

@@ -33,7 +33,8 @@ def chosen(lineage: Sequence[Numbers]) -> tuple[list[Numbers], dict[str, Numbers
     Args:
         lineage: artifacts with ``stage`` and ``config``, as ``tables.lineage`` gives them.
     """
-    rows, standing = [], {}
+    rows: list[Numbers] = []
+    standing: dict[str, Numbers] = {}
     for made in lineage:
         known = defaults(made["stage"])
         settings = dict(flat(made["config"], SETTINGS.get(made["stage"])))

@@ -377,7 +377,8 @@ def decision_sentence(decision: Mapping[str, Any]) -> str:
         return f"Ship none of these: they are not shown to be better than {told}."
     if answer == "float32":
         return f"Ship {bundle}: nothing smaller is shown to be faster and to lose at most {allowed}."
-    return f"Ship {bundle}: {times_as_fast(decision['over_float32'])}, {kept_clause(decision['accuracy'])}."
+    speed = "" if decision["over_float32"] is None else f"{times_as_fast(decision['over_float32'])}, "
+    return f"Ship {bundle}: {speed}{kept_clause(decision['accuracy'])}."
 
 
 def times_as_fast(over_float32: Mapping[str, Any]) -> str:

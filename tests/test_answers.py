@@ -329,6 +329,20 @@ def test_multiply_accumulates_of_the_papers() -> None:
     assert multiply_accumulates(timm.create_model("vit_tiny_patch16_224"), SPEC) == known
 
 
+def test_no_training_is_lost_for_a_count() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 5))
+            self.scaled = 2 * self.weight  # computed: torch makes no copy of it
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return image.mean((2, 3)) @ self.scaled
+
+    assert Own()(torch.zeros(1, 3, 8, 8)).shape == (1, 5)
+    assert multiply_accumulates(Own(), SPEC) is None
+
+
 def test_a_checkpoint_knows_its_size(made: Made) -> None:
     facts = made.student.facts
     assert facts.macs is not None and facts.macs > 10**6

@@ -21,6 +21,7 @@ from conftest import (
     assert_one_line,
     flip_a_byte,
     kdpipe,
+    kdpipe_process,
     listening,
     rewrite_manifest,
 )
@@ -28,9 +29,10 @@ from pydantic import BaseModel
 
 from kdpipe import forecast, pipeline
 from kdpipe.chain import REPLACED, Chain, sealed
-from kdpipe.core.artifact import Manifest, host_record, read_manifest
+from kdpipe.core.artifact import Manifest, host_record, order_key, read_manifest
 from kdpipe.core.config import (
     BenchPlan,
+    CachePlan,
     DataPlan,
     ExportConfig,
     QuantizeConfig,
@@ -170,6 +172,71 @@ def test_what_only_the_model_can_tell_is_perhaps(tmp_path: Path) -> None:
                        "tflite-int8-dynamic", "bundle-tflite-int8-dynamic"}  # fmt: skip
     session = next(leg for leg in legs if leg.stage == "bench")
     assert session.key is session.path is session.command is None
+
+
+def read_options(kind: type[BaseModel], words: list[str], **more: Any) -> BaseModel:
+    """The configuration that these options of a command make, with ``more`` that it gives by itself."""
+    found: list[BaseModel] = []
+
+    def command(config: Callable[..., BaseModel]) -> None:
+        found.append(config(**more))
+
+    wrapped = configured(kind, tuple(more))(command)
+    texts: dict[str, Any] = dict.fromkeys(wrapped.__annotations__)
+    for option, text in zip(words[::2], words[1::2], strict=True):
+        texts[option.removeprefix("--").replace(".", "__").replace("-", "_")] = text
+    wrapped(**texts)
+    return found[0]
+
+
+def test_a_plan_has_the_cache_that_students_learn_from(tmp_path: Path) -> None:
+    """Its command makes the very cache that the run would make."""
+    from kdpipe.distill.cache import config_of
+
+    distill = TINY["distill"] | {"cache_views": 2, "view_seed": 3, "seeds": [0, 1]}
+    legs = pipeline.plan(validated(Recipe, TINY | {"distill": distill}, "tiny"), Chain(tmp_path))
+    caches = [leg for leg in legs if leg.name == "cache"]
+    assert len(caches) == 2, "each seed draws its own images"
+    by_name = {leg.name: leg for leg in legs}
+    for cache, student in zip(caches, ("student-kd-seed0", "student-kd-seed1"), strict=True):
+        assert cache.id in by_name[student].after and cache.command is not None
+        assert not {leg.id for leg in caches} & set(by_name["student-labels-seed0"].after)
+        options = list(cache.command[5:-2])  # kdpipe cache TEACHER --data DATA ... --out PATH
+        config = config_of(read_options(CachePlan, options))  # type: ignore[arg-type]
+        keys = {"data": by_name["data"].key or "", "teacher": by_name["teacher"].key or ""}
+        assert order_key("cache", config, keys) == cache.key
+
+
+def test_a_plan_knows_the_copies_of_photographs(tmp_path: Path) -> None:
+    """What networks are shown of held-out images is an artifact too; the command alone makes the same data set."""
+    from test_start import write_signs
+
+    write_signs(tmp_path / "photos", {"train": 3, "val": 2}, side=640)
+    values = TINY | {"data": {"source": str(tmp_path / "photos")}, "student": {"model": "test_resnet"}}
+    recipe = validated(Recipe, values, "tiny")
+    legs = pipeline.plan(recipe, Chain(tmp_path / "planned"), until="data")
+    assert [leg.name for leg in legs] == ["data", "fitted-32", "fitted-160"]
+    chain = Chain(tmp_path / "made")
+    pipeline.run_part(recipe, chain, until="data")
+    assert [step.path.name for step in chain.steps] == [leg.id for leg in legs]
+    assert legs[0].command is not None
+    done = kdpipe(*legs[0].command[1:])
+    assert done.returncode == 0, done.stderr
+    assert read_manifest(tmp_path / "planned" / legs[0].id).key == legs[0].key
+
+
+def test_commands_carry_what_the_run_was_allowed(tmp_path: Path) -> None:
+    """Code of one's own is named on every command that may make the network; nothing of it runs for the plan."""
+    (tmp_path / "mine.py").write_text("raise SystemExit('it ran')\n")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    allowed = ("--allow-code", "mine:make", "--set", "student.model=mine:make")
+    environment = {"PYTHONPATH": str(tmp_path)}
+    done = kdpipe_process("run", tmp_path / "tiny.yaml", "--dry-run", "--json", *allowed, **environment)
+    assert done.returncode == 0, done.stderr
+    legs = {leg["name"]: leg["command"] for leg in json.loads(done.stdout)["legs"]}
+    for name in ("teacher", "student-kd-seed0", "onnxruntime-float32", "onnxruntime-int8"):
+        assert legs[name][-2:] == ["--allow-code", "mine:make"], name
+    assert "--allow-code" not in legs["bundle-onnxruntime-int8"] + legs["measurement-local-1"] + legs["data"]
 
 
 def test_a_dry_run_makes_nothing(tmp_path: Path) -> None:
@@ -404,20 +471,9 @@ def test_the_time_of_what_was_made_is_known(tiny: Tiny) -> None:
     ids=lambda value: type(value).__name__ if isinstance(value, BaseModel) else "",
 )
 def test_options_make_the_configuration_again(config: BaseModel, leave_out: tuple[str, ...]) -> None:
-    found: list[BaseModel] = []
-    kind = type(config)
-
-    def command(config: Callable[..., BaseModel]) -> None:
-        found.append(config(**{name: getattr(given, name) for name in leave_out}))
-
-    given, words = config, options_of(config, leave_out)
-    options = dict(zip(words[::2], words[1::2], strict=True))
-    wrapped = configured(kind, leave_out)(command)
-    texts: dict[str, Any] = dict.fromkeys(wrapped.__annotations__)
-    texts |= {name.removeprefix("--").replace(".", "__").replace("-", "_"): text for name, text in options.items()}
-    wrapped(**texts)
-    assert found == [config]
-    assert kind is not BenchPlan or config != BenchPlan() or not options
+    words = options_of(config, leave_out)
+    assert read_options(type(config), words, **{name: getattr(config, name) for name in leave_out}) == config
+    assert config != BenchPlan() or not words, "what is usual is not said"
 
 
 # ---- list, show, compare ---------------------------------------------------------------------------------
@@ -495,7 +551,33 @@ def test_compare_names_what_differs(tiny: Tiny) -> None:
     back = json.loads(kdpipe("compare", taught, control, "--json").stdout)
     assert back["paired"]["difference"] == pytest.approx(one - other)
     text = kdpipe("compare", control, taught).stdout
-    assert re.search(r"^method +labels +kd$", text, re.MULTILINE) and "points" in text and "same test images" in text
+    assert re.search(r"^method +labels +kd *$", text, re.MULTILINE) and "same test images" in text
+
+
+def test_compare_takes_the_second_against_the_first(made: Made) -> None:
+    """In a difference of two networks a gain is positive."""
+    worse, better = sorted((made.teacher, made.student), key=lambda each: each.facts.test_accuracy)
+    gain = 100 * (better.facts.test_accuracy - worse.facts.test_accuracy)
+    assert gain > 0
+    assert (
+        f"{better.path.name} against {worse.path.name}: {gain:+.2f} points"
+        in kdpipe("compare", worse.path, better.path).stdout
+    )
+    assert (
+        f"{worse.path.name} against {better.path.name}: {-gain:+.2f} points"
+        in kdpipe("compare", better.path, worse.path).stdout
+    )
+
+
+def test_compare_tells_latencies_of_two_sessions(tiny: Tiny) -> None:
+    assert tiny.run("--again", "bench").returncode in (0, 75)
+    first, second = sorted(tiny.artifacts.glob("measurement-*"))
+    found = json.loads(kdpipe("compare", first, second, "--json").stdout)
+    assert [each["name"] for each in found["settings"]] == ["attempt"]
+    names = {each["name"] for each in found["results"]}
+    assert names <= {f"onnxruntime-{variant}.{what}" for variant in ("float32", "int8") for what in
+                     ("latency_p50_ms", "latency_p90_ms", "trust", "status")}  # fmt: skip
+    assert "onnxruntime-int8.latency_p50_ms" in names
 
 
 def test_compare_looks_into_lineage(tiny: Tiny) -> None:

@@ -33,7 +33,8 @@ found.ground = getComputedStyle(page.body).backgroundColor;
 const headline = page.querySelector(".headline");
 found.decision = { text: headline.textContent, bottom: box(headline)[3] };
 found.decision.size = parseFloat(getComputedStyle(headline).fontSize);
-found.file = box(page.querySelector(".file"))[3];
+const file = page.querySelector(".file");
+found.file = file ? box(file)[3] : 0;
 found.figures = [...page.querySelectorAll("figure svg")].map((svg) => ({
   texts: [...svg.querySelectorAll("text")].filter(seen).map((text) => [text.textContent, ...box(text)]),
   frame: box(svg),
