@@ -227,7 +227,7 @@ class Chain:
         side = order.config.copies_side
 
         def make(path: Path) -> Dataset:
-            wanted = (*TRAIN_NEEDS, "imagehash", *(("scikit-learn",) if plan.source == "digits" else ()))
+            wanted = (*TRAIN_NEEDS, *(("scikit-learn",) if plan.source == "digits" else ()))
             require("reading data", wanted, "train")
             from .data.prepare import prepare
 

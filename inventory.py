@@ -128,7 +128,8 @@ def findings(source: Provenance) -> str:
             return f"{model}, {sum(facts['nodes_by_kind'].values())} nodes"
         case "model" | "bundle":
             against = facts.get("against_float32")
-            kept = f", says the same as float32 of {percent(against['agreement'], 1)} %" if against else ""
+            same = f"{percent(against['agreement'], 1)} % of {against['images']} images" if against else ""
+            kept = f", agrees with float32 on {same}" if same else ""
             return f"{model} for {facts['target']}, {facts['variant']}{kept}"
         case Measurement.kind:
             record = Measurement.facts_of(source)
@@ -242,8 +243,8 @@ def compare(first: Path, second: Path) -> Compared:
         paired = _paired(Checkpoint.open(first), Checkpoint.open(second))
     settings: dict[tuple[str, str], list[Difference]] = {}
     _compare_settings(one, other, "", settings)
-    results = differing(flat(_results(one)), flat(_results(other)))
-    return Compared(one.kind, [each for found in settings.values() for each in found], results, paired)
+    found = differing(flat(results(one)), flat(results(other)))
+    return Compared(one.kind, [each for its in settings.values() for each in its], found, paired)
 
 
 def _compare_settings(
@@ -272,7 +273,7 @@ def differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Diffe
     ]
 
 
-def _results(source: Provenance) -> dict[str, Any]:
+def results(source: Provenance) -> dict[str, Any]:
     """What was found; of a measurement, which is long, what a person compares, with its interval."""
     if source.kind != Measurement.kind:
         return source.facts

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .core.sealed import printable
 from .forecast import Cost, duration, total
-from .inventory import Cleaning, Compared, Entry, Shown, as_text, findings, own_settings, size_of
+from .inventory import Cleaning, Compared, Entry, Shown, as_text, findings, flat, own_settings, results, size_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -131,7 +131,7 @@ def print_entries(console: Console, entries: Sequence[Entry]) -> None:
 
 
 def print_shown(console: Console, shown: Shown) -> None:
-    """What it is, its settings that are no defaults, its lineage, and what was made from it."""
+    """What it is, its settings that are no defaults, what was found, its lineage, and what was made from it."""
     manifest = shown.manifest
     console.print(printable(f"{manifest.kind} {shown.path.name}: {findings(manifest)}", 400))
     host = manifest.host.get("cpu", "unavailable")
@@ -143,6 +143,7 @@ def print_shown(console: Console, shown: Shown) -> None:
         )
     )
     _print_rows(console, "settings that are no defaults", own_settings(manifest))
+    _print_rows(console, "found", {name: value for name, value in flat(results(manifest)).items() if value is not None})
     if manifest.inputs:
         console.print("made from")
         console.print(_tree(manifest, shown.places))

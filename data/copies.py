@@ -24,7 +24,7 @@ from ..core.progress import note, track
 from ..runtime.preprocess import as_rgb, fit
 from .dataset import CopyFacts, Dataset, Fitted, FittedFacts, Part, Samples, images_shape, write_header
 from .formats import decode, opened
-from .looks import Look, Looks, look
+from .looks import Look, Looks, look, perceptual_hashes
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -113,7 +113,7 @@ def write_copies(
     with out.open("wb") as stream:
         copies = track(in_order(copy, range(len(samples))), "copying images", len(samples))
         for at, (content, smaller, seen) in enumerate(copies):
-            looks.put(at, seen)
+            looks.put(at, seen, *perceptual_hashes([seen]))
             stream.write(content)
             sizes.append(len(content))
             resized += smaller

@@ -22,12 +22,12 @@ class Together:
     """The images of all parts, one behind the other."""
 
     def __init__(self, parts: Mapping[Part, Split], classes: Sequence[str]) -> None:
-        self._splits, self._classes = list(parts.values()), classes
-        lengths = [len(split.names) for split in self._splits]
+        self._parts, self._classes = dict(parts), classes  # as they are now
+        lengths = [len(split.names) for split in parts.values()]
         self._ends = np.cumsum(lengths)
         self.sides = np.repeat(np.array([SIDES[part] for part in parts], int), lengths)
-        self.labels = np.concatenate([np.zeros(0, np.int32), *(split.labels for split in self._splits)])
-        self.digests = np.concatenate([np.zeros(0, np.uint64), *(split.digests for split in self._splits)])
+        self.labels = np.concatenate([np.zeros(0, np.int32), *(split.labels for split in parts.values())])
+        self.digests = np.concatenate([np.zeros(0, np.uint64), *(split.digests for split in parts.values())])
 
     def copies(self) -> tuple[Twice, int]:
         """As ``find_copies``."""
@@ -47,18 +47,29 @@ class Together:
 
     def _named(self, pairs: Sequence[tuple[int, int]]) -> tuple[Alike, ...]:
         named = []
-        for first, second in pairs:
-            (first_name, first_label), (second_name, second_label) = self._name(first), self._name(second)
+        for pair in pairs:
+            (first, second), (first_part, second_part), (first_label, second_label) = zip(
+                *map(self._told, pair), strict=True
+            )
             named.append(
-                Alike(first=first_name, second=second_name, first_label=first_label, second_label=second_label)
+                Alike(
+                    first=first,
+                    second=second,
+                    first_part=first_part,
+                    second_part=second_part,
+                    first_label=first_label,
+                    second_label=second_label,
+                )
             )
         return tuple(named)
 
-    def _name(self, at: int) -> tuple[str, str]:
-        part = int(np.searchsorted(self._ends, at, side="right"))
-        split, inside = self._splits[part], at - (int(self._ends[part]) - len(self._splits[part].names))
+    def _told(self, at: int) -> tuple[str, str, str]:
+        """File, part and label of one image."""
+        number = int(np.searchsorted(self._ends, at, side="right"))
+        part, split = list(self._parts.items())[number]
+        inside = at - (int(self._ends[number]) - len(split.names))
         label = int(split.labels[inside])
-        return file_name(split.names[inside]), "" if label == UNLABELED else printable(self._classes[label], 200)
+        return file_name(split.names[inside]), part, "" if label == UNLABELED else printable(self._classes[label], 200)
 
 
 class Leaks(NamedTuple):

@@ -56,11 +56,11 @@ def list_images(folder: Path, others: Others | None = None, below: bytes = b"") 
     """
     others = Others() if others is None else others
     base = os.fsencode(folder)
-    pending: list[tuple[bytes, frozenset[tuple[int, int]]]] = [(b"", frozenset())]
+    around = frozenset(_identity(os.fsencode(parent)) for parent in folder.absolute().parents)
+    pending: list[tuple[bytes, frozenset[tuple[int, int]]]] = [(b"", around)]
     while pending:
         place, above = pending.pop()
-        status = os.stat(os.path.join(base, place))  # noqa: PTH116, PTH118 (bytes)
-        identity = (status.st_dev, status.st_ino)
+        identity = _identity(os.path.join(base, place))  # noqa: PTH118 (bytes)
         if identity in above:
             others.add("links back to a folder that they lie in", below + place)
             continue
@@ -75,6 +75,11 @@ def list_images(folder: Path, others: Others | None = None, below: bytes = b"") 
                 yield below + prefix + name
         inside = [prefix + name for name, kind in reversed(here) if kind == "folder" and not is_hidden(name)]
         pending.extend((name, above | {identity}) for name in inside)
+
+
+def _identity(folder: bytes) -> tuple[int, int]:
+    status = os.stat(folder)  # noqa: PTH116 (bytes)
+    return status.st_dev, status.st_ino
 
 
 def is_hidden(name: bytes) -> bool:

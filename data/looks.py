@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -33,7 +33,7 @@ class Look(NamedTuple):
     format: str = ""
     width: int = 0  # pixels, as they lie in the file
     height: int = 0
-    hash: int = 0
+    small: np.ndarray | None = None  # grey uint8 [32, 32], of which hashes are made; None for a smaller image
     fault: str = ""
 
 
@@ -44,14 +44,14 @@ class Looks:
         self.rows = np.zeros(images, ROW)
         self.faults: dict[int, str] = {}  # by position
 
-    def put(self, at: int, seen: Look) -> None:
+    def put(self, at: int, seen: Look, perceptual_hash: int) -> None:
         """Keep what was seen of one image."""
         if seen.fault:
             self.rows["state"][at] = BROKEN
             self.faults[at] = seen.fault
         else:
             known = NAMES.index(seen.format) if seen.format in NAMES else len(NAMES)
-            self.rows[at] = (FINE, known, seen.width, seen.height, seen.hash)
+            self.rows[at] = (FINE, known, seen.width, seen.height, perceptual_hash)
 
     @property
     def whole(self) -> np.ndarray:
@@ -75,7 +75,7 @@ def look(path: Path, quick: bool = False) -> tuple[Image.Image | None, Look]:
             if quick and kind in ("JPEG", "MPO"):
                 image.draft(None, (2 * HASHED_SIDE, 2 * HASHED_SIDE))
             pixels = as_rgb(image)
-        return pixels, Look(kind, *size, perceptual_hash(pixels))
+        return pixels, Look(kind, *size, _small(pixels))
     except (OSError, MemoryError) as error:
         return None, Look(fault=_reason(error))
 
@@ -90,19 +90,36 @@ def _reason(error: OSError | MemoryError) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
 
 
-def perceptual_hash(image: Image.Image) -> int:
-    """64 bits that are nearly the same for images that look alike; 0 for one that is too small or too flat to tell.
-
-    The signs of the lowest frequencies of a cosine transform against their median (imagehash's ``phash``).
-    """
-    import imagehash
+def _small(image: Image.Image) -> np.ndarray | None:
+    """An image as its hash takes it, grey uint8 [32, 32]; None for one that has fewer pixels on a side."""
+    from PIL import Image
 
     shorter = min(image.size)
     if shorter < HASHED_SIDE:
-        return 0
+        return None
     factor = shorter // (2 * HASHED_SIDE)
-    bits = imagehash.phash(image.reduce(factor) if factor > 1 else image).hash
-    return int.from_bytes(np.packbits(bits).tobytes(), "big") if bits.sum() >= FEWEST_BITS else 0
+    grey = (image.reduce(factor) if factor > 1 else image).convert("L")
+    return np.asarray(grey.resize((HASHED_SIDE, HASHED_SIDE), Image.Resampling.LANCZOS))
+
+
+def perceptual_hashes(looks: Sequence[Look]) -> list[int]:
+    """64 bits for each, nearly the same for images that look alike; 0 for one that is too small or too flat to tell.
+
+    The lowest frequencies of a cosine transform, above or below their median: ``phash`` of imagehash, of many images
+    at once (Zauner, Implementation and Benchmarking of Perceptual Image Hash Functions, 2010).
+    """
+    from scipy.fft import dctn
+
+    hashes = [0] * len(looks)
+    known = [at for at, seen in enumerate(looks) if seen.small is not None]
+    if known:
+        small = np.stack([seen.small for seen in looks if seen.small is not None]).astype(float)
+        lowest = dctn(small, axes=(1, 2))[:, :8, :8].reshape(len(known), 64)
+        above = lowest > np.median(lowest, axis=1, keepdims=True)
+        packed = np.packbits(above, axis=1).view(">u8").ravel()
+        for at, bits, tells in zip(known, packed.tolist(), above.sum(axis=1) >= FEWEST_BITS, strict=True):
+            hashes[at] = bits if tells else 0
+    return hashes
 
 
 def examine(
@@ -126,9 +143,10 @@ def examine(
         if check == "sample":
             chosen[part] = np.random.default_rng(seed).permutation(len(samples))[:SAMPLED]
 
-    def seen(chunk: tuple[Part, np.ndarray]) -> tuple[Part, np.ndarray, list[Look]]:
+    def seen(chunk: tuple[Part, np.ndarray]) -> tuple[Part, np.ndarray, list[Look], list[int]]:
         part, positions = chunk
-        return part, positions, [look(parts[part].path(at), part in quick)[1] for at in positions]
+        found = [look(parts[part].path(at), part in quick)[1] for at in positions]
+        return part, positions, found, perceptual_hashes(found)
 
     chunks = (
         (part, positions[at : at + CHUNK])
@@ -136,7 +154,7 @@ def examine(
         for at in range(0, len(positions), CHUNK)
     )
     with progress("checking images", sum(map(len, chosen.values()))) as advance:
-        for part, positions, found in in_order(seen, chunks):
-            for at, each in zip(positions, found, strict=True):
-                looks[part].put(int(at), each)
+        for part, positions, found, hashes in in_order(seen, chunks):
+            for at, each, bits in zip(positions.tolist(), found, hashes, strict=True):
+                looks[part].put(at, each, bits)
             advance(len(positions), "")

@@ -53,7 +53,7 @@ def prepare(
     with drafting(Dataset, order, out) as draft:
         source = _read_source(draft, config, others)
         classes, roots = source.classes, source.roots
-        _check_classes(config, source.parts["train"], source, may_be_empty=config.classes is not None)
+        _check_classes(config, source.parts["train"], source, "all are held out")
 
         parts = dict(source.parts)
         in_copies = tuple(part for part in parts if part not in HELD_OUT and config.copies_side is not None)
@@ -74,7 +74,8 @@ def prepare(
         for part, stay in kept.items():
             parts[part], records[part] = parts[part].at(stay), records[part][stay]
             looks[part].rows = looks[part].rows[stay]
-        _check_classes(config, parts["train"], source, may_be_empty=config.classes is not None)
+        gone = f"{leaks.left_out} copies of held-out images and {broken.images} broken images were left out"
+        _check_classes(config, parts["train"], source, gone)
 
         for part, rows in records.items():
             np.save(draft.path / Dataset.records_name(part), rows)
@@ -140,13 +141,20 @@ def _records(split: Split, copied: bool) -> np.ndarray:
     return index_records(split.names, split.labels, copied)
 
 
-def _check_classes(config: DataConfig, train: Split, source: Source, may_be_empty: bool) -> None:
-    """See that something to learn of every class is left in ``train``, a part of the source. Raises UserError."""
+def _check_classes(config: DataConfig, train: Split, source: Source, gone: str) -> None:
+    """See that something to learn of every class is left in ``train``, a part of the source.
+
+    Args:
+        gone: what became of the others.
+
+    Raises:
+        UserError: there is a class without any, and no list of classes that may be so.
+    """
     classes = source.classes
     if len(classes) < 2:
         raise UserError(f"wanted at least two classes, found {len(classes)}: {', '.join(classes)}")
     counts = np.bincount(train.labels, minlength=len(classes))
-    if counts.all() or (may_be_empty and counts.any()):
+    if counts.all() or (config.classes is not None and counts.any()):
         return
     empty = int(np.argmin(counts))
     before = int(np.bincount(source.whole.labels, minlength=len(classes))[empty])
@@ -165,10 +173,7 @@ def _check_classes(config: DataConfig, train: Split, source: Source, may_be_empt
             f"class '{name}' has {many}, of which {' and '.join(cuts)} {take}: wanted at least {len(cuts) + 1}; "
             f"add some or remove the class{cure}"
         )
-    raise UserError(
-        f"class '{name}' has {many}, and none is left: they are held out, copies of held-out images, or broken; "
-        "add some or remove the class"
-    )
+    raise UserError(f"class '{name}' has {many}, and none is left ({gone}): add some or remove the class")
 
 
 def _unlabeled(folder: Path, others: Others) -> Split:

@@ -23,10 +23,12 @@ class Range(Record):
 
 
 class Alike(Record):
-    """Two images that are the same or look it, below the folders of their parts, and what they are called."""
+    """Two images that are the same or look it: their files, their parts, and what they are called."""
 
     first: str
     second: str
+    first_part: str
+    second_part: str
     first_label: str  # empty without one
     second_label: str
 
@@ -160,5 +162,5 @@ def _pair(found: Twins, labelled: bool = False) -> str:
     if not found.pairs:
         return "unnamed"
     pair = found.pairs[0]
-    names = [f"{pair.first} ({pair.first_label})", f"{pair.second} ({pair.second_label})"]
-    return "such as " + " and ".join(names if labelled else (pair.first, pair.second))
+    first, second = (pair.first_label, pair.second_label) if labelled else (pair.first_part, pair.second_part)
+    return f"such as {pair.first} ({first}) and {pair.second} ({second})"

@@ -206,10 +206,11 @@ def _fitting(state: State, path: Path, entry: str | None, wanted: State) -> dict
     if plain:
         prefix = "" if "" in plain else plain[0]
         _tell_averaged(path, [each for each in whole if each != prefix and _is_averaged(each)], _is_averaged(prefix))
-    else:
-        prefix = counts.most_common(1)[0][0] if counts else ""
+    else:  # it will be refused: by the prefix of most of the names, where that is one
+        [(likely, count)] = counts.most_common(1) or [("", 0)]
+        prefix = likely if 2 * count >= len(wanted) else ""
     found = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    if outside := [name for name in state if not name.startswith(prefix)]:
+    if plain and (outside := [name for name in state if not name.startswith(prefix)]):
         note(printable(f"{path.name}: {len(outside)} tensors outside '{prefix}' are left out, such as '{outside[0]}'"))
     return found | {name: wanted[name] for name in wanted.keys() - found.keys() if name.endswith(COUNTER)}
 

@@ -142,6 +142,11 @@ def listed(items: list[str]) -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
+def some(items: list[str], most: int = 3) -> str:
+    """As ``listed``, but of many the first ones and how many more."""
+    return listed(items) if len(items) <= most + 1 else listed([*items[:most], f"{len(items) - most} more"])
+
+
 def chain_sentence(numbers: Mapping[str, Any]) -> str:
     """What was done, in one sentence."""
     chain = numbers["chain"]
@@ -369,7 +374,7 @@ def decision_sentence(decision: Mapping[str, Any]) -> str:
     if answer == "emulated":
         return "No decision: this device is emulated, its latencies say nothing about the hardware."
     if answer == "untrusted":
-        which = listed(decision["doubted"])
+        which = some(decision["doubted"])
         return f"No decision yet: the latencies that would decide are not trusted ({which}). Measure again."
     if answer == "guessing":
         found = decision["guessing"]

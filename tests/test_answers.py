@@ -179,6 +179,12 @@ def test_what_guesses_is_not_shipped() -> None:
     assert decision(advised, rows, 0.5, shown, faster(), emulated=False)["bundle"] == "b-float32"
 
 
+def test_a_headline_names_the_first_of_many() -> None:
+    rows = [row(f"{target}-float32", 1.0, "noisy") for target in "abcde"]
+    assert "(a-float32, b-float32, c-float32 and 2 more)" in words.decision_sentence(decided(rows, faster(), {}))
+    assert "a-float32, b-float32, c-float32 and d-float32)" in words.decision_sentence(decided(rows[:4], faster(), {}))
+
+
 @pytest.mark.parametrize(
     ("drop", "half", "text"),
     [

@@ -513,6 +513,9 @@ def test_show_tells_lineage_and_descendants(tiny: Tiny) -> None:
     assert re.search(r"label_fraction +0\.2", done.stdout) and "temperature" not in done.stdout  # which is a default
     assert re.search(r"teacher: checkpoint \w{12}, not here +test_resnet, labels", done.stdout)
     assert re.search(rf"made from it: {tiny.of('graph').name}, {tiny.of('report').name}", done.stdout)
+    assert re.search(r"^  test_accuracy +0\.\d", done.stdout, re.MULTILINE)
+    text = kdpipe("show", tiny.of("measurement"), cwd=tiny.folder).stdout
+    assert re.search(r"^  onnxruntime-int8\.latency_p50_ms +\d", text, re.MULTILINE)
     found = json.loads(kdpipe("show", tiny.of("report"), "--json", cwd=tiny.folder).stdout)
     session = found["inputs"]["measurement-local-1"]
     bundle = session["inputs"]["onnxruntime-int8"]

@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from kdpipe.core.progress import Silence
 from kdpipe.data.dataset import Dataset
 from kdpipe.data.formats import decode
 from kdpipe.data.leaks import find_copies, find_look_alikes
-from kdpipe.data.looks import look, perceptual_hash
+from kdpipe.data.looks import look, perceptual_hashes
 from kdpipe.data.survey import findings
 from kdpipe.report.images import contact_sheet, image_numbers
 from kdpipe.runtime.preprocess import FORMATS
@@ -217,6 +218,9 @@ NOT_READ = [
     Oddity("__MACOSX/._a.png", written(b"\0\5\x16\7"), "not read", r"hidden folders: 1"),
     Oddity(
         "back", lambda path: path.symlink_to(path.parent), "not read", r"links back to a folder that they lie in: 1"
+    ),
+    Oddity(
+        "far", lambda path: path.symlink_to(path.parents[2]), "not read", r"links back to a folder that they lie in: 1"
     ),
     Oddity("gone", lambda path: path.symlink_to("nowhere"), "not read", r"links to nowhere, pipes and the like: 1"),
 ]
@@ -411,12 +415,13 @@ def test_copies_of_held_out_images_are_left_out_of_what_is_learned_from(folder: 
     assert "cat/leaked.png" not in names(dropped, "train") and "dog/again.png" in names(dropped, "train")
     assert told == [
         "data: 1 image to learn from left out, the same as validation or test images: "
-        "such as train/cat/leaked.png and val/cat/0.png"
+        "such as train/cat/leaked.png (train) and val/cat/0.png (test)"
     ]
     assert dropped.survey.copies_left_out == 1 and dropped.survey.repeated == 1
     kept, told = prepared(folder, tmp_path / "artifacts", duplicates="allow")
     assert "cat/leaked.png" in names(kept, "train") and kept.key != dropped.key
-    assert told == ["data: 1 image held out and in another part too: such as train/cat/leaked.png and val/cat/0.png"]
+    [line] = told
+    assert line.startswith("data: 1 image held out and in another part too: such as train/cat/leaked.png (train) and")
     with pytest.raises(
         UserError, match=r"1 image to learn from found among .* test images too, such as train/cat/leaked"
     ):
@@ -457,19 +462,37 @@ def test_images_that_look_alike_are_told(folder: Path, tmp_path: Path) -> None:
     assert len(names(dataset, "train")) == 9, "told, not judged"
     assert told == [
         "data: 1 image held out and like one of another part by the looks (judge by eye): "
-        "such as train/cat/again-0.jpg and val/cat/seen.png",
+        "such as train/cat/again-0.jpg (train) and val/cat/seen.png (test)",
         "data: 2 images like one of another label by the looks (judge by eye): "
         "such as train/cat/seen.png (cat) and train/dog/again-1.jpg (dog)",
     ]
     assert dataset.survey.hashed == 14
 
 
+def hashed(*pictures: Any) -> list[int]:
+    """The perceptual hashes of pictures, as files are hashed."""
+    with tempfile.TemporaryDirectory() as name:
+        found = []
+        for at, each in enumerate(pictures):
+            each.save(Path(name) / f"{at}.png")
+            found.append(look(Path(name) / f"{at}.png")[1])
+    return perceptual_hashes(found)
+
+
 def test_small_and_flat_pictures_say_nothing_of_each_other() -> None:
     from PIL import Image
 
-    assert perceptual_hash(picture(1, 31, 40)) == 0 and perceptual_hash(picture(1, 32, 40)) != 0
-    for colour in ((0, 0, 0), (255, 255, 255), (90, 10, 200)):
-        assert perceptual_hash(Image.new("RGB", (64, 64), colour)) == 0
+    small, large = hashed(picture(1, 31, 40), picture(1, 32, 40))
+    assert small == 0 and large != 0
+    flat = [Image.new("RGB", (64, 64), colour) for colour in ((0, 0, 0), (255, 255, 255), (90, 10, 200))]
+    assert hashed(*flat) == [0, 0, 0]
+
+
+def test_hashes_are_those_of_the_library_for_them() -> None:
+    import imagehash
+
+    pictures = [picture(seed, 60 + seed, 50, shapes=12) for seed in range(40)]
+    assert hashed(*pictures) == [int(str(imagehash.phash(each)), 16) for each in pictures]
 
 
 def test_the_digits_do_not_drown_in_warnings(made: Made) -> None:
@@ -600,7 +623,7 @@ def test_a_class_with_one_image_is_told_for_what_it_is(folder: Path, tmp_path: P
 def test_a_class_that_copies_and_broken_images_leave_empty(folder: Path, tmp_path: Path) -> None:
     for at in range(3):
         shutil.copy(folder / "val/cat/0.png", folder / f"train/cat/{at}.png")
-    with pytest.raises(UserError, match="class 'cat' has 3 training images, and none is left"):
+    with pytest.raises(UserError, match=r"class 'cat' has 3 training images, and none is left \(3 copies of held-out"):
         prepared(folder, tmp_path / "artifacts")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import kdpipe, kdpipe_process
+from conftest import kdpipe
 from safetensors.torch import load_file
 from test_start import CLASSES, write_signs
 
@@ -40,7 +40,7 @@ def test_from_a_folder_and_a_pth_to_a_report(road: Path, monkeypatch: pytest.Mon
     typed = [["init", "signs", "--checkpoint", "best.pth", "--yes"], ["run", "signs.yaml"]]
     assert len(typed) <= MOST_COMMANDS
     for words in typed:
-        done = kdpipe_process(*words)
+        done = kdpipe(*words)
         assert done.returncode in (ExitCode.DONE, ExitCode.UNTRUSTED), done.stderr
     page = Path(re.findall(r"^report: (.*)$", done.stdout, re.MULTILINE)[0])
     assert page.stat().st_size > 100_000 and "resnet10t" in (page.parent / "report.json").read_text()
@@ -50,7 +50,7 @@ def test_from_a_folder_and_a_pth_to_a_report(road: Path, monkeypatch: pytest.Mon
     places = re.findall(r"^ *(\d+)/(\d+) ", done.stderr, re.MULTILINE)
     assert [int(at) for at, _ in places] == list(range(1, len(places) + 1))
     assert len(places) <= int(places[-1][1]) <= len(places) + 4, "but for variants that were refused"
-    assert "0 done now" in kdpipe_process("run", "signs.yaml").stdout
+    assert "0 done now" in kdpipe("run", "signs.yaml").stdout
     plan = json.loads(kdpipe("run", "signs.yaml", "--dry-run", "--json").stdout)
     assert all(leg["sealed"] for leg in plan["legs"])
     assert kdpipe("show", page.parent).returncode == kdpipe("list").returncode == 0

@@ -185,6 +185,15 @@ def test_a_part_of_a_larger_network_is_no_network(tmp_path: Path) -> None:
             load_weights(smaller, tmp_path / "w.pth")
 
 
+def test_what_does_not_fit_is_told_in_one_line_alone(tmp_path: Path) -> None:
+    """Nothing is said of what is left out of a file that is refused as a whole."""
+    state, heard = other_weights(), Heard()
+    torch.save({f"x{name}": value for name, value in state.items()}, tmp_path / "w.pth")
+    with listening(heard), pytest.raises(UserError, match=r"another architecture than 'ResNet' \(.*lacks 'bn1.bias'"):
+        load_weights(network(), tmp_path / "w.pth")
+    assert heard.notes == []
+
+
 def test_a_missing_or_other_head_is_said(tmp_path: Path) -> None:
     state = other_weights()
     torch.save({"state_dict": prefixed({k: v for k, v in state.items() if not k.startswith("fc.")}, "backbone.")},
@@ -344,7 +353,14 @@ def test_a_mean_of_0_to_255_is_refused(trained: Trained, tmp_path: Path, values:
 
 
 def test_advice_says_when_a_model_guesses() -> None:
-    advised = {"target": "tflite", "untrusted": [], "max_drop_points": 0.5, "may_do": None, "variant": "float32"}
+    advised = {
+        "target": "tflite",
+        "student": None,
+        "untrusted": [],
+        "max_drop_points": 0.5,
+        "may_do": None,
+        "variant": "float32",
+    }
     assert "BUT" not in advice_sentence(advised)
     assert "BUT" not in advice_sentence({**advised, "guessing": None})
     sentence = advice_sentence({**advised, "guessing": {"share": 0.3821, "metric": "top-1", "unit": "%"}})

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import ROOT, Made
 
@@ -44,8 +45,8 @@ def test_the_documents_blocks_run(
     names: dict[str, Any] = {}
     by_recipe, gain, by_hand, found = (run_cell(block, names) for block in BLOCKS)
 
-    told = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in told if line.split()[1] == "sealed"] == [
+    told = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [step[step.index("sealed") - 1] for step in told if "sealed" in step] == [
         *("data", "teacher", "student-labels-seed0", "student-kd-seed0", "student-labels-seed1", "student-kd-seed1"),
         *("graph", "onnxruntime-float32"),
     ]
@@ -55,8 +56,9 @@ def test_the_documents_blocks_run(
     assert "<td>onnxruntime-int8" in by_recipe._repr_html_() and "Gain" in by_recipe._repr_html_()
     assert str(by_recipe).splitlines()[0].split()[:2] == ["bundle", "top-1"]
     assert gain._repr_html_().startswith("<svg") and "seed 1" in gain.svg
-    accuracy, damage, path = found
+    accuracy, damage, path, trained = found
     assert accuracy == made.student.facts.test_accuracy
+    assert list(trained) == np.bincount(made.dataset.samples("train").labels).tolist()
     assert damage.images and path.is_dir()
     # Both ways made the same artifacts.
     assert len(list((tmp_path / "artifacts").glob("onnxruntime-int8-*"))) == 1
