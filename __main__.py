@@ -42,10 +42,10 @@ def _hold_streams() -> bool:
     os.close(descriptor)
     sys.stdin = sys.stdin or os.fdopen(0)
     sys.stderr = sys.stderr or os.fdopen(2, "w")
-    encoding, by_line = (sys.stdout.encoding, bool(sys.stdout.line_buffering)) if printed else ("utf-8", False)
+    encoding = sys.stdout.encoding if printed else "utf-8"
     output = io.BufferedWriter(_Output(1, "w", closefd=False))
     # What an encoding has no sign for is spelled out.
-    sys.stdout = io.TextIOWrapper(output, encoding, "backslashreplace", line_buffering=by_line)
+    sys.stdout = io.TextIOWrapper(output, encoding, "backslashreplace", line_buffering=os.isatty(1))
     return printed
 
 

@@ -754,8 +754,6 @@ def predict(
     writer = csv.writer(sys.stdout, lineterminator="\n")
     with closing(asking.predict(Bundle.open(bundle), files, find_device(device), top)) as answers:
         for at, said in enumerate(answers):
-            if at == 0 and not as_json:
-                writer.writerow(["image", "label", "probability"])
             name = printable(str(said.image))
             told = [(printable(label), share) for label, share in zip(said.labels, said.probabilities, strict=True)]
             if said.fault is not None:
@@ -765,6 +763,8 @@ def predict(
                 says = [{"label": label, "probability": round(share, 6)} for label, share in told]
                 rows.append({"image": name, "says": says})
             else:
+                if len(faults) == at:  # the first that is answered
+                    writer.writerow(["image", "label", "probability"])
                 writer.writerows([name, label, f"{share:.6f}"] for label, share in told)
     if as_json:
         _print_json(bundle=str(bundle), device=device, predictions=rows, unreadable=faults)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -173,20 +174,20 @@ def reading(source: str, copies_side: int | None, images: int | None) -> Work:
 def fitting(size: Any, images: int | None = None, data: str | None = None) -> Work:
     """Decoding the held-out images once."""
     if data is None:
-        return Work(("fitted", str(size)), images, grows=True)
-    return Work(("fitted", str(size)), 1.0, data, ("val", "test"), grows=True)
+        return Work(("fitted", json.dumps(size)), images, grows=True)
+    return Work(("fitted", json.dumps(size)), 1.0, data, ("val", "test"), grows=True)
 
 
 def adopting(config: Mapping[str, Any]) -> Work:
     """Reading a teacher and testing it once."""
-    return Work(("adopt", config["model"], str(config["input"]["size"])))
+    return Work(("adopt", config["model"], json.dumps(config["input"]["size"])))
 
 
 def training(
     config: Mapping[str, Any], taught_by: str | None, images_seen: float | None = None, data: str | None = None
 ) -> Work:
     """Training a network: so many images a pass, so many passes."""
-    like = ("train", config["model"], str(config["input"]["size"]), config["method"], taught_by)
+    like = ("train", config["model"], json.dumps(config["input"]["size"]), config["method"], taught_by)
     if data is None:
         return Work(like, images_seen)
     return Work(like, config["label_fraction"] * config["train"]["epochs"], data, ("train",))
@@ -194,7 +195,7 @@ def training(
 
 def asking(config: Mapping[str, Any], teacher: str, answers: float | None = None, data: str | None = None) -> Work:
     """Asking a teacher about every view beforehand."""
-    like = ("cache", teacher, str(config["input"]["size"]))
+    like = ("cache", teacher, json.dumps(config["input"]["size"]))
     if data is None:
         return Work(like, answers, grows=True)
     return Work(like, config["label_fraction"] * config["views"], data, ("train", "unlabeled"), grows=True)

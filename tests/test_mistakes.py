@@ -293,6 +293,7 @@ def test_a_wrong_name_is_told_before_anything_heavy_is_loaded(
     assert not loaded & (set(HEAVY) - {"numpy"})
 
 
+@pytest.mark.lab
 def test_every_network_passes_the_look_at_the_sources() -> None:
     """Names that timm or this package know, deprecated ones among them; in a process that has not loaded timm."""
     code = (
@@ -385,7 +386,7 @@ def importing(process: subprocess.Popen[str], name: str) -> bool:
         return False
 
 
-@pytest.mark.parametrize("library", ["pydantic_core", "numpy", "torch"])
+@pytest.mark.parametrize("library", ["pydantic_core", "numpy", pytest.param("torch", marks=pytest.mark.lab)])
 def test_interrupted_while_libraries_load(trained: Trained, library: str, workdir: Path) -> None:
     """Early, in the middle, and late; one line, and no traceback of anybody's."""
     ends = set()
@@ -408,6 +409,7 @@ def test_interrupted_while_libraries_load(trained: Trained, library: str, workdi
     assert ends <= {130, 0, -signal.SIGINT} and 130 in ends  # the last: when it was done already
 
 
+@pytest.mark.lab
 def test_interrupted_before_anything_is_known(workdir: Path) -> None:
     """From the first line of ours on: whenever it comes, what is said is one line."""
     for pause in (0.02, 0.05, 0.1, 0.15, 0.2, 0.3):
@@ -427,6 +429,7 @@ def test_interrupted_before_anything_is_known(workdir: Path) -> None:
 # ---- pictures ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.lab
 def test_a_picture_of_a_hundred_megapixels_is_no_mistake(packed: Bundle, tmp_path: Path) -> None:
     """Phones make them: it is read, and nobody is warned."""
     Image.new("1", (10_000, 9_500)).save(tmp_path / "large.png")

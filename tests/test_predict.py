@@ -105,7 +105,9 @@ def test_images_that_cannot_be_read(packed: Bundle, digits: Path, tmp_path: Path
 
 def test_none_can_be_read(packed: Bundle, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no image")
-    assert_one_line(kdpipe("predict", packed.path, tmp_path / "a.png"), 2, "1 of 1 images cannot be read", "a.png")
+    done = kdpipe("predict", packed.path, tmp_path / "a.png")
+    assert_one_line(done, 2, "1 of 1 images cannot be read", "a.png")
+    assert done.stdout == ""
 
 
 def test_block_by_block(packed: Bundle, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
