@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, Made, assert_one_line, kdpipe, system_command
+from conftest import ROOT, Made, Trained, assert_one_line, kdpipe, system_command
 from lab import USER, Computer, Link, Sshd, clean_environment, free_port, make_key, network_of, serve, wait_until
 
 from kdpipe.core.config import DeviceSettings, MeasureSettings
 from kdpipe.core.errors import DeviceLost, ExitCode, KdpipeError, UserError
-from kdpipe.core.kinds import Measurement
+from kdpipe.core.kinds import Bundle, Measurement
 from kdpipe.devices import find_device, opened
 from kdpipe.devices.ssh import SshDevice
 from kdpipe.runtime.store import digest
@@ -145,16 +145,15 @@ def test_bench_measures_on_the_device_as_on_this_machine(made: Made, sshd: Sshd,
         np.testing.assert_array_equal(measurement.outputs(name), made.measurement.outputs(name))
 
 
-def test_predict_asks_the_device(made: Made, sshd: Sshd, workdir: Path) -> None:
-    bundle = made.bundles["onnxruntime-float32"]
-    images = [sample.path for sample in made.dataset.balanced("test", 12, seed=0)]
+def test_predict_asks_the_device(packed: Bundle, trained: Trained, sshd: Sshd, workdir: Path) -> None:
+    images = [sample.path for sample in trained.dataset.balanced("test", 12, seed=0)]
     write_devices(workdir, sshd)
-    here, there = (kdpipe("predict", bundle.path, *images, "--device", each, cwd=workdir) for each in ("local", "pi"))
+    here, there = (kdpipe("predict", packed.path, *images, "--device", each, cwd=workdir) for each in ("local", "pi"))
     assert there.returncode == 0 and there.stdout == here.stdout, there.stderr
     assert len(there.stdout.splitlines()) == 13
     assert not list((sshd.computer.home / ".kdpipe" / "work").iterdir()), "a working folder was left"
     write_devices(workdir, sshd, python=sshd.computer.python("numpy"))
-    done = kdpipe("predict", bundle.path, *images, "--device", "pi", cwd=workdir)
+    done = kdpipe("predict", packed.path, *images, "--device", "pi", cwd=workdir)
     assert_one_line(done, ExitCode.MISTAKE, "'pi' cannot open a bundle of onnxruntime", "-m pip install onnxruntime")
     assert done.stdout == ""
 

@@ -530,9 +530,10 @@ def test_a_killed_guard_goes_on(made: Made, tmp_path: Path) -> None:
     assert first.is_file() and not out.exists()
     before = first.stat().st_mtime_ns
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    # So few images cannot tell a hundredth of a point; the mixes that were there are not made again.
-    assert_one_line(done, 75, "tensorrt int8 is not shown to lose at most 0.01 points")
-    assert Model.open(out).facts.guard.curve[0].kept == 0
+    # So few images cannot tell a hundredth of a point, unless it wins; the mixes that were there are not made again.
+    guard = Model.open(out).facts.guard
+    assert done.returncode == (0 if guard.shown else 75), done.stderr
+    assert guard.curve[0].kept == 0
     assert not first.exists() or first.stat().st_mtime_ns == before
 
 
