@@ -203,10 +203,10 @@ def _point(row: Numbers) -> tuple[float, float]:
 
 
 def _arms(found: Numbers, scale: float) -> list[list[float]]:
-    """Lengths of an error bar; a bound that n is too small for has none."""
+    """Lengths of an error bar; a bound that n is too small for has none, nor one that rounding put beyond the value."""
     value = found["value"]
     low, high = (value if found[end] is None else found[end] for end in ("low", "high"))
-    return [[scale * (value - low)], [scale * (high - value)]]
+    return [[scale * max(0.0, value - low)], [scale * max(0.0, high - value)]]
 
 
 def _draw_front(axes: Any, points: Sequence[tuple[float, float]]) -> list[Box]:

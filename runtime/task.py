@@ -122,7 +122,8 @@ class Classification:
         z, share = _normal_quantile(), float(scores.mean())
         centre = (share + z * z / (2 * n)) / (1 + z * z / n)
         half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        return Estimate(share, max(0.0, centre - half), min(1.0, centre + half), n)
+        # The interval holds the share; rounding may leave an end of it beyond by the last digit where all are right.
+        return Estimate(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)), n)
 
     def change(self, before: np.ndarray, after: np.ndarray) -> Change:
         """Difference of two shares of the same images.

@@ -105,3 +105,13 @@ def test_nobody_else_decides() -> None:
             if isinstance(node, ast.Attribute) and node.attr == "argmax":
                 found.add(name)
     assert found <= allowed, found - allowed
+
+
+@pytest.mark.parametrize("right", [0, 1, -1])
+def test_an_interval_holds_its_share(right: int) -> None:
+    """To the last digit, also where all answers are right or wrong: a figure draws the distance."""
+    for n in range(2, 600):
+        scores = np.arange(n) < right % n if right else np.ones(n, bool)
+        for each in (scores, ~scores):
+            found = TASKS["classification"].summary(each)
+            assert 0 <= found.low <= found.value <= found.high <= 1, n
