@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel
-
 from .chain import REPLACED
 from .core.artifact import (
     KINDS,
@@ -25,19 +23,6 @@ from .core.artifact import (
     read_manifest,
     unsound_is_users,
 )
-from .core.config import (
-    AdoptConfig,
-    BenchConfig,
-    CacheConfig,
-    DataConfig,
-    ExportConfig,
-    FittedConfig,
-    GraphConfig,
-    PackageConfig,
-    QuantizeConfig,
-    ReportConfig,
-    TrainConfig,
-)
 from .core.errors import UserError
 from .core.kinds import Cache, Checkpoint, Measurement, Report
 from .core.sealed import check_files, printable
@@ -46,20 +31,6 @@ from .report.words import interval, percent, shares
 from .runtime.task import TASKS, Change
 
 PART = ".part"
-# What each stage is told; a setting at its default is not worth a line.
-CONFIGS: dict[str, type[BaseModel]] = {
-    "data": DataConfig,
-    "fitted": FittedConfig,
-    "adopt": AdoptConfig,
-    "train": TrainConfig,
-    "cache": CacheConfig,
-    "graph": GraphConfig,
-    "export": ExportConfig,
-    "quantize": QuantizeConfig,
-    "package": PackageConfig,
-    "bench": BenchConfig,
-    "report": ReportConfig,
-}
 
 
 class Entry(NamedTuple):
@@ -150,27 +121,6 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
         for key, item in value.items()
         for name, leaf in flat(item, f"{prefix}.{key}" if prefix else str(key)).items()
     }
-
-
-def own_settings(source: Provenance) -> dict[str, Any]:
-    """What of its configuration is not at its default, by dotted name."""
-    kind = CONFIGS.get(source.stage)
-    defaults = {} if kind is None else flat(_defaults(kind))
-    own = flat(source.config).items()
-    return {name: value for name, value in own if name not in defaults or defaults[name] != value}
-
-
-def _defaults(kind: type[BaseModel]) -> dict[str, Any]:
-    return {
-        name: field.default.model_dump(mode="json") if isinstance(field.default, BaseModel) else _plain(field.default)
-        for name, field in kind.model_fields.items()
-        if not field.is_required()
-    }
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it."""
-    return list(value) if isinstance(value, tuple) else value
 
 
 def lineage(source: Provenance, places: Mapping[str, Path]) -> dict[str, Any]:

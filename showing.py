@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from .core.sealed import printable
 from .forecast import Cost, duration, total
-from .inventory import Cleaning, Compared, Entry, Shown, as_text, findings, flat, own_settings, results, size_of
+from .inventory import Cleaning, Compared, Entry, Shown, as_text, findings, flat, results, size_of
+from .report.settings import own_settings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -142,7 +143,7 @@ def print_shown(console: Console, shown: Shown) -> None:
             f"{mebibytes(size_of(manifest))} MiB, none missing"
         )
     )
-    _print_rows(console, "settings that are no defaults", own_settings(manifest))
+    _print_rows(console, "settings that are no defaults", own_settings(manifest.stage, manifest.config))
     _print_rows(console, "found", {name: value for name, value in flat(results(manifest)).items() if value is not None})
     if manifest.inputs:
         console.print("made from")

@@ -857,7 +857,8 @@ def changed(config: C, changes: Any, where: str) -> C:
 
 
 def _shown(value: Any) -> str:
-    """A value as an error shows it: its beginning, however much it holds."""
+    """A value as an error shows it: its beginning, however much it holds; a single one without the list made of it."""
+    value = value[0] if isinstance(value, tuple) and len(value) == 1 else value
     shown = reprlib.Repr()
     shown.maxstring = shown.maxother = shown.maxlong = 80
     return printable(shown.repr(value), 200)

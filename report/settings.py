@@ -22,6 +22,7 @@ SETTINGS: dict[str, type[configs.Config]] = {
     "quantize": configs.QuantizeConfig,
     "package": configs.PackageConfig,
     "bench": configs.BenchConfig,
+    "report": configs.ReportConfig,
 }
 
 
@@ -36,12 +37,19 @@ def chosen(lineage: Sequence[Numbers]) -> tuple[list[Numbers], dict[str, Numbers
     rows: list[Numbers] = []
     standing: dict[str, Numbers] = {}
     for made in lineage:
-        known = defaults(made["stage"])
-        settings = dict(flat(made["config"], SETTINGS.get(made["stage"])))
-        own = {name: value for name, value in settings.items() if name not in known or known[name] != value}
+        stage, config = made["stage"], made["config"]
+        own, known = own_settings(stage, config), defaults(stage)
         rows.append({**made, "chosen": own})
-        standing.setdefault(made["stage"], {}).update({name: known[name] for name in settings if name not in own})
+        names = [name for name, _ in flat(config, SETTINGS.get(stage)) if name not in own]
+        standing.setdefault(stage, {}).update({name: known[name] for name in names})
     return rows, {stage: found for stage, found in standing.items() if found}
+
+
+def own_settings(stage: str, config: Mapping[str, Any]) -> Numbers:
+    """What of a stage's configuration is not at its default, by dotted name."""
+    known = defaults(stage)
+    settings = flat(config, SETTINGS.get(stage))
+    return {name: value for name, value in settings if name not in known or known[name] != value}
 
 
 def defaults(stage: str) -> Numbers:

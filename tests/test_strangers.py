@@ -426,7 +426,7 @@ REFUSED: dict[str, Case] = {
         1,
         ("golden.npz", "not what is wanted"),
     ),
-    "fewer images than promised": Case(facts(golden_images=9), 1, ("the 9 of 32 pixels",)),
+    "fewer images than promised": Case(facts(golden_images=9), 1, ("the 9 of 32x32 pixels",)),
     "images of text": Case(
         golden(lambda arrays: arrays.update(images=np.full((8, 32, 32, 3), "x"))), 1, ("not what is wanted",)
     ),
