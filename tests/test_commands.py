@@ -653,6 +653,7 @@ def test_clean_asks(tiny: Tiny) -> None:
         assert ("1 removed" in output) == gone == (not extra.exists())
 
 
+@pytest.mark.lab  # for its seconds
 def test_only_the_newest_reports_count(tiny: Tiny) -> None:
     """What only an older report needs goes with it, what both need stays."""
     old = tiny.of("report")

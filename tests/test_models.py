@@ -771,6 +771,7 @@ def test_files_of_other_habits_are_adopted(
     assert opset == 20
 
 
+@pytest.mark.lab  # for its seconds
 def test_adopted_guesses_to_the_report(trained: Trained, tmp_path: Path) -> None:
     """From the command line to the advice, which says what such a model is worth."""
     torch.manual_seed(3)

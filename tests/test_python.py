@@ -33,6 +33,7 @@ def run_cell(source: str, names: dict[str, Any]) -> Any:
     return eval(compile(ast.Expression(last.value), "docs/python.md", "eval"), names)
 
 
+@pytest.mark.lab  # for its seconds
 def test_the_documents_blocks_run(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

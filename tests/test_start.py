@@ -222,6 +222,7 @@ def tensors(name: str) -> dict[str, torch.Tensor]:
     return dict(timm.create_model(name, num_classes=7).state_dict())
 
 
+@pytest.mark.lab  # for its seconds
 def test_weights_tell_their_network() -> None:
     """Of which a name nowhere stands: whatever is found has the same tensors; one tensor more is no network."""
     state = tensors("resnet18")
