@@ -79,9 +79,10 @@ EXPLAINED = f"""
 One small model of each family; random but not degenerate weights; 10 classes; 128 pixels where the network can take
 them. A figure of float32 is the processor's seconds of the export with its parity check, as the product has it: the
 largest difference of 64 images within 1e-3 of the logits' spread, or within twice what torch's own float32 is off its
-double precision, up to 2e-2. The ONNX that the first three share is made in the first column. A figure of INT8 is the signal to noise of its logits against float32's on {CHECKED} photographs that set
-no range ({CALIBRATING} others did), and on how many of them both name the same class; since the weights are random, the
-decibels count and agreement is an aside. A failure says why below. TensorRT: the graph and its lint, not built here.
+double precision, up to 2e-2. The ONNX that the first three share is made in the first column. A figure of INT8 is the
+signal to noise of its logits against float32's on {CHECKED} photographs that set no range ({CALIBRATING} others did),
+and on how many of them both name the same class; since the weights are random, the decibels count and agreement is an
+aside. A failure says why below. TensorRT: the graph and its lint, not built here.
 """
 
 
