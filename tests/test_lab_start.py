@@ -46,7 +46,7 @@ def test_from_a_folder_and_a_pth_to_a_report(road: Path, monkeypatch: pytest.Mon
     assert page.stat().st_size > 100_000 and "resnet10t" in (page.parent / "report.json").read_text()
     [teacher] = (road / "artifacts").glob("teacher-*")
     facts = json.loads((teacher / "manifest.json").read_text())["facts"]
-    assert facts["classes"] == len(CLASSES) and facts["test_accuracy"] > 0.8
+    assert facts["classes"] == len(CLASSES) and facts["test_accuracy"] > 0.5, "chance is 0.25"
     places = re.findall(r"^ *(\d+)/(\d+) ", done.stderr, re.MULTILINE)
     assert [int(at) for at, _ in places] == list(range(1, len(places) + 1))
     assert len(places) <= int(places[-1][1]) <= len(places) + 4, "but for variants that were refused"
