@@ -74,15 +74,15 @@ def print_plan(console: Console, legs: Sequence[Leg], costs: Sequence[Cost]) -> 
 
 def summary(legs: Sequence[Leg], costs: Sequence[Cost]) -> str:
     """What is left to do, in a sentence."""
-    todo = [(leg, cost) for leg, cost in zip(legs, costs, strict=True) if not leg.sealed]
-    perhaps = sum(leg.perhaps for leg, _ in todo)
-    words = f"{len(legs)} artifacts: {len(legs) - len(todo)} sealed, {len(todo) - perhaps} to make"
+    to_make = [(leg, cost) for leg, cost in zip(legs, costs, strict=True) if not leg.sealed]
+    perhaps = sum(leg.perhaps for leg, _ in to_make)
+    words = f"{len(legs)} artifacts: {len(legs) - len(to_make)} sealed, {len(to_make) - perhaps} to make"
     if perhaps:
         words += f", {perhaps} perhaps (the exported model tells)"
-    if not todo:
+    if not to_make:
         return words
-    whole = total(cost for leg, cost in todo if not leg.perhaps)
-    known = len(todo) - perhaps - whole.unknown
+    whole = total(cost for leg, cost in to_make if not leg.perhaps)
+    known = len(to_make) - perhaps - whole.unknown
     if known > 0:
         how = "about" if whole.exact else "at least"
         words += f"; {how} {duration(whole.seconds)} and {mebibytes(whole.bytes)} MiB"

@@ -196,7 +196,7 @@ class ParityFacts(Record):
     relative_difference: float
     agreement: float  # of what both say of an image, 0 to 1
     worst_image: str
-    # Of torch's own float32 outputs, from those in double precision, over their spread; None: not asked for.
+    # Of torch's own float32 outputs, from those in double precision, over their spread; None: not known.
     float32_error: float | None = None
     session: RuntimeSession | None = None
 

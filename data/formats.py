@@ -37,6 +37,7 @@ def is_marked(path: bytes) -> bool:
     from PIL import Image
 
     _set_up()
+    # Each decoder raises its own; what cannot be opened is no image by its mark, and is told among the others.
     with contextlib.suppress(Exception), open(path, "rb") as stream:  # noqa: PTH123 (bytes)
         if _is_heic(stream.read(12)):
             return True

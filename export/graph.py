@@ -89,7 +89,7 @@ def compare_hops(
     dataset: Dataset,
     config: GraphConfig,
     task: Task,
-    error_of_torch: Callable[[], float],
+    error_of_torch: Callable[[], float | None],
     advance: Callable[[int, str], None],
 ) -> HopParity:
     """Compare the graph in ``folder`` and the one before it was simplified, and write what both say of test images.
@@ -125,7 +125,7 @@ def compare_hops(
 
 def of_graph(graph: Graph) -> Written:
     """What is known of every model that is made from ``graph``."""
-    error = graph.facts.parity.simplified.float32_error or 0.0
+    error = graph.facts.parity.simplified.float32_error
     return Written(np.asarray(graph.array(graph.PARITY_OUTPUTS, "f", 2)), graph.facts.nodes_by_kind, lambda: error)
 
 

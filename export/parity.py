@@ -95,8 +95,10 @@ def compare(task: Task, expected: np.ndarray, actual: np.ndarray, images: Sequen
     )
 
 
-def float32_error(network: nn.Module, images: np.ndarray, outputs: np.ndarray) -> float:
+def float32_error(network: nn.Module, images: np.ndarray, outputs: np.ndarray) -> float | None:
     """How far torch's own float32 ``outputs`` are from what it says in double precision, over their spread.
+
+    None where nobody knows: it casts to float32 by itself, or is somebody's own and fails in another precision.
 
     Args:
         network: NCHW, 0..255; it is left as it is.
@@ -108,19 +110,19 @@ def float32_error(network: nn.Module, images: np.ndarray, outputs: np.ndarray) -
     with torch.inference_mode():
         try:
             precise = deepcopy(network).double()(torch.from_numpy(images).permute(0, 3, 1, 2).double()).numpy()
-        except Exception:  # it casts to float32 by itself, or is a user's own that raises anything
-            return 0.0
+        except Exception:  # a network of somebody's own raises anything; then nothing is allowed for
+            return None
     return float(np.abs(precise - outputs).max() / outputs.std(axis=0).max())
 
 
-def check(parity: Parity, config: ParitySettings, what: str, error_of_torch: Callable[[], float]) -> Parity:
+def check(parity: Parity, config: ParitySettings, what: str, error_of_torch: Callable[[], float | None]) -> Parity:
     """Refuse a file that differs.
 
     Args:
         error_of_torch: ``float32_error`` on the same images; asked for where it could matter.
 
     Returns:
-        ``parity`` with that error, where it was asked for.
+        ``parity`` with that error, where it was asked for and is known.
 
     Raises:
         GateFailed: it differs by more than the tolerance, and by more than torch's own rounding explains.
@@ -129,17 +131,22 @@ def check(parity: Parity, config: ParitySettings, what: str, error_of_torch: Cal
         return parity
     error = error_of_torch()
     parity = replace(parity, float32_error=error)
-    explained = min(ROUNDINGS * error, LARGEST_ROUNDING)
+    explained = 0.0 if error is None else min(ROUNDINGS * error, LARGEST_ROUNDING)
+    own = (
+        "nobody knows how far torch's own float32 is off"
+        if error is None
+        else f"torch's own float32 is off by {error:.1e}"
+    )
     if parity.relative > max(config.parity_tolerance, explained):
         raise GateFailed(
             f"the {what} differs from torch by {parity.relative:.1e} of the logits' spread "
-            f"(allowed {config.parity_tolerance:.0e}; torch's own float32 is off by {error:.1e}), they "
+            f"(allowed {config.parity_tolerance:.0e}; {own}), they "
             f"agree by {parity.agreement:.1%} on {parity.images} images; worst image {parity.worst_image}"
         )
     if parity.relative > config.parity_tolerance:
         note(
             f"the {what} differs from torch by {parity.relative:.1e} of the logits' spread: this network magnifies "
-            f"rounding, torch's own float32 is off by {error:.1e}"
+            f"rounding, {own}"
         )
     return parity
 

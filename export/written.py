@@ -14,4 +14,4 @@ class Written(NamedTuple):
     torch_outputs: np.ndarray  # of the parity images, float32 [N, ...]
     nodes_by_kind: dict[str, int]  # operations of the file, by the target's own names
     # Of torch itself on them, as ``parity.float32_error`` has it; a target that cannot tell allows for none.
-    float32_error: Callable[[], float] = lambda: 0.0
+    float32_error: Callable[[], float | None] = lambda: None
