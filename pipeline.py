@@ -171,6 +171,24 @@ def wants(recipe: Recipe) -> Wants:
     return Wants(tuple(specs), max(side_for(spec, train.augment) for spec, train in learners))
 
 
+def made(recipe: Recipe, chain: Chain) -> tuple[list[Bundle], Report | None]:
+    """The bundles of a recipe that are sealed, and its report, if that is; nothing is made.
+
+    Raises:
+        UserError: no bundle is sealed, or what ``plan`` refuses.
+        DeviceLost: no device is left.
+    """
+    legs = plan(recipe, chain)
+    packed = [leg for leg in legs if leg.stage == "package"]
+    bundles = [Bundle.open(leg.path) for leg in packed if leg.sealed and leg.path is not None]
+    if not bundles:
+        raise UserError(f"no bundle of '{recipe.name}' is sealed in {chain.folder}: kdpipe run the recipe first")
+    if lacking := [leg.name for leg in packed if not leg.sealed]:
+        note(f"not made, and so left out: {', '.join(lacking)}")
+    page = next((leg for leg in legs if leg.stage == "report" and leg.sealed), None)
+    return bundles, None if page is None or page.path is None else Report.open(page.path)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a run ends with; ``table`` and ``figure`` show themselves in a notebook.

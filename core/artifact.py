@@ -18,7 +18,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -133,6 +133,7 @@ class Artifact(Generic[F]):
     Configs: ClassVar[Mapping[str, type[BaseModel]]] = {}  # by stage, of what is read again later
     roles: ClassVar[frozenset[str]] = frozenset()  # inputs that every one of the kind has
     largest_bytes: ClassVar[int] = sealed.LARGEST_BYTES  # of all files together
+    beside: ClassVar[frozenset[str]] = frozenset()  # files that its manifest cannot name: a signature over it
     path: Path
     manifest: Manifest = field(repr=False)  # pages of it
 
@@ -152,7 +153,8 @@ class Artifact(Generic[F]):
         if manifest.kind != cls.kind:
             raise UserError(f"{path} is a {manifest.kind}, wanted a {cls.kind}: give the folder of a {cls.kind}")
         with unsound_is_users():
-            sealed.check_files(path, {name: vars(file) for name, file in manifest.files.items()}, cls.largest_bytes)
+            records = {name: vars(file) for name, file in manifest.files.items()}
+            sealed.check_files(path, records, cls.largest_bytes, beside=cls.beside)
         check_provenance(path, manifest)
         return cls(path, manifest)
 
@@ -327,6 +329,7 @@ class Draft(Generic[A]):
     facts: Record | None = None  # of the kind's own type; wanted when the draft is sealed
     resume: Path | None = None  # of a resumable draft: outlives a failure
     failed: bool = False  # given up: leaving the block seals nothing
+    vouch: Callable[[Path], None] | None = None  # adds what lies ``beside`` to the sealed folder, before its name
     sealed: A | None = None
 
     @property
@@ -366,6 +369,8 @@ def drafting(kind: type[A], order: Order[Any], out: Path, *, resumable: bool = F
                 if draft.resume is not None:
                     shutil.rmtree(draft.resume)
                 manifest = _seal(kind, draft, order, time.monotonic() - begun)
+                if draft.vouch is not None:
+                    draft.vouch(part)
                 part.rename(out)
                 _sync_folder(out.parent)
         except BaseException as error:

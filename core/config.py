@@ -78,6 +78,10 @@ class Config(BaseModel):
         return cls(**values | more)
 
 
+LICENCE = re.compile(r"[A-Za-z0-9(][A-Za-z0-9.+:() -]{0,199}")  # an SPDX expression, as far as its letters go
+Licence = Annotated[str, Field(pattern=f"^{LICENCE.pattern}$")]
+
+
 class DataPlan(Config):
     """Where the images come from and how they are split."""
 
@@ -131,6 +135,11 @@ class DataPlan(Config):
         description="shorter side of the copies, pixels; left out, what the recipe's networks need (512 without one)",
     )
     seed: int = Field(0, description="seed of the splits")
+    license: Licence | None = Field(
+        None,
+        exclude=True,  # says nothing of what is learned
+        description="of the images, as SPDX writes it, such as CC-BY-4.0; told with every release",
+    )
 
 
 class DataConfig(DataPlan):
@@ -276,6 +285,11 @@ class AdoptConfig(ModelSettings):
         None,
         description="which of several state dicts in the file, such as state_dict_ema, or which prefix of its names; "
         "left out, the usual one",
+    )
+    license: Licence | None = Field(
+        None,
+        exclude=True,  # says nothing of what is learned
+        description="of the weights, as SPDX writes it, such as MIT; left out, what timm says of pretrained ones",
     )
 
 
@@ -792,6 +806,18 @@ class AdoptFilePlan(ExportConfig):
 
 class AdoptFileConfig(StrangeConfig, GraphConfig):
     """Such a model, complete: how its file becomes a graph like any other."""
+
+
+class ReleaseConfig(Config):
+    """A release: its name and version, and by their keys what it tells of besides its bundles."""
+
+    name: str
+    version: str
+    license: Licence | None = None
+    acknowledged: tuple[str, ...] = ()
+    report: str | None = None
+    verdict: str | None = None
+    last: str | None = None
 
 
 class ReportConfig(Config):
