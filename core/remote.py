@@ -38,7 +38,7 @@ from .artifact import (
 from .errors import UserError
 from .kinds import as_name
 from .proc import first_line
-from .progress import progress
+from .progress import note, progress
 from .sealed import MANIFEST, MIB, printable
 
 MOST_FILES = 1_000_000
@@ -249,7 +249,7 @@ def fetch_folder(url: str, folder: Path, *, kind: type[AnyArtifact] | None = Non
 
     Args:
         kind: what it must be.
-        key: the key that it must have.
+        key: what its key must begin with.
 
     Raises:
         NotThere: no artifact at ``url``.
@@ -261,7 +261,7 @@ def fetch_folder(url: str, folder: Path, *, kind: type[AnyArtifact] | None = Non
     def check(manifest: Manifest) -> None:
         if kind is not None and manifest.kind != kind.kind:
             raise UserError(f"{source} is a {manifest.kind}, wanted a {kind.kind}")
-        if key is not None and manifest.key != key:
+        if key is not None and not manifest.key.startswith(key):
             raise UserError(f"{source} has the key {manifest.key[:12]}, wanted {key[:12]}: it is another artifact")
 
     return _fetched(source, folder, check)
@@ -324,6 +324,54 @@ def push_folder(folder: Path, url: str) -> None:
         if target.is_whole:  # another one was faster
             raise there from None
         raise
+
+
+class Store:
+    """A place that several machines share what they make in: a folder of artifacts, called there as they are here.
+
+    Whoever may write to it is believed as much as whoever may write to the folder of artifacts. Losing it costs a line
+    and the sharing, never the run.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Take a URL or a path; nothing is asked of it yet. Raises UserError for a file system that is not here."""
+        self._place = RemoteFolder(url)
+        self._lost = False
+        if _local(url) is None:
+            _check_protocols(url)
+
+    def fetch(self, name: str, path: Path, kind: type[AnyArtifact] | None, key: str) -> bool:
+        """Whether the store has a whole artifact of that name and key, which then lies at ``path``."""
+        if self._lost:
+            return False
+        try:
+            fetch_folder((self._place / name).url, path, kind=kind, key=key)
+        except NotThere:
+            return False
+        except Unreachable as error:
+            self._lose(error)
+            return False
+        except UserError as error:
+            note(f"what the store has of {name} is not taken: {error}")
+            return False
+        return True
+
+    def push(self, name: str, path: Path) -> None:
+        """Put a whole artifact there, unless there is one of that name; a store at http(s) is only read."""
+        if self._lost or self._place.url.startswith(READ_ONLY):
+            return
+        try:
+            push_folder(path, (self._place / name).url)
+        except AlreadyThere:
+            return
+        except Unreachable as error:
+            self._lose(error)
+        except UserError as error:
+            note(f"{name} is not shared: {error}")
+
+    def _lose(self, error: UserError) -> None:
+        self._lost = True
+        note(f"the run goes on without its store: {error}")
 
 
 # ---- how --------------------------------------------------------------------------------------------------
