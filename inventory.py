@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .chain import REPLACED
+from .chain import FETCHED, REPLACED
 from .core.artifact import (
     KINDS,
     MANIFEST,
@@ -282,7 +282,7 @@ def unneeded(folder: Path, reports: int | None = None, everything: bool = False,
 
     Args:
         reports: how many of the newest reports count; None: all.
-        everything: what was made since the last report goes too.
+        everything: what was made since the last report goes too, and what was fetched from URLs.
         unfinished: what was interrupted and could be gone on with goes too.
 
     Raises:
@@ -324,6 +324,11 @@ def unneeded(folder: Path, reports: int | None = None, everything: bool = False,
             )
         else:
             go.append(Unneeded(path, "unfinished" if path.suffix == PART else "set aside by --again", _on_disk(path)))
+    for path in sorted((folder / FETCHED).glob("*")):
+        if everything:
+            go.append(Unneeded(path, "fetched from a URL", _on_disk(path)))
+        else:
+            stay["fetched from a URL"] = stay.get("fetched from a URL", 0) + 1
     return Cleaning(go, stay)
 
 

@@ -382,6 +382,19 @@ class Leg:
         return self.name if self.path is None else self.path.name
 
 
+def levels(legs: Iterable[Leg]) -> dict[str, int]:
+    """For each leg, how many must be made before it, one after another: those of a level can be made side by side.
+
+    One without a command comes along with what is made from it, and takes no level of its own.
+    """
+    found: dict[str, int] = {}
+    following: dict[str, int] = {}  # the level of what is made from it
+    for leg in legs:  # each comes after those that it is made from
+        found[leg.id] = max((following[id] for id in leg.after), default=0)
+        following[leg.id] = found[leg.id] + (leg.command is not None)
+    return found
+
+
 def plan(recipe: Recipe, chain: Chain, again: str | None = None, until: str | None = None) -> list[Leg]:
     """What ``run_part`` makes and finds, in its order; nothing is made.
 

@@ -383,6 +383,35 @@ def drafting(kind: type[A], order: Order[Any], out: Path, *, resumable: bool = F
     draft.sealed = kind(out, manifest)
 
 
+@contextlib.contextmanager
+def receiving(out: Path) -> Iterator[Path]:
+    """Take a sealed folder from elsewhere: the block fills the folder that it gets, manifest too; it becomes ``out``.
+
+    What came before the block failed stays, for the next one that receives ``out``.
+
+    Raises:
+        UserError: another process is writing ``out``, it is there already, or the disk is full.
+    """
+    part = out.with_name(out.name + ".part")
+    with _readable_disk_errors(out):
+        part.mkdir(parents=True, exist_ok=True)
+        with _exclusive(part):
+            try:
+                yield part
+                shutil.rmtree(part / RESUME, ignore_errors=True)  # of a run that was to make it here
+                try:
+                    part.rename(out)
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                        raise
+                    raise UserError(f"{out} exists already: sealed artifacts are never changed") from None
+                _sync_folder(out.parent)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    part.rmdir()  # where nothing came
+                raise
+
+
 def _begin(part: Path, key: str) -> Path:
     """The folder ``resume`` of a draft: as it was left for this key, or new."""
     resume = part / RESUME
