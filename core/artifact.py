@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 RESUME = "resume"
+LARGEST_BESIDE_BYTES = 64 * sealed.MIB  # of a signature, which names every file
 EVIDENCE = "evidence"  # subfolder of what a stage looked at: kept, not shipped
 
 # Versions written into every manifest, where installed: the tools that can change a number.

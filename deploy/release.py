@@ -296,7 +296,7 @@ def chosen(path: Path, by: Signer | None = None) -> tuple[Path, str | None]:
 
 
 def pull(name: str, version: Version | None, where: str, out: Path, by: Signer | None = None) -> Checked:
-    """Fetch a release into ``out/NAME/VERSION``, which appears once all of it was checked; one that is there is checked.
+    """Fetch a release into ``out/NAME/VERSION``, which appears once all of it was checked; checks one that is there.
 
     Args:
         version: None for the newest by semantic order.

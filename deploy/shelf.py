@@ -67,13 +67,12 @@ class Folders:
 
     def versions(self, name: str) -> list[Version]:
         """As ``Shelf.versions``."""
-        found = RemoteFolder(self.where) / name
-        return _parsed(found.folders())
+        return _parsed((RemoteFolder(self.where) / name).folders())
 
     def check_new(self, name: str, version: Version) -> None:
         """As ``Shelf.check_new``."""
         place = self.place(name, version)
-        if RemoteFolder(place).is_whole() or (not is_url(place) and Path(place).exists()):
+        if RemoteFolder(place).is_whole or (not is_url(place) and Path(place).exists()):
             raise AlreadyThere(f"{shown(place)} is there already: a version is never overwritten, release another one")
 
     def put(self, folder: Path, name: str, version: Version) -> str:

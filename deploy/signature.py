@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from ..core import sealed
-from ..core.artifact import MANIFEST, sha256_file
+from ..core.artifact import LARGEST_BESIDE_BYTES, MANIFEST, sha256_file
 from ..core.errors import GateFailed, UserError
 from ..core.kinds import Release
 from ..core.proc import first_line, quiet, require
 from ..core.sealed import MIB, Unsound, printable
 
 LARGEST_KEY_BYTES = MIB
-LARGEST_SIGNATURE_BYTES = 64 * MIB  # it names every file
 PASSWORD = "KDPIPE_KEY_PASSWORD"  # of an encrypted key; never an option, which others on the machine could read
 NEEDS = ("model-signing",)
 
@@ -160,7 +159,7 @@ def check(release: Release, by: Signer) -> None:
         check_public(by.path)
     path = release.path / Release.SIGNATURE
     try:
-        content = sealed.read_file(path, LARGEST_SIGNATURE_BYTES)
+        content = sealed.read_file(path, LARGEST_BESIDE_BYTES)
         covered = _covered(content)
     except FileNotFoundError:
         raise GateFailed(
