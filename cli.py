@@ -1069,6 +1069,71 @@ def deploy(
 
 
 @app.command()
+def gate(
+    candidate: Annotated[Path, typer.Argument(help="a recipe whose run is done, or the folder of a bundle or release")],
+    baseline: Annotated[
+        Path | None, typer.Option("--baseline", help="folder of the release or bundle that it is compared with")
+    ] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--rule", help="such as 'accuracy >= baseline - 0.5pp' (repeatable) [default: the recipe's, or the usual]"
+        ),
+    ] = None,
+    sessions: Annotated[
+        int | None, typer.Option("--sessions", min=1, help="trusted sessions to judge by [default: the recipe's, or 4]")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            help="where to measure, such as pi5,orin [default: the recipe's, or local]",
+            autocompletion=_device_names,
+        ),
+    ] = None,
+    data: DataOption = None,
+    artifacts: ArtifactsOption = ARTIFACTS,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="as if it stood in the recipe, such as bench.effort=quick"),
+    ] = None,
+    comment: Annotated[
+        Path | None, typer.Option("--comment", help="also write the comment for a pull request here (Markdown)")
+    ] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", help="also write JUnit's XML here")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Judge a candidate by rules, measured together with what it would replace.
+
+    Both are measured interleaved, in sessions and on images that they share. Exits 0 where every rule is shown to be
+    kept, 1 where one is surely broken, 75 where neither can be told, with how many images or sessions would tell.
+
+    Example: kdpipe gate photos.yaml --baseline releases/photos/1.2.0 --comment comment.md
+    """
+    from . import pipeline
+    from .core.artifact import replace_text
+    from .core.errors import GateFailed, Untrusted
+    from .deploy import verdict as said
+
+    devices = [name.strip() for name in device.split(",")] if device else []
+    found = pipeline.gate(candidate, baseline, _chain(artifacts), rule or (), devices, sessions, data, changes or ())
+    for path, name in ((comment, found.COMMENT), (junit, found.JUNIT)):
+        if path is not None:
+            replace_text(path, found.file(name).read_text(encoding="utf-8"))
+    if as_json:
+        _print_json(artifact=str(found.path), verdict=said.numbers(found.facts))
+    else:
+        for line in said.lines(found.facts):
+            typer.echo(printable(line))
+        typer.echo(printable(f"verdict: {found.path}"))
+    told = said.summary(found.facts)
+    if found.facts.answer == "fail":
+        raise GateFailed(told)
+    if found.facts.answer == "cannot tell":
+        raise Untrusted(f"{told}; {said.would_tell(found.facts)}")
+
+
+@app.command()
 @configured(ReportConfig)
 def report(
     artifacts: Annotated[

@@ -517,6 +517,23 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that is no artifact's, whole or not at all: whoever reads it sees the old one or the new one.
+
+    Raises:
+        UserError: no such folder, or one that cannot be written to.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with _readable_disk_errors(path):
+            part.write_text(text, encoding="utf-8")
+            part.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): choose another place") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def find_ancestors(provenance: Provenance, kind: type[AnyArtifact]) -> Sequence[Provenance]:
     """Every artifact of ``kind`` in the lineage of ``provenance``, nearest first, each key once."""
     found: dict[str, Provenance] = {}

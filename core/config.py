@@ -33,6 +33,7 @@ from pydantic import (
 
 from .errors import UserError, did_you_mean
 from .inputs import InputSpec, Mean, Size, Std, sides
+from .rules import parse_rules
 from .sealed import LONGEST_NUMBER, MOST_LEVELS, NAME, printable
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -828,6 +829,49 @@ class ReportConfig(Config):
     max_drop: float = Field(0.5, gt=0, description="points of accuracy that an advised variant may lose to float32")
 
 
+class GatePlan(Config):
+    """What a candidate must keep to be let through, and by how much measuring."""
+
+    rules: tuple[str, ...] = Field(
+        ("accuracy >= baseline - 1pp", "latency p50 <= 1.1 x baseline", "size <= 1.1 x baseline"),
+        min_length=1,
+        description="each FIGURE <= BOUND or FIGURE >= BOUND, with on DEVICE and for TARGET where it is not of all",
+    )
+    sessions: int = Field(
+        4,
+        ge=1,
+        le=1000,
+        description="trusted sessions that measure both where a rule is of latency, memory or starts; one tells only "
+        "what lies beyond its resolution",
+    )
+
+    @field_validator("rules")
+    @classmethod
+    def _are_rules(cls, rules: tuple[str, ...]) -> tuple[str, ...]:
+        """In their usual spelling, each once."""
+        try:
+            return tuple(dict.fromkeys(map(str, parse_rules(rules))))
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+
+class GateConfig(Config):
+    """What a verdict is told besides what was measured."""
+
+    version: Literal[1] = Field(1, description="of the verdict and its files: those of another one are made anew")
+    rules: tuple[str, ...]
+    candidate: str
+    baseline: str | None
+    measured_before: dict[str, str] = Field({}, description="keys of what was measured of the baseline, by device")
+
+
+class GateRecipe(Config):
+    """The part of a recipe that judges, of what was made elsewhere."""
+
+    gate: GatePlan = GatePlan()
+    bench: BenchPlan = BenchPlan()
+
+
 class Recipe(Config):
     """A whole chain: ``kdpipe run FILE.yaml``."""
 
@@ -840,6 +884,7 @@ class Recipe(Config):
     quantize: QuantizePlan | None = QuantizePlan()
     package: PackageConfig = PackageConfig()
     bench: BenchPlan = BenchPlan()
+    gate: GatePlan = GatePlan()
 
 
 C = TypeVar("C", bound=BaseModel)
@@ -991,6 +1036,14 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
         values = _changed_by(values, change)
     recipe = validated(Recipe, values, f"{path} with --set" if changes else str(path))
     return _resolve_paths(recipe, path.parent)
+
+
+def gate_recipe(changes: Sequence[str] = ()) -> GateRecipe:
+    """How a candidate that has no recipe is judged, with ``changes`` as in ``read_recipe``. Raises UserError."""
+    values: Any = {}
+    for change in changes:
+        values = _changed_by(values, change)
+    return validated(GateRecipe, values, "--set")
 
 
 def _changed_by(values: Any, change: str) -> Any:

@@ -17,9 +17,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator
 
 from .artifact import EVIDENCE, Artifact, Provenance, Record, canonical, find_ancestors
-from .config import AdoptConfig, BenchConfig, CacheConfig, ReleaseConfig, TrainConfig
+from .config import AdoptConfig, BenchConfig, CacheConfig, GateConfig, ReleaseConfig, TrainConfig
 from .errors import UserError
 from .inputs import InputSpec
+from .rules import Counted, Unit
 from .sealed import LARGEST_MODEL_BYTES, NAME
 from .stats import Interval, NoWorse, no_worse
 
@@ -903,6 +904,83 @@ class Report(Artifact[ReportFacts]):
         return dict(self.json(self.NUMBERS))
 
 
+# ---- verdict ---------------------------------------------------------------------------------------------
+
+
+Answer = Literal["pass", "fail", "cannot tell"]
+Compared = Literal["value", "difference", "ratio"]
+
+
+class RuleVerdict(Record):
+    """What one rule of a gate comes to for one target on one device.
+
+    ``candidate`` and ``baseline`` are in ``unit``. ``estimate`` is of what was ``compared`` with the rule's ``bound``:
+    the candidate's value itself, its difference from the baseline's, or its ratio to it. ``p_broken`` is of the
+    hypothesis that the rule is kept. ``detectable`` is the smallest change of the estimate (a share of it, for a ratio)
+    that so much data shows nine times of ten; ``needed`` about how many ``counted`` would tell.
+    """
+
+    rule: str
+    figure: str
+    device: str
+    target: str
+    answer: Answer
+    why: str
+    unit: Unit
+    candidate: float | None = None
+    baseline: float | None = None
+    compared: Compared
+    estimate: Interval | None = None
+    bound: float
+    p_broken: float = Field(1.0, ge=0, le=1)
+    detectable: float | None = Field(None, ge=0)
+    counted: Counted
+    count: int = Field(0, ge=0)
+    needed: int | None = Field(None, ge=1)
+
+
+class Moved(Record):
+    """Something in the provenance of two artifacts that is not the same; None where one of them has no such thing."""
+
+    about: Literal["tools", "device", "data", "settings"]
+    what: str
+    before: str | None
+    after: str | None
+
+    def words(self) -> str:
+        """As in "onnxruntime 1.31 to 1.32"."""
+        if self.before is None or self.after is None:
+            return f"{self.what}: {self.after} is new" if self.before is None else f"{self.what}: {self.before} is gone"
+        return f"{self.what} {self.before} to {self.after}"
+
+
+class VerdictFacts(Record):
+    """What a gate says of a candidate: its answer, every rule's, and what changed since the baseline.
+
+    ``changed`` is between the two, ``since`` between what was measured of the baseline before and now. ``apart`` names
+    the bundles that only one of the two has.
+    """
+
+    answer: Answer
+    candidate: str
+    baseline: str | None
+    rules: list[RuleVerdict]
+    changed: dict[str, list[Moved]]  # by target
+    since: dict[str, list[Moved]]  # by device
+    apart: list[str]
+
+
+class Verdict(Artifact[VerdictFacts]):
+    """What a gate said, for whoever merges: a machine, a pull request, a test report."""
+
+    kind = "verdict"
+    Facts = VerdictFacts
+    Configs: ClassVar = {"gate": GateConfig}
+    NUMBERS = "verdict.json"
+    COMMENT = "comment.md"
+    JUNIT = "junit.xml"
+
+
 # ---- release ---------------------------------------------------------------------------------------------
 
 # Semantic Versioning 2.0.0 without build metadata: two versions that differ in it would stand in no order.
@@ -924,7 +1002,7 @@ class ReleaseFacts(Record):
     name: str = Field(pattern=f"^{NAME.pattern}$")
     version: str = Field(pattern=f"^{VERSION.pattern}$", max_length=LONGEST_VERSION)
     bundles: tuple[Annotated[str, Field(pattern=f"^{NAME.pattern}$")], ...] = Field(min_length=1)
-    verdict: Literal["pass", "fail", "cannot tell"] | None = None
+    verdict: Answer | None = None
     licences: dict[str, str]
 
     @property
