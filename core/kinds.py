@@ -989,6 +989,7 @@ VERSION = re.compile(
     rf"(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)(?:-({_IDENTIFIER}(?:\.{_IDENTIFIER})*))?", re.ASCII
 )
 LONGEST_VERSION = 64
+MOST_BUNDLES = 1000  # of a release
 UNKNOWN_LICENCE = "unknown"
 
 
@@ -1001,7 +1002,7 @@ class ReleaseFacts(Record):
 
     name: str = Field(pattern=f"^{NAME.pattern}$")
     version: str = Field(pattern=f"^{VERSION.pattern}$", max_length=LONGEST_VERSION)
-    bundles: tuple[Annotated[str, Field(pattern=f"^{NAME.pattern}$")], ...] = Field(min_length=1)
+    bundles: tuple[Annotated[str, Field(pattern=f"^{NAME.pattern}$")], ...] = Field(min_length=1, max_length=MOST_BUNDLES)
     verdict: Answer | None = None
     licences: dict[str, str]
 

@@ -35,11 +35,6 @@ class Told:
         return {each.key: Dataset.facts_of(each) for each in self._ancestors(Dataset)}
 
     @property
-    def data_configs(self) -> dict[str, dict[str, Any]]:
-        """What reading each data set was told, by key."""
-        return {each.key: each.config for each in self._ancestors(Dataset)}
-
-    @property
     def networks(self) -> dict[str, Provenance]:
         """Every network, by key."""
         return {each.key: each for each in self._ancestors(Checkpoint)}
