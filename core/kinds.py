@@ -990,6 +990,7 @@ VERSION = re.compile(
 )
 LONGEST_VERSION = 64
 MOST_BUNDLES = 1000  # of a release
+BundleName = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 UNKNOWN_LICENCE = "unknown"
 
 
@@ -1002,7 +1003,7 @@ class ReleaseFacts(Record):
 
     name: str = Field(pattern=f"^{NAME.pattern}$")
     version: str = Field(pattern=f"^{VERSION.pattern}$", max_length=LONGEST_VERSION)
-    bundles: tuple[Annotated[str, Field(pattern=f"^{NAME.pattern}$")], ...] = Field(min_length=1, max_length=MOST_BUNDLES)
+    bundles: tuple[BundleName, ...] = Field(min_length=1, max_length=MOST_BUNDLES)
     verdict: Answer | None = None
     licences: dict[str, str]
 

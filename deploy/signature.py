@@ -176,19 +176,22 @@ def check(release: Release, by: Signer) -> None:
 
 
 def _check_by_library(release: Release, signature: Path, by: Signer) -> None:
-    """Raises GateFailed."""
+    """Raises GateFailed; UserError where sigstore cannot be reached."""
     path = release.path / Release.SIGNATURE
     with quiet():
         from cryptography.exceptions import InvalidSignature
         from model_signing import verifying
 
         config = verifying.Config()
-        try:
-            if isinstance(by, KeyFile):
-                config.use_elliptic_key_verifier(public_key=by.path)
-            else:
+        if isinstance(by, KeyFile):
+            config.use_elliptic_key_verifier(public_key=by.path)
+        else:
+            try:
                 config.use_sigstore_verifier(identity=by.name, oidc_issuer=by.issuer)
-            folder = release.path.absolute()
+            except Exception as error:  # whom it trusts, it asks its servers
+                raise UserError(f"sigstore cannot be asked: {type(error).__name__}: {first_line(error)}") from None
+        folder = release.path.absolute()
+        try:
             config.set_hashing_config(_covering(folder)).verify(folder, signature)
         except InvalidSignature:
             raise GateFailed(f"{release.path} is not signed by {by.words}: that key did not make {path}") from None
