@@ -190,7 +190,7 @@ def read_numbers(report: Report, names: Mapping[str, str]) -> Numbers:
     answers = found.answers
     if answers is not None:
         its = keys.get(answers.device, {}).get(answers.bundle)
-        answers = answers.model_copy(update={"bundle": names[its]}) if its in names else None
+        answers = answers.model_copy(update={"bundle": names[its]}) if its is not None and its in names else None
     return found.model_copy(update={"devices": devices, "answers": answers})
 
 

@@ -737,7 +737,7 @@ def test_what_is_changed_after_it_was_checked_never_becomes_live(
         ("(MIT OR GPL-3.0-only) AND CC-BY-NC-4.0", "non-commercial"),
         ("CC-BY-ND-4.0", "not for every use"),
         ("LicenseRef-ImageNet", "not one that SPDX lists"),
-        ("for research only", "no SPDX expression"),
+        ("for research only", "not one that SPDX lists"),
         ("MIT AND", "no SPDX expression"),
         ("(" * 150, "no SPDX expression"),
         ("MIT\x1b", "no SPDX expression"),
