@@ -33,6 +33,7 @@ from pydantic import (
 
 from .errors import UserError, did_you_mean
 from .inputs import InputSpec, Mean, Size, Std, sides
+from .rules import parse_rules
 from .sealed import LONGEST_NUMBER, MOST_LEVELS, NAME, printable
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -76,6 +77,10 @@ class Config(BaseModel):
         for other in others:
             values |= {name: getattr(other, name) for name in cls.model_fields if name in type(other).model_fields}
         return cls(**values | more)
+
+
+LICENCE = re.compile(r"[A-Za-z0-9(][A-Za-z0-9.+:() -]{0,199}")  # an SPDX expression, as far as its letters go
+Licence = Annotated[str, Field(pattern=f"^{LICENCE.pattern}$")]
 
 
 class DataPlan(Config):
@@ -131,6 +136,11 @@ class DataPlan(Config):
         description="shorter side of the copies, pixels; left out, what the recipe's networks need (512 without one)",
     )
     seed: int = Field(0, description="seed of the splits")
+    license: Licence | None = Field(
+        None,
+        exclude=True,  # says nothing of what is learned
+        description="of the images, as SPDX writes it, such as CC-BY-4.0; told with every release",
+    )
 
 
 class DataConfig(DataPlan):
@@ -276,6 +286,11 @@ class AdoptConfig(ModelSettings):
         None,
         description="which of several state dicts in the file, such as state_dict_ema, or which prefix of its names; "
         "left out, the usual one",
+    )
+    license: Licence | None = Field(
+        None,
+        exclude=True,  # says nothing of what is learned
+        description="of the weights, as SPDX writes it, such as MIT; left out, what timm says of pretrained ones",
     )
 
 
@@ -794,12 +809,67 @@ class AdoptFileConfig(StrangeConfig, GraphConfig):
     """Such a model, complete: how its file becomes a graph like any other."""
 
 
+class ReleaseConfig(Config):
+    """A release: its name and version, and by their keys what it tells of besides its bundles."""
+
+    name: str
+    version: str
+    license: Licence | None = None
+    acknowledged: tuple[str, ...] = ()
+    report: str | None = None
+    verdict: str | None = None
+    last: str | None = None
+
+
 class ReportConfig(Config):
     """What the page is called, and what it advises."""
 
     version: Literal[3] = Field(3, description="of the numbers and the page: reports of another one are made anew")
     title: str = Field("kdpipe", description="title of the page")
     max_drop: float = Field(0.5, gt=0, description="points of accuracy that an advised variant may lose to float32")
+
+
+class GatePlan(Config):
+    """What a candidate must keep to be let through, and by how much measuring."""
+
+    rules: tuple[str, ...] = Field(
+        ("accuracy >= baseline - 1pp", "latency p50 <= 1.1 x baseline", "size <= 1.1 x baseline"),
+        min_length=1,
+        description="each FIGURE <= BOUND or FIGURE >= BOUND, with on DEVICE and for TARGET where it is not of all",
+    )
+    sessions: int = Field(
+        4,
+        ge=1,
+        le=1000,
+        description="trusted sessions that measure both where a rule is of latency, memory or starts; one tells only "
+        "what lies beyond its resolution",
+    )
+
+    @field_validator("rules")
+    @classmethod
+    def _are_rules(cls, rules: tuple[str, ...]) -> tuple[str, ...]:
+        """In their usual spelling, each once."""
+        try:
+            return tuple(dict.fromkeys(map(str, parse_rules(rules))))
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+
+class GateConfig(Config):
+    """What a verdict is told besides what was measured."""
+
+    version: Literal[1] = Field(1, description="of the verdict and its files: those of another one are made anew")
+    rules: tuple[str, ...]
+    candidate: str
+    baseline: str | None
+    measured_before: dict[str, str] = Field({}, description="keys of what was measured of the baseline, by device")
+
+
+class GateRecipe(Config):
+    """The part of a recipe that judges, of what was made elsewhere."""
+
+    gate: GatePlan = GatePlan()
+    bench: BenchPlan = BenchPlan()
 
 
 class Recipe(Config):
@@ -814,6 +884,7 @@ class Recipe(Config):
     quantize: QuantizePlan | None = QuantizePlan()
     package: PackageConfig = PackageConfig()
     bench: BenchPlan = BenchPlan()
+    gate: GatePlan = GatePlan()
 
 
 C = TypeVar("C", bound=BaseModel)
@@ -965,6 +1036,14 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
         values = _changed_by(values, change)
     recipe = validated(Recipe, values, f"{path} with --set" if changes else str(path))
     return _resolve_paths(recipe, path.parent)
+
+
+def gate_recipe(changes: Sequence[str] = ()) -> GateRecipe:
+    """How a candidate that has no recipe is judged, with ``changes`` as in ``read_recipe``. Raises UserError."""
+    values: Any = {}
+    for change in changes:
+        values = _changed_by(values, change)
+    return validated(GateRecipe, values, "--set")
 
 
 def _changed_by(values: Any, change: str) -> Any:

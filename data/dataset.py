@@ -201,6 +201,7 @@ class DatasetFacts(Record):
     classes: int
     images: dict[str, int]
     copies: CopyFacts | None = None
+    license: str | None = None  # as its user says
 
 
 class Index(Record):

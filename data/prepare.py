@@ -93,6 +93,7 @@ def prepare(
             classes=len(classes),
             images={part: len(split.names) for part, split in parts.items()},
             copies=_together([each for each in facts if each is not None]),
+            license=config.license,
         )
     return draft.artifact
 
