@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ from .artifact import (
 from .errors import UserError
 from .kinds import as_name
 from .proc import first_line
-from .progress import note, progress
+from .progress import note, track
 from .sealed import MANIFEST, MIB, printable
 
 MOST_FILES = 1_000_000
@@ -290,8 +290,9 @@ def fetch_into(url: str, parent: Path) -> Path:
 def push_folder(folder: Path, url: str) -> None:
     """Put a whole artifact at a URL of fsspec or a path: its files first, the manifest last.
 
-    A push that was broken off is gone on with by the same call. Where the file system can create without replacing
-    (S3, Google's), of two who push at once the second is told so, and neither damages what the other wrote.
+    A push that was broken off is gone on with by the same call. Files go one after another, in the order of their
+    names, and where the file system can create without replacing (S3, Google's) none replaces another's: of two who
+    push at once the slower one stops at the first file in which they differ, so that the other ends whole.
 
     Raises:
         AlreadyThere: an artifact lies there: nothing is overwritten.
@@ -313,11 +314,8 @@ def push_folder(folder: Path, url: str) -> None:
     target = RemoteFolder(url)
     if target.is_whole:
         raise there
-
-    def put(name: str) -> None:
+    for name in track(sorted(manifest.files), f"pushing {target}", len(manifest.files)):
         target.put(folder / name, name, manifest.files[name])
-
-    _each(manifest.files, put, f"pushing {target}")
     try:
         target.put(folder / MANIFEST, MANIFEST, None)
     except Unreachable:
@@ -418,7 +416,14 @@ def _receive(source: RemoteFolder, out: Path, check: Callable[[Manifest], None])
         def fetch(name: str) -> None:
             source.fetch(name, manifest.files[name], part / name)
 
-        _each(lacking, fetch, f"fetching {source}")
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            try:
+                coming = pool.map(fetch, lacking)
+                for _ in track(coming, f"fetching {source}", len(lacking)):
+                    pass
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
 
 
 def _check_sizes(source: RemoteFolder, manifest: Manifest, lacking_bytes: int, part: Path) -> None:
@@ -444,19 +449,6 @@ def _is_there(path: Path, record: FileRecord) -> bool:
 
 def _records(manifest: Manifest) -> dict[str, dict[str, Any]]:
     return {name: vars(record) for name, record in manifest.files.items()}
-
-
-def _each(names: Collection[str], do: Callable[[str], None], what: str) -> None:
-    """Do it for every name, several at once; the first failure ends it."""
-    with progress(what, len(names)) as advance, ThreadPoolExecutor(AT_ONCE) as pool:
-        futures = [pool.submit(do, name) for name in names]
-        try:
-            for name, future in zip(names, futures, strict=True):
-                future.result()
-                advance(1, name)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
 
 
 def _largest_bytes(manifest: Manifest) -> int:
