@@ -140,7 +140,10 @@ class RemoteFolder:
                 stream: BinaryIO = os.fdopen(os.open(local / name, flags), "rb")
             else:
                 system = self._place[0]
-                stream = cast(BinaryIO, system.open(self._path(name), "rb", block_size=BLOCK_BYTES))
+                ahead = (
+                    0 if self.url.startswith(READ_ONLY) else BLOCK_BYTES
+                )  # 0: as it comes, of a server without ranges
+                stream = cast(BinaryIO, system.open(self._path(name), "rb", block_size=ahead))
         try:
             left = most_bytes
             while True:

@@ -88,7 +88,7 @@ def test_there_and_back(place: str, bucket: str, tmp_path: Path) -> None:
 
 
 def test_http_is_only_read(tmp_path: Path) -> None:
-    made = seal_files(tmp_path / "served" / "a", {"sub/two words #1?.bin": b"weights", "100%": b"x"})
+    made = seal_files(tmp_path / "served" / "a", {"sub/two words #1?.bin": bytes(20_000_000), "100%": b""})
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "served"))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
