@@ -140,9 +140,8 @@ class RemoteFolder:
                 stream: BinaryIO = os.fdopen(os.open(local / name, flags), "rb")
             else:
                 system = self._place[0]
-                ahead = (
-                    0 if self.url.startswith(READ_ONLY) else BLOCK_BYTES
-                )  # 0: as it comes, of a server without ranges
+                # http comes as a stream: not every server knows of ranges.
+                ahead = 0 if self.url.startswith(READ_ONLY) else BLOCK_BYTES
                 stream = cast(BinaryIO, system.open(self._path(name), "rb", block_size=ahead))
         try:
             left = most_bytes
