@@ -111,6 +111,7 @@ def object_store() -> Iterator[Link]:
             patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
             patch.setenv("AWS_MAX_ATTEMPTS", "2")  # what is cut stays so
             patch.setenv("NO_PROXY", "127.0.0.1")
+            patch.setattr(s3fs.S3FileSystem, "retries", 1)
             s3fs.S3FileSystem.clear_instance_cache()  # of clients of another server
             s3fs.S3FileSystem().mkdir(BUCKET)
             yield link

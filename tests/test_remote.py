@@ -399,8 +399,9 @@ def test_one_url_of_two_contents(tmp_path: Path) -> None:
     url = f"memory://{uuid.uuid4().hex}/latest"
     paths = []
     for text in ("first", "second"):
-        fsspec.filesystem("memory").put(str(seal(tmp_path / text, text).path), url, recursive=True)
+        push_folder(seal(tmp_path / text, text).path, url)
         paths.append(fetch_into(url, tmp_path / "here"))
+        fsspec.filesystem("memory").rm(url, recursive=True)
     assert [(path / "sub" / "weights.bin").read_text() for path in paths] == ["first", "second"]
     assert {path.name for path in paths} == {"latest"}
 
