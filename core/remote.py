@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -44,6 +44,7 @@ from .sealed import MANIFEST, MIB, printable
 MOST_FILES = 1_000_000
 AT_ONCE = 8  # files under way: a small one costs a round trip, whatever the link can carry
 BLOCK_BYTES = 8 * MIB  # asked for at a time
+CLAIM = f"{MANIFEST}.part"  # of who is pushing there: the manifest that it will have
 READ_ONLY = ("http://", "https://")
 LOCAL = re.compile(r"(?:file|local)://")
 URL = re.compile(r"(?:[A-Za-z0-9+.-]+::)*[A-Za-z][A-Za-z0-9+.-]*://")
@@ -224,6 +225,11 @@ class RemoteFolder:
             if record is None or not self._holds(name, record):
                 raise
 
+    def remove(self, name: str) -> None:
+        """Remove a file of ours, if that is allowed."""
+        with suppress(Exception):
+            self._place[0].rm_file(self._path(name))
+
     def _holds(self, name: str, record: FileRecord) -> bool:
         """Whether a file has these contents; False where there is none. Raises UserError for others."""
         digest = hashlib.sha256()
@@ -292,9 +298,9 @@ def fetch_into(url: str, parent: Path) -> Path:
 def push_folder(folder: Path, url: str) -> None:
     """Put a whole artifact at a URL of fsspec or a path: its files first, the manifest last.
 
-    A push that was broken off is gone on with by the same call. Files go one after another, in the order of their
-    names, and where the file system can create without replacing (S3, Google's) none replaces another's: of two who
-    push at once the slower one stops at the first file in which they differ, so that the other ends whole.
+    A push that was broken off is gone on with by the same call. Where the file system can create without replacing
+    (S3, Google's) no file ever replaces another's: of two who push at once, the one whose claim is there first ends
+    whole, and the other one has written nothing.
 
     Raises:
         AlreadyThere: an artifact lies there: nothing is overwritten.
@@ -316,14 +322,20 @@ def push_folder(folder: Path, url: str) -> None:
     target = RemoteFolder(url)
     if target.is_whole:
         raise there
-    for name in track(sorted(manifest.files), f"pushing {target}", len(manifest.files)):
-        target.put(folder / name, name, manifest.files[name])
-    try:
-        target.put(folder / MANIFEST, MANIFEST, None)
-    except Unreachable:
-        if target.is_whole:  # another one was faster
-            raise there from None
-        raise
+    own = folder / MANIFEST
+    target.put(own, CLAIM, FileRecord(sha256=sealed.sha256_file(own), size_bytes=own.stat().st_size))
+    whole = target.is_whole  # by one who ended between the two looks
+    if not whole:
+        _each(manifest.files, lambda name: target.put(folder / name, name, manifest.files[name]), f"pushing {target}")
+        try:
+            target.put(own, MANIFEST, None)
+        except Unreachable:
+            whole = target.is_whole
+            if not whole:
+                raise
+    target.remove(CLAIM)
+    if whole:
+        raise there
 
 
 class Store:
@@ -418,14 +430,18 @@ def _receive(source: RemoteFolder, out: Path, check: Callable[[Manifest], None])
         def fetch(name: str) -> None:
             source.fetch(name, manifest.files[name], part / name)
 
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            try:
-                coming = pool.map(fetch, lacking)
-                for _ in track(coming, f"fetching {source}", len(lacking)):
-                    pass
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        _each(lacking, fetch, f"fetching {source}")
+
+
+def _each(names: Collection[str], do: Callable[[str], None], what: str) -> None:
+    """Do it for every name, several at once; the first failure ends it."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        try:
+            for _ in track(pool.map(do, names), what, len(names)):
+                pass
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
 def _check_sizes(source: RemoteFolder, manifest: Manifest, lacking_bytes: int, part: Path) -> None:
@@ -465,7 +481,7 @@ def _check_names(files: Mapping[str, FileRecord]) -> None:
     for name in files:
         parts = name.split("/")
         folders = ["/".join(parts[:count]) for count in range(1, min(len(parts), sealed.MOST_LEVELS + 2))]
-        if parts[0] == RESUME or len(parts) > sealed.MOST_LEVELS or any(folder in files for folder in folders):
+        if parts[0] in (RESUME, CLAIM) or len(parts) > sealed.MOST_LEVELS or any(folder in files for folder in folders):
             raise UserError(f"{MANIFEST} names '{printable(name, 80)}', which cannot be a file of an artifact")
 
 

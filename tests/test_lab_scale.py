@@ -14,9 +14,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, SMALL_TRAIN, system_command
+from PIL import Image
 from s3 import BUCKET, Link, free_port, object_store
 from test_commands import TINY
 from test_remote import seal_files, tree
@@ -32,6 +34,7 @@ BLOCKS = re.findall(r"```sh\n(.*?)```", DOCUMENT, re.DOTALL)
 [WORKFLOW] = re.findall(r"```yaml\n(.*?)```", DOCUMENT, re.DOTALL)
 # Targets and variants that are named, so that every leg is known beforehand.
 RECIPE = {**TINY, "export": {**TINY["export"], "targets": ["onnxruntime", "openvino"]}}
+IMAGES = {"train": 60, "val": 30}  # of each class
 DETERMINED = ("dataset", "checkpoint", "graph", "model", "bundle")  # kinds that are no events, nor made from one
 TIMED = (Checkpoint.HISTORY,)  # files that say how long something took
 
@@ -72,13 +75,26 @@ def link() -> Iterator[Link]:
 def shared(link: Link, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a first machine that ran the recipe with a store, and that store."""
     folder, store = tmp_path_factory.mktemp("first"), f"s3://{BUCKET}/shared"
-    (folder / "my.yaml").write_text(yaml.safe_dump(RECIPE))
+    images = tmp_path_factory.mktemp("images")  # at the same path on every machine
+    write_pictures(images)
+    (folder / "my.yaml").write_text(yaml.safe_dump({**RECIPE, "data": {"source": str(images)}}))
     variables = environment(folder, STORE=store)
     for text in (block("--until teacher"), block('kdpipe run my.yaml --store "$STORE"\n')):
         done = shell(text, folder, variables)
         assert done.returncode in (0, 75), done.stderr
         assert "without its store" not in done.stderr and "not shared" not in done.stderr
     return folder, store
+
+
+def write_pictures(folder: Path) -> None:
+    """Dark ones and light ones."""
+    generator = np.random.default_rng(0)
+    for split, count in IMAGES.items():
+        for label, brightness in (("dark", 90), ("light", 160)):
+            (folder / split / label).mkdir(parents=True)
+            for at in range(count):
+                pixels = np.clip(generator.normal(brightness, 40, (36, 36, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / split / label / f"{at:02d}.png")
 
 
 def determined(folder: Path) -> dict[str, dict[str, str]]:

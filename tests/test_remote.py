@@ -23,11 +23,9 @@ from test_artifact import CONFIG, FACTS, seal
 from kdpipe.chain import FETCHED, Chain
 from kdpipe.core import remote
 from kdpipe.core.artifact import MANIFEST, Order, drafting
-from kdpipe.core.config import DataPlan
 from kdpipe.core.errors import UserError
 from kdpipe.core.kinds import Model, Report
 from kdpipe.core.remote import AlreadyThere, NotThere, Unreachable, fetch_folder, fetch_into, is_url, push_folder, shown
-from kdpipe.data.dataset import Dataset
 
 
 @pytest.fixture(scope="module")
@@ -345,9 +343,18 @@ def test_what_another_push_left_is_not_overwritten(bucket: str, link: Link, tmp_
     push_folder(seal(tmp_path / "a").path, bucket)
     system, root = fsspec.core.url_to_fs(bucket)
     system.rm_file(f"{root}/{MANIFEST}")
-    with pytest.raises(UserError, match=r"is of another push, under way or broken off: wait for it, or remove"):
+    refused = pytest.raises(UserError, match=r"is of another push, under way or broken off: wait for it, or remove")
+    with refused:
         push_folder(seal(tmp_path / "b", "others").path, bucket)
     assert system.cat_file(f"{root}/sub/weights.bin") == b"weights"
+    system.rm(root, recursive=True)
+    system.put_file(str(tmp_path / "a" / MANIFEST), f"{root}/{remote.CLAIM}")
+    with refused:
+        push_folder(tmp_path / "b", bucket)
+    assert not system.exists(f"{root}/sub/weights.bin"), "nothing was written"
+    push_folder(tmp_path / "a", bucket)
+    system.invalidate_cache()
+    assert not system.exists(f"{root}/{remote.CLAIM}")
 
 
 def test_two_push_at_once(bucket: str, tmp_path: Path) -> None:
@@ -408,13 +415,21 @@ def test_one_url_of_two_contents(tmp_path: Path) -> None:
 
 # ---- a store that machines share ----------------------------------------------------------------------------
 
-DIGITS = DataPlan(source="digits", test_split=None)
+
+def made_by(chain: Chain, text: str = "weights", stage: str = "test") -> Report:
+    """A step of a chain that writes something small."""
+    order = Order(stage, CONFIG, {})
+
+    def make(path: Path) -> Report:
+        return seal_files(path, {"weights.bin": text.encode()}, stage)
+
+    return chain.step("report", Report, order, make)
 
 
 def test_two_machines_share_what_they_make(bucket: str, tmp_path: Path) -> None:
     machines = [Chain(tmp_path / name, store=bucket) for name in ("one", "two", "one")]
     with listening(told := Told()):
-        made = [machine.data(DIGITS) for machine in machines]
+        made = [made_by(machine) for machine in machines]
     assert not told.notes
     assert [(step.sealed_before, step.fetched) for machine in machines for step in machine.steps] == [
         (False, False),
@@ -426,28 +441,47 @@ def test_two_machines_share_what_they_make(bucket: str, tmp_path: Path) -> None:
 
 
 def test_what_was_made_before_is_shared(bucket: str, tmp_path: Path) -> None:
-    Chain(tmp_path / "one").data(DIGITS)
-    Chain(tmp_path / "one", store=bucket).data(DIGITS)
+    made_by(Chain(tmp_path / "one"))
+    made_by(Chain(tmp_path / "one", store=bucket))
     chain = Chain(tmp_path / "two", store=bucket)
-    chain.data(DIGITS, tmp_path / "elsewhere")
-    assert chain.steps[0].fetched and Dataset.open(tmp_path / "elsewhere")
+    made_by(chain)
+    assert chain.steps[0].fetched
+
+
+def test_a_folder_can_be_a_store(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        chain = Chain(tmp_path / name, store=str(tmp_path / "share" / "store"))
+        made_by(chain)
+    assert chain.steps[0].fetched
 
 
 def test_a_store_that_is_lost_costs_one_line(bucket: str, link: Link, tmp_path: Path) -> None:
     link.left_bytes = 0
     chain = Chain(tmp_path / "one", store=bucket)
     with listening(told := Told()):
-        chain.data(DIGITS)
-        chain.data(DIGITS.model_copy(update={"test_fraction": 0.4}))
+        made_by(chain)
+        made_by(chain, stage="another")
     assert [step.sealed_before for step in chain.steps] == [False, False]
     [line] = told.notes
-    assert line.startswith(f"the run goes on without its store: cannot read {bucket}/data-") and "s3cr3t" not in line
+    assert line.startswith(f"the run goes on without its store: cannot read {bucket}/report-") and "s3cr3t" not in line
+
+
+def test_a_store_that_is_lost_while_pushing(bucket: str, link: Link, tmp_path: Path) -> None:
+    chain = Chain(tmp_path / "one", store=bucket)
+    link.left_bytes = 100_000
+    with listening(told := Told()):
+        made_by(chain, "x" * 200_000)
+    assert len(told.notes) == 1 and "cannot write" in told.notes[0]
+    link.mend()
+    made_by(Chain(tmp_path / "one", store=bucket))
+    chain = Chain(tmp_path / "two", store=bucket)
+    assert made_by(chain).file("weights.bin").stat().st_size == 200_000 and chain.steps[0].fetched
 
 
 def test_what_a_store_has_is_checked(bucket: str, tmp_path: Path) -> None:
     """Another artifact under that name, a broken one, one of a strange version: made here, and a line says so."""
-    name = Chain(tmp_path / "any").data(DIGITS).path.name
-    other = Chain(tmp_path / "any").data(DIGITS.model_copy(update={"test_fraction": 0.4})).path
+    name = made_by(Chain(tmp_path / "any")).path.name
+    other = made_by(Chain(tmp_path / "any"), stage="another").path
     system, root = fsspec.core.url_to_fs(bucket)
     for turn, words in enumerate(("it is another artifact", "differs from its manifest", "schema version 99")):
         url = f"{bucket}/{turn}"
@@ -455,15 +489,15 @@ def test_what_a_store_has_is_checked(bucket: str, tmp_path: Path) -> None:
         shutil.copytree(other if turn == 0 else tmp_path / "any" / name, source)
         if turn == 2:
             rewrite_manifest(source, lambda value: value.update(schema_version=99))
-            system.put(str(source), f"{root}/{turn}/{name}", recursive=True)
+            system.put_file(str(source / MANIFEST), f"{root}/{turn}/{name}/{MANIFEST}")
         else:
             push_folder(source, f"{url}/{name}")
         if turn == 1:
-            system.pipe_file(f"{root}/{turn}/{name}/{next(iter(Dataset.open(source).manifest.files))}", b"x")
+            system.pipe_file(f"{root}/{turn}/{name}/weights.bin", b"x")
         chain = Chain(tmp_path / f"machine{turn}", store=url)
         with listening(told := Told()):
-            made = chain.data(DIGITS)
-        assert not chain.steps[0].sealed_before and Dataset.open(made.path).key == made.key
+            made = made_by(chain)
+        assert not chain.steps[0].sealed_before and Report.open(made.path).key == made.key
         assert f"what the store has of {name} is not taken" in told.notes[0] and words in told.notes[0], told.notes
         assert not list(made.path.parent.glob("*.part"))
 
