@@ -7,8 +7,8 @@
 
 ``simulate`` draws images and sessions of two networks whose true difference is known: none, exactly at the margin,
 twice the margin; and prints one JSON object. ``compare`` holds the intervals of a paired difference against each other
-at the margin, also where few images change. ``trials`` judges a bundle against itself, each time in sessions of its own;
-what is sealed is not measured again.
+at the margin, also where few images change. ``trials`` judges a bundle against itself, each time in sessions of its
+own; what is sealed is not measured again.
 """
 
 from __future__ import annotations
