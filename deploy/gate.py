@@ -74,6 +74,13 @@ def questions(
         UserError: a rule that concerns nothing, or a figure that nobody knows.
     """
     found: list[Question] = []
+    known: dict[tuple[str, str], dict[str, Figure]] = {}  # what all rules share is worked out once
+
+    def figure(measurement: Measurement, row: str, rule: Rule) -> Figure:
+        if (measurement.key, row) not in known:
+            known[measurement.key, row] = figures(measurement, row)
+        return _figure(known[measurement.key, row], rule)
+
     for rule in rules:
         asked: set[tuple[str, str]] = set()
         before = len(found)
@@ -82,12 +89,12 @@ def questions(
                 if not rule.concerns(device, pair.target, pair.row) or (rule.is_relative and pair.baseline is None):
                     continue
                 if rule.kind.counted == "exact":
-                    keys = [measured[0].manifest.inputs[pair.candidate].key]
-                    if (pair.row, keys[0]) in asked:
+                    one = pair.row, measured[0].manifest.inputs[pair.candidate].key
+                    if one in asked:
                         continue
-                    asked.add((pair.row, keys[0]))
-                mine = [_figure(each, pair.candidate, rule) for each in measured]
-                theirs = None if pair.baseline is None else [_figure(each, pair.baseline, rule) for each in measured]
+                    asked.add(one)
+                mine = [figure(each, pair.candidate, rule) for each in measured]
+                theirs = None if pair.baseline is None else [figure(each, pair.baseline, rule) for each in measured]
                 resolution = max(each.facts.resolution for each in measured)
                 found.append(Question(rule, device, pair.row, mine, theirs, resolution, pair.same))
         if len(found) == before:
@@ -95,11 +102,10 @@ def questions(
     return found
 
 
-def _figure(measurement: Measurement, row: str, rule: Rule) -> Figure:
-    known = figures(measurement, row)
+def _figure(known: Mapping[str, Figure], rule: Rule) -> Figure:
     if rule.name in known:
         return known[rule.name]
-    if rule.part is not None and not any(name == rule.name for name in known):
+    if rule.part is not None:
         parts = [name.partition(" of ")[2] for name in known if name.startswith(f"{rule.figure} of ")]
         raise choice(f"part in '{rule.name}'", rule.part, parts)
     return Figure(rule.kind.unit, None, (), None, rule.kind.lower_is_better, False, "it was not measured")
@@ -236,7 +242,7 @@ def _of_images(question: Question, level: float) -> _Told:
     rule, mine = question.rule, _last(question.candidate)
     value = _value(mine)
     if value is None or not mine.trusted:
-        return _Told(None, "value", 0, why=mine.why or "it was not measured")
+        return _Told(None, _scale(rule), 0, why=mine.why or "it was not measured")
     within = _sound(mine)
     assert within is not None  # it has a value
     n = within.n
