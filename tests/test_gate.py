@@ -614,6 +614,24 @@ def test_the_same_again_measures_nothing(shelf: Path, judged: Any) -> None:
     assert len(set(shelf.glob("measurement-*"))) == len(before) + 1
 
 
+def test_a_device_that_changed_since_the_baseline_was_measured_is_told(
+    shelf: Path, judged: Any, tmp_path: Path
+) -> None:
+    own = shutil.copytree(shelf, tmp_path / "artifacts")
+    earlier = next(own.glob("measurement-*-1")).rename(own / "measurement-eeeeeeeeeeee-1")
+
+    def slower(value: dict[str, Any]) -> None:
+        value["key"] = "e" * 64
+        value["config"]["device_fingerprint"]["governor"] = "powersave"
+
+    rewrite_manifest(earlier, slower)
+    mine = bundle_of(own, "int8")
+    done = gate(own, mine, "--baseline", mine, "--rule", "size <= baseline", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)["verdict"]["since"]["local"]
+    assert [(each["what"], each["before"]) for each in told] == [("governor", "powersave")]
+
+
 def test_a_broken_rule_exits_1(shelf: Path) -> None:
     mine = bundle_of(shelf, "int8")
     done = gate(shelf, mine, "--rule", "size <= 1kB", "--rule", "accuracy >= 1%")
