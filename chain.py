@@ -54,6 +54,7 @@ from .core.config import (
     TrainConfig,
     suited,
 )
+from .core.config import changed as changed_config
 from .core.errors import DeviceLost, GateFailed, KdpipeError, UserError, choice
 from .core.inputs import InputSpec, size_words
 from .core.kinds import (
@@ -808,6 +809,9 @@ class Chain:
             apart |= dict.fromkeys(told)
         counted = any(rule.kind.counted == "sessions" for rule in rules)
         bench = bench.model_copy(update={"devices": asked})
+        if parts := [rule.part for rule in rules if rule.part is not None]:
+            own = getattr(bench, "corruptions", ())
+            bench = changed_config(bench, {"corruptions": tuple(dict.fromkeys([*own, *parts]))}, "bench")
         sessions = self._trusted_sessions(bench, rows, dataset, plan.sessions if counted else 1)
         inputs = {f"measurement-{device}-{attempt_of(each.manifest)}": each
                   for device, its in sessions.items() for each in its}  # fmt: skip

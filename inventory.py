@@ -24,7 +24,7 @@ from .core.artifact import (
     unsound_is_users,
 )
 from .core.errors import UserError
-from .core.kinds import Cache, Checkpoint, Measurement, Release, Report
+from .core.kinds import Cache, Checkpoint, Measurement, Release, Report, Verdict
 from .core.sealed import check_files, printable
 from .data.dataset import Dataset, Fitted
 from .report.words import interval, percent, shares
@@ -111,6 +111,9 @@ def findings(source: Provenance) -> str:
         case Report.kind:
             devices = [f"{its['device']} ({its['sessions']} sessions)" for its in facts["devices"]]
             return f"{source.config.get('title', '')}: {', '.join(devices)}"
+        case Verdict.kind:
+            against = f" against {facts['baseline']}" if facts["baseline"] else ""
+            return f"{facts['answer']}: {facts['candidate']}{against}, {len(facts['rules'])} rules"
     return ""
 
 
