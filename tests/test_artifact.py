@@ -118,8 +118,10 @@ def test_a_manifest_is_read_again_only_when_it_changed(tmp_path: Path, monkeypat
     (tmp_path / "a").rename(tmp_path / "c")
     assert Report.open(tmp_path / "c").manifest == first.manifest and len(reads) == 1
     changes: list[tuple[Callable[[Path], None], str]] = [
-        (replace, second.manifest.digest), (edit_in_place, "edited"), (lambda folder: (folder / MANIFEST).unlink(), "has no manifest")
-    ]  # fmt: skip
+        (replace, second.manifest.digest),
+        (edit_in_place, "edited"),
+        (lambda folder: (folder / MANIFEST).unlink(), "has no manifest"),
+    ]
     for change, found in changes:
         change(tmp_path / "c")
         if found == second.manifest.digest:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from conftest import SMALL_RECIPE, Made
 
+from kdpipe.chain import Chain
 from kdpipe.core.artifact import Order, drafting
 from kdpipe.core.config import (
     BenchPlan,
@@ -119,19 +120,18 @@ def test_accuracies_on_one_line_are_of_the_same_images(made: Made) -> None:
     assert page.count(f"on 256 of {images} images") == len(partial)
 
 
-def test_lines_of_several_students_are_told_apart(made: Made) -> None:
+def test_lines_of_several_students_are_told_apart(made: Made, tmp_path: Path) -> None:
     """Of two students for one target each line says whose it is, on the page and in the terminal."""
     names = ("student-kd-seed0", "student-kd-seed1")
     checkpoints = {name: Checkpoint.open(next(made.chain.folder.glob(f"{name}-*"))) for name in names}
-    bundles = {}
+    chain, bundles = Chain(tmp_path / "artifacts"), {}
     for name, student in checkpoints.items():
         config = ExportConfig(target="onnxruntime", parity_images=8, hop_images=8)
-        bundles[name] = made.chain.package(
-            PackageConfig(golden_images=2), made.chain.export(config, student, made.dataset), made.dataset
-        )
+        model = chain.export(config, student, made.dataset)
+        bundles[name] = chain.package(PackageConfig(golden_images=2), model, made.dataset)
     quick = {**SMALL_RECIPE["bench"], "seconds": 0.02, "max_seconds": 0.02, "min_samples": 5, "warm_up_seconds": 0.02}
-    benched = made.chain.bench(validated(BenchPlan, quick, "test"), bundles, made.dataset)
-    report = made.chain.report(ReportConfig(title="two"), benched.one_of_each, checkpoints)
+    benched = chain.bench(validated(BenchPlan, quick, "test"), bundles, made.dataset)
+    report = chain.report(ReportConfig(title="two"), benched.one_of_each, checkpoints)
     [device] = report.numbers["devices"]
     assert [hop["student"] for hop in device["hops"]] == list(names)
     page, told = report.page.read_text(), list(device_lines(device))
