@@ -146,6 +146,7 @@ class Chain:
         self.check: Callable[[], None] = lambda: None
         self.course: Course | None = None  # of a run, which knows what is still to come
         self._graphs: dict[Path, Graph] = {}  # opened once for all the targets of a run
+        self._told: set[str] = set()  # of the parts of folders
 
     def step(
         self,
@@ -251,7 +252,11 @@ class Chain:
         fingerprint, unlabeled = Fingerprint("by name", 0, ()), None  # named sources are known by their names
         if is_folder := Path(plan.source).is_dir():
             plan = plan.model_copy(update={"source": str(Path(plan.source).absolute())})
-        plan = usual_splits(plan)
+        plan, lines = usual_splits(plan)
+        for line in lines:  # once, however often the same is asked
+            if line not in self._told:
+                self._told.add(line)
+                note(line)
         if is_folder:
             fingerprint = fingerprint_folder(Path(plan.source), self._memory(plan.source), names_of(plan))
         if plan.unlabeled is not None and plan.unlabeled.is_dir():

@@ -14,7 +14,7 @@ from ..core.artifact import Draft
 from ..core.config import DataPlan
 from ..core.errors import UserError
 from ..core.proc import first_line
-from ..core.progress import note, track
+from ..core.progress import track
 from .listing import REMEMBERED, Others, is_hidden, kind_of, list_images
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _part_called(root: Path, names: Sequence[str], train: str) -> str | None:
     return None
 
 
-def usual_splits(config: DataPlan) -> DataPlan:
+def usual_splits(config: DataPlan) -> tuple[DataPlan, list[str]]:
     """``config`` with its parts by name, those of a folder as they are called there, and lines that say so.
 
     Where there are no parts at all but folders of images, these are the classes, and the held-out part is cut.
@@ -116,7 +116,7 @@ def usual_splits(config: DataPlan) -> DataPlan:
     if not root.is_dir():
         own = (config.test_split, config.val_split)
         test, val = ("val" if own[0] == AUTO else own[0]), (None if own[1] == AUTO else own[1])
-        return config.model_copy(update={"test_split": test, "val_split": val})
+        return config.model_copy(update={"test_split": test, "val_split": val}), []
     there = {name.lower(): name for name in _folders(root)}
     train = config.train_split
     if train == "train" and not (root / train).is_dir():
@@ -125,19 +125,20 @@ def usual_splits(config: DataPlan) -> DataPlan:
     named = next((there[name] for name in (*VAL_NAMES, *TEST_NAMES) if name in there and there[name] != train), "val")
     test = (usual.test or named) if config.test_split == AUTO else config.test_split
     if train == "train" and test in ("val", None) and _holds_classes(root, there):
-        note(f"{root} has no parts: its {len(there)} folders are the classes, and test images are cut from them")
-        return config.model_copy(update={"train_split": ".", "test_split": None, "val_split": None})
+        line = f"{root} has no parts: its {len(there)} folders are the classes, and test images are cut from them"
+        return config.model_copy(update={"train_split": ".", "test_split": None, "val_split": None}), [line]
     val = config.val_split
     if val == AUTO:
         val = usual.val if config.val_fraction and test == usual.test else None
     _check_apart({"train_split": train, "test_split": test, "val_split": val})
+    lines = []
     if train != config.train_split:
-        note(f"{root} has no folder '{config.train_split}': '{train}' is taken")
+        lines.append(f"{root} has no folder '{config.train_split}': '{train}' is taken")
     if config.test_split == AUTO and test != "val":
-        note(f"{root}: '{test}' is taken as the held-out part")
+        lines.append(f"{root}: '{test}' is taken as the held-out part")
     if config.val_split == AUTO and val is not None:
-        note(f"{root}: '{val}' is taken as the part for selection, so that none is cut from '{train}'")
-    return config.model_copy(update={"train_split": train, "test_split": test, "val_split": val})
+        lines.append(f"{root}: '{val}' is taken as the part for selection, so that none is cut from '{train}'")
+    return config.model_copy(update={"train_split": train, "test_split": test, "val_split": val}), lines
 
 
 def _check_apart(parts: Mapping[str, str | None]) -> None:
