@@ -93,7 +93,14 @@ class DataPlan(Config):
     root: str | None = Field(None, description="root folder of a wds/ or tfds/ source, or cache folder of an hfds/ one")
     train_split: str = Field("train", description="name of the part to learn from")
     test_split: str | None = Field(
-        "val", description="name of the held-out part; none (null in YAML) cuts it from the training part"
+        "auto",
+        description="name of the held-out part; auto takes a folder's test, else its val (of other sources val); none "
+        "(null in YAML) cuts it from the training part",
+    )
+    val_split: str | None = Field(
+        "auto",
+        description="name of the part for selection; auto takes a folder's val where test is held out; none cuts "
+        "val_fraction from the training part",
     )
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.2, description="cut for testing where there is no test split"
@@ -158,9 +165,10 @@ class DataConfig(DataPlan):
 
     @model_serializer(mode="wrap")
     def _without_what_is_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Where no two images are the same, what would become of copies makes no other data set."""
+        """Neither what would become of copies that are not there nor a part that is not read makes another key."""
         values: dict[str, Any] = serialize(self)
-        return {name: value for name, value in values.items() if name != "held_out_copies" or value is not None}
+        later = ("held_out_copies", "val_split")
+        return {name: value for name, value in values.items() if name not in later or value is not None}
 
 
 class FittedConfig(Config):

@@ -358,6 +358,34 @@ class Model(Labelled[ModelFacts]):
         return self.rows(self.NOISE_BY_LAYER, LayerNoise)
 
 
+class RefusalFacts(Record):
+    """Which variant of which model was tried for a target, and why it was refused."""
+
+    model: str
+    target: str
+    variant: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.target} goes without {self.variant}: {self.reason}"
+
+
+class Refusal(Artifact[RefusalFacts]):
+    """In place of a variant that was tried and refused, under the key that it would have: no run has to try it again.
+
+    Whoever names the variant tries it all the same, and once it is made this says nothing any more.
+    """
+
+    kind = "refusal"
+    Facts = RefusalFacts
+    roles = frozenset({"model"})
+
+    @staticmethod
+    def name_of(variant: str) -> str:
+        """Of its folder, for that of the variant."""
+        return f"{variant}-refused"
+
+
 def unshown(models: Iterable[Model]) -> str:
     """Which guarded models are not shown to keep their accuracy, and what would show it; empty if there are none."""
     return "; ".join(

@@ -97,7 +97,7 @@ def device_numbers(config: ReportConfig, pooled: Pooled, checkpoints: Checkpoint
     faster, rows = surely_faster(facts.comparisons), bundle_rows(pooled)
     better = surely_better(shown, believed(rows))
     front = pareto_front(rows, faster, better)
-    hops = accuracy_hops(shown, checkpoints, sources.graphs)
+    hops = name_students(accuracy_hops(shown, checkpoints, sources.graphs), checkpoints)
     rows = name_students(rows, checkpoints)
     advised = [
         _guessing(each, rows, shown)
@@ -425,7 +425,7 @@ def accuracy_hops(measurement: Measurement, checkpoints: Checkpoints, graphs: Ma
             step = _step(task, facts.variant, before, scores[name], facts.parity, facts.against_float32)
             steps.append({**step, "bundle": name, "variant": base in scores and base != name})
         ran = _where_run(measurement, names[0], bundles[names[0]])
-        hops.append({"target": target, "student": key, "ran": ran, "steps": steps})
+        hops.append({"target": target, "student": key or "", "ran": ran, "steps": steps})
     return hops
 
 
