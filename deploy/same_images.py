@@ -1,0 +1,109 @@
+"""Whether two measurements saw the same images, and what became of those that one of them did not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..core.artifact import Provenance
+from ..core.kinds import Measurement
+from ..data.dataset import PARTS, Dataset, DatasetFacts
+
+
+@dataclass(frozen=True)
+class ImageChange:
+    """What happened to the test images from one measurement to another.
+
+    Attributes:
+        same: whether the two saw the same files in the same order with the same labels, so that their outputs pair by
+            position. False also where that is not known.
+        known: whether both say which images they saw; else ``added`` and so on are 0 and mean nothing.
+        added: images that only the second one saw.
+        removed: images that only the first one saw.
+        relabelled: images that both saw, of which another class is right now.
+    """
+
+    same: bool
+    known: bool
+    added: int = 0
+    removed: int = 0
+    relabelled: int = 0
+
+
+def image_change(before: Measurement, after: Measurement) -> ImageChange:
+    """What became of the test images, by the hashes of their files.
+
+    Of a measurement that does not say which images it saw (of random input, or of an earlier version) the same is known
+    only where the data sets have one key.
+
+    Raises:
+        UserError: files of a measurement that are not what it sealed.
+    """
+    first, second = before.images, after.images
+    if first is None or second is None:
+        keys = [{found.key for found in _datasets(each)} for each in (before, after)]
+        return ImageChange(same=len(keys[0]) > 0 and keys[0] == keys[1], known=False)
+    labels = before.labels, after.labels
+    same = np.array_equal(first, second) and np.array_equal(*labels)
+    counts = _counts(first), _counts(second)
+    added, removed = (
+        sum(max(0, count - other.get(image, 0)) for image, count in each.items())
+        for each, other in (counts[::-1], counts)
+    )
+    return ImageChange(same, True, added, removed, _relabelled(first, second, *labels))
+
+
+def _counts(images: np.ndarray) -> Mapping[int, int]:
+    known, counts = np.unique(images, return_counts=True)
+    return dict(zip(known.tolist(), counts.tolist(), strict=True))
+
+
+def _relabelled(first: np.ndarray, second: np.ndarray, before: np.ndarray, after: np.ndarray) -> int:
+    """Images that stand in both once, whose labels differ: which of several equal ones is meant nobody knows."""
+    (one, at), (other, there) = (_singles(images) for images in (first, second))
+    _, here, elsewhere = np.intersect1d(one, other, assume_unique=True, return_indices=True)
+    return int((before[at[here]] != after[there[elsewhere]]).sum())
+
+
+def _singles(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The images that stand there once, and where."""
+    known, at, counts = np.unique(images, return_index=True, return_counts=True)
+    return known[counts == 1], at[counts == 1]
+
+
+def image_words(before: Measurement, after: Measurement) -> list[str]:
+    """What changed in the images of all parts, in a few words each: "12 images added to test"; none where nothing did.
+
+    Of the test part the images themselves are compared, of the others only their number is known.
+    """
+    change = image_change(before, after)
+    counted = {
+        "added to test": change.added,
+        "removed from test": change.removed,
+        "of test relabelled": change.relabelled,
+    }
+    words = [f"{images_in_words(count)} {what}" for what, count in counted.items() if count]
+    if change.known and not change.same and not words:
+        words.append("the images of test stand in another order")
+    data = [next(iter(_datasets(each)), None) for each in (before, after)]
+    if data[0] is None or data[1] is None or data[0].key == data[1].key:
+        return words
+    facts = [DatasetFacts.model_validate(each.facts) for each in data if each is not None]
+    for part in PARTS:
+        more = facts[1].images.get(part, 0) - facts[0].images.get(part, 0)
+        if more and not (part == "test" and change.known):
+            words.append(f"{images_in_words(abs(more))} {'more' if more > 0 else 'fewer'} in {part}")
+    return words or ["the data set was made anew, with as many images in every part"]
+
+
+def images_in_words(count: int) -> str:
+    """A number of images."""
+    return f"{count:,} image{'' if count == 1 else 's'}"
+
+
+def _datasets(measurement: Measurement) -> list[Provenance]:
+    """What the measurement says of the data set that it was measured on, not of those behind its bundles."""
+    data = measurement.manifest.inputs.get("data")
+    return [] if data is None or data.kind != Dataset.kind else [data]
