@@ -9,7 +9,8 @@ import numpy as np
 
 from ..core.artifact import Provenance
 from ..core.kinds import Measurement
-from ..data.dataset import PARTS, Dataset, DatasetFacts
+from ..core.sealed import printable
+from ..data.dataset import PARTS, Dataset, DatasetFacts, Part
 
 
 @dataclass(frozen=True)
@@ -74,28 +75,40 @@ def _singles(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def image_words(before: Measurement, after: Measurement) -> list[str]:
-    """What changed in the images of all parts, in a few words each: "12 images added to test"; none where nothing did.
+    """What changed in the images of all parts, in a few words each: "12 images added to val"; none where nothing did.
 
-    Of the test part the images themselves are compared, of the others only their number is known.
+    The held-out images themselves are compared, of the other parts only their number is known. Parts are called as
+    their user calls them.
     """
     change = image_change(before, after)
+    data = [next(iter(_datasets(each)), None) for each in (before, after)]
+    held_out = _user_name("test", data[1])
     counted = {
-        "added to test": change.added,
-        "removed from test": change.removed,
-        "of test relabelled": change.relabelled,
+        f"added to {held_out}": change.added,
+        f"removed from {held_out}": change.removed,
+        f"of {held_out} relabelled": change.relabelled,
     }
     words = [f"{images_in_words(count)} {what}" for what, count in counted.items() if count]
     if change.known and not change.same and not words:
-        words.append("the images of test stand in another order")
-    data = [next(iter(_datasets(each)), None) for each in (before, after)]
+        words.append(f"the images of {held_out} stand in another order")
     if data[0] is None or data[1] is None or data[0].key == data[1].key:
         return words
-    facts = [DatasetFacts.model_validate(each.facts) for each in data if each is not None]
+    earlier, later = (DatasetFacts.model_validate(each.facts).images for each in (data[0], data[1]))
     for part in PARTS:
-        more = facts[1].images.get(part, 0) - facts[0].images.get(part, 0)
+        more = later.get(part, 0) - earlier.get(part, 0)
         if more and not (part == "test" and change.known):
-            words.append(f"{images_in_words(abs(more))} {'more' if more > 0 else 'fewer'} in {part}")
+            words.append(
+                f"{images_in_words(abs(more))} {'more' if more > 0 else 'fewer'} in {_user_name(part, data[1])}"
+            )
     return words or ["the data set was made anew, with as many images in every part"]
+
+
+def _user_name(part: Part, data: Provenance | None) -> str:
+    """What whoever brought the images calls a part of them."""
+    if part == "val":
+        return "the validation images"
+    name = None if data is None else data.config.get(f"{part}_split")
+    return printable(name) if isinstance(name, str) else f"the {part} images"
 
 
 def images_in_words(count: int) -> str:
