@@ -206,12 +206,6 @@ def index_records(names: Sequence[bytes] | np.ndarray, labels: Sequence[int] | n
     return records
 
 
-def image_digests(samples: Samples) -> np.ndarray:
-    """The first 64 bits of the hash of every image's file, uint64 [N], as ``fingerprints`` has. Raises UserError."""
-    found = in_order(lambda at: int.from_bytes(samples.digest(at)[:8], "big"), range(len(samples)))
-    return np.fromiter(found, np.uint64, len(samples))
-
-
 class CopyFacts(Record):
     """How the images to learn from were copied, where their files are much larger than any network sees them."""
 
@@ -274,7 +268,7 @@ class Dataset(Artifact[DatasetFacts]):
     """Images by reference (a user's folder) or by value (everything else), split once and for all.
 
     ``index.json`` holds an ``Index``, ``PART.npy`` what ``index_records`` makes; ``PART.copies``, where there are any,
-    resized copies end to end.
+    resized copies end to end; ``test.digests.npy`` what tells the test images from others.
     """
 
     kind = "dataset"
@@ -293,6 +287,11 @@ class Dataset(Artifact[DatasetFacts]):
     def copies_name(part: Part) -> str:
         """The file of one part's copies."""
         return f"{part}.copies"
+
+    @staticmethod
+    def digests_name(part: Part) -> str:
+        """The file of what tells the images of one part from others."""
+        return f"{part}.digests.npy"
 
     @cached_property
     def index(self) -> Index:
@@ -348,6 +347,23 @@ class Dataset(Artifact[DatasetFacts]):
                 fitted[shown] = kept.pixels(part, len(records))
         root = self.path if folder is None else Path(folder)
         return Samples(self.facts.task, root, records, copies, fitted)
+
+    def digests(self, part: Part) -> np.ndarray | None:
+        """The first 64 bits of the hash of every image's file, uint64 [N], in the order of ``samples``.
+
+        None in a data set that did not keep them and whose files are gone. Raises UserError for what nobody wrote.
+        """
+        samples, name = self.samples(part), self.digests_name(part)
+        if name in self.manifest.files:
+            kept = np.asarray(self.array(name, "u", 1))
+            if kept.shape != (len(samples),) or kept.dtype != np.uint64:
+                raise UserError(f"{self.path / name} is not what kdpipe writes: make the data again")
+            return kept
+        try:
+            found = in_order(lambda at: int.from_bytes(samples.digest(at)[:8], "big"), range(len(samples)))
+            return np.fromiter(found, np.uint64, len(samples))
+        except UserError:
+            return None
 
     def _records(self, name: str, copies: np.ndarray | None) -> np.ndarray:
         """The records of one part, checked as a stranger's: what they point to is there. Raises UserError."""

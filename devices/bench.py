@@ -33,7 +33,7 @@ from ..core.kinds import (
 from ..core.proc import end_groups
 from ..core.progress import progress
 from ..core.stats import Interval, early_stopping, median_interval, percentile_interval, percentile_within
-from ..data.dataset import Dataset, image_digests, load_labels
+from ..data.dataset import Dataset, load_labels
 from ..runtime.measure import longest_seconds
 from ..runtime.task import TASKS
 from . import find_device, opened
@@ -157,7 +157,8 @@ def bench(
             raise UserError(f"no bundle could be run: {failures[0]}")
         if dataset is not None:
             np.save(draft.path / Measurement.LABELS, _labels(run, dataset))
-            np.save(draft.path / Measurement.IMAGES, image_digests(dataset.samples("test")))
+            if (images := dataset.digests("test")) is not None:
+                np.save(draft.path / Measurement.IMAGES, images)
         after = device.probe()
         runs = _collect(run, results, judged_by, starts, draft.path, after.cores)
         draft.facts = MeasurementFacts(
