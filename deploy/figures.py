@@ -153,6 +153,8 @@ def _trust_of_outputs(result: Result, target: str) -> Trust:
     """Whether the outputs are what this device says with the bundle's own runtime, as it is timed."""
     if result.status == "not built here":
         return Trust(word="invalid", reason=f"by {result.accuracy_by} in the place of {target}, which is not installed")
+    if result.fell_back:
+        return Trust(word="invalid", reason=result.fell_back)
     apart = result.batch_one
     if apart is not None and not apart.within_tolerance and apart.agreement < 1:
         share = 100 * (1 - apart.agreement)
