@@ -655,7 +655,7 @@ def print_summary(console: Console, numbers: Numbers) -> None:
         if len(numbers["devices"]) > 1:
             console.print(words.device_heading(device), markup=False, highlight=False)
         console.print(summary_table(device, numbers["task"]))
-        if device["faults"]:
+        if device.get("faults"):  # a report of before has none
             console.print(faults_table(device))
         for line in device_lines(device):
             console.print(line, markup=False, highlight=False)
