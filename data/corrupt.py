@@ -108,7 +108,7 @@ def _grain(image: Image.Image, levels: int, seed: bytes) -> np.ndarray:
     sums = np.frombuffer(random, np.uint8).reshape(shape).sum(0, dtype=np.int32) - 2 * 255
     # The sum's variance is four times that of a byte, (256**2 - 1) / 12; in fixed point, rounded.
     factor = round(levels * 2**16 / (4 * (256**2 - 1) / 12) ** 0.5)
-    return (sums * factor + 2**15) >> 16
+    return np.asarray((sums * factor + 2**15) >> 16)
 
 
 @cache

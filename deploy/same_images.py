@@ -91,7 +91,7 @@ def image_words(before: Measurement, after: Measurement) -> list[str]:
     words = [f"{images_in_words(count)} {what}" for what, count in counted.items() if count]
     if change.known and not change.same and not words:
         words.append(f"the images of {held_out} stand in another order")
-    if data[0] is None or data[1] is None or data[0].key == data[1].key:
+    if data[0] is None or data[1] is None or _contents(data[0]) == _contents(data[1]):
         return words
     earlier, later = (DatasetFacts.model_validate(each.facts).images for each in (data[0], data[1]))
     for part in PARTS:
@@ -100,7 +100,12 @@ def image_words(before: Measurement, after: Measurement) -> list[str]:
             words.append(
                 f"{images_in_words(abs(more))} {'more' if more > 0 else 'fewer'} in {_user_name(part, data[1])}"
             )
-    return words or ["the data set was made anew, with as many images in every part"]
+    return words or ["other images in the data set, as many as before in every part"]
+
+
+def _contents(data: Provenance) -> object:
+    """What changes whenever an image of the data set does."""
+    return data.config.get("fingerprint", data.key)
 
 
 def _user_name(part: Part, data: Provenance | None) -> str:
