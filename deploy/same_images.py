@@ -97,9 +97,8 @@ def image_words(before: Measurement, after: Measurement) -> list[str]:
     for part in PARTS:
         more = later.get(part, 0) - earlier.get(part, 0)
         if more and not (part == "test" and change.known):
-            words.append(
-                f"{images_in_words(abs(more))} {'more' if more > 0 else 'fewer'} in {_user_name(part, data[1])}"
-            )
+            count = images_in_words(abs(more), "more" if more > 0 else "fewer")
+            words.append(f"{count} in {_user_name(part, data[1])}")
     return words or ["other images in the data set, as many as before in every part"]
 
 
@@ -111,14 +110,14 @@ def _contents(data: Provenance) -> object:
 def _user_name(part: Part, data: Provenance | None) -> str:
     """What whoever brought the images calls a part of them."""
     if part == "val":
-        return "the validation images"
+        return "validation"
     name = None if data is None else data.config.get(f"{part}_split")
-    return printable(name) if isinstance(name, str) else f"the {part} images"
+    return printable(name) if isinstance(name, str) else part
 
 
-def images_in_words(count: int) -> str:
-    """A number of images."""
-    return f"{count:,} image{'' if count == 1 else 's'}"
+def images_in_words(count: int, which: str = "") -> str:
+    """A number of images, such as "3 more images"."""
+    return f"{count:,} {which}{' ' if which else ''}image{'' if count == 1 else 's'}"
 
 
 def _datasets(measurement: Measurement) -> list[Provenance]:

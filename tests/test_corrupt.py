@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -427,7 +426,7 @@ def test_two_measurements_know_whether_they_saw_the_same_images(halves: Dark, tm
     assert not change.same and (change.added, change.removed, change.relabelled) == (7, 2, 1)
     words = image_words(halves.measurement, other)
     assert words[:3] == ["7 images added to val", "2 images removed from val", "1 image of val relabelled"]
-    assert re.fullmatch("[34] images more in train", words[3]), "of four new ones some are for validation"
+    assert words[3:] == ["2 more images in train", "2 more images in validation"]
     back = image_change(other, halves.measurement)
     assert (back.added, back.removed, back.relabelled) == (2, 7, 1)
 
