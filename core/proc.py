@@ -40,6 +40,11 @@ def is_installed(distribution: str) -> bool:
     return importlib.util.find_spec(name.partition(".")[0]) is not None
 
 
+def process_count() -> int:
+    """How many processes torchrun started (or another launcher that sets the same variables)."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def require(what: str, distributions: Iterable[str], extra: str) -> None:
     """Refuse, with the cure, when one of ``distributions`` is missing. Raises UserError."""
     missing = [name for name in distributions if not is_installed(name)]

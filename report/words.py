@@ -12,6 +12,7 @@ from ..runtime.task import Task
 
 NOTHING = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
+SMOKE = "A smoke run: two batches through every stage. It shows that they work; no number of it is a result."
 
 
 def figure(value: float | None, digits: int = 3) -> str:
@@ -325,13 +326,28 @@ def gain_sentence(gain: Mapping[str, Any]) -> str:
     return f"Loss: {gain['method']} lost {amount} against labels alone over {found['n']} seeds ({where})."
 
 
+def of_student(hop: Mapping[str, Any]) -> str:
+    """The target of a chain of hops, and whose it is where there are several students."""
+    return f"{hop['target']} of {hop['of']}" if hop.get("of") else str(hop["target"])
+
+
+def caveats(numbers: Mapping[str, Any]) -> list[str]:
+    """What comes before every number of a report: that it is none, or that some are missing."""
+    lines = []
+    if numbers.get("smoke"):
+        lines.append(SMOKE)
+    if missing := numbers.get("missing"):
+        lines.append(f"Missing, since making it failed: {listed(missing)}.")
+    return lines
+
+
 def hop_lines(hop: Mapping[str, Any]) -> list[str]:
     """``openvino: torch 97.40 -> float32 97.40 (no flips)`` and below it the variants, in per cent."""
     ran = f" ({hop['ran']})" if hop["ran"] else ""
     images = hop["steps"][0]["accuracy"]["n"]
     up_to_float32 = [_step(step, images) for step in hop["steps"] if not step["variant"]]
     variants = [_step(step, images) for step in hop["steps"] if step["variant"]]
-    lines = [f"{hop['target']}{ran}: " + " \N{RIGHTWARDS ARROW} ".join(up_to_float32)]
+    lines = [f"{of_student(hop)}{ran}: " + " \N{RIGHTWARDS ARROW} ".join(up_to_float32)]
     return lines + ["  against float32: " + "; ".join(variants)] * bool(variants)
 
 
