@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 RESUME = "resume"
+LOOK_SECONDS = 0.01  # between two looks whether a lock is free
 EVIDENCE = "evidence"  # subfolder of what a stage looked at: kept, not shipped
 
 # Versions written into every manifest, where installed: the tools that can change a number.
@@ -484,7 +485,7 @@ def _exclusive(part: Path, out: Path) -> Iterator[None]:
         except FileNotFoundError:
             continue
         try:
-            if not _locked(descriptor):
+            if not _locked(descriptor, tries=4):  # it may be somebody who only looks: see ``is_held``
                 raise Busy(f"another process is writing {part}: wait for it or choose another folder", out)
             if _is_at(descriptor, part):
                 yield
@@ -493,13 +494,17 @@ def _exclusive(part: Path, out: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _locked(descriptor: int) -> bool:
+def _locked(descriptor: int, tries: int = 1) -> bool:
     """Take the lock of what is open, if nobody has it."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    for left in reversed(range(tries)):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if left:
+                time.sleep(LOOK_SECONDS)
+        else:
+            return True
+    return False
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -124,7 +124,8 @@ def bench(
     with (
         held(device.settings, talk),
         drafting(Measurement, order, out, resumable=True) as draft,
-        tempfile.TemporaryDirectory() as scratch,
+        # Below the draft: what a kill leaves there goes with it.
+        tempfile.TemporaryDirectory(dir=draft.path.absolute()) as scratch,
     ):
         assert draft.resume is not None  # the draft was begun as a resumable one
         journal = Journal(draft.resume)

@@ -72,6 +72,17 @@ def test_a_smoke_run_sees_every_stage_and_is_no_result(folder: Path) -> None:
     assert "A smoke run" in (page / "report.html").read_text() and Report.open(page).numbers["smoke"]
 
 
+def test_clean_takes_a_smoke_run_and_waits_for_a_run(folder: Path) -> None:
+    done = kdpipe("run", "tiny.yaml", "--smoke", "--until", "data", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    [place] = (folder / "artifacts" / smoke.SMOKE).iterdir()
+    with diary.Diary(folder / "artifacts", ["kdpipe", "run"]) as written:
+        written.begin("data-0", {"data-0": None}, 0)
+        assert_one_line(kdpipe("clean", "--yes", cwd=folder), 2, f"process {os.getpid()} runs in artifacts")
+    assert place.exists() and kdpipe("clean", "--yes", cwd=folder).returncode == 0
+    assert not (folder / "artifacts" / smoke.SMOKE).exists()
+
+
 def test_a_smoke_run_changes_what_takes_time_and_nothing_else() -> None:
     """Every recipe: networks, inputs, methods, targets, devices and batches are as they were; its keys are others."""
     for path in sorted((ROOT / "recipes").glob("*.yaml")):
