@@ -23,7 +23,6 @@ from .core.artifact import (
     AnyArtifact,
     Busy,
     Manifest,
-    NoSpace,
     Order,
     OtherVersion,
     find_ancestors,
@@ -211,7 +210,11 @@ class Chain:
         told = self.course.begin(path) if self.course else ""
         # The bar is seen while libraries are being imported.
         with progress(f"{name} ({told})" if told else name, 1), code.allowing(self.allow_code):
-            check()
+            try:
+                check()
+            except KdpipeError as error:
+                error.stops_all = True
+                raise
             while not path.exists():
                 try:
                     with contextlib.nullcontext() if kind is Measurement else making():
@@ -450,7 +453,7 @@ class Chain:
             try:
                 return train_together(part, dataset, teacher, remembered, self.folder / PRECISIONS)[path]
             except KdpipeError as error:
-                if failed is None or not path.exists() or isinstance(error, (Busy, NoSpace)):
+                if failed is None or not path.exists() or isinstance(error, Busy) or error.stops_all:
                     tried.update(each for each in part if not isinstance(error, Busy) and not each.exists())
                     raise
                 return Checkpoint.open(path)  # another one of them failed, and says so in its own step
@@ -863,17 +866,15 @@ class Benched:
 
 @contextlib.contextmanager
 def tolerated(name: str, failed: dict[str, KdpipeError] | None) -> Iterator[None]:
-    """Go on without ``name`` where it fails in the block: ``failed`` takes why. A full disk fails all that follows.
+    """Go on without ``name`` where it fails in the block: ``failed`` takes why.
 
     Args:
         failed: None: nothing is tolerated.
     """
     try:
         yield
-    except NoSpace:
-        raise
     except KdpipeError as error:
-        if failed is None:
+        if failed is None or error.stops_all:
             raise
         failed[name] = error
         note(f"{name} failed, the others go on: {error}")

@@ -231,7 +231,9 @@ class Busy(UserError):
 
 
 class NoSpace(UserError):
-    """The disk is full: whatever comes next cannot be written either."""
+    """The disk is full."""
+
+    stops_all = True
 
 
 @contextlib.contextmanager
