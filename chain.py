@@ -437,12 +437,14 @@ class Chain:
         made: dict[Path, str] = {}  # by whose step
         orders = {name: train_order(config, dataset, teacher) for name, config in configs.items()}
         paths = {self.path(name, order): order for name, order in orders.items()}
-        tried: set[Path] = set()  # what failed among others is not tried beside them again
+        tried: dict[Path, KdpipeError | None] = {}  # what failed among others, and why if that is known
 
         def make(path: Path) -> Checkpoint:
             require("training", TRAIN_NEEDS, "train")
             from .distill.train import companions, train_together
 
+            if (known := tried.get(path)) is not None:
+                raise known
             missing = {each: order for each, order in paths.items() if each not in tried and not each.exists()}
             missing[path] = paths[path]
             parts = companions(missing, dataset) if together and path not in tried else [{path: missing[path]}]
@@ -453,8 +455,11 @@ class Chain:
             try:
                 return train_together(part, dataset, teacher, remembered, self.folder / PRECISIONS)[path]
             except KdpipeError as error:
-                if failed is None or not path.exists() or isinstance(error, Busy) or error.stops_all:
-                    tried.update(each for each in part if not isinstance(error, Busy) and not each.exists())
+                if isinstance(error, Busy) or error.stops_all:
+                    raise
+                left = [each for each in part if not each.exists()]
+                tried.update(dict.fromkeys(left, error if len(left) == 1 else None))
+                if failed is None or path in left:
                     raise
                 return Checkpoint.open(path)  # another one of them failed, and says so in its own step
 
