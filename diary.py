@@ -60,7 +60,8 @@ class Diary:
             command: that goes on with the run, as it was given.
             below: the folder of its artifacts, where they do not lie in ``folder`` itself.
         """
-        self._folder, self._command, self._below = folder / DIARIES, tuple(command), below
+        self._folder, self._below = folder / DIARIES, below
+        self._command = tuple(printable(word, 1000) for word in command)  # as it can be read back
         self._name = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._begun = time.time()
         self._waiting: dict[str, float | None] = {}
@@ -84,10 +85,12 @@ class Diary:
     def fail(self, leg: str, message: str, exit_code: int) -> None:
         """``leg`` could not be made: kept until it can."""
         self._waiting.pop(leg, None)
-        failure = Failure(leg=leg, message=message[:2000], exit_code=exit_code, failed_unix=time.time())
+        failure = Failure(leg=leg, message=printable(message, 2000), exit_code=exit_code, failed_unix=time.time())
         with contextlib.suppress(OSError):
             (self._folder / FAILURES).mkdir(parents=True, exist_ok=True)
             _replace(self._folder / FAILURES / f"{leg}.json", failure)
+        if self._lock is not None:
+            self._write(None)
 
     def __enter__(self) -> Self:
         return self

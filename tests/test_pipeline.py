@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -265,7 +264,7 @@ print(sealed)
 
 def test_of_many_that_write_the_same_one_seals(tmp_path: Path) -> None:
     """Whatever the moment at which another one begins, renames or gives up: never two, never half, no other error."""
-    count = 150
+    count = 60
     line = [sys.executable, "-c", SEALER, str(tmp_path), str(count)]
     writers = [
         subprocess.Popen([*line, str(at)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -326,36 +325,38 @@ def test_a_part_that_was_renamed_meanwhile_is_not_taken_for_the_lock(tmp_path: P
     assert [each.name for each in tmp_path.iterdir()] == ["a"]
 
 
-def _measure(told: Any, go: Any) -> None:
-    with held(DeviceSettings(), Talk(lambda *_: None, lambda text: told.put(text))):
-        told.put("measuring")
-        go.wait(60)
-    told.put("measured")
+MEASURER = """
+import sys
+from kdpipe.core.config import DeviceSettings
+from kdpipe.devices.lock import held
+from kdpipe.devices.talk import Talk
+with held(DeviceSettings(), Talk(lambda *_: None, lambda text: print(text, flush=True))):
+    print("measuring", flush=True)
+    sys.stdin.readline()
+"""
 
 
-def test_nothing_is_made_on_a_host_that_is_measured(tmp_path: Path) -> None:
+def test_nothing_is_made_on_a_host_that_is_measured() -> None:
     """And it is not measured while something is made."""
-    context = multiprocessing.get_context("spawn")
-    told, go = context.Queue(), context.Event()
-    heard = Told()
+
+    class Ends(Told):
+        def note(self, text: str) -> None:
+            super().note(text)
+            assert measurer.stdin is not None
+            measurer.stdin.close()
+
     with making():
         with making():  # a step inside another one
             pass
-        process = context.Process(target=_measure, args=(told, go))
-        process.start()
-        assert "is at work, which would be measured too: waiting" in told.get(timeout=60)
-    assert told.get(timeout=60) == "measuring"
-
-    class Ended(Told):
-        def note(self, text: str) -> None:
-            super().note(text)
-            go.set()
-
-    heard = Ended()
+        measurer = subprocess.Popen([sys.executable, "-c", MEASURER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert measurer.stdout is not None
+        assert measurer.stdout.readline() == b"'local' is at work, which would be measured too: waiting\n"
+    assert measurer.stdout.readline() == b"measuring\n"
+    heard = Ends()
     with listening(heard), making():
-        assert told.get(timeout=60) == "measured"
-    process.join()
-    assert len(heard.notes) == 1 and re.match(r"this host is measured by process \d+ since", heard.notes[0])
+        measurer.stdout.close()
+        assert measurer.wait(60) == 0, "it is through before something is made"
+    assert len(heard.notes) == 1 and re.match(rf"this host is measured by process {measurer.pid} since", heard.notes[0])
 
 
 def test_a_step_that_measures_does_not_wait_for_itself() -> None:
@@ -447,7 +448,7 @@ def test_status_of_what_is_gone_half_written_or_nonsense(tmp_path: Path) -> None
     assert "left behind by a process that is gone: student-0; the same command goes on with it" in lines
     assert lines[-1] == f"nothing runs in {tmp_path}"
     shutil.copytree(tmp_path / "half-0", tmp_path / "teacher-0")
-    assert "gone" not in kdpipe("status", "--artifacts", tmp_path).stdout.replace("is gone", ""), "it was made since"
+    assert "gone: process" not in kdpipe("status", "--artifacts", tmp_path).stdout, "it was made since"
     with diary.Diary(tmp_path, ["kdpipe", "run", "x.yaml"]):
         pass
     assert not (runs / "1-a.json").exists(), "the same command has gone on"
