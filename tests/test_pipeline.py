@@ -97,7 +97,7 @@ def test_a_smoke_run_changes_what_takes_time_and_nothing_else() -> None:
             name.rpartition("-seed")[0]
             for name in pipeline.student_runs(whole.student, whole.distill, whole.data.unlabeled is not None)
         }
-        assert validated(Recipe, small.model_dump(), "small") == small, "still a recipe"
+        assert validated(Recipe, small.model_dump(), "small").model_dump() == small.model_dump(), "still a recipe"
 
 
 def _flat(recipe: Recipe) -> list[tuple[str, Any]]:
