@@ -745,11 +745,15 @@ class Chain:
                 order = attempt_order(session, attempt_of(earlier[device][taken]))
                 benched.measured[device] = [self.step("measurement", Measurement, order, Measurement.open, taken)]
         with tempfile.TemporaryDirectory() as host_folder:
-            for number in range(1, max(goals.values(), default=0) + 1):
+            lacking = {device: range(done[device] + 1, goals[device] + 1) for device in sessions}
+            for at in range(max(map(len, lacking.values()), default=0)):  # side by side, whatever was measured before
                 turn = {
-                    out or self.path("measurement", session, number): (attempt_order(session, number), own[device])
-                    for device, session in sessions.items()
-                    if done[device] < number <= goals[device] and device not in benched.lost
+                    out or self.path("measurement", sessions[device], its[at]): (
+                        attempt_order(sessions[device], its[at]),
+                        own[device],
+                    )
+                    for device, its in lacking.items()
+                    if at < len(its) and device not in benched.lost
                 }
                 self._measure(turn, dataset, Path(host_folder), benched)
         if not benched.measured:
