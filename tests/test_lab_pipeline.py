@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +18,14 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import command, interruptible, system_command
+from conftest import assert_one_line, command, interruptible, kdpipe, system_command
 from test_commands import TINY
+from test_pipeline import break_openvino, folder  # noqa: F401 (a fixture)
 
-from kdpipe import diary
+from kdpipe import diary, smoke
 from kdpipe.chain import sealed
 from kdpipe.core.artifact import MANIFEST
-from kdpipe.core.kinds import Measurement, Report
+from kdpipe.core.kinds import Checkpoint, Measurement, Report
 
 pytestmark = pytest.mark.lab
 RECIPE = TINY | {
@@ -237,3 +241,43 @@ def test_a_folder_that_may_only_be_read(undisturbed: tuple[Place, Contents], tmp
             assert "Read-only file system" in talk.strip().splitlines()[-1]
     finally:
         subprocess.run(["umount", folder], check=True)
+
+
+def test_a_smoke_run_of_phases_and_students(folder: Path) -> None:
+    students = {"staged": {"method": "stagewise", "train": {"epochs": 50}}, "hot": {"temperature": 9, "cache_views": 7}}
+    changes = ["--set", f"distill.students={json.dumps(students)}", "--until", "distill"]
+    done = kdpipe("run", "tiny.yaml", "--smoke", *changes, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    [place] = (folder / "artifacts" / smoke.SMOKE).iterdir()
+    steps = {path.name.rpartition("-")[0]: Checkpoint.open(path).facts.steps for path in place.glob("student-*")}
+    assert steps["student-staged-seed0"] == 8 and steps["student-hot-seed0"] == 2
+
+
+def test_a_smoke_run_fails_where_something_does_not_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A converter that is broken, and a device without a runtime: the others are made and measured."""
+    break_openvino(monkeypatch)
+    bare = folder / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True)
+    import numpy
+
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    (bare / "lib" / version / "site-packages" / "numpy").symlink_to(Path(numpy.__file__).parent)
+    (folder / "devices.yaml").write_text(
+        f"board: {{kind: local, python: {bare}/bin/python3, folder: {folder}/board}}\n"
+    )
+    done = kdpipe("run", "tiny.yaml", "--smoke", "--set", "bench.devices=["null", board]", cwd=folder)
+    assert_one_line(done, 2, "failed: openvino")
+    lines = done.stderr.splitlines()
+    assert any(re.match("kdpipe: openvino: .*this converter is broken", line) for line in lines), done.stderr
+    assert any("board" in line for line in lines if line.startswith("kdpipe: ")), done.stderr
+
+
+def test_a_student_that_fails_leaves_the_others(folder: Path) -> None:
+    students = {"wild": {"train": {"optimizer": "sgd", "learning_rate": 1e12}}, "mild": {"temperature": 2}}
+    changes = [f"distill.students={json.dumps(students)}", "export.students=all", "export.targets=[onnxruntime]"]
+    done = kdpipe("run", "tiny.yaml", "--json", *(w for change in changes for w in ("--set", change)), cwd=folder)
+    assert done.returncode == 2, done.stderr
+    assert "student-wild-seed0: " in done.stderr and "loss became" in done.stderr
+    told = json.loads(done.stdout)
+    assert {name.split("-")[0] for name in told["bundles"]} == {"kd", "mild"}
+    assert "student-wild-seed0" in told["numbers"]["missing"]
