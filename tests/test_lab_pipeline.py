@@ -265,7 +265,7 @@ def test_a_smoke_run_fails_where_something_does_not_work(folder: Path, monkeypat
     (folder / "devices.yaml").write_text(
         f"board: {{kind: local, python: {bare}/bin/python3, folder: {folder}/board}}\n"
     )
-    done = kdpipe("run", "tiny.yaml", "--smoke", "--set", "bench.devices=["null", board]", cwd=folder)
+    done = kdpipe("run", "tiny.yaml", "--smoke", "--set", 'bench.devices=["null", board]', cwd=folder)
     assert_one_line(done, 2, "failed: openvino")
     lines = done.stderr.splitlines()
     assert any(re.match("kdpipe: openvino: .*this converter is broken", line) for line in lines), done.stderr

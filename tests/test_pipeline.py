@@ -54,9 +54,10 @@ def break_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_smoke_run_sees_every_stage_and_is_no_result(folder: Path) -> None:
     assert kdpipe("run", "tiny.yaml", "--smoke", "--until", "data", cwd=folder).returncode == 0
-    done = kdpipe("run", "tiny.yaml", "--smoke", "--set", "bench.devices=[local]", cwd=folder)  # anew: the first is gone
+    # The next begins anew, and the first is gone.
+    done = kdpipe("run", "tiny.yaml", "--smoke", "--set", "bench.devices=[local]", cwd=folder)
     assert done.returncode == 0, done.stderr
-        assert "no number of it is a result" in done.stdout and "accuracy" not in done.stdout
+    assert "no number of it is a result" in done.stdout and "accuracy" not in done.stdout
     assert not list((folder / "artifacts").glob("*-*")), "nothing lies among the results"
     assert "0 artifacts" in kdpipe("list", cwd=folder).stdout
     [place] = (folder / "artifacts" / smoke.SMOKE).iterdir()
