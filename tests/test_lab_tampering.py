@@ -87,23 +87,24 @@ def same_number(first: bytes, second: bytes) -> bool:
 def test_every_sign_of_a_manifest_counts(bundle: Path) -> None:
     """Wherever one other byte spells the same value: exponents, last digits, spaces."""
     path = bundle / MANIFEST
-    whole, spellings = path.read_bytes(), []
+    whole = path.read_bytes()
+    others = []  # where, and which byte
     for found in re.finditer(rb"(?<=[ \n])-?\d[\d.e+-]*", whole):
-        for at, by in itertools.product(range(*found.span()), range(1, 256)):
-            text = whole[:at] + bytes([whole[at] ^ by]) + whole[at + 1 :]
-            if same_number(text[slice(*found.span())], found[0]):
-                spellings.append(text)
-    ends = [found.start() for found in re.finditer(rb"\n ", whole)]
-    spellings += [
-        whole[: at + turn] + b"\n "[1 - turn :][:1] + whole[at + turn + 1 :] for at in ends for turn in (0, 1)
-    ]
-    same = [text for text in random.Random(0).sample(spellings, 200) if json.loads(text) == json.loads(whole)]
-    assert len(same) > 100, "there are such places"
-    for text in same:
+        for at, byte in itertools.product(range(*found.span()), range(256)):
+            text = found[0][: at - found.start()] + bytes([byte]) + found[0][at + 1 - found.start() :]
+            if text != found[0] and same_number(text, found[0]):
+                others.append((at, byte))
+    for found in re.finditer(rb"\n ", whole):
+        others += [(found.start(), ord(" ")), (found.start() + 1, ord("\n"))]
+    refused = 0
+    for at, byte in random.Random(0).sample(others, min(300, len(others))):
+        text = whole[:at] + bytes([byte]) + whole[at + 1 :]
+        assert json.loads(text) == json.loads(whole)
         path.write_bytes(text)
         assert_one_line(kdpipe("verify", bundle), 2, "edited after sealing")
         assert "edited after sealing" in runner("verify", bundle).stderr
-    print(f"{len(same)} of {len(spellings)} other spellings of the same manifest, one byte away: refused")
+        refused += 1
+    print(f"{refused} of {len(others)} other spellings of the same manifest, one byte away: refused")
 
 
 def test_a_changed_byte_on_a_device_is_not_installed(bundle: Path, tmp_path: Path) -> None:
