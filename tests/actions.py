@@ -1,7 +1,7 @@
 """Executes a workflow's steps as GitHub's runner does, as far as docs/ci.md and action.yml need: for the lab.
 
-A ``run:`` is written into a file and given to ``bash --noprofile --norc -eo pipefail``, with its ``env:``, and with files
-behind GITHUB_OUTPUT and GITHUB_STEP_SUMMARY. Of ``uses:`` only our own action is executed; actions of others (checkout,
+A ``run:`` is written into a file and given to ``bash --noprofile --norc -eo pipefail``, with its ``env:`` and with
+files behind GITHUB_OUTPUT and GITHUB_STEP_SUMMARY. Of ``uses:`` only our own action is executed; actions of others (checkout,
 caches, uploads) are left out, and told. Expressions have contexts, literals, ``== != && || !`` and a few functions.
 """
 
@@ -128,7 +128,7 @@ class Runner:
     def job(self, workflow: Path, name: str) -> bool | None:
         """Execute a job; whether it succeeded, None where its ``if:`` leaves it out."""
         job = yaml.safe_load(workflow.read_text())["jobs"][name]
-        if not Expression(job.get("if", "true"), {"true": True, **self.contexts}).value():
+        if not Expression(job.get("if", "success()"), self.contexts).value():
             return None
         return self.steps(job["steps"], {**self.contexts, "steps": {}})
 
