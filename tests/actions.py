@@ -1,8 +1,9 @@
 """Executes a workflow's steps as GitHub's runner does, as far as docs/ci.md and action.yml need: for the lab.
 
 A ``run:`` is written into a file and given to ``bash --noprofile --norc -eo pipefail``, with its ``env:`` and with
-files behind GITHUB_OUTPUT and GITHUB_STEP_SUMMARY. Of ``uses:`` only our own action is executed; actions of others (checkout,
-caches, uploads) are left out, and told. Expressions have contexts, literals, ``== != && || !`` and a few functions.
+files behind GITHUB_OUTPUT and GITHUB_STEP_SUMMARY. Of ``uses:`` only our own action is executed; actions of others
+(checkout, caches, uploads) are left out, and told. Expressions have contexts, literals, ``== != && || !`` and a few
+functions.
 """
 
 from __future__ import annotations

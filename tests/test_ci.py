@@ -155,7 +155,7 @@ TOLD = {
 def test_whatever_an_input_says_is_one_word(tmp_path: Path, text: str) -> None:
     for but in ("name", "version"):  # which make one word together
         folder = tmp_path / but
-        inputs = {name: text for name in TOLD} | {but: {"name": "a", "version": "v1.1.0"}[but]}
+        inputs = dict.fromkeys(TOLD, text) | {but: {"name": "a", "version": "v1.1.0"}[but]}
         runner, passed, records = act(folder, until="release", **inputs)
         assert passed, [ran.stderr for ran in runner.ran]
         assert [record["argv"][0] for record in records] == ["pull", "run", "gate", "release"]

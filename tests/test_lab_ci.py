@@ -1,7 +1,8 @@
 """The repository of docs/ci.md, made of its own blocks: every ``run:`` of its workflow and of the action, in order.
 
-A request, a request that is judged, a first tag, a second one, and a machine without torch that pulls what was published.
-What is GitHub's own (checkout, caches, uploads) is left out; its API is a server on loopback that keeps what it is sent.
+A request, a request that is judged, a first tag, a second one, and a machine without torch that pulls what was
+published. What is GitHub's own (checkout, caches, uploads) is left out; its API is a server on loopback that keeps what
+it is sent.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from typing import Any
 
 import pytest
 from actions import Runner, the_environment
-from conftest import ROOT
 from test_ci import blocks
 from test_house import clone_to
 
@@ -45,7 +45,7 @@ def api() -> Iterator[Api]:
     kept = Api()
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # noqa: N802 (http.server's name)
+        def do_POST(self) -> None:
             content = self.rfile.read(int(self.headers["Content-Length"]))
             kept.sent.append((self.path, self.headers["Authorization"], json.loads(content)))
             self.send_response(201)
@@ -128,7 +128,7 @@ class Forge:
         return subprocess.run(line, cwd=self.repository, capture_output=True, text=True, check=True).stdout.strip()
 
     def job(self, name: str, **github: Any) -> tuple[Runner, bool | None]:
-        """A job of the workflow in a clean checkout of what is there, but for the artifacts of a runner that keeps them."""
+        """A job of the workflow, on a runner that keeps the folder of artifacts."""
         temporary = self.folder / f"temporary-{len(list(self.folder.iterdir()))}"
         temporary.mkdir()
         contexts = {
