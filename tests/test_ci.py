@@ -146,22 +146,23 @@ def test_until_is_one_of_three_words(tmp_path: Path) -> None:
 # How kdpipe is told of each input.
 TOLD = {
     "recipe": "{}", "artifacts": "--artifacts={}", "device": "--device={}", "releases": "--to={}", "baseline": "{}",
-    "rules": "--rule={}", "public_key": "--signature={}", "name": "{}@1.1.0", "version": "a@{}",
+    "first_rules": "--rule={}", "public_key": "--signature={}", "name": "{}@1.1.0", "version": "a@{}",
     "acknowledge": "--acknowledge={}",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_whatever_an_input_says_is_one_word(tmp_path: Path, text: str) -> None:
-    for but in ("name", "version"):  # which make one word together
-        folder = tmp_path / but
-        inputs = dict.fromkeys(TOLD, text) | {but: {"name": "a", "version": "v1.1.0"}[but]}
+    # What makes one word together, or excludes each other, is hostile in turn.
+    for at, but in enumerate(({"name": "a"}, {"version": "v1.1.0", "baseline": ""})):
+        folder, unused = tmp_path / str(at), ("first_rules", "public_key")[at]
+        inputs = dict.fromkeys(TOLD, text) | but
         runner, passed, records = act(folder, until="release", **inputs)
         assert passed, [ran.stderr for ran in runner.ran]
-        assert [record["argv"][0] for record in records] == ["pull", "run", "gate", "release"]
+        assert [record["argv"][0] for record in records] == ["pull", "run", "gate", "release"][at:]
         words = [word for record in records for word in record["argv"]]
-        for name in TOLD.keys() - {but}:
-            for line in text.splitlines() if name in ("rules", "acknowledge") else [text]:
+        for name in TOLD.keys() - but.keys() - {unused}:
+            for line in text.splitlines() if name in ("first_rules", "acknowledge") else [text]:
                 assert TOLD[name].format(line) in words, (name, words)
         for record in records:  # behind its option, or behind "--"
             plain = record["argv"][1:]
@@ -189,10 +190,16 @@ def test_the_key_is_seen_by_nobody_but_the_release(tmp_path: Path) -> None:
 
 
 def test_without_a_baseline_or_a_key_neither_is_asked_for(tmp_path: Path) -> None:
-    _, passed, records = act(tmp_path, until="release", name="a", version="v1.0.0", releases="r", rules="x >= baseline")
+    inputs = {"until": "release", "name": "a", "version": "v1.0.0", "releases": "r"}
+    _, passed, records = act(tmp_path / "first", first_rules="size <= 4MB\n\nmemory <= 1GB\n", **inputs)
     assert passed and [record["argv"][0] for record in records] == ["run", "gate", "release"]
+    assert [word for word in records[1]["argv"] if "rule" in word] == ["--rule=size <= 4MB", "--rule=memory <= 1GB"]
     words = [word.partition("=")[0] for record in records for word in record["argv"]]
-    assert not {"--baseline", "--rule", "--last", "--key", "--signature", "--device"} & set(words)
+    assert not {"--baseline", "--last", "--key", "--signature", "--device"} & set(words)
+    _, _, later = act(tmp_path / "later", first_rules="size <= 4MB", baseline="a@0.9.0", **inputs)
+    pulled = f"{tmp_path}/later/temporary/kdpipe-baseline/a/0.9.0"
+    assert f"--baseline={pulled}" in later[2]["argv"] and f"--last={pulled}" in later[3]["argv"]
+    assert not any("--rule" in word for word in later[2]["argv"])
     assert records[-1]["argv"][-1] == "a@1.0.0", "a tag's v is no part of the version"
 
 
