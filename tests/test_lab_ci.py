@@ -64,11 +64,6 @@ def api() -> Iterator[Api]:
     server.server_close()
 
 
-def sites() -> Path:
-    """Where this environment's packages are."""
-    return next(path for path in map(Path, sys.path) if path.name == "site-packages")
-
-
 def closure(names: Sequence[str]) -> dict[str, importlib.metadata.Distribution]:
     """What these distributions need here, themselves among them, by their normalised names."""
     from packaging.requirements import Requirement
@@ -93,7 +88,8 @@ def environment_of(folder: Path, only: Sequence[str] = ()) -> Path:
     venv.create(folder, with_pip=not only, symlinks=True)
     site = next((folder / "lib").glob("python*/site-packages"))
     if not only:
-        (site / "packages.pth").write_text(f"{sites()}\n")
+        here = [path for path in sys.path if Path(path).name == "site-packages"]
+        (site / "packages.pth").write_text("\n".join(here) + "\n")
         return folder / "bin" / "python"
     for name, distribution in closure(only).items():
         if name == "kdpipe":
@@ -145,8 +141,9 @@ class Forge:
         environment = the_environment(self.python)
         for what in ("CONFIG", "DATA", "STATE", "CACHE"):
             environment[f"XDG_{what}_HOME"] = str(self.folder / "home")
-        # pip finds everything here: nothing is fetched, and the sources are built with what is installed.
-        environment |= {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        # pip finds everything here: nothing is fetched, and the sources are built with what is installed (which pip
+        # takes from this variable by its negation).
+        environment |= {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "OMP_WAIT_POLICY": "PASSIVE"}
         runner = Runner(self.repository, temporary, self.action, contexts, environment)
         return runner, runner.job(self.repository / WORKFLOW, name)
 
