@@ -49,10 +49,11 @@ $(STAMP): $(LOCK)
 	  { command -v uv >/dev/null && exit 1 || $(MAKE) --no-print-directory with-pip; }
 	@rm -f $(VENV)/.installed-* && touch $@
 
+# No configuration: what bounds the choice of versions is in the lock already, and uv takes no bounds beside hashes.
 with-uv:
 	uv venv --quiet --allow-existing --python 3.11 $(VENV)
-	VIRTUAL_ENV=$(VENV) uv pip install --quiet --require-hashes -r $(LOCK)
-	VIRTUAL_ENV=$(VENV) uv pip install --quiet --no-deps --no-build-isolation --editable .
+	VIRTUAL_ENV=$(VENV) uv pip install --no-config --quiet --require-hashes -r $(LOCK)
+	VIRTUAL_ENV=$(VENV) uv pip install --no-config --quiet --no-deps --no-build-isolation --editable .
 
 with-pip:
 	$(PYTHON) -m venv $(VENV)
