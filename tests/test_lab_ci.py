@@ -88,6 +88,8 @@ def environment_of(folder: Path, only: Sequence[str] = ()) -> Path:
     venv.create(folder, with_pip=not only, symlinks=True)
     site = next((folder / "lib").glob("python*/site-packages"))
     if not only:
+        remove = [folder / "bin" / "python", "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools"]
+        subprocess.run(remove, check=True)  # which may be older than what builds kdpipe, and would be found first
         here = [path for path in sys.path if Path(path).name == "site-packages"]
         (site / "packages.pth").write_text("\n".join(here) + "\n")
         return folder / "bin" / "python"
