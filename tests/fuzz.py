@@ -38,7 +38,10 @@ from kdpipe.core.kinds import (
     Report,
     Samples,
     Sights,
+    VerdictFacts,
 )
+from kdpipe.core.remote import fetch_folder
+from kdpipe.core.rules import parse_rules
 from kdpipe.devices import DEVICES, book
 from kdpipe.devices.journal import Journal
 from kdpipe.devices.runner import read_answer
@@ -259,6 +262,51 @@ def fetched_caches(made: Made, folder: Path) -> Attempt:
         return was_taken
 
     return attempt
+
+
+def fetched_bundles(made: Made, folder: Path) -> Attempt:
+    """A whole folder through fsspec, into one that has its name when all of it is right."""
+    source, there = made.bundles["onnxruntime-int8"].path, fsspec.filesystem("memory")
+    files = {name: (source / name).read_bytes() for name, _ in sealed.list_files(source)}
+    for name, content in files.items():
+        there.pipe(f"/fuzzed-bundle/{name}", content)
+    names, out = list(files), folder / "fetched"
+
+    def attempt(generator: random.Random) -> bool:
+        name = generator.choice(names) if generator.random() < 0.5 else MANIFEST
+        content = mangled(files[name], generator)
+        there.pipe(f"/fuzzed-bundle/{name}", content)
+        was_taken = taken(lambda: fetch_folder("memory://fuzzed-bundle", out), UserError)
+        assert not was_taken or content == files[name], f"a changed {name} was believed"
+        assert was_taken == out.exists(), "what was refused has no name"
+        there.pipe(f"/fuzzed-bundle/{name}", files[name])
+        shutil.rmtree(out, ignore_errors=True)
+        return was_taken
+
+    return attempt
+
+
+def verdicts(made: Made, folder: Path) -> Attempt:
+    """What a gate found of a candidate, bent."""
+    said: dict[str, Any] = {"answer": "pass", "candidate": "digits", "baseline": None, "rules": []}
+    said |= {"changed": {}, "since": {}, "apart": ["a"]}
+    text = json.dumps(said).encode()
+    places = list(everywhere(said))
+
+    def attempt(generator: random.Random) -> bool:
+        if generator.random() < 0.3:
+            value = bent(text, places, generator)
+            return taken(lambda: VerdictFacts.model_validate(value), ValueError)
+        rule = mangled(generator.choice(RULES).encode(), generator).decode(errors="surrogateescape")
+        return taken(lambda: parse_rules([rule]), UserError)
+
+    return attempt
+
+
+RULES = (
+    "accuracy >= baseline - 0.5pp", "latency p50 <= 1.02 x baseline on pi5", "size <= 4MB for int8",
+    "accuracy of dark >= baseline - 2pp", "memory <= 1.1 x baseline + 3MB",
+)  # fmt: skip
 
 
 def measurements(made: Made, folder: Path) -> Attempt:
@@ -499,6 +547,8 @@ READERS: dict[str, Callable[[Made, Path], Attempt]] = {
     "bundles": bundles,
     "caches": caches,
     "fetched caches": fetched_caches,
+    "fetched bundles": fetched_bundles,
+    "verdicts": verdicts,
     "measurements": measurements,
     "reports": reports,
     "journals": journals,

@@ -14,11 +14,15 @@ from pathlib import Path
 
 import pytest
 from conftest import Made, assert_one_line, kdpipe
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from fuzz import bent, everywhere, seal
 from test_deploy import ask, upload
 from test_strangers import runner
 
 from kdpipe.core import sealed
 from kdpipe.core.artifact import MANIFEST
+from kdpipe.core.kinds import Release
 from kdpipe.devices.runner import copy_runner
 from kdpipe.runtime import store
 from kdpipe.runtime.bundle import BundleError
@@ -125,3 +129,58 @@ def test_a_changed_byte_on_a_device_is_not_installed(bundle: Path, tmp_path: Pat
         change(entry / file, at, by)
     assert store.install(root, name)["live"]["digest"] == name, "unchanged, it is taken"
     print(f"one byte changed at {PLACES} places of a pushed bundle: never made live")
+
+
+@pytest.fixture
+def signed(made: Made, tmp_path: Path) -> tuple[Path, Path]:
+    """A signed release, and the public key."""
+    private, public = tmp_path / "private.pem", tmp_path / "public.pem"
+    key, pem = ec.generate_private_key(ec.SECP256R1()), serialization.Encoding.PEM
+    whole = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    private.write_bytes(whole)
+    public.write_bytes(key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
+    bundles = [made.bundles[name].path for name in ("onnxruntime-float32", NAMED)]
+    done = kdpipe("release", "tampered@1.0.0", *bundles, "--to", tmp_path / "releases", "--key", private)
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "releases" / "tampered" / "1.0.0", public
+
+
+def test_a_changed_byte_of_a_release_is_refused(signed: tuple[Path, Path]) -> None:
+    """In a bundle, a paper or the manifest by its hash, in the signature by the key; and the manifest sealed again."""
+    release, public = signed
+    refused = Counter[str]()
+    for name, at, by in places(release, PLACES):
+        if name == Release.SIGNATURE and is_only_spelling(release / name, at, by):
+            continue
+        change(release / name, at, by)
+        done = kdpipe("verify", release, "--signature", public)
+        assert_one_line(done, done.returncode, str(release))
+        assert done.returncode in (1, 2) and not done.stdout, f"byte {at} of {name} was not seen"
+        refused[name if name in (MANIFEST, Release.SIGNATURE) else "the rest"] += 1
+        change(release / name, at, by)
+    whole, generator = (release / MANIFEST).read_bytes(), random.Random(0)
+    spots = list(everywhere(json.loads(whole)))
+    for _ in range(PLACES // 10):
+        value = bent(whole, spots, generator)
+        if value == json.loads(whole):
+            continue
+        seal(release, value)
+        done = kdpipe("verify", release, "--signature", public)
+        assert_one_line(done, done.returncode, str(release))
+        assert done.returncode in (1, 2) and not done.stdout, "a manifest that nobody signed was believed"
+        refused["manifests sealed again"] += 1
+    (release / MANIFEST).write_bytes(whole)
+    assert kdpipe("verify", release, "--signature", public).returncode == 0, "unchanged, it is taken"
+    print(f"one byte of a signed release changed, refused: {dict(refused)}")
+    assert refused[Release.SIGNATURE] > 10
+
+
+def is_only_spelling(path: Path, at: int, by: int) -> bool:
+    """Whether a change of a signature's file leaves what it says: no key covers how it is written down."""
+    content = bytearray(path.read_bytes())
+    before = json.loads(content)
+    content[at] ^= by
+    try:
+        return bool(json.loads(content)["dsseEnvelope"] == before["dsseEnvelope"])
+    except (ValueError, KeyError, TypeError):
+        return False
