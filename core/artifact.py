@@ -508,8 +508,8 @@ def _seal(kind: type[A], draft: Draft[A], order: Order[Any], seconds: float) -> 
         "seconds": round(seconds, 3),
     }
     value["digest"] = sealed.digest(value)
-    with (draft.path / MANIFEST).open("w") as stream:
-        json.dump(value, stream, indent=1, allow_nan=False)
+    with (draft.path / MANIFEST).open("wb") as stream:
+        stream.write(sealed.spelled(value))
         stream.flush()
         os.fsync(stream.fileno())
     return read_manifest(draft.path)  # what could not be read back, such as a title with control characters, is refused
