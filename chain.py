@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -41,6 +42,8 @@ from .core.config import (
     DataPlan,
     ExportConfig,
     FittedConfig,
+    GateConfig,
+    GatePlan,
     GraphConfig,
     ModelSettings,
     PackageConfig,
@@ -52,12 +55,27 @@ from .core.config import (
     TrainConfig,
     suited,
 )
+from .core.config import changed as changed_config
 from .core.errors import DeviceLost, GateFailed, KdpipeError, UserError, choice
 from .core.inputs import InputSpec, size_words
-from .core.kinds import Bundle, Cache, Checkpoint, Graph, Measurement, Model, Probe, Report, Runnable
+from .core.kinds import (
+    Bundle,
+    Cache,
+    Checkpoint,
+    Graph,
+    Measurement,
+    Model,
+    Probe,
+    Refusal,
+    Report,
+    Runnable,
+    Verdict,
+    VerdictFacts,
+)
 from .core.proc import end_groups, process_count, require
 from .core.progress import note, progress
 from .core.remote import Store
+from .core.rules import Rule, parse_rules
 from .data.copies import are_photographs
 from .data.dataset import RANDOM, Dataset, Fitted, geometry
 from .data.fingerprints import Fingerprint, fingerprint_folder
@@ -71,6 +89,8 @@ from .runtime.preprocess import DECODING
 from .runtime.task import TASKS
 
 if TYPE_CHECKING:
+    from .deploy.gate import Pair
+    from .deploy.sides import Side
     from .report.compression import Sources
     from .report.pooled import Pooled
 
@@ -154,6 +174,7 @@ class Chain:
         self.check: Callable[[], None] = lambda: None
         self.course: Course | None = None  # of a run, which knows what is still to come
         self._graphs: dict[Path, Graph] = {}  # opened once for all the targets of a run
+        self._told: set[str] = set()  # of the parts of folders
 
     def step(
         self,
@@ -274,7 +295,13 @@ class Chain:
             raise UserError("data.skip_broken wants data.check all: what is not looked at cannot be left out")
         fingerprint, unlabeled = Fingerprint("by name", 0, ()), None  # named sources are known by their names
         if is_folder := Path(plan.source).is_dir():
-            plan = usual_splits(plan.model_copy(update={"source": str(Path(plan.source).absolute())}))
+            plan = plan.model_copy(update={"source": str(Path(plan.source).absolute())})
+        plan, lines = usual_splits(plan)
+        for line in lines:  # once, however often the same is asked
+            if line not in self._told:
+                self._told.add(line)
+                note(line)
+        if is_folder:
             fingerprint = fingerprint_folder(Path(plan.source), self._memory(plan.source), names_of(plan))
         if plan.unlabeled is not None and plan.unlabeled.is_dir():
             unlabeled = fingerprint_folder(plan.unlabeled, self._memory(str(plan.unlabeled)))
@@ -551,23 +578,58 @@ class Chain:
     ) -> Model:
         """One variant for that device, which decides what the configuration leaves to it."""
         check_known(model)
-        suitable = suited(config, device.machine, device.known_flags)
-        order = Order("quantize", suitable, {"model": model, "data": dataset})
+        return self._quantize(suited(config, device.machine, device.known_flags), model, dataset, out)
+
+    def _quantize(
+        self,
+        config: QuantizeConfig,
+        model: Model,
+        dataset: Dataset,
+        out: Path | None = None,
+        refused: Path | None = None,
+    ) -> Model:
+        """As ``quantize``, with what is told for a device; ``refused``: where it is sealed that the variant is."""
+        order = Order("quantize", config, {"model": model, "data": dataset})
 
         def make(path: Path) -> Model:
             from .export import TARGETS
-            from .quantize.stage import quantize
+            from .quantize.stage import quantize, refuse
 
             self._try(model)
             check = TARGETS[model.facts.target].check
-            return quantize(order, model, dataset, path, check, self._graph_of(model), self._teacher_of(model))
+            graph, teacher = self._graph_of(model), self._teacher_of(model)
+            try:
+                return quantize(order, model, dataset, path, check, graph, teacher)
+            except GateFailed as error:
+                if refused is not None and not refused.exists():
+                    refuse(order, model, error, refused)
+                    shutil.rmtree(path.with_name(path.name + ".part"), ignore_errors=True)  # nobody goes on with it
+                raise
 
         return self.step(f"{model.facts.target}-{config.variant}", Model, order, make, out)
+
+    def _unless_refused(self, config: QuantizeConfig, model: Model, dataset: Dataset) -> Model | None:
+        """A variant, or None and a line where it is refused: now, or before, which is known without trying again."""
+        key = Order("quantize", config, {"model": model, "data": dataset}).key
+        name = f"{model.facts.target}-{config.variant}"
+        if (refusal := self.refusal(name, key)) is not None:
+            note(f"{refusal.facts} (refused before: --again quantize tries it again)")
+            return None
+        try:
+            return self._quantize(config, model, dataset, refused=self.place(Refusal.name_of(name), key))
+        except GateFailed as error:
+            note(f"{model.facts.target} goes without {config.variant}: {error}")
+            return None
+
+    def refusal(self, name: str, key: str) -> Refusal | None:
+        """That an earlier run found the variant of this name and key refused, if it is not there all the same."""
+        path = self.place(Refusal.name_of(name), key)
+        return None if self.place(name, key).exists() or not path.exists() else Refusal.open(path)
 
     def variants(self, plan: QuantizePlan, model: Model, dataset: Dataset, device: Probe) -> list[Model]:
         """Every variant of the plan that ``model``'s target has; with auto, those that could be the best there.
 
-        One that is refused is left out where nobody named it.
+        One that is refused is left out where nobody named it, and that is sealed: the next run does not try it again.
 
         Raises:
             GateFailed: a named one is refused.
@@ -591,13 +653,10 @@ class Chain:
                     continue
                 config = suited(QuantizeConfig.of(plan, variant=name), probe.machine, probe.known_flags)
                 if config not in made:
-                    try:
-                        made[config] = self.quantize(config, model, dataset, probe)
-                    except GateFailed as error:
-                        if plan.variants != "auto":
-                            raise
-                        note(f"{model.facts.target} goes without {name}: {error}")
-                        made[config] = None
+                    if plan.variants == "auto":
+                        made[config] = self._unless_refused(config, model, dataset)
+                    else:
+                        made[config] = self._quantize(config, model, dataset)
                 variant = made[config]
                 if variant is not None:
                     found[device].append(variant)
@@ -708,11 +767,15 @@ class Chain:
                 order = attempt_order(session, attempt_of(earlier[device][taken]))
                 benched.measured[device] = [self.step("measurement", Measurement, order, Measurement.open, taken)]
         with tempfile.TemporaryDirectory() as host_folder:
-            for number in range(1, max(goals.values(), default=0) + 1):
+            lacking = {device: range(done[device] + 1, goals[device] + 1) for device in sessions}
+            for at in range(max(map(len, lacking.values()), default=0)):  # side by side, whatever was measured before
                 turn = {
-                    out or self.path("measurement", session, number): (attempt_order(session, number), own[device])
-                    for device, session in sessions.items()
-                    if done[device] < number <= goals[device] and device not in benched.lost
+                    out or self.path("measurement", sessions[device], its[at]): (
+                        attempt_order(sessions[device], its[at]),
+                        own[device],
+                    )
+                    for device, its in lacking.items()
+                    if at < len(its) and device not in benched.lost
                 }
                 self._measure(turn, dataset, Path(host_folder), benched)
         if not benched.measured:
@@ -749,6 +812,121 @@ class Chain:
                 benched.lost[device] = error
             else:
                 benched.measured.setdefault(device, []).append(made)
+
+    def gate(
+        self,
+        plan: GatePlan,
+        bench: BenchPlan,
+        candidate: Side,
+        baseline: Side | None,
+        dataset: Dataset,
+        out: Path | None = None,
+    ) -> Verdict:
+        """Whether ``candidate`` keeps the rules of ``plan``: measured together with ``baseline``, then judged.
+
+        Both are in every session, interleaved, on the same images. Sessions that are sealed count; others are measured
+        until as many as the rules need are trusted, or as many again were tried.
+
+        Raises:
+            UserError: a rule that concerns nothing, a baseline of another task or of other classes, a lost device.
+            KdpipeError: as ``bench`` does.
+        """
+        from .deploy import gate, verdict
+        from .deploy.changes import changed, device_changed
+
+        rules = parse_rules(plan.rules)
+        if baseline is None and (relative := [rule for rule in rules if rule.is_relative]):
+            if len(relative) == len(rules):
+                raise UserError(f"rule '{relative[0]}' asks for a baseline: name one with --baseline, or other rules")
+            note(f"{len(relative)} rules ask for a baseline and are left out: name one with --baseline")
+            rules = [rule for rule in rules if not rule.is_relative]
+        devices = dict.fromkeys([*bench.devices, *(rule.device for rule in rules if rule.device is not None)])
+        asked = tuple(name for name in devices if any(rule.device in (None, name) for rule in rules))
+        rows: dict[str, dict[str, Bundle]] = {}
+        pairs: dict[str, list[Pair]] = {}
+        apart: dict[str, None] = {}
+        for device in asked:
+            rows[device], pairs[device], told = _to_judge(rules, device, candidate, baseline, bench.threads)
+            apart |= dict.fromkeys(told)
+        counted = any(rule.kind.counted == "sessions" for rule in rules)
+        bench = bench.model_copy(update={"devices": asked})
+        if parts := [rule.part for rule in rules if rule.part is not None]:
+            own = getattr(bench, "corruptions", ())
+            bench = changed_config(bench, {"corruptions": tuple(dict.fromkeys([*own, *parts]))}, "bench")
+        sessions = self._trusted_sessions(bench, rows, dataset, plan.sessions if counted else 1)
+        inputs = {f"measurement-{device}-{attempt_of(each.manifest)}": each
+                  for device, its in sessions.items() for each in its}  # fmt: skip
+        then = {} if baseline is None else {**self._measured_before(baseline, inputs.values()), **baseline.measured}
+        config = GateConfig(
+            rules=tuple(map(str, rules)),
+            candidate=candidate.name,
+            baseline=None if baseline is None else baseline.name,
+            measured_before={device: each.key for device, each in then.items() if device in sessions},
+        )
+        order = Order("gate", config, inputs)
+
+        def make(path: Path) -> Verdict:
+            verdicts = gate.decide(gate.questions(rules, sessions, pairs))
+            since = {
+                device: device_changed(
+                    then[device].config["device_fingerprint"], its[-1].settings["device_fingerprint"]
+                )
+                for device, its in sessions.items()
+                if device in then
+            }
+            own = {
+                pair.row: changed(rows[device][pair.baseline].manifest, rows[device][pair.candidate].manifest)
+                for device, its in pairs.items()
+                for pair in its
+                if pair.baseline is not None and not pair.same
+            }
+            facts = VerdictFacts(
+                answer=gate.overall(verdicts),
+                candidate=candidate.name,
+                baseline=config.baseline,
+                rules=verdicts,
+                changed={row: moved for row, moved in own.items() if moved},
+                since={device: moved for device, moved in since.items() if moved},
+                apart=list(apart),
+            )
+            return verdict.write(order, facts, path)
+
+        return self.step("verdict", Verdict, order, make, out)
+
+    def _trusted_sessions(
+        self, bench: BenchPlan, rows: Mapping[str, Mapping[str, Bundle]], dataset: Dataset, wanted: int
+    ) -> dict[str, list[Measurement]]:
+        """All sessions of each device; measured are what lacks of as many trusted ones, each call so many at most."""
+        bench, begun = bench.model_copy(update={"sessions": wanted}), len(self.steps)
+        benched = self.bench(bench, rows, dataset, again=False)
+        for device, found in list(benched.measured.items()):
+            every = attempts_beside(found[-1])
+            trusted = sum(_is_trusted(manifest) for manifest in every.values())
+            new = {step.path.absolute() for step in self.steps[begun:] if not step.sealed_before}
+            if trusted < wanted and not new.intersection(every):
+                more = bench.model_copy(update={"devices": (device,), "sessions": wanted - trusted})
+                benched.lost |= self.bench(more, {device: rows[device]}, dataset, again=True).lost
+        if benched.lost:
+            raise UserError(f"{benched.told_lost}: no verdict without it, run the same again when it is back")
+        return {
+            device: [Measurement.open(path) for path in attempts_beside(found[-1])]
+            for device, found in benched.measured.items()
+        }
+
+    def _measured_before(self, side: Side, now: Iterable[Measurement]) -> dict[str, Manifest]:
+        """The last measurement of each device that has a bundle of ``side`` and is none of this gate's."""
+        bundles, ours = {bundle.key for bundle in side.bundles.values()}, {each.key for each in now}
+        found: dict[str, Manifest] = {}
+        folders = dict.fromkeys([self.folder, *(each.path.absolute().parent for each in side.bundles.values())])
+        for _, manifest in (each for folder in folders for each in sealed(folder, skip=UserError)):
+            if manifest.kind != Measurement.kind or manifest.key in ours:
+                continue
+            if bundles.isdisjoint(source.key for source in manifest.inputs.values()):
+                continue
+            device = str(manifest.config.get("device"))
+            if device not in found or manifest.created_utc > found[device].created_utc:
+                found[device] = manifest
+        return found
 
     def report(
         self,
@@ -843,6 +1021,44 @@ def _of_device(
     return its
 
 
+def _to_judge(
+    rules: Sequence[Rule], device: str, candidate: Side, baseline: Side | None, threads: Sequence[int]
+) -> tuple[dict[str, Bundle], list[Pair], list[str]]:
+    """What is measured on a device by the names of its rows; which belong together; what is on one side only."""
+    from .deploy.gate import Pair
+    from .deploy.sides import together
+    from .devices.session import swept
+
+    mine, theirs = candidate.of(device), {} if baseline is None else baseline.of(device)
+    both, apart = together(mine, theirs)
+    rows: dict[str, Bundle] = {}
+    pairs: list[Pair] = []
+    for name, bundle in mine.items():
+        other = theirs.get(name)
+        concerned = [rule for rule in rules if rule.concerns(device, bundle.facts.target, name)]
+        if not any(other is not None or not rule.is_relative for rule in concerned):
+            continue
+        rows[f"candidate-{name}"] = bundle
+        if other is not None:
+            rows[f"baseline-{name}"] = other
+        for row in swept({name: bundle}, threads):
+            against = None if other is None else f"baseline-{row}"
+            same = other is not None and other.key == bundle.key
+            pairs.append(Pair(bundle.facts.target, row, f"candidate-{row}", against, same))
+    if not rows:
+        listed = ", ".join(both or mine)
+        raise UserError(f"rule '{rules[0]}': no rule concerns anything on '{device}': there are {listed}")
+    return rows, pairs, apart if baseline is not None else []
+
+
+def _is_trusted(measurement: Manifest) -> bool:
+    """Whether every latency of a session is."""
+    try:
+        return Measurement.facts_of(measurement).trust == "trusted"
+    except ValidationError:
+        return False
+
+
 def attempt_order(session: Order[BenchConfig], number: int) -> Order[BenchConfig]:
     """An attempt at a session."""
     return Order(session.stage, session.config.model_copy(update={"attempt": number}), session.inputs)
@@ -879,14 +1095,7 @@ def attempt_of(measurement: Manifest) -> int:
 
 def believed(found: Mapping[Path, Manifest]) -> Path:
     """The last trusted attempt, else the last: a rule, so that nobody chooses the one that pleases."""
-
-    def trusted(manifest: Manifest) -> bool:
-        try:
-            return Measurement.facts_of(manifest).trust == "trusted"
-        except ValidationError:
-            return False
-
-    return ([path for path, manifest in found.items() if trusted(manifest)] or list(found))[-1]
+    return ([path for path, manifest in found.items() if _is_trusted(manifest)] or list(found))[-1]
 
 
 def believed_beside(measurement: Measurement) -> Measurement:
@@ -1009,6 +1218,17 @@ def dataset_of(artifact: AnyArtifact) -> Dataset:
     if not found:
         raise UserError(f"no dataset {wanted[0].key[:12]} beside {artifact.path}: name its folder with --data")
     return with_fitted(refuse_random(next(iter(found.values()))))
+
+
+def dataset_for(bundle: Bundle, folder: Path) -> Dataset:
+    """As ``dataset_of``, looked for in ``folder`` too: a release lies elsewhere. Raises UserError."""
+    wanted = find_ancestors(bundle.manifest.provenance(), Dataset)
+    for place in dict.fromkeys([bundle.path.absolute().parent, folder.absolute()]):
+        for path, manifest in sealed(place, skip=UserError):
+            if wanted and manifest.key == wanted[0].key and manifest.kind == Dataset.kind:
+                return with_fitted(refuse_random(Dataset.open(path)))
+    key = f" {wanted[0].key[:12]}" if wanted else ""
+    raise UserError(f"no dataset{key} beside {bundle.path} nor in {folder}: name its folder with --data")
 
 
 def refuse_random(dataset: Dataset) -> Dataset:

@@ -751,29 +751,221 @@ def _bundle_names(opened: Sequence[Bundle]) -> dict[str, Bundle]:
     return named
 
 
+SignatureOption = Annotated[
+    Path | None,
+    typer.Option("--signature", metavar="PUBLIC.pem", help="see that the holder of this key signed it, else exit 1"),
+]
+IdentityOption = Annotated[
+    str | None,
+    typer.Option("--identity", help="sigstore: who signed it, such as a workflow's URL (not exercised here)"),
+]
+IssuerOption = Annotated[
+    str | None, typer.Option("--issuer", help="sigstore: who vouches for --identity, a URL (not exercised here)")
+]
+
+
 @app.command()
 def verify(
-    bundle: Annotated[Path, typer.Argument(help="folder of a bundle", parser=folder_or_url)],
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="BUNDLE|RELEASE", help="folder of a bundle or a release", parser=folder_or_url),
+    ],
+    signature: SignatureOption = None,
+    identity: IdentityOption = None,
+    issuer: IssuerOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Check a bundle and replay its golden inputs.
+    """Check a bundle or a release, and replay golden inputs.
 
     Compares every file with its hash, opens the model and runs it; executes nothing of the bundle and needs
-    no torch.
+    no torch. Hashes say that nothing changed, a signature says whom it is from: --signature wants one, which a release
+    has, and a bundle in it.
 
-    Example: kdpipe verify BUNDLE
+    Example: kdpipe verify releases/birds/1.4.0 --signature birds.pem
     """
+    from .core.artifact import read_manifest
+    from .core.errors import GateFailed
+    from .core.kinds import Release
+    from .deploy import release
     from .deploy.bundle import verify as verify_bundle
+    from .deploy.signature import signer
 
-    opened, found = verify_bundle(bundle)
-    if as_json:
-        _print_json(bundle=str(bundle), key=opened.key, **found)
+    by = signer(signature, identity, issuer)
+    inside = release.holding(path)
+    if inside is not None or read_manifest(path).kind == Release.kind:
+        checked = release.check(path if inside is None else inside[0], by)
+        replayed = release.replay(checked, None if inside is None else inside[1])
+        facts = checked.release.facts
+        if as_json:
+            _print_json(
+                release=str(checked.release.path),
+                title=facts.title,
+                key=checked.release.key,
+                unchanged=True,
+                signed=checked.release.is_signed,
+                signed_by=checked.signed_by,
+                bundles=replayed,
+            )
+            return
+        for line in checked.lines():
+            typer.echo(line)
+        for name, found in replayed.items():
+            typer.echo(printable(f"{name}: {found if isinstance(found, str) else _golden(found)}"))
         return
+    if by is not None:
+        raise GateFailed(f"{path} is not signed: a release is, and this bundle is in none")
+    opened, found = verify_bundle(path)
+    if as_json:
+        _print_json(bundle=str(path), key=opened.key, **found)
+        return
+    typer.echo(f"{printable(str(path))}: whole; {_golden(found)}")
+
+
+def _golden(found: Mapping[str, Any]) -> str:
+    """What replaying the golden inputs found, in words."""
     by = f" (by {found['session']['runtime']} in its place)" if found["stand_in"] else ""
-    typer.echo(
-        f"{printable(str(bundle))}: whole; {found['golden_images']} golden images within {found['max_difference']:.2g} "
+    return (
+        f"{found['golden_images']} golden images within {found['max_difference']:.2g} "
         f"(tolerance {found['tolerance']:.2g}){by}"
     )
+
+
+@app.command()
+def release(
+    title: Annotated[str, typer.Argument(metavar="NAME@VERSION", help="such as birds@1.4.0")],
+    bundles: Annotated[
+        list[Path] | None, typer.Argument(metavar="BUNDLE...", help="folders of bundles", parser=folder_or_url)
+    ] = None,
+    to: Annotated[
+        str, typer.Option("--to", help="folder or URL that gets NAME/VERSION, or hf://ORGANISATION/REPOSITORY")
+    ] = "releases",
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="in place of BUNDLE: all that this recipe made, with its report")
+    ] = None,
+    artifacts: ArtifactsOption = ARTIFACTS,
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", help="folder of the report that measured them", parser=folder_or_url),
+    ] = None,
+    verdict: Annotated[
+        Path | None,
+        typer.Option(
+            "--verdict",
+            help="folder of the gate's verdict: anything but pass releases nothing",
+            parser=folder_or_url,
+        ),
+    ] = None,
+    last: Annotated[
+        Path | None,
+        typer.Option("--last", help="folder of the release before: what changed", parser=folder_or_url),
+    ] = None,
+    license: Annotated[str | None, typer.Option("--license", help="of the release itself, as SPDX writes it")] = None,
+    acknowledge: Annotated[
+        list[str] | None,
+        typer.Option("--acknowledge", metavar="LICENCE", help="ship work under this licence (repeatable)"),
+    ] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            "--key",
+            metavar="PRIVATE.pem",
+            help="sign with this key, P-256, P-384 or P-521 (KDPIPE_KEY_PASSWORD, if it is encrypted)",
+        ),
+    ] = None,
+    sigstore: Annotated[
+        bool, typer.Option("--sigstore", help="sign as whom the CI says this job is (not exercised here)")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Release bundles under a version: card, bill of materials, sums, provenance, changes, signature.
+
+    What is published is whole, and a version is never overwritten. Exits 1 when the verdict is fail or a licence that
+    binds its users was not acknowledged, 75 when the verdict cannot tell.
+
+    Example: kdpipe release birds@1.4.0 --recipe birds.yaml --key private.pem --to s3://models
+    """
+    from .core.config import ReleaseConfig, read_recipe, validated
+    from .core.errors import UserError
+    from .core.kinds import Bundle, Report, Verdict
+    from .deploy import release as releasing
+    from .deploy import signature as signing
+    from .deploy.versions import named
+
+    name, version = named(title)
+    if version is None:
+        raise UserError(f"'{title}' names no version: wanted one that is new, such as {name}@1.0.0")
+    if bool(bundles) == (recipe is not None):
+        raise UserError("wanted the folders of bundles, or --recipe, and not both")
+    if key is not None and sigstore:
+        raise UserError("wanted --key or --sigstore, and not both: a release has one signature")
+    if license is not None:
+        validated(ReleaseConfig, {"name": name, "version": version.text, "license": license}, "--license")
+    sign = signing.by_key(key) if key is not None else signing.by_identity() if sigstore else None
+    chain = _chain(artifacts)
+    page = None if report is None else Report.open(report)
+    said: dict[str, str | None] = {}
+    if recipe is not None:
+        from .pipeline import made
+
+        read = read_recipe(recipe)
+        opened, found = made(read, chain)
+        page, said = page or found, {"data": read.data.license, "teacher": read.teacher.license}
+    else:
+        opened = [Bundle.open(path) for path in bundles or ()]
+    wish = releasing.Wish(
+        name=name,
+        version=version,
+        bundles=_bundle_names(opened),
+        license=license,
+        said=said,
+        acknowledged=tuple(acknowledge or ()),
+        report=page,
+        verdict=None if verdict is None else Verdict.open(verdict),
+        last=releasing.open_last(last),
+    )
+    published = releasing.release(wish, to, sign)
+    facts = published.facts
+    if as_json:
+        _print_json(release=published.place, key=published.key, signed=sign is not None, **facts.model_dump())
+        return
+    gated = "nothing gated it" if facts.verdict is None else f"the gate said {facts.verdict}"
+    typer.echo(
+        printable(
+            f"{published.place}: {facts.title}, {len(facts.bundles)} bundles, "
+            f"{'signed' if sign is not None else 'not signed'}; {gated}"
+        )
+    )
+
+
+@app.command()
+def pull(
+    title: Annotated[str, typer.Argument(metavar="NAME@VERSION", help="such as birds@1.4.0, or birds@latest")],
+    source: Annotated[str, typer.Option("--from", metavar="FOLDER|URL", help="where kdpipe release put it, hf:// too")],
+    out: Annotated[Path, typer.Option("--out", help="folder that gets NAME/VERSION")] = Path("releases"),
+    signature: SignatureOption = None,
+    identity: IdentityOption = None,
+    issuer: IssuerOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Fetch a release, which appears once all of it was checked.
+
+    Example: kdpipe pull birds@latest --from s3://models --signature birds.pem
+    """
+    from .core import progress
+    from .deploy import release as releasing
+    from .deploy.signature import signer
+    from .deploy.versions import named
+    from .terminal import listener
+
+    progress.listen(listener())
+    name, version = named(title)
+    found = releasing.pull(name, version, source, out, signer(signature, identity, issuer))
+    if as_json:
+        facts = found.release.facts
+        _print_json(release=str(found.release.path), title=facts.title, signed_by=found.signed_by)
+        return
+    for line in found.lines():
+        typer.echo(line)
 
 
 @app.command()
@@ -828,29 +1020,41 @@ def predict(
 
 @app.command()
 def deploy(
-    bundle: Annotated[Path | None, typer.Argument(help="folder of a bundle", parser=folder_or_url)] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="BUNDLE|RELEASE",
+            help="folder of a bundle, of one in a release, or of a release of one",
+            parser=folder_or_url,
+        ),
+    ] = None,
     device: Annotated[
         str, typer.Option("--device", help="where to, as devices.yaml names it", autocompletion=_device_names)
     ] = "local",
     rollback: Annotated[bool, typer.Option("--rollback", help="go back to the bundle that was live before")] = False,
+    signature: SignatureOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Make a bundle live on a device, or go back to the one before.
 
     It is pushed by content, every hash is checked there, its golden inputs are replayed there, and then one link is
     switched. Whatever happens, the device serves the old bundle or the new one. Exits 1 when the bundle does not
-    compute there what it promises.
+    compute there what it promises, or, with --signature, when its release is not signed by that key's holder.
 
-    Example: kdpipe deploy BUNDLE --device pi5
+    Example: kdpipe deploy releases/birds/1.4.0 --device pi5 --signature birds.pem
     """
     from .core.errors import UserError
     from .deploy import install
+    from .deploy.signature import signer
     from .devices import find_device
 
     if (bundle is None) != rollback:
-        raise UserError("wanted the folder of a bundle, or --rollback, and not both")
+        raise UserError("wanted the folder of a bundle or a release, or --rollback, and not both")
+    by = signer(signature)
+    if by is not None and bundle is None:
+        raise UserError("--signature is of what is deployed now: what was live before was checked then")
     there = find_device(device)
-    found = install.rollback(there) if bundle is None else install.deploy(bundle, there)
+    found = install.rollback(there) if bundle is None else install.deploy(bundle, there, by)
     if as_json:
         _print_json(device=device, **found.model_dump())
         return
@@ -862,6 +1066,71 @@ def deploy(
     )
     if found.removed:
         typer.echo(f"old versions removed: {len(found.removed)}")
+
+
+@app.command()
+def gate(
+    candidate: Annotated[Path, typer.Argument(help="a recipe whose run is done, or the folder of a bundle or release")],
+    baseline: Annotated[
+        Path | None, typer.Option("--baseline", help="folder of the release or bundle that it is compared with")
+    ] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--rule", help="such as 'accuracy >= baseline - 0.5pp' (repeatable) [default: the recipe's, or the usual]"
+        ),
+    ] = None,
+    sessions: Annotated[
+        int | None, typer.Option("--sessions", min=1, help="trusted sessions to judge by [default: the recipe's, or 4]")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            help="where to measure, such as pi5,orin [default: the recipe's, or local]",
+            autocompletion=_device_names,
+        ),
+    ] = None,
+    data: DataOption = None,
+    artifacts: ArtifactsOption = ARTIFACTS,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="as if it stood in the recipe, such as bench.effort=quick"),
+    ] = None,
+    comment: Annotated[
+        Path | None, typer.Option("--comment", help="also write the comment for a pull request here (Markdown)")
+    ] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", help="also write JUnit's XML here")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Judge a candidate by rules, measured together with what it would replace.
+
+    Both are measured interleaved, in sessions and on images that they share. Exits 0 where every rule is shown to be
+    kept, 1 where one is surely broken, 75 where neither can be told, with how many images or sessions would tell.
+
+    Example: kdpipe gate photos.yaml --baseline releases/photos/1.2.0 --comment comment.md
+    """
+    from . import pipeline
+    from .core.artifact import replace_text
+    from .core.errors import GateFailed, Untrusted
+    from .deploy import verdict as said
+
+    devices = [name.strip() for name in device.split(",")] if device else []
+    found = pipeline.gate(candidate, baseline, _chain(artifacts), rule or (), devices, sessions, data, changes or ())
+    for path, name in ((comment, found.COMMENT), (junit, found.JUNIT)):
+        if path is not None:
+            replace_text(path, found.file(name).read_text(encoding="utf-8"))
+    if as_json:
+        _print_json(artifact=str(found.path), verdict=said.numbers(found.facts))
+    else:
+        for line in said.lines(found.facts):
+            typer.echo(printable(line))
+        typer.echo(printable(f"verdict: {found.path}"))
+    told = said.summary(found.facts)
+    if found.facts.answer == "fail":
+        raise GateFailed(told)
+    if found.facts.answer == "cannot tell":
+        raise Untrusted(f"{told}; {said.would_tell(found.facts)}")
 
 
 @app.command()

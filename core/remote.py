@@ -26,6 +26,7 @@ from urllib.parse import quote, unquote
 from . import sealed
 from .artifact import (
     KINDS,
+    LARGEST_BESIDE_BYTES,
     RESUME,
     AnyArtifact,
     FileRecord,
@@ -171,6 +172,22 @@ class RemoteFolder:
         except NotThere:
             return False
 
+    def folders(self) -> list[str]:
+        """The names of the folders in it; none where nothing is. Raises UserError where that cannot be told."""
+        local = _local(self.url)
+        if local is not None:
+            with self._told("list"):
+                entries = list(os.scandir(local)) if local.is_dir() else []
+            return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+        system, root = self._place
+        with self._told("list"):
+            system.invalidate_cache()  # somebody may have published since
+            try:
+                found = system.ls(root, detail=True)
+            except FileNotFoundError:
+                return []
+        return sorted(each["name"].rstrip("/").rpartition("/")[2] for each in found if each["type"] == "directory")
+
     def fetch(self, name: str, record: FileRecord, path: Path) -> None:
         """Copy a file to ``path``, where nothing is left of one that is not what ``record`` says.
 
@@ -309,7 +326,7 @@ def push_folder(folder: Path, url: str) -> None:
     """
     manifest = read_manifest(folder)
     with unsound_is_users():
-        sealed.check_files(folder, _records(manifest), _largest_bytes(manifest))
+        sealed.check_files(folder, _records(manifest), _largest_bytes(manifest), beside=_beside(manifest))
     local = _local(url)
     there = AlreadyThere(f"{shown(url)} is there already: what is published is never overwritten, choose another place")
     if local is not None:
@@ -322,11 +339,17 @@ def push_folder(folder: Path, url: str) -> None:
     target = RemoteFolder(url)
     if target.is_whole:
         raise there
+    records = dict(manifest.files)
+    for name in _beside(manifest):
+        if (folder / name).is_file():
+            size = (folder / name).stat().st_size
+            records[name] = FileRecord(sha256=sealed.sha256_file(folder / name), size_bytes=size)
+
     own = folder / MANIFEST
     target.put(own, CLAIM, FileRecord(sha256=sealed.sha256_file(own), size_bytes=own.stat().st_size))
     whole = target.is_whole  # by one who ended between the two looks
     if not whole:
-        _each(manifest.files, lambda name: target.put(folder / name, name, manifest.files[name]), f"pushing {target}")
+        _each(records, lambda name: target.put(folder / name, name, records[name]), f"pushing {target}")
         try:
             target.put(own, MANIFEST, None)
         except Unreachable:
@@ -431,6 +454,10 @@ def _receive(source: RemoteFolder, out: Path, check: Callable[[Manifest], None])
             source.fetch(name, manifest.files[name], part / name)
 
         _each(lacking, fetch, f"fetching {source}")
+        for name in _beside(manifest):
+            (part / name).unlink(missing_ok=True)
+            with suppress(NotThere):
+                (part / name).write_bytes(source.read(name, LARGEST_BESIDE_BYTES))
 
 
 def _each(names: Collection[str], do: Callable[[str], None], what: str) -> None:
@@ -455,7 +482,7 @@ def _check_sizes(source: RemoteFolder, manifest: Manifest, lacking_bytes: int, p
     local = _local(source.url)
     if local is not None:  # no links, no pipes, nothing besides
         with unsound_is_users():
-            sealed.check_files(local, _records(manifest), limit, hashed=False)
+            sealed.check_files(local, _records(manifest), limit, hashed=False, beside=_beside(manifest))
 
 
 def _is_there(path: Path, record: FileRecord) -> bool:
@@ -472,6 +499,11 @@ def _records(manifest: Manifest) -> dict[str, dict[str, Any]]:
 def _largest_bytes(manifest: Manifest) -> int:
     kind = KINDS.get(manifest.kind)
     return sealed.LARGEST_BYTES if kind is None else kind.largest_bytes
+
+
+def _beside(manifest: Manifest) -> frozenset[str]:
+    kind = KINDS.get(manifest.kind)
+    return frozenset() if kind is None else kind.beside
 
 
 def _check_names(files: Mapping[str, FileRecord]) -> None:

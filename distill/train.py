@@ -302,5 +302,6 @@ def _described(
         test_images=len(labels),
         test_interval=Interval(**accuracy._asdict()),
         guessing=task.guessing(labels),
+        license=models.license_of(config),
         **training,
     )
