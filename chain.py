@@ -268,8 +268,12 @@ class Chain:
         return self.folder / (f"{name}-{key[:12]}" + ("" if attempt is None else f"-{attempt}"))
 
     def _is_there(self, name: str, kind: type[A], order: Order[Any], path: Path) -> bool:
-        """Whether an artifact lies at ``path``; it is fetched from the store, if that has it. An event never is."""
-        if path.exists() or self.store is None or kind is Measurement:
+        """Whether an artifact lies at ``path``; it is fetched from the store, if that has it.
+
+        Not an event, nor what is made from one: under the same key there is another machine's.
+        """
+        of_event = any(source.kind == Measurement.kind for source in order.inputs.values())
+        if path.exists() or self.store is None or kind is Measurement or of_event:
             return path.exists()
         if self.store.fetch(self.path(name, order).name, path, kind, order.key):
             self._fetched.add(path)
