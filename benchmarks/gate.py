@@ -66,7 +66,8 @@ def latencies(
     generator: np.random.Generator, sessions: int, ratio: float, spread: float
 ) -> tuple[list[Figure], list[Figure]]:
     """Both in so many sessions, which differ by 5 % for both alike, and in their ratio by ``spread``."""
-    before, after = [], []
+    before: list[Figure] = []
+    after: list[Figure] = []
     for _ in range(sessions):
         machine, own = np.exp(generator.normal(0, 0.05)), np.exp(generator.normal(0, spread))
         for kept, scale in ((before, machine), (after, machine * ratio * own)):
