@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -65,13 +66,15 @@ from .core.kinds import (
     Measurement,
     Model,
     Probe,
+    Refusal,
     Report,
     Runnable,
     Verdict,
     VerdictFacts,
 )
-from .core.proc import end_groups, require
+from .core.proc import end_groups, process_count, require
 from .core.progress import note, progress
+from .core.remote import Store
 from .core.rules import Rule, parse_rules
 from .data.copies import are_photographs
 from .data.dataset import RANDOM, Dataset, Fitted, geometry
@@ -94,6 +97,7 @@ if TYPE_CHECKING:
 A = TypeVar("A", bound=AnyArtifact)
 S = TypeVar("S", bound=ModelSettings)
 REPLACED = ".replaced"  # what was set aside to be made again
+FETCHED = ".fetched"  # what was named by a URL, each in a folder of its own contents
 PRECISIONS = ".precisions"  # what train.precision auto took, so that a network and its controls take one
 TRAIN_NEEDS = ("torch", "torchvision", "timm", "safetensors")
 SMALLEST_SIDE, USUAL_SIDE = 256, 512  # pixels: of copies for small networks; of those for networks not known yet
@@ -116,11 +120,13 @@ class Step:
     sealed_before: bool
     along_with: str | None = None  # the artifact in whose time this one was made too
     found: tuple[str, ...] = ()  # of a network: how right it is, in a line or two
+    fetched: bool = False  # from the store, now
     place: str = ""  # among the steps of a run, such as 3/31
 
     def __str__(self) -> str:
         """What it made, how long it took or that it was there already; below it what was found."""
-        cost = "sealed" if self.sealed_before else "in that" if self.along_with else f"{self.seconds:.1f} s"
+        there = "fetched" if self.fetched else "sealed"
+        cost = there if self.sealed_before else "in that" if self.along_with else f"{self.seconds:.1f} s"
         line = f"{self.place}{' ' * bool(self.place)}{self.name:<28} {cost:>8}  {self.path}"
         return "\n    ".join((line, *self.found))
 
@@ -148,21 +154,27 @@ class Chain:
         folder: Path | str,
         tell: Callable[[Step], object] = lambda _: None,
         allow_code: Iterable[str] = (),
+        store: str | None = None,
     ) -> None:
         """Take a folder, which is made when something is first written.
 
         Args:
             tell: called after each step; ``print`` shows a line or two a step.
             allow_code: what may be run of your own code to make networks, each as ``package.module:factory``.
+            store: URL or path of a place that several machines share: what it has is fetched, what is made is pushed.
+                Not by the processes of torchrun, who would have to agree: what they made is pushed by who finds it.
         """
         self.folder = Path(folder)
         self.tell = tell
         self.allow_code = tuple(allow_code)
         self.steps: list[Step] = []
+        self.store = None if store is None or process_count() > 1 else Store(store)
+        self._fetched: set[Path] = set()
         # Called once, before the first step that is not sealed: mistakes are told before any work.
         self.check: Callable[[], None] = lambda: None
         self.course: Course | None = None  # of a run, which knows what is still to come
         self._graphs: dict[Path, Graph] = {}  # opened once for all the targets of a run
+        self._told: set[str] = set()  # of the parts of folders
 
     def step(
         self,
@@ -187,7 +199,7 @@ class Chain:
         """
         path = out or self.path(name, order)
         begun = time.monotonic()
-        if path.exists():
+        if self._is_there(name, kind, order, path):
             artifact, sealed = kind.open(path), True
             if artifact.key != order.key:
                 raise UserError(f"{path} was made from other settings or inputs: choose another --out")
@@ -201,6 +213,8 @@ class Chain:
         along_with = (companions or {}).get(path) if sealed else None
         seconds = time.monotonic() - begun
         step = Step(name, path, seconds, sealed and along_with is None, along_with, found_of(artifact))
+        step.fetched = path in self._fetched
+        self._share(name, order, artifact)
         if self.course:
             step.place = self.course.end(artifact, made=not step.sealed_before)
         self.steps.append(step)
@@ -214,6 +228,20 @@ class Chain:
     def place(self, name: str, key: str, attempt: int | None = None) -> Path:
         """As ``path``, for the key of an order."""
         return self.folder / (f"{name}-{key[:12]}" + ("" if attempt is None else f"-{attempt}"))
+
+    def _is_there(self, name: str, kind: type[A], order: Order[Any], path: Path) -> bool:
+        """Whether an artifact lies at ``path``; it is fetched from the store, if that has it. An event never is."""
+        if path.exists() or self.store is None or kind is Measurement:
+            return path.exists()
+        if self.store.fetch(self.path(name, order).name, path, kind, order.key):
+            self._fetched.add(path)
+        return path.exists()
+
+    def _share(self, name: str, order: Order[Any], artifact: AnyArtifact) -> None:
+        """Push what the store may lack; of an event every attempt, for those who name it."""
+        if self.store is not None and artifact.path not in self._fetched:
+            event = isinstance(artifact, Measurement)
+            self.store.push(artifact.path.name if event else self.path(name, order).name, artifact.path)
 
     def set_aside(self, keys: Collection[str]) -> list[Path]:
         """Move the artifacts of ``keys`` and all that came from them out of sight, into ``.replaced``; returns which.
@@ -267,7 +295,13 @@ class Chain:
             raise UserError("data.skip_broken wants data.check all: what is not looked at cannot be left out")
         fingerprint, unlabeled = Fingerprint("by name", 0, ()), None  # named sources are known by their names
         if is_folder := Path(plan.source).is_dir():
-            plan = usual_splits(plan.model_copy(update={"source": str(Path(plan.source).absolute())}))
+            plan = plan.model_copy(update={"source": str(Path(plan.source).absolute())})
+        plan, lines = usual_splits(plan)
+        for line in lines:  # once, however often the same is asked
+            if line not in self._told:
+                self._told.add(line)
+                note(line)
+        if is_folder:
             fingerprint = fingerprint_folder(Path(plan.source), self._memory(plan.source), names_of(plan))
         if plan.unlabeled is not None and plan.unlabeled.is_dir():
             unlabeled = fingerprint_folder(plan.unlabeled, self._memory(str(plan.unlabeled)))
@@ -317,7 +351,11 @@ class Chain:
             orders[geometry(spec.model_dump())] = Order("fitted", fitted_config(spec), {"data": dataset})
         names = {shown: f"fitted-{size_words(order.config.size)}" for shown, order in orders.items()}
         paths = {shown: self.path(names[shown], order) for shown, order in orders.items()}
-        missing = {paths[shown]: order for shown, order in orders.items() if not paths[shown].exists()}
+        missing = {
+            paths[shown]: order
+            for shown, order in orders.items()
+            if not self._is_there(names[shown], Fitted, order, paths[shown])
+        }
         made: dict[Path, str] = {}
         kept = dict(dataset.fitted)
 
@@ -407,6 +445,8 @@ class Chain:
         made: dict[Path, str] = {}  # by whose step
         orders = {name: train_order(config, dataset, teacher) for name, config in configs.items()}
         paths = {self.path(name, order): order for name, order in orders.items()}
+        for name, order in orders.items():  # none of those that are made together is in the store
+            self._is_there(name, Checkpoint, order, self.path(name, order))
         missing = {path: order for path, order in paths.items() if not path.exists()}
 
         def make(path: Path) -> Checkpoint:
@@ -538,23 +578,58 @@ class Chain:
     ) -> Model:
         """One variant for that device, which decides what the configuration leaves to it."""
         check_known(model)
-        suitable = suited(config, device.machine, device.known_flags)
-        order = Order("quantize", suitable, {"model": model, "data": dataset})
+        return self._quantize(suited(config, device.machine, device.known_flags), model, dataset, out)
+
+    def _quantize(
+        self,
+        config: QuantizeConfig,
+        model: Model,
+        dataset: Dataset,
+        out: Path | None = None,
+        refused: Path | None = None,
+    ) -> Model:
+        """As ``quantize``, with what is told for a device; ``refused``: where it is sealed that the variant is."""
+        order = Order("quantize", config, {"model": model, "data": dataset})
 
         def make(path: Path) -> Model:
             from .export import TARGETS
-            from .quantize.stage import quantize
+            from .quantize.stage import quantize, refuse
 
             self._try(model)
             check = TARGETS[model.facts.target].check
-            return quantize(order, model, dataset, path, check, self._nearest(model, Graph), self._teacher_of(model))
+            graph, teacher = self._graph_of(model), self._teacher_of(model)
+            try:
+                return quantize(order, model, dataset, path, check, graph, teacher)
+            except GateFailed as error:
+                if refused is not None and not refused.exists():
+                    refuse(order, model, error, refused)
+                    shutil.rmtree(path.with_name(path.name + ".part"), ignore_errors=True)  # nobody goes on with it
+                raise
 
         return self.step(f"{model.facts.target}-{config.variant}", Model, order, make, out)
+
+    def _unless_refused(self, config: QuantizeConfig, model: Model, dataset: Dataset) -> Model | None:
+        """A variant, or None and a line where it is refused: now, or before, which is known without trying again."""
+        key = Order("quantize", config, {"model": model, "data": dataset}).key
+        name = f"{model.facts.target}-{config.variant}"
+        if (refusal := self.refusal(name, key)) is not None:
+            note(f"{refusal.facts} (refused before: --again quantize tries it again)")
+            return None
+        try:
+            return self._quantize(config, model, dataset, refused=self.place(Refusal.name_of(name), key))
+        except GateFailed as error:
+            note(f"{model.facts.target} goes without {config.variant}: {error}")
+            return None
+
+    def refusal(self, name: str, key: str) -> Refusal | None:
+        """That an earlier run found the variant of this name and key refused, if it is not there all the same."""
+        path = self.place(Refusal.name_of(name), key)
+        return None if self.place(name, key).exists() or not path.exists() else Refusal.open(path)
 
     def variants(self, plan: QuantizePlan, model: Model, dataset: Dataset, device: Probe) -> list[Model]:
         """Every variant of the plan that ``model``'s target has; with auto, those that could be the best there.
 
-        One that is refused is left out where nobody named it.
+        One that is refused is left out where nobody named it, and that is sealed: the next run does not try it again.
 
         Raises:
             GateFailed: a named one is refused.
@@ -578,30 +653,34 @@ class Chain:
                     continue
                 config = suited(QuantizeConfig.of(plan, variant=name), probe.machine, probe.known_flags)
                 if config not in made:
-                    try:
-                        made[config] = self.quantize(config, model, dataset, probe)
-                    except GateFailed as error:
-                        if plan.variants != "auto":
-                            raise
-                        note(f"{model.facts.target} goes without {name}: {error}")
-                        made[config] = None
+                    if plan.variants == "auto":
+                        made[config] = self._unless_refused(config, model, dataset)
+                    else:
+                        made[config] = self._quantize(config, model, dataset)
                 variant = made[config]
                 if variant is not None:
                     found[device].append(variant)
         return found
 
-    def _nearest(self, artifact: AnyArtifact, kind: type[A]) -> A | None:
-        """The nearest ancestor of ``kind``, if it lies beside ``artifact``."""
-        wanted = [found.key for found in find_ancestors(artifact.manifest.provenance(), kind)]
-        found = beside(artifact, kind, set(wanted[:1]))
-        return next(iter(found.values()), None)
+    def _graph_of(self, model: Model) -> Graph | None:
+        """The graph that ``model`` was made from, if it lies beside it or in the store."""
+        graph = next(iter(find_ancestors(model.manifest.provenance(), Graph)), None)
+        return None if graph is None else self._at_hand(model, Graph, graph.key, "graph")
 
     def _teacher_of(self, model: Model) -> Checkpoint | None:
-        """The checkpoint that taught the student of ``model``, if it lies beside it."""
+        """The checkpoint that taught the student of ``model``, if it lies beside it or in the store."""
         student = next(iter(find_ancestors(model.manifest.provenance(), Checkpoint)), None)
         if student is None or "teacher" not in student.inputs:
             return None
-        return next(iter(beside(model, Checkpoint, {student.inputs["teacher"].key}).values()), None)
+        return self._at_hand(model, Checkpoint, student.inputs["teacher"].key, "teacher")
+
+    def _at_hand(self, artifact: AnyArtifact, kind: type[A], key: str, name: str) -> A | None:
+        """What lies beside ``artifact`` with this key; else what the store has of it under this name."""
+        found = beside(artifact, kind, {key})
+        path = self.place(name, key)
+        if not found and self.store is not None and self.store.fetch(path.name, path, kind, key):
+            return kind.open(path)
+        return next(iter(found.values()), None)
 
     def _try(self, model: Model) -> None:
         """Open a model in another process first, unless it was made here and now. Raises KdpipeError."""
@@ -1186,9 +1265,14 @@ def beside(artifact: AnyArtifact, kind: type[A], keys: set[str] | None) -> dict[
     """Sealed artifacts of ``kind`` in the same folder (only those with one of ``keys``, if given)."""
     return {
         path: kind.open(path)
-        for path, manifest in sealed(artifact.path.absolute().parent)
+        for path, manifest in sealed(home(artifact.path.absolute()))
         if manifest.kind == kind.kind and (keys is None or manifest.key in keys)
     }
+
+
+def home(path: Path) -> Path:
+    """The folder of artifacts that one of them belongs to; what was named by a URL lies further down in it."""
+    return path.parents[2] if len(path.parents) > 2 and path.parents[1].name == FETCHED else path.parent
 
 
 def sealed(folder: Path, skip: type[UserError] = OtherVersion) -> Iterator[tuple[Path, Manifest]]:

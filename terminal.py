@@ -7,8 +7,10 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, TextIO
 
+from .core.proc import process_count
 from .core.progress import Listener, Silence
 from .core.sealed import printable
+from .core.streams import talk
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,7 +96,7 @@ class Bars:
 def _own_stream() -> TextIO:
     """Standard error for us alone: it still reaches the person while libraries are silenced."""
     try:
-        return os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1)
+        return talk(os.dup(sys.stderr.fileno()), sys.stderr, own=True)
     except (OSError, ValueError):  # a stream without a descriptor
         return sys.stderr
 
@@ -102,11 +104,6 @@ def _own_stream() -> TextIO:
 def process_number() -> int:
     """This process's number among those of torchrun; the first speaks for all."""
     return int(os.environ.get("RANK", 0)) if process_count() > 1 else 0
-
-
-def process_count() -> int:
-    """How many processes torchrun started (or another launcher that sets the same variables)."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def listener() -> Listener:
