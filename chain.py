@@ -832,7 +832,7 @@ class Chain:
             KdpipeError: as ``bench`` does.
         """
         from .deploy import gate, verdict
-        from .deploy.changes import changed, device_changed
+        from .deploy.changes import changed, measured_changed
 
         rules = parse_rules(plan.rules)
         if baseline is None and (relative := [rule for rule in rules if rule.is_relative]):
@@ -868,9 +868,7 @@ class Chain:
         def make(path: Path) -> Verdict:
             verdicts = gate.decide(gate.questions(rules, sessions, pairs))
             since = {
-                device: device_changed(
-                    then[device].config["device_fingerprint"], its[-1].settings["device_fingerprint"]
-                )
+                device: measured_changed(then[device], its[-1].manifest)
                 for device, its in sessions.items()
                 if device in then
             }

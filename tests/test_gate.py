@@ -25,7 +25,6 @@ from kdpipe.core.config import GatePlan, Recipe, validated
 from kdpipe.core.errors import UserError
 from kdpipe.core.kinds import Moved, RuleVerdict, Verdict, VerdictFacts
 from kdpipe.core.margins import (
-    bootstrap_difference,
     difference,
     exactly_above,
     interval_above,
@@ -38,7 +37,7 @@ from kdpipe.core.rules import parse_rule, parse_rules
 from kdpipe.core.sealed import UNPRINTABLE
 from kdpipe.core.stats import Interval, median_interval
 from kdpipe.deploy import verdict
-from kdpipe.deploy.changes import changed, device_changed
+from kdpipe.deploy.changes import changed, measured_changed
 from kdpipe.deploy.figures import Figure
 from kdpipe.deploy.gate import Question, decide, overall
 from kdpipe.runtime.task import TASKS
@@ -219,15 +218,6 @@ def test_estimates_that_come_with_an_interval() -> None:
     untold = interval_above(Interval(3, None, None, 1), 5.0, None)
     assert not untold.keeps and untold.p_broken == 1 and untold.needed is None
     assert exactly_above(2.0, 2.0).keeps and exactly_above(1.9, 2.0).p_broken == 0
-
-
-def test_a_bootstrap_of_both_on_the_same_images() -> None:
-    generator = np.random.default_rng(0)
-    before = generator.random(400)
-    after = before + 0.02
-    found = bootstrap_difference(lambda at: before[at].mean(), lambda at: after[at].mean(), 400)
-    assert (found.low, found.value, found.high) == pytest.approx((0.02, 0.02, 0.02)), "the images are the same ones"
-    assert bootstrap_difference(lambda at: 0.0, lambda at: 1.0, 10).low is None
 
 
 # ---- verdicts ------------------------------------------------------------------------------------------------
@@ -550,10 +540,14 @@ def test_what_changed_in_plain_words(shelf: Path, trained: Trained) -> None:
         value["config"]["golden_images"] = 9
 
     assert edited(hotter) == ["package golden_images 8 to 9"]
-    assert [each.words() for each in device_changed(
+    fingerprints = [
         {"governor": "performance", "runtimes": {"onnxruntime": "1.31"}, "cores": 4},
         {"governor": "schedutil", "runtimes": {"onnxruntime": "1.32"}, "cores": 4, "gpus": ["x"]},
-    )] == ["governor performance to schedutil", "runtimes onnxruntime 1.31 to 1.32", 'gpus: ["x"] is new']  # fmt: skip
+    ]
+    measured = [before.model_copy(update={"config": {"device_fingerprint": each}}) for each in fingerprints]
+    assert [each.words() for each in measured_changed(*measured)] == [
+        "governor performance to schedutil", "runtimes onnxruntime 1.31 to 1.32", 'gpus: ["x"] is new'
+    ]  # fmt: skip
 
 
 # ---- the command ---------------------------------------------------------------------------------------------
