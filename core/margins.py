@@ -18,7 +18,7 @@ import numpy as np
 from .stats import CONFIDENCE, Interval, rounded_up
 
 POWER = 0.9  # with which a detectable change is seen
-PLANNED_POWER = 0.95  # of the number that is asked for: what it is reckoned from is an estimate itself
+PLANNED_POWER = 0.97  # of the number that is asked for: what it is reckoned from is an estimate itself
 DRAWS = 4000
 MOST_IMAGES, MOST_SESSIONS = 10**7, 200  # more would be no advice
 _LEVEL = (1 - CONFIDENCE) / 2

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import SMALL_RECIPE, Trained, assert_one_line, kdpipe, replace_file, rewrite_manifest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdpipe import pipeline
@@ -123,6 +123,7 @@ def test_a_wrong_rule_is_one_line(text: str, words: list[str]) -> None:
     assert not UNPRINTABLE.search(str(told.value)) and len(str(told.value)) < 600
 
 
+@settings(deadline=None)
 @given(st.text(max_size=210))
 def test_any_text_is_a_rule_or_one_line(text: str) -> None:
     for words in (text, f"accuracy >= {text}", f"latency p50 <= {text} x baseline", f"size <= 4MB on {text}"):
@@ -168,6 +169,7 @@ def test_tango_by_hand() -> None:
     assert float(paired_z(0, 0, 500, 0.0)) == 0
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3000), st.integers(0, 300), st.integers(0, 300))
 def test_the_paired_interval_is_one(n: int, lost: int, won: int) -> None:
     lost, won = min(lost, n), min(won, max(0, n - lost))
@@ -634,6 +636,20 @@ def test_a_device_that_changed_since_the_baseline_was_measured_is_told(
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)["verdict"]["since"]["local"]
     assert [(each["what"], each["before"]) for each in told] == [("governor", "powersave")]
+
+
+def test_a_release_is_a_baseline_and_carries_its_verdict(shelf: Path, judged: Any, tmp_path: Path) -> None:
+    mine, rule = bundle_of(shelf, "int8"), ("--rule", "size <= baseline", "--json")
+    passed = json.loads(gate(shelf, mine, "--baseline", mine, *rule).stdout)
+    done = kdpipe("release", "digits@1.0.0", mine, "--verdict", passed["artifact"], "--to", tmp_path)
+    assert done.returncode == 0, done.stderr
+    again = gate(shelf, mine, "--baseline", tmp_path / "digits" / "1.0.0", *rule)
+    assert again.returncode == 0, again.stderr
+    told = json.loads(again.stdout)["verdict"]
+    assert (told["answer"], told["baseline"], told["since"]) == ("pass", "digits@1.0.0", {})
+    bundle = next((tmp_path / "digits" / "1.0.0" / "bundles").iterdir())
+    (bundle / "labels.json").write_text("[]")
+    assert_one_line(gate(shelf, mine, "--baseline", tmp_path / "digits" / "1.0.0", *rule), 2, "labels.json")
 
 
 def test_a_broken_rule_exits_1(shelf: Path) -> None:
