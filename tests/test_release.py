@@ -9,7 +9,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -520,6 +522,26 @@ def test_a_release_that_fails_leaves_nothing(packed: Bundle, tmp_path: Path) -> 
     assert not list((tmp_path / "digits").iterdir())
 
 
+def test_a_release_that_was_killed_is_none_and_is_made_again(packed: Bundle, tmp_path: Path) -> None:
+    """At the last moment: sealed, and not signed yet."""
+    code = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from kdpipe.core.kinds import Bundle\n"
+        "from kdpipe.deploy import release\n"
+        "from kdpipe.deploy.versions import Version\n"
+        "wish = release.Wish('digits', Version.parse('1.0.0'), {'one': Bundle.open(sys.argv[1])})\n"
+        "release.release(wish, sys.argv[2], lambda folder: os.kill(os.getpid(), 9))\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, packed.path, tmp_path], capture_output=True, check=False)
+    assert killed.returncode == -9
+    assert (tmp_path / "digits" / "1.0.0.part" / MANIFEST).is_file()
+    done = kdpipe("pull", "digits@latest", "--from", tmp_path, "--out", tmp_path / "got")
+    assert_one_line(done, 2, "no release of 'digits'")
+    assert released([packed.path], "digits@1.0.0", tmp_path).is_dir()
+    assert [path.name for path in (tmp_path / "digits").iterdir()] == ["1.0.0"]
+
+
 def test_what_cannot_be_released(packed: Bundle, plain: Path, made: Made, tmp_path: Path) -> None:
     def attempt(*arguments: object) -> subprocess.CompletedProcess[str]:
         return kdpipe("release", "digits@1.0.0", *arguments, "--to", tmp_path / "out")
@@ -825,6 +847,30 @@ def test_without_a_token_nothing_is_sent_to_the_hub(
     assert_one_line(done, 2, "no token to write to hf://birds/digits", "HF_TOKEN")
     for wrong in ("hf://", "hf://one", "hf://a/b/c", "hf://a/../b", "hf://datasets/a/b"):
         assert_one_line(kdpipe("release", "digits@1.0.0", packed.path, "--to", wrong), 2, "wanted hf://")
+
+
+def test_all_of_a_release_would_go_to_the_hub(signed: Path) -> None:
+    """The Hub's client leaves some files out by itself; none of ours. It asks a Hub whether the card's head is sound."""
+    from huggingface_hub import HfApi
+
+    class Sound(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(b'{"errors": [], "warnings": []}')
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Sound) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = HfApi(endpoint=f"http://127.0.0.1:{server.server_address[1]}")
+        operations = client._prepare_upload_folder_additions(signed, path_in_repo="")
+        server.shutdown()
+    files = {path.relative_to(signed).as_posix() for path in signed.rglob("*") if path.is_file()}
+    assert {each.path_in_repo for each in operations} == files and "model.sig" in files
 
 
 def test_a_token_is_never_told(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
