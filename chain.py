@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -54,6 +55,7 @@ from .core.config import (
     TrainConfig,
     suited,
 )
+from .core.config import changed as changed_config
 from .core.errors import DeviceLost, GateFailed, KdpipeError, UserError, choice
 from .core.inputs import InputSpec, size_words
 from .core.kinds import (
@@ -64,6 +66,7 @@ from .core.kinds import (
     Measurement,
     Model,
     Probe,
+    Refusal,
     Report,
     Runnable,
     Verdict,
@@ -171,6 +174,7 @@ class Chain:
         self.check: Callable[[], None] = lambda: None
         self.course: Course | None = None  # of a run, which knows what is still to come
         self._graphs: dict[Path, Graph] = {}  # opened once for all the targets of a run
+        self._told: set[str] = set()  # of the parts of folders
 
     def step(
         self,
@@ -291,7 +295,13 @@ class Chain:
             raise UserError("data.skip_broken wants data.check all: what is not looked at cannot be left out")
         fingerprint, unlabeled = Fingerprint("by name", 0, ()), None  # named sources are known by their names
         if is_folder := Path(plan.source).is_dir():
-            plan = usual_splits(plan.model_copy(update={"source": str(Path(plan.source).absolute())}))
+            plan = plan.model_copy(update={"source": str(Path(plan.source).absolute())})
+        plan, lines = usual_splits(plan)
+        for line in lines:  # once, however often the same is asked
+            if line not in self._told:
+                self._told.add(line)
+                note(line)
+        if is_folder:
             fingerprint = fingerprint_folder(Path(plan.source), self._memory(plan.source), names_of(plan))
         if plan.unlabeled is not None and plan.unlabeled.is_dir():
             unlabeled = fingerprint_folder(plan.unlabeled, self._memory(str(plan.unlabeled)))
@@ -568,23 +578,58 @@ class Chain:
     ) -> Model:
         """One variant for that device, which decides what the configuration leaves to it."""
         check_known(model)
-        suitable = suited(config, device.machine, device.known_flags)
-        order = Order("quantize", suitable, {"model": model, "data": dataset})
+        return self._quantize(suited(config, device.machine, device.known_flags), model, dataset, out)
+
+    def _quantize(
+        self,
+        config: QuantizeConfig,
+        model: Model,
+        dataset: Dataset,
+        out: Path | None = None,
+        refused: Path | None = None,
+    ) -> Model:
+        """As ``quantize``, with what is told for a device; ``refused``: where it is sealed that the variant is."""
+        order = Order("quantize", config, {"model": model, "data": dataset})
 
         def make(path: Path) -> Model:
             from .export import TARGETS
-            from .quantize.stage import quantize
+            from .quantize.stage import quantize, refuse
 
             self._try(model)
             check = TARGETS[model.facts.target].check
-            return quantize(order, model, dataset, path, check, self._graph_of(model), self._teacher_of(model))
+            graph, teacher = self._graph_of(model), self._teacher_of(model)
+            try:
+                return quantize(order, model, dataset, path, check, graph, teacher)
+            except GateFailed as error:
+                if refused is not None and not refused.exists():
+                    refuse(order, model, error, refused)
+                    shutil.rmtree(path.with_name(path.name + ".part"), ignore_errors=True)  # nobody goes on with it
+                raise
 
         return self.step(f"{model.facts.target}-{config.variant}", Model, order, make, out)
+
+    def _unless_refused(self, config: QuantizeConfig, model: Model, dataset: Dataset) -> Model | None:
+        """A variant, or None and a line where it is refused: now, or before, which is known without trying again."""
+        key = Order("quantize", config, {"model": model, "data": dataset}).key
+        name = f"{model.facts.target}-{config.variant}"
+        if (refusal := self.refusal(name, key)) is not None:
+            note(f"{refusal.facts} (refused before: --again quantize tries it again)")
+            return None
+        try:
+            return self._quantize(config, model, dataset, refused=self.place(Refusal.name_of(name), key))
+        except GateFailed as error:
+            note(f"{model.facts.target} goes without {config.variant}: {error}")
+            return None
+
+    def refusal(self, name: str, key: str) -> Refusal | None:
+        """That an earlier run found the variant of this name and key refused, if it is not there all the same."""
+        path = self.place(Refusal.name_of(name), key)
+        return None if self.place(name, key).exists() or not path.exists() else Refusal.open(path)
 
     def variants(self, plan: QuantizePlan, model: Model, dataset: Dataset, device: Probe) -> list[Model]:
         """Every variant of the plan that ``model``'s target has; with auto, those that could be the best there.
 
-        One that is refused is left out where nobody named it.
+        One that is refused is left out where nobody named it, and that is sealed: the next run does not try it again.
 
         Raises:
             GateFailed: a named one is refused.
@@ -608,13 +653,10 @@ class Chain:
                     continue
                 config = suited(QuantizeConfig.of(plan, variant=name), probe.machine, probe.known_flags)
                 if config not in made:
-                    try:
-                        made[config] = self.quantize(config, model, dataset, probe)
-                    except GateFailed as error:
-                        if plan.variants != "auto":
-                            raise
-                        note(f"{model.facts.target} goes without {name}: {error}")
-                        made[config] = None
+                    if plan.variants == "auto":
+                        made[config] = self._unless_refused(config, model, dataset)
+                    else:
+                        made[config] = self._quantize(config, model, dataset)
                 variant = made[config]
                 if variant is not None:
                     found[device].append(variant)
@@ -725,11 +767,15 @@ class Chain:
                 order = attempt_order(session, attempt_of(earlier[device][taken]))
                 benched.measured[device] = [self.step("measurement", Measurement, order, Measurement.open, taken)]
         with tempfile.TemporaryDirectory() as host_folder:
-            for number in range(1, max(goals.values(), default=0) + 1):
+            lacking = {device: range(done[device] + 1, goals[device] + 1) for device in sessions}
+            for at in range(max(map(len, lacking.values()), default=0)):  # side by side, whatever was measured before
                 turn = {
-                    out or self.path("measurement", session, number): (attempt_order(session, number), own[device])
-                    for device, session in sessions.items()
-                    if done[device] < number <= goals[device] and device not in benched.lost
+                    out or self.path("measurement", sessions[device], its[at]): (
+                        attempt_order(sessions[device], its[at]),
+                        own[device],
+                    )
+                    for device, its in lacking.items()
+                    if at < len(its) and device not in benched.lost
                 }
                 self._measure(turn, dataset, Path(host_folder), benched)
         if not benched.measured:
@@ -804,6 +850,9 @@ class Chain:
             apart |= dict.fromkeys(told)
         counted = any(rule.kind.counted == "sessions" for rule in rules)
         bench = bench.model_copy(update={"devices": asked})
+        if parts := [rule.part for rule in rules if rule.part is not None]:
+            own = getattr(bench, "corruptions", ())
+            bench = changed_config(bench, {"corruptions": tuple(dict.fromkeys([*own, *parts]))}, "bench")
         sessions = self._trusted_sessions(bench, rows, dataset, plan.sessions if counted else 1)
         inputs = {f"measurement-{device}-{attempt_of(each.manifest)}": each
                   for device, its in sessions.items() for each in its}  # fmt: skip

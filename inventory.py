@@ -24,7 +24,7 @@ from .core.artifact import (
     unsound_is_users,
 )
 from .core.errors import UserError
-from .core.kinds import Cache, Checkpoint, Measurement, Release, Report
+from .core.kinds import Cache, Checkpoint, Measurement, Refusal, Release, Report, Verdict
 from .core.sealed import check_files, printable
 from .data.dataset import Dataset, Fitted
 from .report.words import interval, percent, shares
@@ -102,6 +102,8 @@ def findings(source: Provenance) -> str:
             same = f"{percent(against['agreement'], 1)} % of {against['images']} images" if against else ""
             kept = f", agrees with float32 on {same}" if same else ""
             return f"{model} for {facts['target']}, {facts['variant']}{kept}"
+        case Refusal.kind:
+            return f"{facts['target']} goes without {facts['variant']}: {facts['reason']}"
         case Measurement.kind:
             record = Measurement.facts_of(source)
             emulated = ", emulated" if record.emulated else ""
@@ -111,6 +113,9 @@ def findings(source: Provenance) -> str:
         case Report.kind:
             devices = [f"{its['device']} ({its['sessions']} sessions)" for its in facts["devices"]]
             return f"{source.config.get('title', '')}: {', '.join(devices)}"
+        case Verdict.kind:
+            against = f" against {facts['baseline']}" if facts["baseline"] else ""
+            return f"{facts['answer']}: {facts['candidate']}{against}, {len(facts['rules'])} rules"
     return ""
 
 
@@ -306,8 +311,10 @@ def unneeded(folder: Path, reports: int | None = None, everything: bool = False,
             stay[why] = stay.get(why, 0) + 1
             kept.append(path)
             needed |= _needed_by(manifest)
-    # Held-out images as a network sees them belong to their data: nothing names them as what it came from.
-    kept += [path for path, manifest in whole if manifest.kind == Fitted.kind and manifest.inputs["data"].key in needed]
+    # Held-out images as a network sees them belong to their data, what was refused to its model: nothing names them as
+    # what it came from.
+    belonging = [entry for entry in whole if entry[1].kind in (Fitted.kind, Refusal.kind)]
+    kept += [path for path, manifest in belonging if all(each.key in needed for each in manifest.inputs.values())]
     kept += [path for path, manifest in whole if manifest.key in needed]
     for entry in found:
         if entry.manifest is None:

@@ -51,7 +51,7 @@ from .core.config import (
 )
 from .core.errors import DeviceLost, KdpipeError, UserError, choice
 from .core.inputs import size_words
-from .core.kinds import Bundle, Graph, Measurement, Model, Probe, Report, Verdict, unshown
+from .core.kinds import Bundle, Graph, Measurement, Model, Probe, Refusal, Report, Verdict, unshown
 from .core.proc import require
 from .core.progress import note
 from .data.dataset import Dataset
@@ -434,7 +434,8 @@ class Leg:
 
     ``key`` and ``path`` are None where only the work before can tell; ``perhaps``: whether it is wanted at all only the
     model before can tell. ``after`` are the names, ``id``, of the legs that it is made from. ``command`` makes exactly
-    this artifact by itself once these are there; None where it comes along with the first leg after it.
+    this artifact by itself once these are there; None where it comes along with the first leg after it. ``refused``:
+    why an earlier run refused what would stand here, so that nothing comes after it.
     """
 
     stage: str
@@ -446,6 +447,7 @@ class Leg:
     command: tuple[str, ...] | None
     work: Work
     perhaps: bool = False
+    refused: str | None = None
 
     @property
     def id(self) -> str:
@@ -513,7 +515,8 @@ class _Planner:
                 for variant, leg in [("float32", whole), *its.items()]:
                     bundles[device][f"{target}-{variant}"] = packed[leg.id]
         self.bundles = bundles
-        models = [leg for leg in self._legs if leg.stage in ("export", "quantize") and leg.name != "graph"]
+        stages = ("export", "quantize")
+        models = [leg for leg in self._legs if leg.stage in stages and leg.name != "graph" and leg.refused is None]
         self._report(self._bench(bundles, data, probes), {"teacher": teacher, **students}, models)
         return self._legs
 
@@ -651,10 +654,26 @@ class _Planner:
                 command = ("quantize", float32.path, "--data", data.path, "--device", device, *options_of(config))
                 work = forecast.shrinking(config.model_dump(mode="json"), target, self._recipe.student.model)
                 inputs = {"model": float32, "data": data}
+                if plan.variants == "auto" and self._is_refused(f"{target}-{name}", config, inputs, work):
+                    continue
                 found[device][name] = self._leg(
                     "quantize", f"{target}-{name}", "quantize", config, inputs, work, command, perhaps=wanted is None
                 )
         return found
+
+    def _is_refused(self, name: str, config: QuantizeConfig, inputs: Mapping[str, Leg], work: Work) -> bool:
+        """Whether an earlier run found a variant refused, which then is a leg that nothing comes after."""
+        key, after = _key("quantize", config, inputs), tuple(leg.id for leg in inputs.values())
+        if key is None or self._again == "quantize" or self._stale.intersection(after):
+            return False
+        refusal = self._chain.refusal(name, key)
+        if refusal is None:
+            return False
+        reason = refusal.facts.reason
+        leg = Leg("quantize", Refusal.name_of(name), key, refusal.path, True, after, None, work, refused=reason)
+        if leg.id not in {other.id for other in self._legs}:  # of another device
+            self._legs.append(leg)
+        return True
 
     def _package(self, target: str, variant: str, model: Leg, data: Leg) -> Leg:
         config = self._recipe.package
@@ -765,7 +784,8 @@ class _Course:
 
     def know(self, legs: Sequence[Leg]) -> None:
         """Take what is known of the whole run by now."""
-        self._open = {leg.id: leg for leg in legs if not leg.perhaps and leg.id not in self._done}
+        wanted = (leg for leg in legs if not leg.perhaps and leg.refused is None)
+        self._open = {leg.id: leg for leg in wanted if leg.id not in self._done}
         self._total = len(self._done) + len(self._open)
 
     @cached_property

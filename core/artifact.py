@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,10 @@ if TYPE_CHECKING:
 RESUME = "resume"
 LARGEST_BESIDE_BYTES = 64 * sealed.MIB  # of a signature, which names every file
 EVIDENCE = "evidence"  # subfolder of what a stage looked at: kept, not shipped
+# A file whose times are older than that cannot be changed without their changing too, however coarse the clock of its
+# file system is.
+SETTLED_SECONDS = 2.0
+MOST_REMEMBERED = 1000  # manifests
 
 # Versions written into every manifest, where installed: the tools that can change a number.
 TOOLS = (
@@ -235,19 +240,44 @@ def unsound_is_users() -> Iterator[None]:
         raise UserError(str(error)) from None
 
 
+_remembered: dict[tuple[int, ...], Manifest] = {}  # by what the file system says of the file
+
+
 def read_manifest(path: Path) -> Manifest:
     """Parse ``path/manifest.json`` and check it against its own digest.
+
+    A command meets the same manifests many times: one that did not change since it was read is not read again.
 
     Raises:
         UserError: none there, or a broken or edited one.
         OtherVersion: one of another version.
     """
+    stamp = _stamp(path / MANIFEST)
+    if stamp is not None and stamp in _remembered:
+        return _remembered[stamp]
     with unsound_is_users():
         value = sealed.read_manifest(path)
     try:
-        return Manifest.model_validate(value)
+        manifest = Manifest.model_validate(value)
     except ValidationError:
         raise UserError(f"{path / MANIFEST} is not a manifest (broken or edited): make the artifact again") from None
+    if stamp is not None:
+        if len(_remembered) >= MOST_REMEMBERED:
+            _remembered.clear()
+        _remembered[stamp] = manifest
+    return manifest
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What is not the same of two files, nor of one before and after a change; None of a file that changed just now."""
+    try:
+        found = path.lstat()
+    except (OSError, ValueError):  # no path at all
+        return None
+    changed = max(found.st_mtime_ns, found.st_ctime_ns)
+    if not stat.S_ISREG(found.st_mode) or changed > time.time_ns() - SETTLED_SECONDS * 1e9:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def check_provenance(path: Path, provenance: Provenance) -> None:

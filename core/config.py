@@ -93,7 +93,14 @@ class DataPlan(Config):
     root: str | None = Field(None, description="root folder of a wds/ or tfds/ source, or cache folder of an hfds/ one")
     train_split: str = Field("train", description="name of the part to learn from")
     test_split: str | None = Field(
-        "val", description="name of the held-out part; none (null in YAML) cuts it from the training part"
+        "auto",
+        description="name of the held-out part; auto takes a folder's test, else its val (of other sources val); none "
+        "(null in YAML) cuts it from the training part",
+    )
+    val_split: str | None = Field(
+        "auto",
+        description="name of the part for selection; auto takes a folder's val where test is held out; none cuts "
+        "val_fraction from the training part",
     )
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.2, description="cut for testing where there is no test split"
@@ -158,9 +165,10 @@ class DataConfig(DataPlan):
 
     @model_serializer(mode="wrap")
     def _without_what_is_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Where no two images are the same, what would become of copies makes no other data set."""
+        """Neither what would become of copies that are not there nor a part that is not read makes another key."""
         values: dict[str, Any] = serialize(self)
-        return {name: value for name, value in values.items() if name != "held_out_copies" or value is not None}
+        later = ("held_out_copies", "val_split")
+        return {name: value for name, value in values.items() if name not in later or value is not None}
 
 
 class FittedConfig(Config):
@@ -739,6 +747,32 @@ Threads = Annotated[
 ]
 
 
+# What may go wrong between a scene and a network; ``data.corrupt`` makes each.
+Corruption = Literal["jpeg", "blur", "noise", "dark"]
+
+
+def _named(value: Any) -> Any:
+    """Names, some of them perhaps as a command line gives them: dark,blur."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    found = [part for each in value for part in (each.split(",") if isinstance(each, str) else (each,))]
+    return tuple(part.strip() if isinstance(part, str) else part for part in found)
+
+
+def _each_corruption_once(value: tuple[Corruption, ...]) -> tuple[Corruption, ...]:
+    if len(set(value)) < len(value):
+        raise ValueError("wanted every corruption once")
+    return value
+
+
+Corruptions = Annotated[
+    tuple[Corruption, ...],
+    BeforeValidator(_named),
+    AfterValidator(_each_corruption_once),
+    WithJsonSchema({"type": "array", "items": {"enum": list(get_args(Corruption))}}),
+]
+
+
 class SessionSettings(TimingSettings):
     """One measuring session: every bundle in a fresh process each time, interleaved."""
 
@@ -758,6 +792,17 @@ class SessionSettings(TimingSettings):
     resolution: float = Field(
         0.1, gt=0, lt=1, description="share within which a latency must be known to be trusted; else it is called noisy"
     )
+    corruptions: Corruptions = Field(
+        (),
+        description="faults of a camera that every test image is shown with too: jpeg, blur, noise, dark; "
+        "each takes as long as the accuracy does",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_corruptions_where_none(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A session without corruptions has the key that it had before there were any."""
+        values: dict[str, Any] = serialize(self)
+        return {name: value for name, value in values.items() if value or name not in ("corruptions", "corrupting")}
 
 
 class BenchPlan(SessionSettings):
@@ -790,6 +835,7 @@ class BenchConfig(SessionSettings):
     device: str = Field(description="name of the device")
     device_fingerprint: dict[str, Any]
     attempt: int = Field(0, ge=0, description="from 1 on; 0 names the session itself")
+    corrupting: int | None = Field(None, description="version of the rules by which images are corrupted, if they are")
 
 
 class StrangeConfig(Config):

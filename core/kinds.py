@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator
 
 from .artifact import EVIDENCE, Artifact, Provenance, Record, canonical, find_ancestors
-from .config import AdoptConfig, BenchConfig, CacheConfig, GateConfig, ReleaseConfig, TrainConfig
+from .config import AdoptConfig, BenchConfig, CacheConfig, Corruption, GateConfig, ReleaseConfig, TrainConfig
 from .errors import UserError
 from .inputs import InputSpec
 from .rules import Counted, Unit
@@ -356,6 +356,34 @@ class Model(Labelled[ModelFacts]):
         if self.NOISE_BY_LAYER not in self.manifest.files:
             return []
         return self.rows(self.NOISE_BY_LAYER, LayerNoise)
+
+
+class RefusalFacts(Record):
+    """Which variant of which model was tried for a target, and why it was refused."""
+
+    model: str
+    target: str
+    variant: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.target} goes without {self.variant}: {self.reason}"
+
+
+class Refusal(Artifact[RefusalFacts]):
+    """In place of a variant that was tried and refused, under the key that it would have: no run has to try it again.
+
+    Whoever names the variant tries it all the same, and once it is made this says nothing any more.
+    """
+
+    kind = "refusal"
+    Facts = RefusalFacts
+    roles = frozenset({"model"})
+
+    @staticmethod
+    def name_of(variant: str) -> str:
+        """Of its folder, for that of the variant."""
+        return f"{variant}-refused"
 
 
 def unshown(models: Iterable[Model]) -> str:
@@ -726,6 +754,7 @@ class Result(Record):
     failed: bool = False
     accuracy: Interval | None = None
     accuracy_by: str | None = None  # the runtime that ran the test images
+    corrupted: dict[Corruption, Interval] | None = None  # accuracy on the same images, each with a fault
     batch_one: BatchOne | None = None
     session: RuntimeSession | None = None
     latency_p50_ms: Interval | None = None
@@ -810,16 +839,26 @@ class Measurement(Artifact[MeasurementFacts]):
     Facts = MeasurementFacts
     Configs: ClassVar = {"bench": BenchConfig}
     LABELS = "labels.npy"  # of the test part
+    IMAGES = "images.npy"  # the first 64 bits of the hash of every file of the test part
 
     @property
     def labels(self) -> np.ndarray:
         """Of the test part, in its order."""
         return np.asarray(self.array(self.LABELS, "iu", 1))
 
-    def outputs(self, bundle: str) -> np.ndarray:
-        """What a bundle said of the test part, float32 [N, ...]."""
-        outputs = np.asarray(self.array(self.outputs_name(bundle), "f", 2))
-        return same_length(self.path / self.outputs_name(bundle), outputs, self.labels)[0]
+    @property
+    def images(self) -> np.ndarray | None:
+        """What tells the images of the test part from others, uint64 [N], in its order; None where it was not kept."""
+        if self.IMAGES not in self.manifest.files:
+            return None
+        images = np.asarray(self.array(self.IMAGES, "u", 1))
+        return same_length(self.path / self.IMAGES, images, self.labels)[0]
+
+    def outputs(self, bundle: str, corruption: Corruption | None = None) -> np.ndarray:
+        """What a bundle said of the test part, float32 [N, ...]; of the images with a fault, where one is named."""
+        name = self.outputs_name(bundle, corruption)
+        outputs = np.asarray(self.array(name, "f", 2))
+        return same_length(self.path / name, outputs, self.labels)[0]
 
     def all_outputs(self, bundles: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
         """Those of ``bundles`` that were run at all, one at a time."""
@@ -828,9 +867,9 @@ class Measurement(Artifact[MeasurementFacts]):
                 yield name, self.outputs(name)
 
     @staticmethod
-    def outputs_name(bundle: str) -> str:
-        """The file of a bundle's outputs [N, ...] for the test part."""
-        return f"logits/{bundle}.npy"
+    def outputs_name(bundle: str, corruption: Corruption | None = None) -> str:
+        """The file of a bundle's outputs [N, ...] for the test part, as it is or with a fault."""
+        return f"{'logits' if corruption is None else f'logits-{corruption}'}/{bundle}.npy"
 
     def mismatches(self, bundle: str) -> list[Mismatch]:
         """Test images of which a bundle says something else here than on the host; none where that was not asked."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from statistics import NormalDist
 
 import numpy as np
@@ -140,6 +141,7 @@ def _share_rejected(n: int, lost: float, won: float, difference: float, z: float
     return float((found <= z).mean() if z < 0 else (found >= z).mean())
 
 
+@cache
 def _detectable_share(n: int, changed: float) -> float | None:
     """The smallest drop that is seen nine times of ten, beside as many images that change both ways as were found."""
 
@@ -161,32 +163,35 @@ def _images_needed(n: int, changed: float, value: float, bound: float, level: fl
     Where the bound asks for more than the baseline has, and where so many were looked at already, what was found from
     the bound.
     """
-    broken_z = NormalDist().inv_cdf(level)
-
-    def told(count: int, drop: float, *, broken: bool) -> bool:
-        losses = changed / 2 + max(drop, 0)
-        wins = changed / 2 + max(-drop, 0)
-        z = broken_z if broken else _Z
-        return _share_rejected(count, losses, wins, bound, z) >= PLANNED_POWER
-
-    def by_margin(count: int) -> bool:
-        return told(count, 0.0, broken=False) and told(count, -2 * bound, broken=True)
-
-    def by_value(count: int) -> bool:
-        return told(count, -value, broken=value < bound)
-
-    enough = _smallest(by_margin, MOST_IMAGES) if bound < 0 else None
-    if enough is None or enough <= n:
-        enough = None if value == bound else _smallest(by_value, MOST_IMAGES)
+    enough = _images_by_margin(changed, bound, level) if bound < 0 else None
+    if (enough is None or enough <= n) and value != bound:
+        is_broken = value < bound
+        enough = _smallest(lambda count: _images_tell(count, changed, -value, bound, level if is_broken else None))
     return None if enough is None else rounded_up(max(enough, n + 1))
 
 
-def _smallest(holds: Callable[[int], bool], most: int) -> int | None:
-    """The smallest count for which it holds, to some per cent; None where the largest does not do."""
+@cache
+def _images_by_margin(changed: float, bound: float, level: float) -> int | None:
+    return _smallest(
+        lambda count: (
+            _images_tell(count, changed, 0.0, bound, None) and _images_tell(count, changed, -2 * bound, bound, level)
+        )
+    )
+
+
+def _images_tell(count: int, changed: float, drop: float, bound: float, level: float | None) -> bool:
+    """Whether so many images show, of a network that loses so much, that the bound is broken, or kept (None)."""
+    z = _Z if level is None else NormalDist().inv_cdf(level)
+    lost, won = changed / 2 + max(drop, 0), changed / 2 + max(-drop, 0)
+    return _share_rejected(count, lost, won, bound, z) >= PLANNED_POWER
+
+
+def _smallest(holds: Callable[[int], bool]) -> int | None:
+    """The smallest number of images for which it holds, to some per cent; None where millions do not do."""
     high = 16
     while not holds(high):
         high *= 2
-        if high > most:
+        if high > MOST_IMAGES:
             return None
     low = high // 2
     while high - low > max(1, high // 50):
@@ -210,8 +215,7 @@ def mean_above(values: np.ndarray, bound: float, allowed: float | None, level: f
     Raises:
         ValueError: fewer than two values.
     """
-    from scipy.special import stdtr, stdtrit
-    from scipy.stats import chi2
+    from scipy.special import gammaincinv, stdtr, stdtrit
 
     n = len(values)
     if n < 2:
@@ -229,7 +233,7 @@ def mean_above(values: np.ndarray, bound: float, allowed: float | None, level: f
     needed = None
     if not keeps and p_broken > level:
         # The spread of few values is known badly: four times of five the true one is no larger than this.
-        largest = spread * math.sqrt((n - 1) / float(chi2.ppf(0.2, n - 1)))
+        largest = spread * math.sqrt((n - 1) / (2 * float(gammaincinv((n - 1) / 2, 0.2))))
 
         counts = np.arange(2, MOST_SESSIONS + 1)
         arms = stdtrit(counts - 1, 1 - min(_LEVEL, level)) + stdtrit(counts - 1, PLANNED_POWER)

@@ -39,12 +39,13 @@ from .artifact import (
 from .errors import UserError
 from .kinds import as_name
 from .proc import first_line
-from .progress import note, progress
+from .progress import note, track
 from .sealed import MANIFEST, MIB, printable
 
 MOST_FILES = 1_000_000
 AT_ONCE = 8  # files under way: a small one costs a round trip, whatever the link can carry
 BLOCK_BYTES = 8 * MIB  # asked for at a time
+CLAIM = f"{MANIFEST}.part"  # of who is pushing there: the manifest that it will have
 READ_ONLY = ("http://", "https://")
 LOCAL = re.compile(r"(?:file|local)://")
 URL = re.compile(r"(?:[A-Za-z0-9+.-]+::)*[A-Za-z][A-Za-z0-9+.-]*://")
@@ -141,7 +142,9 @@ class RemoteFolder:
                 stream: BinaryIO = os.fdopen(os.open(local / name, flags), "rb")
             else:
                 system = self._place[0]
-                stream = cast(BinaryIO, system.open(self._path(name), "rb", block_size=BLOCK_BYTES))
+                # http comes as a stream: not every server knows of ranges.
+                ahead = 0 if self.url.startswith(READ_ONLY) else BLOCK_BYTES
+                stream = cast(BinaryIO, system.open(self._path(name), "rb", block_size=ahead))
         try:
             left = most_bytes
             while True:
@@ -239,6 +242,11 @@ class RemoteFolder:
             if record is None or not self._holds(name, record):
                 raise
 
+    def remove(self, name: str) -> None:
+        """Remove a file of ours, if that is allowed."""
+        with suppress(Exception):
+            self._place[0].rm_file(self._path(name))
+
     def _holds(self, name: str, record: FileRecord) -> bool:
         """Whether a file has these contents; False where there is none. Raises UserError for others."""
         digest = hashlib.sha256()
@@ -308,7 +316,8 @@ def push_folder(folder: Path, url: str) -> None:
     """Put a whole artifact at a URL of fsspec or a path: its files first, the manifest last.
 
     A push that was broken off is gone on with by the same call. Where the file system can create without replacing
-    (S3, Google's), of two who push at once the second is told so, and neither damages what the other wrote.
+    (S3, Google's) no file ever replaces another's: of two who push at once, the one whose claim is there first ends
+    whole, and the other one has written nothing.
 
     Raises:
         AlreadyThere: an artifact lies there: nothing is overwritten.
@@ -330,23 +339,26 @@ def push_folder(folder: Path, url: str) -> None:
     target = RemoteFolder(url)
     if target.is_whole:
         raise there
-
     records = dict(manifest.files)
     for name in _beside(manifest):
         if (folder / name).is_file():
             size = (folder / name).stat().st_size
             records[name] = FileRecord(sha256=sealed.sha256_file(folder / name), size_bytes=size)
 
-    def put(name: str) -> None:
-        target.put(folder / name, name, records[name])
-
-    _each(records, put, f"pushing {target}")
-    try:
-        target.put(folder / MANIFEST, MANIFEST, None)
-    except Unreachable:
-        if target.is_whole:  # another one was faster
-            raise there from None
-        raise
+    own = folder / MANIFEST
+    target.put(own, CLAIM, FileRecord(sha256=sealed.sha256_file(own), size_bytes=own.stat().st_size))
+    whole = target.is_whole  # by one who ended between the two looks
+    if not whole:
+        _each(records, lambda name: target.put(folder / name, name, records[name]), f"pushing {target}")
+        try:
+            target.put(own, MANIFEST, None)
+        except Unreachable:
+            whole = target.is_whole
+            if not whole:
+                raise
+    target.remove(CLAIM)
+    if whole:
+        raise there
 
 
 class Store:
@@ -448,6 +460,17 @@ def _receive(source: RemoteFolder, out: Path, check: Callable[[Manifest], None])
                 (part / name).write_bytes(source.read(name, LARGEST_BESIDE_BYTES))
 
 
+def _each(names: Collection[str], do: Callable[[str], None], what: str) -> None:
+    """Do it for every name, several at once; the first failure ends it."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        try:
+            for _ in track(pool.map(do, names), what, len(names)):
+                pass
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
 def _check_sizes(source: RemoteFolder, manifest: Manifest, lacking_bytes: int, part: Path) -> None:
     """Refuse what is larger than its kind can be, or than the disk has room for. Raises UserError."""
     limit, size = _largest_bytes(manifest), sum(record.size_bytes for record in manifest.files.values())
@@ -473,19 +496,6 @@ def _records(manifest: Manifest) -> dict[str, dict[str, Any]]:
     return {name: vars(record) for name, record in manifest.files.items()}
 
 
-def _each(names: Collection[str], do: Callable[[str], None], what: str) -> None:
-    """Do it for every name, several at once; the first failure ends it."""
-    with progress(what, len(names)) as advance, ThreadPoolExecutor(AT_ONCE) as pool:
-        futures = [pool.submit(do, name) for name in names]
-        try:
-            for name, future in zip(names, futures, strict=True):
-                future.result()
-                advance(1, name)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-
-
 def _largest_bytes(manifest: Manifest) -> int:
     kind = KINDS.get(manifest.kind)
     return sealed.LARGEST_BYTES if kind is None else kind.largest_bytes
@@ -503,7 +513,7 @@ def _check_names(files: Mapping[str, FileRecord]) -> None:
     for name in files:
         parts = name.split("/")
         folders = ["/".join(parts[:count]) for count in range(1, min(len(parts), sealed.MOST_LEVELS + 2))]
-        if parts[0] == RESUME or len(parts) > sealed.MOST_LEVELS or any(folder in files for folder in folders):
+        if parts[0] in (RESUME, CLAIM) or len(parts) > sealed.MOST_LEVELS or any(folder in files for folder in folders):
             raise UserError(f"{MANIFEST} names '{printable(name, 80)}', which cannot be a file of an artifact")
 
 

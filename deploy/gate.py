@@ -74,6 +74,13 @@ def questions(
         UserError: a rule that concerns nothing, or a figure that nobody knows.
     """
     found: list[Question] = []
+    known: dict[tuple[str, str], dict[str, Figure]] = {}  # what all rules share is worked out once
+
+    def figure(measurement: Measurement, row: str, rule: Rule) -> Figure:
+        if (measurement.key, row) not in known:
+            known[measurement.key, row] = figures(measurement, row)
+        return _figure(known[measurement.key, row], rule)
+
     for rule in rules:
         asked: set[tuple[str, str]] = set()
         before = len(found)
@@ -82,12 +89,12 @@ def questions(
                 if not rule.concerns(device, pair.target, pair.row) or (rule.is_relative and pair.baseline is None):
                     continue
                 if rule.kind.counted == "exact":
-                    keys = [measured[0].manifest.inputs[pair.candidate].key]
-                    if (pair.row, keys[0]) in asked:
+                    one = pair.row, measured[0].manifest.inputs[pair.candidate].key
+                    if one in asked:
                         continue
-                    asked.add((pair.row, keys[0]))
-                mine = [_figure(each, pair.candidate, rule) for each in measured]
-                theirs = None if pair.baseline is None else [_figure(each, pair.baseline, rule) for each in measured]
+                    asked.add(one)
+                mine = [figure(each, pair.candidate, rule) for each in measured]
+                theirs = None if pair.baseline is None else [figure(each, pair.baseline, rule) for each in measured]
                 resolution = max(each.facts.resolution for each in measured)
                 found.append(Question(rule, device, pair.row, mine, theirs, resolution, pair.same))
         if len(found) == before:
@@ -95,11 +102,10 @@ def questions(
     return found
 
 
-def _figure(measurement: Measurement, row: str, rule: Rule) -> Figure:
-    known = figures(measurement, row)
+def _figure(known: Mapping[str, Figure], rule: Rule) -> Figure:
     if rule.name in known:
         return known[rule.name]
-    if rule.part is not None and not any(name == rule.name for name in known):
+    if rule.part is not None:
         parts = [name.partition(" of ")[2] for name in known if name.startswith(f"{rule.figure} of ")]
         raise choice(f"part in '{rule.name}'", rule.part, parts)
     return Figure(rule.kind.unit, None, (), None, rule.kind.lower_is_better, False, "it was not measured")
@@ -118,7 +124,9 @@ def decide(asked: Sequence[Question]) -> list[RuleVerdict]:
     # How many images would tell that a rule is broken depends on how many are asked.
     level = FAMILY_LEVEL / max(1, len(asked))
     answered = [_answer(question, level) for question in asked]
-    broken = holm_levels([each.p_broken for each in answered], FAMILY_LEVEL)[0] if answered else []
+    if not answered:
+        return []
+    broken, _ = holm_levels([each.p_broken for each in answered], FAMILY_LEVEL)
     return [
         each.model_copy(update={"answer": "fail", "why": "", "needed": None}) if is_broken else each
         for each, is_broken in zip(answered, broken, strict=True)
@@ -131,7 +139,8 @@ def overall(verdicts: Sequence[RuleVerdict]) -> Answer:
     return "fail" if "fail" in answers else "pass" if answers == {"pass"} else "cannot tell"
 
 
-class _Told(NamedTuple):
+@dataclass(frozen=True)
+class _Told:
     """How a question stands: in which scale it was compared, what was counted; a reason where nothing can be told."""
 
     stand: Stand | None
@@ -236,7 +245,7 @@ def _of_images(question: Question, level: float) -> _Told:
     rule, mine = question.rule, _last(question.candidate)
     value = _value(mine)
     if value is None or not mine.trusted:
-        return _Told(None, "value", 0, why=mine.why or "it was not measured")
+        return _Told(None, _scale(rule), 0, why=mine.why or "it was not measured")
     within = _sound(mine)
     assert within is not None  # it has a value
     n = within.n
@@ -250,13 +259,13 @@ def _of_images(question: Question, level: float) -> _Told:
         return _Told(None, "difference", n, why=f"the baseline: {theirs.why or 'it was not measured'}", candidate=value)
     told = _Told(None, "difference", n, candidate=value, baseline=before)
     if question.same:
-        return told._replace(stand=_signed(rule, lambda sign: exactly_above(0.0, sign * rule.offset)))
+        return replace(told, stand=_signed(rule, lambda sign: exactly_above(0.0, sign * rule.offset)))
     first, second = theirs.scores, mine.scores
     if first is None or second is None or first.shape != second.shape or len(first) == 0:
-        return told._replace(why="the two were not measured on the same images")
+        return replace(told, why="the two were not measured on the same images")
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
-        return told._replace(why="some of its scores are no numbers")
-    return told._replace(stand=_paired(rule, theirs, mine, level), count=len(first))
+        return replace(told, why="some of its scores are no numbers")
+    return replace(told, stand=_paired(rule, theirs, mine, level), count=len(first))
 
 
 def _paired(rule: Rule, before: Figure, after: Figure, level: float) -> Stand:
@@ -299,21 +308,21 @@ def _of_sessions(question: Question, level: float) -> _Told:
         why = doubts[0] if doubts else "no session in which both are trusted"
         return _Told(None, scale, 0, needed=USUAL_SESSIONS, why=f"no trusted session: {why}")
     values = [[float(_value(figure) or 0.0) for figure in column] for column in zip(*trusted, strict=True)]
-    shown = {name: float(np.exp(np.log(column).mean())) if min(column) > 0 else float(np.mean(column))
-             for name, column in zip(("candidate", "baseline"), values, strict=False)}  # fmt: skip
-    told = _Told(None, scale, len(trusted), **shown)
+    means = [float(np.exp(np.log(column).mean())) if min(column) > 0 else 0.0 for column in values]
+    told = _Told(None, scale, len(trusted), candidate=means[0], baseline=means[1] if len(means) > 1 else None)
     if scale != "difference" and min(map(min, values)) <= 0:
-        return told._replace(why="it is no positive number")
+        return replace(told, why="it is no positive number")
     allowed = _allowed(rule)
     if len(trusted) == 1:
-        return told._replace(
+        return replace(
+            told,
             stand=_of_one(question, trusted[0], level),
             needed=USUAL_SESSIONS,
             why=f"one session tells what lies beyond its resolution only: about {USUAL_SESSIONS} sessions would tell",
         )
     numbers = _in_scale(rule, *map(np.asarray, values))
     bound = _bound_in_scale(rule)
-    return told._replace(stand=_signed(rule, lambda sign: mean_above(sign * numbers, sign * bound, allowed, level)))
+    return replace(told, stand=_signed(rule, lambda sign: mean_above(sign * numbers, sign * bound, allowed, level)))
 
 
 def _of_one(question: Question, figures_of_it: Sequence[Figure], level: float) -> Stand | None:
@@ -373,8 +382,7 @@ def _of_processes(question: Question, level: float) -> _Told:
     scale = _scale(rule)
     if not mine.trusted or _value(mine) is None:
         return _Told(None, scale, 0, why=mine.why or "it was not measured")
-    columns = [mine.values]
-    shown = {"candidate": _value(mine)}
+    columns, before = [mine.values], None
     if rule.is_relative:
         assert question.baseline is not None
         theirs = _last(question.baseline)
@@ -382,14 +390,14 @@ def _of_processes(question: Question, level: float) -> _Told:
             why = f"the baseline: {theirs.why or 'it was not measured'}"
             return _Told(None, scale, 0, why=why, candidate=_value(mine))
         columns.append(theirs.values)
-        shown["baseline"] = _value(theirs)
+        before = _value(theirs)
     count = min(map(len, columns))
-    told = _Told(None, scale, count, **shown)
+    told = _Told(None, scale, count, candidate=_value(mine), baseline=before)
     if count < 2 or not all(0 < value < math.inf for column in columns for value in column):
-        return told._replace(why="it was measured in fewer than two processes", needed=10)
+        return replace(told, why="it was measured in fewer than two processes", needed=10)
     numbers, bound = _in_scale(rule, *(np.asarray(column[:count]) for column in columns)), _bound_in_scale(rule)
     allowed = _allowed(rule)
-    return told._replace(stand=_signed(rule, lambda sign: mean_above(sign * numbers, sign * bound, allowed, level)))
+    return replace(told, stand=_signed(rule, lambda sign: mean_above(sign * numbers, sign * bound, allowed, level)))
 
 
 def _exact(question: Question, level: float) -> _Told:  # noqa: ARG001 - as the others

@@ -326,13 +326,18 @@ def gain_sentence(gain: Mapping[str, Any]) -> str:
 
 
 def hop_lines(hop: Mapping[str, Any]) -> list[str]:
-    """``openvino: torch 97.40 -> float32 97.40 (no flips)`` and below it the variants, in per cent."""
+    """``openvino of small: torch 97.40 -> float32 97.40 (no flips)`` and below it the variants, in per cent."""
     ran = f" ({hop['ran']})" if hop["ran"] else ""
     images = hop["steps"][0]["accuracy"]["n"]
     up_to_float32 = [_step(step, images) for step in hop["steps"] if not step["variant"]]
     variants = [_step(step, images) for step in hop["steps"] if step["variant"]]
-    lines = [f"{hop['target']}{ran}: " + " \N{RIGHTWARDS ARROW} ".join(up_to_float32)]
+    lines = [f"{of_student(hop)}{ran}: " + " \N{RIGHTWARDS ARROW} ".join(up_to_float32)]
     return lines + ["  against float32: " + "; ".join(variants)] * bool(variants)
+
+
+def of_student(told: Mapping[str, Any]) -> str:
+    """For which target something is told, and of whom where there are several students."""
+    return str(told["target"]) + (f" of {told['student']}" if told["student"] else "")
 
 
 def advice_sentence(advised: Mapping[str, Any]) -> str:
@@ -349,7 +354,7 @@ def guessing_clause(advised: Mapping[str, Any]) -> str:
 
 
 def _advice(advised: Mapping[str, Any]) -> str:
-    target = advised["target"] + (f" of {advised['student']}" if advised["student"] else "")
+    target = of_student(advised)
     if advised["untrusted"]:
         return f"{target}: nothing to ship by these latencies ({_by_word(advised['untrusted'])})"
     limit, may_do = f"{advised['max_drop_points']:g} points", advised["may_do"]

@@ -198,6 +198,17 @@ def test_the_command_names_the_lost_device_and_resumes(made: Made, cut: Path, tm
     assert null["pareto"] == [] and null["trust"] == "invalid", "emulated, so never ranked"
 
 
+def test_devices_are_measured_side_by_side_however_often_each_was_before(made: Made, cut: Path, tmp_path: Path) -> None:
+    chain, one = Chain(tmp_path), {NAMES[0]: made.bundles[NAMES[0]]}
+    plan = QUICK.model_copy(update={"devices": ("far",)})
+    chain.bench(plan, one, made.dataset)
+    watching = Scissors(cut, "nothing is cut")
+    with listening(watching):
+        both = chain.bench(plan.model_copy(update={"devices": ("local", "far")}), one, made.dataset)
+    assert {device: found.settings["attempt"] for device, [found] in both.measured.items()} == {"local": 1, "far": 2}
+    assert any("local: " in detail and " | far: " in detail for detail in watching.details), "both are seen at once"
+
+
 def test_if_no_device_is_left_it_says_so(made: Made, cut: Path, tmp_path: Path) -> None:
     cut.touch()
     with pytest.raises(DeviceLost, match="the cable is cut"):
