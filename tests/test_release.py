@@ -10,7 +10,8 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from conftest import (
 )
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from s3 import BUCKET, object_store
 
 from kdpipe.core.artifact import MANIFEST, Order, drafting, read_manifest, write_json
 from kdpipe.core.config import GateConfig, read_recipe
@@ -624,10 +626,19 @@ def test_versions_stand_in_semantic_order() -> None:
     assert named("birds@latest") == ("birds", None)
 
 
-@pytest.mark.parametrize("place", ["folder", "file://", "memory://"])
-def test_pull_brings_the_newest(packed: Bundle, keys: Keys, tmp_path: Path, place: str) -> None:
-    """From a folder, and from file systems of fsspec, the one of an object store's kind among them."""
-    to = {"folder": str(tmp_path / "to"), "file://": f"file://{tmp_path}/to"}.get(place, f"memory://{tmp_path.name}")
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    with object_store():
+        yield f"s3://{BUCKET}/{uuid.uuid4().hex}"
+
+
+@pytest.mark.parametrize("place", ["folder", "file://", "s3://"])
+def test_pull_brings_the_newest(
+    packed: Bundle, keys: Keys, tmp_path: Path, place: str, request: pytest.FixtureRequest
+) -> None:
+    """From a folder, and from file systems of fsspec, an object store among them."""
+    to = {"folder": str(tmp_path / "to"), "file://": f"file://{tmp_path}/to"}.get(place)
+    to = to or request.getfixturevalue("bucket")
     for version in ("1.9.0", "1.10.0", "2.0.0-rc.1"):
         done = kdpipe("release", f"digits@{version}", packed.path, "--to", to, "--key", keys.private)
         assert done.returncode == 0, done.stderr
@@ -850,7 +861,7 @@ def test_without_a_token_nothing_is_sent_to_the_hub(
 
 
 def test_all_of_a_release_would_go_to_the_hub(signed: Path) -> None:
-    """The Hub's client leaves some files out by itself; none of ours. It asks a Hub whether the card's head is sound."""
+    """The Hub's client leaves some files out by itself; none of ours. It asks whether the card's head is sound."""
     from huggingface_hub import HfApi
 
     class Sound(BaseHTTPRequestHandler):
