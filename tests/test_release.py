@@ -646,14 +646,20 @@ def test_pull_brings_the_newest(
     assert_one_line(again, 2, "is there already", "never overwritten")
     done = kdpipe("pull", "digits@latest", "--from", to, "--out", tmp_path / "got", "--signature", keys.public)
     assert done.returncode == 0, done.stderr
-    got = tmp_path / "got" / "digits" / "1.10.0"
+    got = tmp_path / "got"
     assert f"{got}: unchanged" in done.stdout and f"{got}: signed by the holder of {keys.public}" in done.stdout
-    assert [path.name for path in got.parent.iterdir()] == ["1.10.0"]
+    assert Release.open(got).facts.title == "digits@1.10.0" and not (tmp_path / ".got").exists()
     before = os.lstat(got).st_mtime_ns
-    assert kdpipe("pull", "digits@1.10.0", "--from", to, "--out", tmp_path / "got").returncode == 0
+    assert kdpipe("pull", "digits@1.10.0", "--from", to, "--out", got).returncode == 0
     assert os.lstat(got).st_mtime_ns == before
-    assert_one_line(kdpipe("pull", "digits@3.0.0", "--from", to, "--out", tmp_path / "got"), 2, "nothing at")
-    assert_one_line(kdpipe("pull", "other@latest", "--from", to, "--out", tmp_path / "got"), 2, "no release of 'other'")
+    assert_one_line(kdpipe("pull", "digits@1.9.0", "--from", to, "--out", got), 2, "is digits@1.10.0, wanted")
+    assert_one_line(kdpipe("pull", "digits@3.0.0", "--from", to, "--out", tmp_path / "none"), 2, "nothing at")
+    assert_one_line(
+        kdpipe("pull", "other@latest", "--from", to, "--out", tmp_path / "none"), 2, "no release of 'other'"
+    )
+    done = kdpipe("pull", "digits@latest", "--from", to, "--json", cwd=tmp_path)
+    assert json.loads(done.stdout)["release"] == "releases/digits/1.10.0"
+    assert [path.name for path in (tmp_path / "releases" / "digits").iterdir()] == ["1.10.0"]
 
 
 def test_nothing_appears_of_a_release_that_is_not_what_was_asked_for(
@@ -680,11 +686,9 @@ def test_nothing_appears_of_a_release_that_is_not_what_was_asked_for(
         (lambda folder: (folder / "model.sig").unlink(), 1, "is not signed"),
     ):
         assert_one_line(attempt(offered(signed, alter)), exit_code, words)
-        folder = tmp_path / "got" / "digits"
-        left = [path.name for path in folder.iterdir()] if folder.exists() else []
-        assert not [name for name in left if not name.startswith(".")], left
+        assert not (tmp_path / "got").exists()
     assert attempt(offered(signed)).returncode == 0
-    assert [path.name for path in (tmp_path / "got" / "digits").iterdir()] == ["1.0.0"]
+    assert Release.open(tmp_path / "got").facts.title == "digits@1.0.0" and not (tmp_path / ".got").exists()
 
 
 def test_a_stranger_cannot_put_a_bundle_beside_those_that_are_named(copy: Path) -> None:
