@@ -20,7 +20,7 @@ import pytest
 import yaml
 from conftest import assert_one_line, command, interruptible, kdpipe, system_command
 from test_commands import TINY
-from test_pipeline import break_openvino, folder  # noqa: F401 (a fixture)
+from test_pipeline import TWO, break_openvino
 
 from kdpipe import diary, smoke
 from kdpipe.chain import sealed
@@ -76,6 +76,13 @@ class Place:
         assert contents(self.artifacts) == wanted
         assert list(self.artifacts.glob("report-*")) and list(self.artifacts.glob("measurement-*"))
         return not list(self.artifacts.glob("*.part")) and not (self.artifacts / diary.DIARIES).exists()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a recipe for two targets and a device that costs nothing."""
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TWO))
+    return tmp_path
 
 
 @pytest.fixture(scope="module")
