@@ -134,6 +134,8 @@ def _overlap(one: tuple[float, float], other: tuple[float, float]) -> bool:
 def work_of(manifest: Manifest) -> Work | None:
     """What a sealed artifact was as work; None of what says nothing about other work."""
     config, facts = manifest.config, manifest.facts
+    if manifest.kind == "refusal":  # which is written in no time, whatever was tried
+        return None
     try:
         match manifest.stage:
             case "data":

@@ -23,14 +23,12 @@ from .core.progress import note
 from .core.sealed import UNPRINTABLE, printable
 from .data.formats import opened
 from .data.listing import list_images
+from .data.sources import TRAIN_NAMES, Parts, usual_parts
 from .devices import DEVICES, book, find_device
 from .export import TARGETS
 from .networks.names import check_name
 from .quantize import VARIANTS
 
-# What the parts of a folder are usually called, the better choice first: nothing is chosen by a test part.
-TRAIN_NAMES = ("train", "training")
-HELD_OUT_NAMES = ("test", "testing", "val", "valid", "validation")
 WEIGHTS = (".pth", ".pt", ".safetensors")
 NOT_CLASSES = ("artifacts",)  # what kdpipe itself may have left there
 SAMPLE = 64  # images whose size is looked at
@@ -57,8 +55,7 @@ class Images(NamedTuple):
     """A folder of images as it was found."""
 
     source: Path
-    train_split: str
-    test_split: str | None
+    parts: Parts
     classes: tuple[str, ...]
     learn: int
     held_out: int
@@ -106,8 +103,7 @@ def look_at(folder: Path | None) -> Images:
             names = ", ".join(root.name for root, _ in found[:4])
             raise UserError(f"{folder} has several folders of images ({names}): name one, such as {found[0][0]}")
         if found:
-            root, (train, test) = found[0]
-            return _counted(root, train, test)
+            return _counted(*found[0])
     there = ", ".join(path.name for path in _folders(folder)[:6]) or "no folders"
     if not named:
         raise UserError(f"no folder with a part 'train' here, found {there}: name the images, kdpipe init FOLDER")
@@ -116,16 +112,13 @@ def look_at(folder: Path | None) -> Images:
     )
 
 
-def _layout(root: Path, parts: bool) -> tuple[str, str | None] | None:
-    """Names of the training and the held-out part; with ``parts`` those of folders that are called so."""
+def _layout(root: Path, parts: bool) -> Parts | None:
+    """Its parts; with ``parts`` only those of folders that are called so."""
     there = {path.name.lower(): path for path in _folders(root)}
     train = next((there[name] for name in TRAIN_NAMES if name in there), None)
     if not parts:
-        return (".", None) if train is None and _has_classes(root) else None
-    if train is None or not _has_classes(train):
-        return None
-    held_out = (there[name] for name in HELD_OUT_NAMES if name in there and _has_classes(there[name]))
-    return train.name, next((path.name for path in held_out), None)
+        return Parts(".", None, None) if train is None and _has_classes(root) else None
+    return usual_parts(root, train.name) if train is not None and _has_classes(train) else None
 
 
 def _folders(place: Path) -> list[Path]:
@@ -142,15 +135,15 @@ def _has_classes(place: Path) -> bool:
     return len(list(itertools.islice(holding, 2))) == 2
 
 
-def _counted(root: Path, train: str, test: str | None) -> Images:
-    classes = [path for path in _folders(root / train) if path.name not in NOT_CLASSES or train != "."]
+def _counted(root: Path, parts: Parts) -> Images:
+    classes = [path for path in _folders(root / parts.train) if path.name not in NOT_CLASSES or parts.train != "."]
     counts = [sum(1 for _ in list_images(path)) for path in classes]
-    held_out = 0 if test is None else sum(1 for _ in list_images(root / test))
+    held_out = 0 if parts.test is None else sum(1 for _ in list_images(root / parts.test))
     sides = list(_sides(classes))
     if not sides:
-        raise UserError(f"none of the first images in {root / train} can be opened: wanted images")
+        raise UserError(f"none of the first images in {root / parts.train} can be opened: wanted images")
     names = tuple(path.name for path in classes)
-    return Images(root, train, test, names, sum(counts), held_out, round(statistics.median(sides)))
+    return Images(root, parts, names, sum(counts), held_out, round(statistics.median(sides)))
 
 
 def _sides(classes: list[Path]) -> Iterator[int]:
@@ -335,7 +328,8 @@ def _written(
     targets: tuple[str, ...],
 ) -> str:
     """The recipe, with a reason for what was chosen."""
-    held_out = f"{images.held_out:,} held out" if images.test_split else "none held out"
+    parts = images.parts
+    held_out = f"{images.held_out:,} held out" if parts.test else "none held out"
     lines = [
         f"# yaml-language-server: $schema={SCHEMA_FILE}",
         f"# Written by `kdpipe init` for {len(images.classes)} classes: {images.learn:,} images to learn from, "
@@ -345,13 +339,15 @@ def _written(
         "data:",
         f"  source: {_path_from(path, images.source)}",
     ]
-    if images.train_split != "train":
-        what = "its folders are the classes" if images.train_split == "." else "the part to learn from"
-        lines.append(f"  train_split: {json.dumps(images.train_split)}  # {what}")
-    if images.test_split is None:
+    if parts.train != "train":
+        what = "its folders are the classes" if parts.train == "." else "the part to learn from"
+        lines.append(f"  train_split: {json.dumps(parts.train)}  # {what}")
+    if parts.test is None:
         lines.append("  test_split: null  # no held-out part is there: a fifth of the images is cut for testing")
-    elif images.test_split != "val":
-        lines.append(f"  test_split: {_plain(images.test_split)}  # nothing trains, selects or calibrates on it")
+    else:
+        lines.append(f"  test_split: {_plain(parts.test)}  # nothing trains, selects or calibrates on it")
+    if parts.val is not None:
+        lines.append(f"  val_split: {_plain(parts.val)}  # for selection: none is cut from the images to learn from")
     input_line = f"  input: {{size: {size}}}  # {why_size}"
     views = ""
     if size is not None and max(sides(size)) <= 64:

@@ -55,6 +55,7 @@ def described(leg: Leg, cost: Cost) -> dict[str, Any]:
         "path": None if leg.path is None else str(leg.path),
         "sealed": leg.sealed,
         "perhaps": leg.perhaps,
+        "refused": leg.refused,
         "after": list(leg.after),
         "command": None if leg.command is None else list(leg.command),
         "seconds": cost.seconds,
@@ -68,9 +69,10 @@ def print_plan(console: Console, legs: Sequence[Leg], costs: Sequence[Cost]) -> 
     table = _table("stage", "artifact", "state", "time", "MiB", "known", right=("time", "MiB"))
     for leg, cost in zip(legs, costs, strict=True):
         state = "sealed" if leg.sealed else "perhaps" if leg.perhaps else "to make"
+        state = state if leg.refused is None else "refused"
         seconds = "" if leg.sealed else "unknown" if cost.seconds is None else duration(cost.seconds)
         size = "" if leg.sealed else mebibytes(cost.bytes)
-        known = "" if leg.sealed or cost.seconds is None else cost.basis
+        known = printable(leg.refused or "") if leg.sealed else "" if cost.seconds is None else cost.basis
         table.add_row(leg.stage, printable(leg.id), state, seconds, size, known)
     console.print(table)
     console.print(printable(summary(legs, costs)))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from .core.proc import process_count
 from .core.progress import Listener, Silence
 from .core.sealed import printable
+from .core.streams import talk
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,7 +96,7 @@ class Bars:
 def _own_stream() -> TextIO:
     """Standard error for us alone: it still reaches the person while libraries are silenced."""
     try:
-        return os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1)
+        return talk(os.dup(sys.stderr.fileno()), sys.stderr, own=True)
     except (OSError, ValueError):  # a stream without a descriptor
         return sys.stderr
 

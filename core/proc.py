@@ -27,6 +27,7 @@ R = TypeVar("R")
 IMPORT_NAMES = {
     "ai-edge-litert": "ai_edge_litert.interpreter",
     "cuda-python": "cuda",
+    "cyclonedx-python-lib": "cyclonedx",
     "mlflow-skinny": "mlflow",
     "pillow": "PIL",
     "scikit-learn": "sklearn",

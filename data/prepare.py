@@ -38,8 +38,8 @@ def prepare(
 
     A folder's images stay where they are; those of every other source are copied into the artifact. Where the order
     names a shorter side, copies of the images to learn from are made, and the original files are not wanted again.
-    The parts are ``train``, ``val`` (for selection, cut from the training split), ``test`` and, if there are such
-    images, ``unlabeled``.
+    The parts are ``train``, ``val`` (for selection, a part of its own or cut from the training split), ``test`` and, if
+    there are such images, ``unlabeled``.
 
     Args:
         held_out_later: ``val`` and ``test`` are about to be decoded anyway: they are looked at quickly here.
@@ -79,6 +79,7 @@ def prepare(
 
         for part, rows in records.items():
             np.save(draft.path / Dataset.records_name(part), rows)
+        np.save(draft.path / Dataset.digests_name("test"), _test_digests(source, parts["test"], memory_of))
         places = {part: None if place == draft.path else str(place) for part, place in roots.items()}
         write_json(
             draft.path / Dataset.INDEX, Index(classes=tuple(classes), roots=dict(places)).model_dump(mode="json")
@@ -93,6 +94,7 @@ def prepare(
             classes=len(classes),
             images={part: len(split.names) for part, split in parts.items()},
             copies=_together([each for each in facts if each is not None]),
+            license=config.license,
         )
     return draft.artifact
 
@@ -120,7 +122,10 @@ def _read_source(draft: Draft[Dataset], config: DataConfig, others: Others) -> S
         learn, test = _cut(whole, config.test_fraction, config.seed)
     else:
         learn, test = whole, splits[config.test_split]
-    train, val = _cut(learn, config.val_fraction, config.seed + 1)
+    if config.val_split is None:
+        train, val = _cut(learn, config.val_fraction, config.seed + 1)
+    else:
+        train, val = learn, splits[config.val_split]
     parts: dict[Part, Split] = {"train": train, "val": val, "test": test}
     roots: dict[Part, Path] = dict.fromkeys(parts, root or draft.path)
     if config.unlabeled is not None:
@@ -166,17 +171,17 @@ def _check_classes(config: DataConfig, train: Split, source: Source, gone: str) 
         return
     empty = int(np.argmin(counts))
     before = int(np.bincount(source.whole.labels, minlength=len(classes))[empty])
-    name = classes[empty]
+    name, cut = classes[empty], config.val_split is None and config.val_fraction > 0
     if not before:
         raise UserError(f"class '{name}' has no training image: add some, or remove the class")
     cuts = [
         *([f"test (data.test_fraction {config.test_fraction:g})"] if config.test_split is None else []),
-        *([f"validation (data.val_fraction {config.val_fraction:g})"] if config.val_fraction else []),
+        *([f"validation (data.val_fraction {config.val_fraction:g})"] if cut else []),
     ]
     many = "1 training image" if before == 1 else f"{before} training images"
     if before <= len(cuts):
         take = "takes one" if len(cuts) == 1 else "take one each"
-        cure = ", or set data.val_fraction to 0" if config.val_fraction else ""
+        cure = ", or set data.val_fraction to 0" if cut else ""
         raise UserError(
             f"class '{name}' has {many}, of which {' and '.join(cuts)} {take}: wanted at least {len(cuts) + 1}; "
             f"add some or remove the class{cure}"
@@ -204,6 +209,15 @@ def _with_digests(
         contents = digests(source.roots[part], map(bytes, split.names), memory)
         parts[part] = split._replace(digests=np.where(kept[part], contents, 0))
     return parts
+
+
+def _test_digests(source: Source, test: Split, memory_of: Callable[[Path], Path | None]) -> np.ndarray:
+    """What tells the test images from others, whatever becomes of their files."""
+    if test.digests.all():
+        return test.digests
+    return digests(
+        source.roots["test"], map(bytes, test.names), memory_of(source.roots["test"]) if source.stays else None
+    )
 
 
 def _leaks(

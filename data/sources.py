@@ -14,11 +14,14 @@ from ..core.artifact import Draft
 from ..core.config import DataPlan
 from ..core.errors import UserError
 from ..core.proc import first_line
-from ..core.progress import note, track
+from ..core.progress import track
 from .listing import REMEMBERED, Others, is_hidden, kind_of, list_images
 
 if TYPE_CHECKING:
     from .dataset import Dataset
+
+
+AUTO = "auto"  # of a part: what it is usually called
 
 
 class Split(NamedTuple):
@@ -49,6 +52,8 @@ def check_source(config: DataPlan) -> None:
         raise UserError(
             "data.test_split: the digits have no test split, wanted null (it is cut from the training part)"
         )
+    if config.source == "digits" and config.val_split not in (None, AUTO):
+        raise UserError("data.val_split: the digits have no such part, wanted null (it is cut from the training part)")
 
 
 def digits(draft: Draft[Dataset], config: DataPlan) -> tuple[None, list[str], dict[str, Split]]:
@@ -69,45 +74,87 @@ def digits(draft: Draft[Dataset], config: DataPlan) -> tuple[None, list[str], di
     return None, [str(digit) for digit in range(10)], {config.train_split: Split.of(names, labels)}
 
 
-# What a part is called where nothing else is said, and what else it is usually called; in any case of letters.
-USUAL_NAMES = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "test", "testing"),
-}
+# What parts are usually called, in any case of letters. The rule, for `data`, `run` and `init`: held out is what is
+# called a test part, since nobody chose anything on it; the validation part is then the one to choose on, and is held
+# out itself only where there is no other.
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("test", "testing")
+VAL_NAMES = ("val", "valid", "validation")
 
 
-def usual_splits(config: DataPlan) -> DataPlan:
-    """``config`` with the parts of its folder as they are called there, and a line that says so.
+class Parts(NamedTuple):
+    """What the parts of a folder are called there; None for one that is to be cut from the training part."""
+
+    train: str
+    test: str | None
+    val: str | None
+
+
+def usual_parts(root: Path, train: str) -> Parts:
+    """The parts of a folder beside that training part, by the rule above."""
+    test = _part_called(root, TEST_NAMES, train)
+    val = _part_called(root, VAL_NAMES, train)
+    return Parts(train, val, None) if test is None else Parts(train, test, val)
+
+
+def _part_called(root: Path, names: Sequence[str], train: str) -> str | None:
+    """A folder with such a name that holds an image of a class of the training part: others are for something else."""
+    there = {name.lower(): name for name in _folders(root)}
+    classes = _folders(root / train) if (root / train).is_dir() else []
+    for part in (there[name] for name in names if name in there and there[name] != train):
+        if any(True for name in classes if (root / part / name).is_dir() for _ in list_images(root / part / name)):
+            return part
+    return None
+
+
+def usual_splits(config: DataPlan) -> tuple[DataPlan, list[str]]:
+    """``config`` with its parts by name, those of a folder as they are called there, and lines that say so.
 
     Where there are no parts at all but folders of images, these are the classes, and the held-out part is cut.
     """
     root = Path(config.source)
+    if not root.is_dir():
+        own = (config.test_split, config.val_split)
+        test, val = ("val" if own[0] == AUTO else own[0]), (None if own[1] == AUTO else own[1])
+        return config.model_copy(update={"test_split": test, "val_split": val}), []
     there = {name.lower(): name for name in _folders(root)}
-
-    def known(split: str) -> str:
-        if (root / split).is_dir():
-            return split
-        return next((there[name] for name in USUAL_NAMES.get(split, ()) if name in there), split)
-
-    train = known(config.train_split)
-    test = None if config.test_split is None else known(config.test_split)
-    if test is not None and os.path.normpath(test) == os.path.normpath(train):
-        raise UserError(
-            f"data.train_split and data.test_split are both '{test}': wanted two parts, or data.test_split null"
-        )
+    train = config.train_split
+    if train == "train" and not (root / train).is_dir():
+        train = next((there[name] for name in TRAIN_NAMES if name in there), train)
+    usual = usual_parts(root, train)
+    named = next((there[name] for name in (*VAL_NAMES, *TEST_NAMES) if name in there and there[name] != train), "val")
+    test = (usual.test or named) if config.test_split == AUTO else config.test_split
     if train == "train" and test in ("val", None) and _holds_classes(root, there):
-        note(f"{root} has no parts: its {len(there)} folders are the classes, and test images are cut from them")
-        return config.model_copy(update={"train_split": ".", "test_split": None})
-    for wanted, found in ((config.train_split, train), (config.test_split, test)):
-        if found != wanted:
-            note(f"{root} has no folder '{wanted}': '{found}' is taken")
-    return config.model_copy(update={"train_split": train, "test_split": test})
+        line = f"{root} has no parts: its {len(there)} folders are the classes, and test images are cut from them"
+        return config.model_copy(update={"train_split": ".", "test_split": None, "val_split": None}), [line]
+    val = config.val_split
+    if val == AUTO:
+        val = usual.val if config.val_fraction and test == usual.test else None
+    _check_apart({"train_split": train, "test_split": test, "val_split": val})
+    lines = []
+    if train != config.train_split:
+        lines.append(f"{root} has no folder '{config.train_split}': '{train}' is taken")
+    if config.test_split == AUTO and test != "val":
+        lines.append(f"{root}: '{test}' is taken as the held-out part")
+    if config.val_split == AUTO and val is not None:
+        lines.append(f"{root}: '{val}' is taken as the part for selection, so that none is cut from '{train}'")
+    return config.model_copy(update={"train_split": train, "test_split": test, "val_split": val}), lines
+
+
+def _check_apart(parts: Mapping[str, str | None]) -> None:
+    """Refuse a folder that is to be two parts. Raises UserError."""
+    known = {os.path.normpath(part): field for field, part in parts.items() if part is not None}
+    for field, part in parts.items():
+        if part is not None and known[os.path.normpath(part)] != field:
+            raise UserError(
+                f"data.{field} and data.{known[os.path.normpath(part)]} are both '{part}': wanted two parts, or "
+                f"data.{known[os.path.normpath(part)]} null"
+            )
 
 
 def _holds_classes(root: Path, there: Mapping[str, str]) -> bool:
     """Whether the folders of a source are its classes: several, none called as a part is, with images in all."""
-    parts = {name for names in USUAL_NAMES.values() for name in names}
-    if len(there) < 2 or parts & there.keys():
+    if len(there) < 2 or {*TRAIN_NAMES, *TEST_NAMES, *VAL_NAMES} & there.keys():
         return False
     return all(any(True for _ in list_images(root / name)) for name in there.values())
 
@@ -124,7 +171,7 @@ def _holds_artifacts(folder: Path) -> bool:
 
 
 def _wanted_splits(config: DataPlan) -> list[str]:
-    return [config.train_split, *([config.test_split] if config.test_split else [])]
+    return [split for split in (config.train_split, config.test_split, config.val_split) if split]
 
 
 def names_of(config: DataPlan) -> Iterator[bytes]:
@@ -145,7 +192,8 @@ def _part(config: DataPlan, split: str) -> Path:
     place = root / split
     if not place.is_dir():
         there = ", ".join(_folders(root)) or "no folders"
-        cure = "or data.test_split: null to cut one" if split == config.test_split else "or another data.train_split"
+        own = next((name for name in ("test_split", "val_split") if getattr(config, name) == split), None)
+        cure = "or another data.train_split" if own is None else f"or data.{own}: null to cut one"
         raise UserError(f"no folder {place}: wanted {root}/{split}/<class>/*, found {there}; make it, {cure}")
     return place
 

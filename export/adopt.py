@@ -1,4 +1,4 @@
-"""Somebody else's ONNX file to a graph like any other: one image of raw colours in, logits out, any number at once."""
+"""Somebody else's ONNX file to a graph like any other: raw colours in, logits out, any number at once where it can."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..core.errors import UserError
 from ..core.inputs import RAW, InputSpec, sides, size_words
 from ..core.kinds import Graph, GraphFacts, as_name
 from ..core.proc import first_line, quiet, require
-from ..core.progress import progress
+from ..core.progress import note, progress
 from ..core.stats import Interval
 from ..data.dataset import Dataset, load_images, load_labels
 from ..data.labels import other_order
 from ..runtime import open_session, predict
 from ..runtime.task import TASKS
 from ..runtime.weights import ModelFileError, refuse_files_elsewhere
-from .graph import compare_hops, nodes_by_kind
+from .graph import AS_WRITTEN, Wanted, compare_hops, nodes_by_kind
 from .onnx import INPUT, NEEDS, OPSET, OUTPUT, simplify
 
 if TYPE_CHECKING:
@@ -68,9 +68,11 @@ def input_of(path: Path, settings: InputSettings) -> InputSpec:
 def adopt(order: Order[AdoptFileConfig], path: Path, dataset: Dataset, out: Path) -> Graph:
     """Fold the normalisation into the file, compare with how it was, simplify, compare again.
 
+    What has its batch of one written into what it computes takes one image at a time from then on too.
+
     Raises:
-        UserError: what is no float32 ONNX of one image, that cannot take several images at once, or that has other
-            outputs than one a class.
+        UserError: what is no float32 ONNX of one image, cannot be made to take raw colours, or has other outputs than
+            one a class.
         GateFailed: what came out computes something else.
     """
     require("ONNX", NEEDS, "onnxruntime")
@@ -83,27 +85,13 @@ def adopt(order: Order[AdoptFileConfig], path: Path, dataset: Dataset, out: Path
             images = load_images(samples, spec.model_dump())
             expected = _said(path, spec, images, len(dataset.classes))
             advance(1, "folding")
-            raw, begun = draft.path / "raw.onnx", time.monotonic()
             raw_spec = spec.model_copy(update={"layout": "NCHW", **RAW})
-            with quiet():
-                try:
-                    fold(path, spec, raw)
-                    folded = time.monotonic()
-                    simplify(raw, draft.path / Graph.ONNX)
-                    simplified = time.monotonic()
-                    _name_nodes(draft.path / Graph.ONNX)
-                    predict(open_session(draft.path, _facts(Graph.ONNX, raw_spec)), images[:2])
-                except UserError:
-                    raise
-                except Exception as error:  # each tool raises its own
-                    raise UserError(
-                        f"{path} cannot be made to take raw colours of any number of images ({first_line(error)}): "
-                        "export it again with a dynamic batch dimension"
-                    ) from error
+            fold_seconds, simplify_seconds = _write(path, spec, raw_spec, images[:2], draft.path)
             advance(1, "comparing")
-            wanted = (images, expected, [sample.path for sample in samples])
+            paths = [sample.path for sample in samples]
             # No torch stands behind it whose rounding would excuse a difference.
-            parity = compare_hops(draft.path, raw, raw_spec, wanted, dataset, config, task, lambda: 0.0, advance)
+            wanted = Wanted(task, raw_spec, images, expected, paths, lambda: 0.0)
+            parity = compare_hops(draft.path, wanted, dataset, config, advance)
         write_json(draft.path / Graph.LABELS, dataset.classes)
         with np.load(draft.path / Graph.HOPS) as hops:
             outputs, test = hops["simplified"], dataset.samples("test")
@@ -115,16 +103,53 @@ def adopt(order: Order[AdoptFileConfig], path: Path, dataset: Dataset, out: Path
             input=raw_spec,
             nodes_by_kind=nodes_by_kind(draft.path / Graph.ONNX),
             parity=parity,
-            export_seconds=round(folded - begun, 2),
-            simplify_seconds=round(simplified - folded, 2),
+            export_seconds=round(fold_seconds, 2),
+            simplify_seconds=round(simplify_seconds, 2),
             accuracy=Interval(**task.summary(task.scores(outputs, labels))._asdict()),
             guessing=task.guessing(labels),
         )
     return draft.artifact
 
 
-def fold(path: Path, spec: InputSpec, out: Path) -> None:
-    """Write the file with its colours normalised inside, NCHW, for any number of images, its ends called as ours.
+def _write(path: Path, spec: InputSpec, raw_spec: InputSpec, images: np.ndarray, folder: Path) -> tuple[float, float]:
+    """Fold and simplify into ``folder``, for any number of images, else for one; see that it can be run.
+
+    Returns:
+        Seconds of both.
+
+    Raises:
+        UserError: as ``fold`` does, or one of the tools cannot do it.
+    """
+    for one in (False, True):
+        begun = time.monotonic()
+        with quiet():
+            try:
+                fold(path, spec, folder / AS_WRITTEN, one=one)
+                folded = time.monotonic()
+                simplify(folder / AS_WRITTEN, folder / Graph.ONNX)
+                simplified = time.monotonic()
+                _name_nodes(folder / Graph.ONNX)
+                predict(open_session(folder, _facts(Graph.ONNX, raw_spec)), images)
+                break
+            except UserError:
+                raise
+            except Exception as error:  # each tool raises its own
+                if one:
+                    raise UserError(f"{path} cannot be made to take raw colours ({first_line(error)})") from error
+                why = first_line(error)
+    if one:
+        note(
+            f"{path} takes one image at a time from here on too, since that is written into what it computes ({why}); "
+            "with a dynamic batch dimension what is tested on many images would go faster"
+        )
+    return folded - begun, simplified - folded
+
+
+def fold(path: Path, spec: InputSpec, out: Path, *, one: bool = False) -> None:
+    """Write the file with its colours normalised inside, NCHW, its ends called as ours.
+
+    Args:
+        one: for one image at a time, in place of any number.
 
     Raises:
         UserError: not of one image in float32, quantised already, or of an operator set that cannot be converted.
@@ -144,9 +169,10 @@ def fold(path: Path, spec: InputSpec, out: Path) -> None:
             value.name = f"{value.name}.of_the_file"
         if value.producer() is not None:
             value.shape = None  # may hold the one image that it was written for
-    if taken.shape is not None and taken.shape[0] == 1:
+    if not one and taken.shape is not None and taken.shape[0] == 1:
         _any_batch(graph)
-    image = ir.val(INPUT, dtype=ir.DataType.FLOAT, shape=["batch", *spec.model_copy(update={"layout": "NCHW"}).shape])
+    batch: int | str = 1 if one else "batch"
+    image = ir.val(INPUT, dtype=ir.DataType.FLOAT, shape=[batch, *spec.model_copy(update={"layout": "NCHW"}).shape])
     nodes: list[ir.Node] = []
 
     def then(operator: str, *more: ir.Value, **attributes: Any) -> None:

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,20 @@ from ..runtime.task import TASKS, Task
 from .onnx import NEEDS, simplify, write_onnx
 from .parity import check, compare, float32_error, keep_worst, torch_outputs
 from .written import Written
+
+AS_WRITTEN = "raw.onnx"  # the file before it is simplified
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a graph is to compute."""
+
+    task: Task
+    spec: InputSpec  # what it takes
+    images: np.ndarray  # uint8 [N, H, W, 3]
+    outputs: np.ndarray  # what is right of them [N, ...]
+    paths: Sequence[Path]  # their files
+    error_of_torch: Callable[[], float | None]  # as ``check`` has it
 
 
 def trace(order: Order[GraphConfig], student: Checkpoint, dataset: Dataset, out: Path) -> Graph:
@@ -51,7 +66,7 @@ def trace(order: Order[GraphConfig], student: Checkpoint, dataset: Dataset, out:
             images = load_images(samples, spec.model_dump())
             expected = torch_outputs(whole, images, str(student.path))
             error_of_torch = cache(partial(float32_error, whole, images, expected))
-            raw = draft.path / "raw.onnx"
+            raw = draft.path / AS_WRITTEN
             seconds, begun = {}, time.monotonic()
             with quiet(), torch.no_grad(), AsTorchComputes(FOR_ONNX):
                 try:
@@ -66,8 +81,8 @@ def trace(order: Order[GraphConfig], student: Checkpoint, dataset: Dataset, out:
                 simplify(raw, draft.path / Graph.ONNX)
             seconds["simplify"] = time.monotonic() - begun
             advance(1, "comparing")
-            task, asked = TASKS[student.facts.task], (images, expected, paths)
-            parity = compare_hops(draft.path, raw, spec, asked, dataset, config, task, error_of_torch, advance)
+            wanted = Wanted(TASKS[student.facts.task], spec, images, expected, paths, error_of_torch)
+            parity = compare_hops(draft.path, wanted, dataset, config, advance)
         shutil.copyfile(student.file(student.LABELS), draft.path / Graph.LABELS)
         draft.facts = GraphFacts(
             task=student.facts.task,
@@ -82,43 +97,30 @@ def trace(order: Order[GraphConfig], student: Checkpoint, dataset: Dataset, out:
 
 
 def compare_hops(
-    folder: Path,
-    raw: Path,
-    spec: InputSpec,
-    wanted: tuple[np.ndarray, np.ndarray, Sequence[Path]],
-    dataset: Dataset,
-    config: GraphConfig,
-    task: Task,
-    error_of_torch: Callable[[], float | None],
-    advance: Callable[[int, str], None],
+    folder: Path, wanted: Wanted, dataset: Dataset, config: GraphConfig, advance: Callable[[int, str], None]
 ) -> HopParity:
-    """Compare the graph in ``folder`` and the one before it was simplified, and write what both say of test images.
+    """Compare the graph in ``folder`` and ``AS_WRITTEN`` beside it, and write what both say of test images.
 
-    Args:
-        raw: the file before; it is removed.
-        spec: what both take.
-        wanted: images uint8 [N, H, W, 3], what is right of them [N, ...], and their files.
-        error_of_torch: as ``check`` has it.
+    The file as it was written is removed then.
 
     Raises:
         GateFailed: one of them computes something else.
     """
-    images, expected, paths = wanted
     hops = dataset.positions("test", config.hop_images, seed=0)
     test = dataset.samples("test")
     tested = [test[at] for at in hops]
     parity, logits = {}, {}
-    for hop, file in (("exported", raw), ("simplified", folder / Graph.ONNX)):
+    for hop, name in (("exported", AS_WRITTEN), ("simplified", Graph.ONNX)):
         with quiet():
-            session = open_session(file.parent, _as_model(file.name, spec), threads=0)
-            actual = predict(session, images)
-            logits[hop] = predict_samples(session, tested, spec.model_dump())
-        found = compare(task, expected, actual, paths)
-        parity[hop] = check(found, config, f"{hop} ONNX graph", error_of_torch).facts()
+            session = open_session(folder, _as_model(name, wanted.spec), threads=0)
+            actual = predict(session, wanted.images)
+            logits[hop] = predict_samples(session, tested, wanted.spec.model_dump())
+        found = compare(wanted.task, wanted.outputs, actual, wanted.paths)
+        parity[hop] = check(found, config, f"{hop} ONNX graph", wanted.error_of_torch).facts()
         keep_worst(found, folder / EVIDENCE / hop)
         advance(1, "")
-    raw.unlink()
-    np.save(folder / Graph.PARITY_OUTPUTS, expected)
+    (folder / AS_WRITTEN).unlink()
+    np.save(folder / Graph.PARITY_OUTPUTS, wanted.outputs)
     np.savez(folder / Graph.HOPS, positions=hops, exported=logits["exported"], simplified=logits["simplified"])
     return HopParity(**parity)
 

@@ -11,8 +11,9 @@ import numpy as np
 from ..core.artifact import EVIDENCE, Order, drafting, write_json
 from ..core.config import QuantizeConfig
 from ..core.errors import GateFailed, UserError, choice
-from ..core.kinds import Checkpoint, Damage, Graph, Model, ModelFacts
+from ..core.kinds import Checkpoint, Damage, Graph, Model, ModelFacts, Refusal, RefusalFacts
 from ..core.proc import quiet, require
+from ..core.sealed import printable
 from ..data.dataset import Dataset, Sample, load_images, predict_samples
 from ..runtime import predict
 from ..runtime.task import TASKS, Task
@@ -92,6 +93,18 @@ def quantize(
         shutil.copyfile(model.file(model.LABELS), draft.path / Model.LABELS)
         damage = _compare(config, variant, model, dataset, draft.path, facts, {sample.path for sample in calibration})
         draft.facts = facts.model_copy(update={"against_float32": damage})
+    return draft.artifact
+
+
+def refuse(order: Order[QuantizeConfig], model: Model, error: GateFailed, out: Path) -> Refusal:
+    """Seal that the variant of ``order`` was refused, and why. Raises UserError as every stage."""
+    with drafting(Refusal, order, out) as draft:
+        draft.facts = RefusalFacts(
+            model=model.facts.model,
+            target=model.facts.target,
+            variant=order.config.variant,
+            reason=printable(str(error)),
+        )
     return draft.artifact
 
 

@@ -38,6 +38,7 @@ from . import words
 from .answers import answers, judged
 from .compression import Packed, Sources, advice, flips, guards, noise_by_layer
 from .decision import decision
+from .faults import faults, faults_table
 from .images import image_numbers
 from .pooled import Pooled, pool
 
@@ -99,10 +100,8 @@ def device_numbers(config: ReportConfig, pooled: Pooled, checkpoints: Checkpoint
     faster, rows = surely_faster(facts.comparisons), bundle_rows(pooled)
     better = surely_better(shown, believed(rows))
     front = pareto_front(rows, faster, better)
-    hops = accuracy_hops(shown, checkpoints, sources.graphs)
+    hops = name_students(accuracy_hops(shown, checkpoints, sources.graphs), checkpoints)
     rows = name_students(rows, checkpoints)
-    named = {row["name"]: row["student"] for row in rows}
-    hops = [{**hop, "of": next(named[step["bundle"]] for step in hop["steps"] if step["bundle"])} for hop in hops]
     advised = [
         _guessing(each, rows, shown)
         for student in dict.fromkeys(row["student"] for row in rows)
@@ -117,6 +116,7 @@ def device_numbers(config: ReportConfig, pooled: Pooled, checkpoints: Checkpoint
         "front": front,
         "advice": advised,
         "hops": hops,
+        "faults": faults(shown, bundles_of(shown)),
         "probe_before": shown.facts.probe_before.model_dump(),
         "probe_after": shown.facts.probe_after.model_dump(),
         "runtimes": {
@@ -429,7 +429,7 @@ def accuracy_hops(measurement: Measurement, checkpoints: Checkpoints, graphs: Ma
             step = _step(task, facts.variant, before, scores[name], facts.parity, facts.against_float32)
             steps.append({**step, "bundle": name, "variant": base in scores and base != name})
         ran = _where_run(measurement, names[0], bundles[names[0]])
-        hops.append({"target": target, "student": key, "ran": ran, "steps": steps})
+        hops.append({"target": target, "student": key or "", "ran": ran, "steps": steps})
     return hops
 
 
@@ -659,6 +659,8 @@ def print_summary(console: Console, numbers: Numbers) -> None:
         if len(numbers["devices"]) > 1:
             console.print(words.device_heading(device), markup=False, highlight=False)
         console.print(summary_table(device, numbers["task"]))
+        if device.get("faults"):  # a report of before has none
+            console.print(faults_table(device))
         for line in device_lines(device):
             console.print(line, markup=False, highlight=False)
         if device["decision"]["file"]:  # in one line, however long, so that it can be copied

@@ -326,11 +326,6 @@ def gain_sentence(gain: Mapping[str, Any]) -> str:
     return f"Loss: {gain['method']} lost {amount} against labels alone over {found['n']} seeds ({where})."
 
 
-def of_student(hop: Mapping[str, Any]) -> str:
-    """The target of a chain of hops, and whose it is where there are several students."""
-    return f"{hop['target']} of {hop['of']}" if hop.get("of") else str(hop["target"])
-
-
 def caveats(numbers: Mapping[str, Any]) -> list[str]:
     """What comes before every number of a report: that it is none, or that some are missing."""
     lines = []
@@ -342,13 +337,18 @@ def caveats(numbers: Mapping[str, Any]) -> list[str]:
 
 
 def hop_lines(hop: Mapping[str, Any]) -> list[str]:
-    """``openvino: torch 97.40 -> float32 97.40 (no flips)`` and below it the variants, in per cent."""
+    """``openvino of small: torch 97.40 -> float32 97.40 (no flips)`` and below it the variants, in per cent."""
     ran = f" ({hop['ran']})" if hop["ran"] else ""
     images = hop["steps"][0]["accuracy"]["n"]
     up_to_float32 = [_step(step, images) for step in hop["steps"] if not step["variant"]]
     variants = [_step(step, images) for step in hop["steps"] if step["variant"]]
     lines = [f"{of_student(hop)}{ran}: " + " \N{RIGHTWARDS ARROW} ".join(up_to_float32)]
     return lines + ["  against float32: " + "; ".join(variants)] * bool(variants)
+
+
+def of_student(told: Mapping[str, Any]) -> str:
+    """For which target something is told, and of whom where there are several students."""
+    return str(told["target"]) + (f" of {told['student']}" if told.get("student") else "")
 
 
 def advice_sentence(advised: Mapping[str, Any]) -> str:
@@ -365,7 +365,7 @@ def guessing_clause(advised: Mapping[str, Any]) -> str:
 
 
 def _advice(advised: Mapping[str, Any]) -> str:
-    target = advised["target"] + (f" of {advised['student']}" if advised["student"] else "")
+    target = of_student(advised)
     if advised["untrusted"]:
         return f"{target}: nothing to ship by these latencies ({_by_word(advised['untrusted'])})"
     limit, may_do = f"{advised['max_drop_points']:g} points", advised["may_do"]

@@ -40,7 +40,9 @@ class OnnxRuntimeSession:
         self._spec = facts["input"]
         self._threads = threads
         self._session = self._open()
-        self._input = self._session.get_inputs()[0].name
+        first = self._session.get_inputs()[0]
+        self._input = first.name
+        self.batched = not first.shape or not isinstance(first.shape[0], int)  # else it is written for so many
         self._version = onnxruntime.__version__
 
     def _open(self, profile: str = "") -> Any:

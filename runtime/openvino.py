@@ -40,6 +40,9 @@ class OpenVinoSession:
         # One image at a time is what a device does: known to be one, it costs less than a batch that may change.
         model = self._core.read_model(self._file)
         shapes = {each: each.partial_shape for each in model.inputs}
+        first = model.inputs[0].partial_shape
+        # Else it is written for so many.
+        self.batched = not (first.rank.is_static and len(first) and first[0].is_static)
         for shape in shapes.values():
             if shape.rank.is_static and len(shape) and shape[0].is_dynamic:
                 shape[0] = 1

@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import flip_a_byte, rewrite_manifest
 
-from kdpipe.core.artifact import MANIFEST, Order, drafting
+from kdpipe.core import artifact, sealed
+from kdpipe.core.artifact import MANIFEST, Order, drafting, read_manifest
 from kdpipe.core.config import PackageConfig
 from kdpipe.core.errors import UserError
 from kdpipe.core.kinds import DeviceReport, Model, Report, ReportFacts
@@ -83,6 +86,56 @@ def test_damage_is_named(tmp_path: Path, damage, message: str) -> None:
     damage(tmp_path / "a")
     with pytest.raises(UserError, match=message):
         Report.open(tmp_path / "a")
+
+
+def test_a_manifest_is_read_again_only_when_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whatever way: in place without a change of size, replaced, under another name; its times set back or not."""
+    monkeypatch.setattr(artifact, "SETTLED_SECONDS", 0.05)
+    first, second = seal(tmp_path / "a"), seal(tmp_path / "b", "others")
+    reads: list[Path] = []
+    real = sealed.read_manifest
+
+    def counted(folder: Path) -> dict[str, object]:
+        reads.append(folder)
+        return real(folder)
+
+    monkeypatch.setattr(sealed, "read_manifest", counted)
+
+    def edit_in_place(folder: Path) -> None:
+        text = (folder / MANIFEST).read_text()
+        before = (folder / MANIFEST).stat()
+        with (folder / MANIFEST).open("r+") as stream:
+            stream.write(text.replace(first.key[:8], "0" * 8))
+        os.utime(folder / MANIFEST, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    def replace(folder: Path) -> None:
+        for name in (MANIFEST, "sub/weights.bin"):
+            (tmp_path / "b" / name).rename(folder / name)
+
+    time.sleep(0.1)
+    for _ in range(3):
+        assert read_manifest(tmp_path / "a") == first.manifest
+    (tmp_path / "a").rename(tmp_path / "c")
+    assert Report.open(tmp_path / "c").manifest == first.manifest and len(reads) == 1
+    changes: list[tuple[Callable[[Path], None], str]] = [
+        (replace, second.manifest.digest),
+        (edit_in_place, "edited"),
+        (lambda folder: (folder / MANIFEST).unlink(), "has no manifest"),
+    ]
+    for change, found in changes:
+        change(tmp_path / "c")
+        if found == second.manifest.digest:
+            assert read_manifest(tmp_path / "c").digest == found
+        else:
+            with pytest.raises(UserError, match=found):
+                read_manifest(tmp_path / "c")
+    assert len(reads) == 4
+    monkeypatch.setattr(artifact, "SETTLED_SECONDS", 1000.0)  # made just now, its times may not tell a change
+    seal(tmp_path / "d")
+    count = len(reads)
+    for _ in range(2):
+        read_manifest(tmp_path / "d")
+    assert len(reads) == count + 2
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "sub/../../outside"])

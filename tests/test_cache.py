@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import (
     SMALL_TRAIN,
+    Trained,
     assert_one_line,
     build_cache,
     flip_a_byte,
@@ -55,11 +56,8 @@ FROM_LOGITS = [name for name in METHODS if METHODS[name].needs_teacher and not M
 
 
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Chain, Dataset, Checkpoint]:
-    chain = Chain(tmp_path_factory.mktemp("cache") / "artifacts")
-    dataset = chain.data(DataPlan(source="digits", test_split=None))
-    values = {"model": "test_resnet", "input": {"size": 32}, "train": {**SMALL_TRAIN, "epochs": 4}}
-    return chain, dataset, chain.teacher(validated(TeacherPlan, values, "test"), dataset)
+def taught(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> tuple[Chain, Dataset, Checkpoint]:
+    return Chain(tmp_path_factory.mktemp("cache") / "artifacts"), trained.dataset, trained.teacher
 
 
 def configuration(**change: Any) -> TrainConfig:
@@ -449,7 +447,7 @@ def test_at_a_url(taught: tuple[Chain, Dataset, Checkpoint], cache: Cache, tmp_p
     memory.pipe(f"/bucket/cache/{Cache.shard_name(1)}", b"nonsense")
     with pytest.raises(UserError, match="differs from its manifest"):
         remote.shard(1)
-    with pytest.raises(UserError, match=r"cannot read memory://bucket/nothing/manifest\.json"):
+    with pytest.raises(UserError, match=r"nothing at memory://bucket/nothing/manifest\.json"):
         open_cache("memory://bucket/nothing", tmp_path / "mirrors")
 
 

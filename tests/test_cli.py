@@ -180,20 +180,7 @@ def by_hand(made: Made, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     call("data", "data", "digits", "--test-split", "null", "--val_fraction", "0.05")
     call("teacher", "teacher", made_here["data"], "--model", "test_resnet", *train)
     call("student", "distill", made_here["teacher"], "--model", "test_resnet", "--label-fraction", 0.2, *train)
-    call(
-        "control",
-        "distill",
-        made_here["data"],
-        "--model",
-        "test_resnet",
-        "--method",
-        "labels",
-        "--label-fraction",
-        0.2,
-        *train,
-    )
     call("model", "export", made_here["student"], "--target", "openvino")
-    call("tensorrt", "export", made_here["student"], "--target", "tensorrt")
     call("int8", "quantize", made_here["model"], "--calibrate.images", 32)
     call("bundle", "package", made_here["model"])
     call("bundle-int8", "package", made_here["int8"])

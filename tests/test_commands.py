@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from pydantic import BaseModel
 
 from kdpipe import forecast, pipeline
 from kdpipe.chain import REPLACED, Chain, sealed
+from kdpipe.core import artifact
 from kdpipe.core.artifact import Manifest, host_record, order_key, read_manifest
 from kdpipe.core.config import (
     BenchPlan,
@@ -45,6 +48,7 @@ from kdpipe.core.config import (
 )
 from kdpipe.core.progress import Silence
 from kdpipe.options import configured, options_of
+from kdpipe.quantize import stage as quantize_stage
 
 TINY_TRAIN = {"epochs": 1, "workers": 0, "augment": {"crop": "pad", "flip": 0}}
 TINY: dict[str, Any] = {
@@ -147,6 +151,29 @@ def test_the_plan_of_a_sealed_run_is_its_steps(made: Made, small: tuple[Recipe, 
     for leg in legs:
         assert leg.path is not None
         assert read_manifest(leg.path).key == leg.key
+
+
+def test_a_sealed_run_reads_every_manifest_once(
+    made: Made, small: tuple[Recipe, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it plans, finds, looks up beside something and reports, however often it meets the same artifact."""
+    recipe, folder = small
+    newest = max(path.stat().st_ctime for path in folder.glob("*/manifest.json"))
+    time.sleep(max(0.0, newest + artifact.SETTLED_SECONDS + 0.1 - time.time()))
+    monkeypatch.setattr(artifact, "_remembered", {})
+    reads: Counter[Path] = Counter()
+    real = artifact.sealed.read_manifest
+
+    def counted(path: Path) -> dict[str, Any]:
+        reads[path.absolute()] += 1
+        return real(path)
+
+    monkeypatch.setattr(artifact.sealed, "read_manifest", counted)
+    chain = Chain(folder)
+    pipeline.run(recipe, chain)
+    assert all(step.sealed_before for step in chain.steps)
+    assert {step.path.absolute() for step in chain.steps} <= reads.keys()
+    assert set(reads.values()) == {1}
 
 
 def test_a_plan_before_the_work_knows_every_key(made: Made, small: tuple[Recipe, Path], tmp_path: Path) -> None:
@@ -300,6 +327,47 @@ def test_until_a_stage(tmp_path: Path) -> None:
     assert re.search(r"^1/1 data ", done.stderr, re.MULTILINE)
     found = json.loads(kdpipe("run", "tiny.yaml", "--until", "data", "--json", cwd=tmp_path).stdout)
     assert [Path(path).name[:5] for path in found["artifacts"]] == ["data-"]
+
+
+def test_what_was_refused_is_not_tried_again(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody named the variant: the run goes on without it, and so does the next one, without a try."""
+    auto = ("--set", "quantize.variants=auto", "--set", "quantize.allow_damage=false", "--until", "package")
+    monkeypatch.setattr(quantize_stage, "LEAST_AGREEMENT", 1.01)  # nothing agrees so well
+    done = tiny.run(*auto)
+    assert done.returncode == 0, done.stderr
+    assert "onnxruntime goes without int8: int8 of test_resnet for onnxruntime agrees with float32" in done.stderr
+    refused = tiny.of("onnxruntime-int8-refused")
+    assert not list(tiny.artifacts.glob("*.part"))
+
+    monkeypatch.setattr(quantize_stage, "LEAST_AGREEMENT", 0.0)  # a try would seal it now
+    legs = {leg["name"]: leg for leg in tiny.planned(*auto)}
+    leg = legs["onnxruntime-int8-refused"]
+    assert leg["sealed"] and leg["id"] == refused.name and "agrees with float32" in leg["refused"]
+    assert not {"onnxruntime-int8", "bundle-onnxruntime-int8"} & legs.keys()
+    assert re.search(r"onnxruntime-int8-refused-\S+ +refused", tiny.run("--dry-run", *auto).stdout)
+    assert tiny.run("--from", "package", *auto).returncode == 0
+    done = tiny.run(*auto)
+    assert "(refused before: --again quantize tries it again)" in done.stderr and "0 done now" in done.stdout
+    assert "goes without int8: int8 of test_resnet" in kdpipe("list", "--artifacts", tiny.artifacts).stdout
+    gone = json.loads(kdpipe("clean", "--artifacts", tiny.artifacts, "--everything", "--json").stdout)
+    assert refused.name not in json.dumps(gone), "it belongs to the model that a report needs"
+
+    again = {leg["name"]: leg for leg in tiny.planned(*auto, "--again", "quantize")}
+    assert not again["onnxruntime-int8"]["sealed"] and "bundle-onnxruntime-int8" in again
+    done = tiny.run(*auto, "--again", "quantize")
+    assert done.returncode == 0 and "goes without" not in done.stderr, done.stderr
+    assert not refused.exists() and read_manifest(tiny.artifacts / again["onnxruntime-int8"]["id"]).kind == "model"
+
+
+def test_a_named_variant_is_tried_whatever_was_refused(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ("--set", "quantize.allow_damage=false", "--until", "quantize")
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize_stage, "LEAST_AGREEMENT", 1.01)
+        assert tiny.run("--set", "quantize.variants=auto", *settings).returncode == 0
+        assert_one_line(tiny.run(*settings), 1, "agrees with float32")
+    assert tiny.run(*settings).returncode == 0
+    done = tiny.run("--set", "quantize.variants=auto", *settings)
+    assert done.returncode == 0 and "goes without" not in done.stderr, "what is there says more than what was"
 
 
 def test_from_a_stage_refuses_to_train_again(tiny: Tiny) -> None:

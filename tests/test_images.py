@@ -21,7 +21,7 @@ import pytest
 from conftest import Made, assert_one_line, kdpipe, listening, replace_file
 
 from kdpipe.chain import Chain, Wants
-from kdpipe.core.config import DataPlan
+from kdpipe.core.config import DataPlan, read_recipe
 from kdpipe.core.errors import UserError
 from kdpipe.core.inputs import InputSpec
 from kdpipe.core.progress import Silence
@@ -589,10 +589,56 @@ def test_what_was_found_instead_of_images_is_named(folder: Path, tmp_path: Path)
 
 
 def test_parts_that_are_not_read_are_named(tmp_path: Path) -> None:
-    root = filled(tmp_path / "photos", {"train": 3, "val": 2, "test": 2})
+    root = filled(tmp_path / "photos", {"train": 3, "val": 2, "more": 2})
     dataset, told = prepared(root, tmp_path / "artifacts")
     assert dataset.facts.images["test"] == 4
-    assert told == ["data: not read: folders that no part is read from: 1 (such as test)"]
+    assert told == ["data: not read: folders that no part is read from: 1 (such as more)"]
+
+
+def test_the_test_part_is_held_out_and_the_validation_part_chosen_on(tmp_path: Path) -> None:
+    """Where both are there, by any of their names; what is named is taken as it is named, and init says the same."""
+    root = filled(tmp_path / "photos", {"train": 3, "Validation": 2, "testing": 1})
+    dataset, told = prepared(root, tmp_path / "artifacts", val_fraction=0.1)
+    assert dataset.facts.images == {"train": 6, "val": 4, "test": 2}
+    assert [line for line in told if "is taken" in line] == [
+        f"{root}: 'testing' is taken as the held-out part",
+        f"{root}: 'Validation' is taken as the part for selection, so that none is cut from 'train'",
+    ]
+    assert all("/Validation/" in str(sample.path) for sample in dataset.samples("val"))
+    done = kdpipe("init", root, "--model", "resnet18", "--yes", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    plan = read_recipe(tmp_path / "photos.yaml").data
+    assert (plan.test_split, plan.val_split) == ("testing", "Validation")
+    chain = Chain(tmp_path / "artifacts")
+    assert chain.data(plan).path == dataset.path and chain.steps[-1].sealed_before
+
+    for settings, images in (
+        ({"val_fraction": 0.0}, {"train": 6, "val": 0, "test": 2}),  # none is wanted
+        ({"val_fraction": 0.4, "val_split": None}, {"train": 4, "val": 2, "test": 2}),
+        ({"val_fraction": 0.4, "test_split": "Validation"}, {"train": 4, "val": 2, "test": 4}),
+        ({"val_fraction": 0.4, "test_split": "Validation", "val_split": "testing"}, {"train": 6, "val": 2, "test": 4}),
+    ):
+        found, _ = prepared(root, tmp_path / "artifacts", **settings)
+        assert found.facts.images == images, settings
+    with pytest.raises(UserError, match=r"data\.test_split and data\.val_split are both 'testing'"):
+        prepared(root, tmp_path / "artifacts", test_split="testing", val_split="testing")
+    with pytest.raises(UserError, match=r"no folder .*chosen: wanted .* or data\.val_split: null to cut one"):
+        prepared(root, tmp_path / "artifacts", val_split="chosen")
+    picture(1).save(root / "Validation/cat/0.png")
+    changed, _ = prepared(root, tmp_path / "artifacts", val_fraction=0.1)
+    assert changed.path != dataset.path, "a changed image of any part makes another data set"
+
+
+def test_a_test_part_without_labels_is_none(tmp_path: Path) -> None:
+    """As competitions ship it: images in no class's folder."""
+    root = filled(tmp_path / "photos", {"train": 3, "val": 2})
+    (root / "test" / "images").mkdir(parents=True)
+    picture(0).save(root / "test" / "images" / "0.png")
+    dataset, _ = prepared(root, tmp_path / "artifacts", val_fraction=0.4)
+    assert dataset.facts.images == {"train": 4, "val": 2, "test": 4}
+    kdpipe("init", root, "--model", "resnet18", "--yes", cwd=tmp_path)
+    plan = read_recipe(tmp_path / "photos.yaml").data
+    assert (plan.test_split, plan.val_split) == ("val", "auto")
 
 
 def test_a_class_with_one_image_is_told_for_what_it_is(folder: Path, tmp_path: Path) -> None:

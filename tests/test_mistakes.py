@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ from test_cli import HEAVY, run_and_list_modules
 from kdpipe.core.config import BenchPlan, DistillPlan, ExportPlan, QuantizePlan, TrainSettings
 from kdpipe.core.errors import did_you_mean
 from kdpipe.core.kinds import Bundle
+from kdpipe.terminal import Bars
 
 Change = Callable[[Path], object]  # of the folder in which the command is given
 
@@ -366,6 +370,49 @@ def test_no_streams_but_the_output(packed: Bundle, tmp_path: Path) -> None:
     done = in_shell('"$@" <&- 2>&-', "package", model, "--golden-images", 2, "--out", tmp_path / "bundle")
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(tmp_path / "bundle"), "")
     assert kdpipe("verify", tmp_path / "bundle").returncode == 0
+
+
+@pytest.mark.parametrize("kind", ["full", "gone"])
+def test_talk_that_nobody_can_hear(kind: str, photos: Path, workdir: Path) -> None:
+    """The work goes on; its results and exit codes are what they are, whatever libraries and progress say meanwhile."""
+    if kind == "full":
+        deaf = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, deaf = os.pipe()
+        os.close(reader)
+    with pytest.raises(OSError, match=r"No space left|Broken pipe"):
+        os.write(deaf, b"x")
+
+    def ended(*arguments: object) -> tuple[int, str]:
+        done = subprocess.run(command(*arguments), stdout=subprocess.PIPE, stderr=deaf, text=True, check=False)
+        return done.returncode, done.stdout
+
+    code, printed = ended("data", photos, "--json")
+    assert code == 0 and kdpipe("show", json.loads(printed)["artifact"]).returncode == 0
+    assert ended("verify", "nowhere") == (2, "")
+    assert ended("nonsense") == (2, "")
+    os.close(deaf)
+
+
+def test_a_bar_on_a_terminal_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody closed the window: neither what we say nor what moves by itself ends anything."""
+    failed: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        bars = Bars()
+        bars.begin("one", 3)
+        os.close(master)
+        with pytest.raises(OSError, match="Input/output error"):
+            os.write(slave, b"x")
+        bars.advance(1, "detail")
+        bars.begin("inside", None)
+        bars.note("a line")
+        time.sleep(0.3)  # so that it was drawn anew by itself
+        bars.end()
+        bars.end()
+    assert not failed
 
 
 def test_words_that_the_output_cannot_spell(packed: Bundle, photos: Path, workdir: Path) -> None:

@@ -29,6 +29,7 @@ from kdpipe.core.config import (
     ExportConfig,
     InputSettings,
     ModelSettings,
+    PackageConfig,
     QuantizeConfig,
     TeacherPlan,
     TrainConfig,
@@ -38,12 +39,13 @@ from kdpipe.core.errors import GateFailed, UserError
 from kdpipe.core.kinds import Checkpoint, Graph, Model
 from kdpipe.core.progress import Silence
 from kdpipe.core.stats import matched_share
-from kdpipe.data.dataset import Dataset
+from kdpipe.data.dataset import Dataset, load_images
 from kdpipe.devices import find_device
 from kdpipe.distill.teacher import open_teacher
 from kdpipe.networks import models
 from kdpipe.networks.weights import load_weights
 from kdpipe.report.words import advice_sentence
+from kdpipe.runtime import open_session, predict
 
 State = dict[str, Tensor]
 
@@ -240,6 +242,14 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
         load_weights(network(), path)
     torch.save(network(), path)
     with pytest.raises(UserError, match=r"more than tensors, which could run code: save its state_dict\(\) alone"):
+        load_weights(network(), path)
+    torch.save({"x": torch.zeros(10**6)}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    with pytest.raises(UserError, match="in it is packed"):
         load_weights(network(), path)
     torch.jit.script(nn.Linear(2, 2)).save(path)
     with pytest.raises(UserError, match=r"a TorchScript archive: save its state_dict"):
@@ -820,20 +830,37 @@ def test_what_is_not_adopted(trained: Trained, files: dict[str, Path], tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_graph_for_one_image_only_is_said(trained: Trained, tmp_path: Path) -> None:
-    """Its batch of one is written into what it computes."""
-
-    class One(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.head, self.token = nn.Linear(52, 10), nn.Parameter(torch.ones(1, 4))
-
-        def forward(self, image: Tensor) -> Tensor:
-            return self.head(torch.cat((nn.functional.avg_pool2d(image, 8).reshape(1, 48), self.token), 1))
-
-    file = write(One(), tmp_path / "one.onnx", (3, 32, 32), fixed=True)
-    with pytest.raises(UserError, match=r"cannot be made to take raw colours of any number.*dynamic batch dimension"):
-        Chain(tmp_path / "artifacts").adopt(AdoptFilePlan(), file, trained.dataset)
+def test_a_graph_for_one_image_is_adopted_so(trained: Trained, tmp_path: Path) -> None:
+    """A transformer whose batch of one is written into what it computes: from then on it takes one at a time too."""
+    torch.manual_seed(0)
+    vit = timm.create_model("test_vit", img_size=32, num_classes=10)
+    torch.nn.init.normal_(vit.head.weight, std=0.5)
+    file = write(vit, tmp_path / "one.onnx", (3, 32, 32), fixed=True)
+    chain, dataset, heard = Chain(tmp_path / "artifacts"), trained.dataset, Heard()
+    told = {"input": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}, "parity_images": 8, "hop_images": 8}
+    plan = validated(AdoptFilePlan, told, "test")
+    with listening(heard):
+        by_target = {
+            target: chain.adopt(plan.model_copy(update={"target": target}), file, dataset)
+            for target in ("onnxruntime", "openvino", "tensorrt")
+        }
+    [line] = heard.notes
+    assert "takes one image at a time from here on too" in line and "dynamic batch dimension" in line
+    spec = by_target["onnxruntime"].facts.input.model_dump()
+    images = load_images(dataset.samples("test")[:5], spec)
+    with torch.inference_mode():
+        colours = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+        wanted = vit.eval()((colours - 0.5) / 0.5).numpy()
+    for target, model in by_target.items():
+        facts = model.facts.for_runtime()
+        session = open_session(model.path, facts, stand_in=facts["stand_in"] is not None)
+        assert not session.batched, target
+        np.testing.assert_allclose(predict(session, images), wanted, atol=1e-4)
+    config = {"variant": "int8", "calibrate": {"images": 8}, "check_images": 8, "allow_damage": True}
+    device, whole = find_device("local").probe(), by_target["onnxruntime"]
+    small = chain.quantize(validated(QuantizeConfig, config, "test"), whole, dataset, device)
+    bundle = chain.package(PackageConfig(golden_images=2), small, dataset)
+    assert kdpipe("verify", bundle.path).returncode == 0
 
 
 # ---- without a data set --------------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ def test_students_fan_out(tmp_path: Path) -> None:
     assert list(outcome.bundles) == names
     assert {step.name for step in chain.steps} >= {"kd graph", "wide bundle-onnxruntime-int8"}
     numbers = outcome.report.numbers
-    assert {hop["of"] for hop in numbers["devices"][0]["hops"]} == {"student-kd-seed0", "student-wide-seed0"}
+    assert {hop["student"] for hop in numbers["devices"][0]["hops"]} == {"student-kd-seed0", "student-wide-seed0"}
     assert "onnxruntime of student-wide-seed0" in outcome.report.page.read_text()
     assert "onnxruntime of student-kd-seed0" in str(outcome.table)
     models = {bundle.facts.model for bundle in outcome.bundles.values()}

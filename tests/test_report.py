@@ -10,16 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Made
+from conftest import SMALL_RECIPE, Made
 
+from kdpipe.chain import Chain
 from kdpipe.core.artifact import Order, drafting
-from kdpipe.core.config import DistillPlan, ModelSettings, TrainConfig, validated
+from kdpipe.core.config import (
+    BenchPlan,
+    DistillPlan,
+    ExportConfig,
+    ModelSettings,
+    PackageConfig,
+    ReportConfig,
+    TrainConfig,
+    validated,
+)
 from kdpipe.core.inputs import InputSpec
 from kdpipe.core.kinds import Checkpoint, CheckpointFacts, Comparison
 from kdpipe.core.stats import Interval
 from kdpipe.pipeline import student_runs
 from kdpipe.report import words
-from kdpipe.report.tables import distillation_gains, pareto_front, surely_better, surely_faster
+from kdpipe.report.tables import device_lines, distillation_gains, pareto_front, surely_better, surely_faster
 
 Numbers = dict[str, Any]
 
@@ -108,6 +118,30 @@ def test_accuracies_on_one_line_are_of_the_same_images(made: Made) -> None:
         assert f"{step['at']} 0.00 points on 256 of {images} images (no flips)" in line
         assert f"{step['at']} {words.percent(step['accuracy']['value'])}" not in line
     assert page.count(f"on 256 of {images} images") == len(partial)
+
+
+def test_lines_of_several_students_are_told_apart(made: Made, tmp_path: Path) -> None:
+    """Of two students for one target each line says whose it is, on the page and in the terminal."""
+    names = ("student-kd-seed0", "student-kd-seed1")
+    checkpoints = {name: Checkpoint.open(next(made.chain.folder.glob(f"{name}-*"))) for name in names}
+    chain, bundles = Chain(tmp_path / "artifacts"), {}
+    for name, student in checkpoints.items():
+        config = ExportConfig(target="onnxruntime", parity_images=8, hop_images=8)
+        model = chain.export(config, student, made.dataset)
+        bundles[name] = chain.package(PackageConfig(golden_images=2), model, made.dataset)
+    quick = {**SMALL_RECIPE["bench"], "seconds": 0.02, "max_seconds": 0.02, "min_samples": 5, "warm_up_seconds": 0.02}
+    benched = chain.bench(validated(BenchPlan, quick, "test"), bundles, made.dataset)
+    report = chain.report(ReportConfig(title="two"), benched.one_of_each, checkpoints)
+    [device] = report.numbers["devices"]
+    assert [hop["student"] for hop in device["hops"]] == list(names)
+    page, told = report.page.read_text(), list(device_lines(device))
+    for hop, name in zip(device["hops"], names, strict=True):
+        [line] = [line for line in told if line.startswith(f"onnxruntime of {name}: torch ")]
+        assert line == words.hop_lines(hop)[0]
+        assert page.count(f"<span>onnxruntime of {name}</span>") == len(hop["steps"])
+    assert not [line for line in told if line.startswith("onnxruntime: ")]
+    [alone] = made.report.numbers["devices"]
+    assert {hop["student"] for hop in alone["hops"]} == {""}, "of one student alone nothing more is said"
 
 
 # ---- gains --------------------------------------------------------------------------------------------------

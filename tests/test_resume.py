@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import random
-import subprocess
-import sys
 import time
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import SMALL_TRAIN, Trained, train
 
 from kdpipe.core.config import TrainConfig, validated
-
-SCRIPT = """
-import sys
-from pathlib import Path
-from kdpipe.chain import train_order
 from kdpipe.core.kinds import Checkpoint
-from kdpipe.core.config import TrainConfig
 from kdpipe.data.dataset import Dataset
-from kdpipe.distill.train import train
-import kdpipe.distill.loop as loop
-step = loop.Run._learn
-def told(self, *arguments):
-    print("step", flush=True)
-    return step(self, *arguments)
-loop.Run._learn = told  # says where it is; changes nothing
-config = TrainConfig.model_validate_json(sys.argv[1])
-config = config.model_copy(update={"train": config.train.model_copy(update={"checkpoint_seconds": 0.0, "workers": 0})})
-dataset, teacher = Dataset.open(sys.argv[2]), Checkpoint.open(sys.argv[3])
-train(train_order(config, dataset, teacher), dataset, teacher, Path(sys.argv[4]))
-"""
+from kdpipe.distill import loop
+
+# What training imports, once for all the processes that are killed.
+LIBRARIES = ["torch", "torchvision", "timm", "kdpipe.distill.train", "kdpipe.networks.models"]
+
+
+@pytest.fixture(scope="module")
+def processes() -> ForkServerContext:
+    """Makes processes that have imported what they need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    return context
+
+
+def train_telling(config: TrainConfig, dataset: Path, teacher: Path, out: Path, told: Connection) -> None:
+    """In a process of its own: train, and say where it is; that changes nothing."""
+    step = loop.Run._learn
+
+    def telling(self: loop.Run, *arguments: Any) -> Any:
+        told.send("step")
+        return step(self, *arguments)
+
+    loop.Run._learn = telling  # type: ignore[method-assign]
+    often = config.train.model_copy(update={"checkpoint_seconds": 0.0, "workers": 0})
+    config = config.model_copy(update={"train": often})
+    train(config, Dataset.open(dataset), Checkpoint.open(teacher), out)
+
 
 # Dropout, averaging, mixing, phases that end within an epoch: everything that has a state.
 RUNS = {
@@ -48,7 +60,9 @@ RUNS = {
 
 @pytest.mark.parametrize("attempt", range(int(os.environ.get("KDPIPE_RESUME_ATTEMPTS", "1"))))  # more by hand
 @pytest.mark.parametrize("name", RUNS)
-def test_killed_runs_end_the_same(trained: Trained, tmp_path: Path, name: str, attempt: int) -> None:
+def test_killed_runs_end_the_same(
+    trained: Trained, processes: ForkServerContext, tmp_path: Path, name: str, attempt: int
+) -> None:
     change = RUNS[name]
     values = {"model": "test_resnet", "input": {"size": 32}, "label_fraction": 0.25, **change}
     values["train"] = {**SMALL_TRAIN, "epochs": 3, "batch_size": 32, **change.get("train", {})}
@@ -56,31 +70,34 @@ def test_killed_runs_end_the_same(trained: Trained, tmp_path: Path, name: str, a
     whole = train(config, trained.dataset, trained.teacher, tmp_path / "whole")
 
     out = tmp_path / "killed"
-    arguments = [
-        sys.executable,
-        "-c",
-        SCRIPT,
-        config.model_dump_json(),
-        trained.dataset.path,
-        trained.teacher.path,
-        out,
-    ]
+
+    def begin() -> tuple[multiprocessing.context.ForkServerProcess, Connection]:
+        told, telling = processes.Pipe(duplex=False)
+        arguments = (config, trained.dataset.path, trained.teacher.path, out, telling)
+        process = processes.Process(target=train_telling, args=arguments)
+        process.start()
+        telling.close()
+        return process, told
+
     moments = random.Random(f"{name} {attempt}")
     kills = 0
     for _ in range(2):
-        process = subprocess.Popen([str(argument) for argument in arguments], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
+        process, told = begin()
         steps = moments.randint(2, 9)
-        seen = sum(1 for line, _ in zip(process.stdout, range(steps), strict=False) if line == "step\n")
+        with contextlib.suppress(EOFError):  # it is done already
+            for _ in range(steps):
+                told.recv()
+            kills += 1
         time.sleep(moments.random() * 0.05)  # anywhere in a step, or in the writing of the state
         process.kill()
-        process.wait()
-        kills += seen == steps
+        process.join()
         if out.exists():
             break
         assert (tmp_path / "killed.part" / "resume" / "state.pt").is_file()
     assert kills >= 1
-    subprocess.run([str(argument) for argument in arguments], check=True, stdout=subprocess.DEVNULL)
+    process, _told = begin()
+    process.join()
+    assert process.exitcode == 0
     assert (out / "model.safetensors").read_bytes() == whole.file("model.safetensors").read_bytes()
     assert not (tmp_path / "killed.part").exists()
     assert not (out / "resume").exists()

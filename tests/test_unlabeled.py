@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL_TRAIN, train
+from conftest import SMALL_TRAIN, Trained, train
 from test_methods import Taught, batch, network
 
 from kdpipe.chain import Chain
@@ -18,7 +18,6 @@ from kdpipe.core.config import (
     DistillSettings,
     InputSettings,
     ModelSettings,
-    TeacherPlan,
     TrainConfig,
     validated,
 )
@@ -32,8 +31,8 @@ from kdpipe.report.words import gain_sentence
 
 
 @pytest.fixture(scope="module")
-def semi(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Checkpoint]:
-    """The digits, with their own pictures once more without labels, and a teacher."""
+def semi(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Checkpoint]:
+    """The digits, with their own pictures once more without labels, and a teacher of them."""
     folder = tmp_path_factory.mktemp("semi")
     chain = Chain(folder / "artifacts")
     plain = chain.data(DataPlan(source="digits", test_split=None))
@@ -41,9 +40,7 @@ def semi(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Checkpoint]
     (folder / "more").mkdir()
     for at, path in enumerate(some):
         (folder / "more" / f"{at}.png").write_bytes(path.read_bytes())
-    dataset = chain.data(DataPlan(source="digits", test_split=None, unlabeled=folder / "more"))
-    values = {"model": "test_resnet", "input": {"size": 32}, "train": SMALL_TRAIN}
-    return dataset, chain.teacher(validated(TeacherPlan, values, "test"), dataset)
+    return chain.data(DataPlan(source="digits", test_split=None, unlabeled=folder / "more")), trained.teacher
 
 
 def configuration(**change: Any) -> TrainConfig:
