@@ -42,6 +42,8 @@ from .core.config import (
     DataPlan,
     ExportConfig,
     FittedConfig,
+    GateConfig,
+    GatePlan,
     GraphConfig,
     ModelSettings,
     PackageConfig,
@@ -53,11 +55,27 @@ from .core.config import (
     TrainConfig,
     suited,
 )
+from .core.config import changed as changed_config
 from .core.errors import DeviceLost, GateFailed, KdpipeError, UserError, choice
 from .core.inputs import InputSpec, size_words
-from .core.kinds import Bundle, Cache, Checkpoint, Graph, Measurement, Model, Probe, Refusal, Report, Runnable
-from .core.proc import end_groups, require
+from .core.kinds import (
+    Bundle,
+    Cache,
+    Checkpoint,
+    Graph,
+    Measurement,
+    Model,
+    Probe,
+    Refusal,
+    Report,
+    Runnable,
+    Verdict,
+    VerdictFacts,
+)
+from .core.proc import end_groups, process_count, require
 from .core.progress import note, progress
+from .core.remote import Store
+from .core.rules import Rule, parse_rules
 from .data.copies import are_photographs
 from .data.dataset import RANDOM, Dataset, Fitted, geometry
 from .data.fingerprints import Fingerprint, fingerprint_folder
@@ -71,12 +89,15 @@ from .runtime.preprocess import DECODING
 from .runtime.task import TASKS
 
 if TYPE_CHECKING:
+    from .deploy.gate import Pair
+    from .deploy.sides import Side
     from .report.compression import Sources
     from .report.pooled import Pooled
 
 A = TypeVar("A", bound=AnyArtifact)
 S = TypeVar("S", bound=ModelSettings)
 REPLACED = ".replaced"  # what was set aside to be made again
+FETCHED = ".fetched"  # what was named by a URL, each in a folder of its own contents
 PRECISIONS = ".precisions"  # what train.precision auto took, so that a network and its controls take one
 TRAIN_NEEDS = ("torch", "torchvision", "timm", "safetensors")
 SMALLEST_SIDE, USUAL_SIDE = 256, 512  # pixels: of copies for small networks; of those for networks not known yet
@@ -99,11 +120,13 @@ class Step:
     sealed_before: bool
     along_with: str | None = None  # the artifact in whose time this one was made too
     found: tuple[str, ...] = ()  # of a network: how right it is, in a line or two
+    fetched: bool = False  # from the store, now
     place: str = ""  # among the steps of a run, such as 3/31
 
     def __str__(self) -> str:
         """What it made, how long it took or that it was there already; below it what was found."""
-        cost = "sealed" if self.sealed_before else "in that" if self.along_with else f"{self.seconds:.1f} s"
+        there = "fetched" if self.fetched else "sealed"
+        cost = there if self.sealed_before else "in that" if self.along_with else f"{self.seconds:.1f} s"
         line = f"{self.place}{' ' * bool(self.place)}{self.name:<28} {cost:>8}  {self.path}"
         return "\n    ".join((line, *self.found))
 
@@ -131,17 +154,22 @@ class Chain:
         folder: Path | str,
         tell: Callable[[Step], object] = lambda _: None,
         allow_code: Iterable[str] = (),
+        store: str | None = None,
     ) -> None:
         """Take a folder, which is made when something is first written.
 
         Args:
             tell: called after each step; ``print`` shows a line or two a step.
             allow_code: what may be run of your own code to make networks, each as ``package.module:factory``.
+            store: URL or path of a place that several machines share: what it has is fetched, what is made is pushed.
+                Not by the processes of torchrun, who would have to agree: what they made is pushed by who finds it.
         """
         self.folder = Path(folder)
         self.tell = tell
         self.allow_code = tuple(allow_code)
         self.steps: list[Step] = []
+        self.store = None if store is None or process_count() > 1 else Store(store)
+        self._fetched: set[Path] = set()
         # Called once, before the first step that is not sealed: mistakes are told before any work.
         self.check: Callable[[], None] = lambda: None
         self.course: Course | None = None  # of a run, which knows what is still to come
@@ -171,7 +199,7 @@ class Chain:
         """
         path = out or self.path(name, order)
         begun = time.monotonic()
-        if path.exists():
+        if self._is_there(name, kind, order, path):
             artifact, sealed = kind.open(path), True
             if artifact.key != order.key:
                 raise UserError(f"{path} was made from other settings or inputs: choose another --out")
@@ -185,6 +213,8 @@ class Chain:
         along_with = (companions or {}).get(path) if sealed else None
         seconds = time.monotonic() - begun
         step = Step(name, path, seconds, sealed and along_with is None, along_with, found_of(artifact))
+        step.fetched = path in self._fetched
+        self._share(name, order, artifact)
         if self.course:
             step.place = self.course.end(artifact, made=not step.sealed_before)
         self.steps.append(step)
@@ -198,6 +228,20 @@ class Chain:
     def place(self, name: str, key: str, attempt: int | None = None) -> Path:
         """As ``path``, for the key of an order."""
         return self.folder / (f"{name}-{key[:12]}" + ("" if attempt is None else f"-{attempt}"))
+
+    def _is_there(self, name: str, kind: type[A], order: Order[Any], path: Path) -> bool:
+        """Whether an artifact lies at ``path``; it is fetched from the store, if that has it. An event never is."""
+        if path.exists() or self.store is None or kind is Measurement:
+            return path.exists()
+        if self.store.fetch(self.path(name, order).name, path, kind, order.key):
+            self._fetched.add(path)
+        return path.exists()
+
+    def _share(self, name: str, order: Order[Any], artifact: AnyArtifact) -> None:
+        """Push what the store may lack; of an event every attempt, for those who name it."""
+        if self.store is not None and artifact.path not in self._fetched:
+            event = isinstance(artifact, Measurement)
+            self.store.push(artifact.path.name if event else self.path(name, order).name, artifact.path)
 
     def set_aside(self, keys: Collection[str]) -> list[Path]:
         """Move the artifacts of ``keys`` and all that came from them out of sight, into ``.replaced``; returns which.
@@ -307,7 +351,11 @@ class Chain:
             orders[geometry(spec.model_dump())] = Order("fitted", fitted_config(spec), {"data": dataset})
         names = {shown: f"fitted-{size_words(order.config.size)}" for shown, order in orders.items()}
         paths = {shown: self.path(names[shown], order) for shown, order in orders.items()}
-        missing = {paths[shown]: order for shown, order in orders.items() if not paths[shown].exists()}
+        missing = {
+            paths[shown]: order
+            for shown, order in orders.items()
+            if not self._is_there(names[shown], Fitted, order, paths[shown])
+        }
         made: dict[Path, str] = {}
         kept = dict(dataset.fitted)
 
@@ -397,6 +445,8 @@ class Chain:
         made: dict[Path, str] = {}  # by whose step
         orders = {name: train_order(config, dataset, teacher) for name, config in configs.items()}
         paths = {self.path(name, order): order for name, order in orders.items()}
+        for name, order in orders.items():  # none of those that are made together is in the store
+            self._is_there(name, Checkpoint, order, self.path(name, order))
         missing = {path: order for path, order in paths.items() if not path.exists()}
 
         def make(path: Path) -> Checkpoint:
@@ -547,7 +597,7 @@ class Chain:
 
             self._try(model)
             check = TARGETS[model.facts.target].check
-            graph, teacher = self._nearest(model, Graph), self._teacher_of(model)
+            graph, teacher = self._graph_of(model), self._teacher_of(model)
             try:
                 return quantize(order, model, dataset, path, check, graph, teacher)
             except GateFailed as error:
@@ -612,18 +662,25 @@ class Chain:
                     found[device].append(variant)
         return found
 
-    def _nearest(self, artifact: AnyArtifact, kind: type[A]) -> A | None:
-        """The nearest ancestor of ``kind``, if it lies beside ``artifact``."""
-        wanted = [found.key for found in find_ancestors(artifact.manifest.provenance(), kind)]
-        found = beside(artifact, kind, set(wanted[:1]))
-        return next(iter(found.values()), None)
+    def _graph_of(self, model: Model) -> Graph | None:
+        """The graph that ``model`` was made from, if it lies beside it or in the store."""
+        graph = next(iter(find_ancestors(model.manifest.provenance(), Graph)), None)
+        return None if graph is None else self._at_hand(model, Graph, graph.key, "graph")
 
     def _teacher_of(self, model: Model) -> Checkpoint | None:
-        """The checkpoint that taught the student of ``model``, if it lies beside it."""
+        """The checkpoint that taught the student of ``model``, if it lies beside it or in the store."""
         student = next(iter(find_ancestors(model.manifest.provenance(), Checkpoint)), None)
         if student is None or "teacher" not in student.inputs:
             return None
-        return next(iter(beside(model, Checkpoint, {student.inputs["teacher"].key}).values()), None)
+        return self._at_hand(model, Checkpoint, student.inputs["teacher"].key, "teacher")
+
+    def _at_hand(self, artifact: AnyArtifact, kind: type[A], key: str, name: str) -> A | None:
+        """What lies beside ``artifact`` with this key; else what the store has of it under this name."""
+        found = beside(artifact, kind, {key})
+        path = self.place(name, key)
+        if not found and self.store is not None and self.store.fetch(path.name, path, kind, key):
+            return kind.open(path)
+        return next(iter(found.values()), None)
 
     def _try(self, model: Model) -> None:
         """Open a model in another process first, unless it was made here and now. Raises KdpipeError."""
@@ -756,6 +813,121 @@ class Chain:
             else:
                 benched.measured.setdefault(device, []).append(made)
 
+    def gate(
+        self,
+        plan: GatePlan,
+        bench: BenchPlan,
+        candidate: Side,
+        baseline: Side | None,
+        dataset: Dataset,
+        out: Path | None = None,
+    ) -> Verdict:
+        """Whether ``candidate`` keeps the rules of ``plan``: measured together with ``baseline``, then judged.
+
+        Both are in every session, interleaved, on the same images. Sessions that are sealed count; others are measured
+        until as many as the rules need are trusted, or as many again were tried.
+
+        Raises:
+            UserError: a rule that concerns nothing, a baseline of another task or of other classes, a lost device.
+            KdpipeError: as ``bench`` does.
+        """
+        from .deploy import gate, verdict
+        from .deploy.changes import changed, device_changed
+
+        rules = parse_rules(plan.rules)
+        if baseline is None and (relative := [rule for rule in rules if rule.is_relative]):
+            if len(relative) == len(rules):
+                raise UserError(f"rule '{relative[0]}' asks for a baseline: name one with --baseline, or other rules")
+            note(f"{len(relative)} rules ask for a baseline and are left out: name one with --baseline")
+            rules = [rule for rule in rules if not rule.is_relative]
+        devices = dict.fromkeys([*bench.devices, *(rule.device for rule in rules if rule.device is not None)])
+        asked = tuple(name for name in devices if any(rule.device in (None, name) for rule in rules))
+        rows: dict[str, dict[str, Bundle]] = {}
+        pairs: dict[str, list[Pair]] = {}
+        apart: dict[str, None] = {}
+        for device in asked:
+            rows[device], pairs[device], told = _to_judge(rules, device, candidate, baseline, bench.threads)
+            apart |= dict.fromkeys(told)
+        counted = any(rule.kind.counted == "sessions" for rule in rules)
+        bench = bench.model_copy(update={"devices": asked})
+        if parts := [rule.part for rule in rules if rule.part is not None]:
+            own = getattr(bench, "corruptions", ())
+            bench = changed_config(bench, {"corruptions": tuple(dict.fromkeys([*own, *parts]))}, "bench")
+        sessions = self._trusted_sessions(bench, rows, dataset, plan.sessions if counted else 1)
+        inputs = {f"measurement-{device}-{attempt_of(each.manifest)}": each
+                  for device, its in sessions.items() for each in its}  # fmt: skip
+        then = {} if baseline is None else {**self._measured_before(baseline, inputs.values()), **baseline.measured}
+        config = GateConfig(
+            rules=tuple(map(str, rules)),
+            candidate=candidate.name,
+            baseline=None if baseline is None else baseline.name,
+            measured_before={device: each.key for device, each in then.items() if device in sessions},
+        )
+        order = Order("gate", config, inputs)
+
+        def make(path: Path) -> Verdict:
+            verdicts = gate.decide(gate.questions(rules, sessions, pairs))
+            since = {
+                device: device_changed(
+                    then[device].config["device_fingerprint"], its[-1].settings["device_fingerprint"]
+                )
+                for device, its in sessions.items()
+                if device in then
+            }
+            own = {
+                pair.row: changed(rows[device][pair.baseline].manifest, rows[device][pair.candidate].manifest)
+                for device, its in pairs.items()
+                for pair in its
+                if pair.baseline is not None and not pair.same
+            }
+            facts = VerdictFacts(
+                answer=gate.overall(verdicts),
+                candidate=candidate.name,
+                baseline=config.baseline,
+                rules=verdicts,
+                changed={row: moved for row, moved in own.items() if moved},
+                since={device: moved for device, moved in since.items() if moved},
+                apart=list(apart),
+            )
+            return verdict.write(order, facts, path)
+
+        return self.step("verdict", Verdict, order, make, out)
+
+    def _trusted_sessions(
+        self, bench: BenchPlan, rows: Mapping[str, Mapping[str, Bundle]], dataset: Dataset, wanted: int
+    ) -> dict[str, list[Measurement]]:
+        """All sessions of each device; measured are what lacks of as many trusted ones, each call so many at most."""
+        bench, begun = bench.model_copy(update={"sessions": wanted}), len(self.steps)
+        benched = self.bench(bench, rows, dataset, again=False)
+        for device, found in list(benched.measured.items()):
+            every = attempts_beside(found[-1])
+            trusted = sum(_is_trusted(manifest) for manifest in every.values())
+            new = {step.path.absolute() for step in self.steps[begun:] if not step.sealed_before}
+            if trusted < wanted and not new.intersection(every):
+                more = bench.model_copy(update={"devices": (device,), "sessions": wanted - trusted})
+                benched.lost |= self.bench(more, {device: rows[device]}, dataset, again=True).lost
+        if benched.lost:
+            raise UserError(f"{benched.told_lost}: no verdict without it, run the same again when it is back")
+        return {
+            device: [Measurement.open(path) for path in attempts_beside(found[-1])]
+            for device, found in benched.measured.items()
+        }
+
+    def _measured_before(self, side: Side, now: Iterable[Measurement]) -> dict[str, Manifest]:
+        """The last measurement of each device that has a bundle of ``side`` and is none of this gate's."""
+        bundles, ours = {bundle.key for bundle in side.bundles.values()}, {each.key for each in now}
+        found: dict[str, Manifest] = {}
+        folders = dict.fromkeys([self.folder, *(each.path.absolute().parent for each in side.bundles.values())])
+        for _, manifest in (each for folder in folders for each in sealed(folder, skip=UserError)):
+            if manifest.kind != Measurement.kind or manifest.key in ours:
+                continue
+            if bundles.isdisjoint(source.key for source in manifest.inputs.values()):
+                continue
+            device = str(manifest.config.get("device"))
+            if device not in found or manifest.created_utc > found[device].created_utc:
+                found[device] = manifest
+        return found
+
     def report(
         self,
         config: ReportConfig,
@@ -849,6 +1021,44 @@ def _of_device(
     return its
 
 
+def _to_judge(
+    rules: Sequence[Rule], device: str, candidate: Side, baseline: Side | None, threads: Sequence[int]
+) -> tuple[dict[str, Bundle], list[Pair], list[str]]:
+    """What is measured on a device by the names of its rows; which belong together; what is on one side only."""
+    from .deploy.gate import Pair
+    from .deploy.sides import together
+    from .devices.session import swept
+
+    mine, theirs = candidate.of(device), {} if baseline is None else baseline.of(device)
+    both, apart = together(mine, theirs)
+    rows: dict[str, Bundle] = {}
+    pairs: list[Pair] = []
+    for name, bundle in mine.items():
+        other = theirs.get(name)
+        concerned = [rule for rule in rules if rule.concerns(device, bundle.facts.target, name)]
+        if not any(other is not None or not rule.is_relative for rule in concerned):
+            continue
+        rows[f"candidate-{name}"] = bundle
+        if other is not None:
+            rows[f"baseline-{name}"] = other
+        for row in swept({name: bundle}, threads):
+            against = None if other is None else f"baseline-{row}"
+            same = other is not None and other.key == bundle.key
+            pairs.append(Pair(bundle.facts.target, row, f"candidate-{row}", against, same))
+    if not rows:
+        listed = ", ".join(both or mine)
+        raise UserError(f"rule '{rules[0]}': no rule concerns anything on '{device}': there are {listed}")
+    return rows, pairs, apart if baseline is not None else []
+
+
+def _is_trusted(measurement: Manifest) -> bool:
+    """Whether every latency of a session is."""
+    try:
+        return Measurement.facts_of(measurement).trust == "trusted"
+    except ValidationError:
+        return False
+
+
 def attempt_order(session: Order[BenchConfig], number: int) -> Order[BenchConfig]:
     """An attempt at a session."""
     return Order(session.stage, session.config.model_copy(update={"attempt": number}), session.inputs)
@@ -885,14 +1095,7 @@ def attempt_of(measurement: Manifest) -> int:
 
 def believed(found: Mapping[Path, Manifest]) -> Path:
     """The last trusted attempt, else the last: a rule, so that nobody chooses the one that pleases."""
-
-    def trusted(manifest: Manifest) -> bool:
-        try:
-            return Measurement.facts_of(manifest).trust == "trusted"
-        except ValidationError:
-            return False
-
-    return ([path for path, manifest in found.items() if trusted(manifest)] or list(found))[-1]
+    return ([path for path, manifest in found.items() if _is_trusted(manifest)] or list(found))[-1]
 
 
 def believed_beside(measurement: Measurement) -> Measurement:
@@ -1017,6 +1220,17 @@ def dataset_of(artifact: AnyArtifact) -> Dataset:
     return with_fitted(refuse_random(next(iter(found.values()))))
 
 
+def dataset_for(bundle: Bundle, folder: Path) -> Dataset:
+    """As ``dataset_of``, looked for in ``folder`` too: a release lies elsewhere. Raises UserError."""
+    wanted = find_ancestors(bundle.manifest.provenance(), Dataset)
+    for place in dict.fromkeys([bundle.path.absolute().parent, folder.absolute()]):
+        for path, manifest in sealed(place, skip=UserError):
+            if wanted and manifest.key == wanted[0].key and manifest.kind == Dataset.kind:
+                return with_fitted(refuse_random(Dataset.open(path)))
+    key = f" {wanted[0].key[:12]}" if wanted else ""
+    raise UserError(f"no dataset{key} beside {bundle.path} nor in {folder}: name its folder with --data")
+
+
 def refuse_random(dataset: Dataset) -> Dataset:
     """``dataset``, unless it is of random images: they stand in where only parity is told. Raises UserError."""
     if dataset.facts.source == RANDOM:
@@ -1045,9 +1259,14 @@ def beside(artifact: AnyArtifact, kind: type[A], keys: set[str] | None) -> dict[
     """Sealed artifacts of ``kind`` in the same folder (only those with one of ``keys``, if given)."""
     return {
         path: kind.open(path)
-        for path, manifest in sealed(artifact.path.absolute().parent)
+        for path, manifest in sealed(home(artifact.path.absolute()))
         if manifest.kind == kind.kind and (keys is None or manifest.key in keys)
     }
+
+
+def home(path: Path) -> Path:
+    """The folder of artifacts that one of them belongs to; what was named by a URL lies further down in it."""
+    return path.parents[2] if len(path.parents) > 2 and path.parents[1].name == FETCHED else path.parent
 
 
 def sealed(folder: Path, skip: type[UserError] = OtherVersion) -> Iterator[tuple[Path, Manifest]]:

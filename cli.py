@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import sys
@@ -57,10 +58,44 @@ app = typer.Typer(
     },
 )
 
+ARTIFACTS = Path("artifacts")
+STORE = "KDPIPE_STORE"  # variable with the URL of a store, for every command that takes or makes artifacts
+
+
+def folder_or_url(text: str) -> Path:
+    """A folder of an artifact: what lies at a URL is fetched first, and what is not here from the store if it has it.
+
+    Raises:
+        UserError: nothing whole at that URL.
+    """
+    from .core import progress, remote
+    from .core.errors import UserError
+    from .core.proc import process_count
+    from .terminal import listener
+
+    path, is_url, store = Path(text), remote.is_url(text), os.environ.get(STORE)
+    keyed = re.fullmatch(r".+-([0-9a-f]{12})(-[0-9]+)?", path.name)  # as Chain.place calls them
+    if "_KDPIPE_COMPLETE" in os.environ:  # nothing is fetched by a TAB
+        return path
+    if is_url and process_count() > 1:
+        raise UserError(f"the processes of torchrun would all fetch {remote.shown(text)}: fetch it first (kdpipe show)")
+    progress.listen(listener())
+    if is_url:
+        from .chain import FETCHED
+
+        return remote.fetch_into(text, ARTIFACTS / FETCHED)
+    if keyed and store and not path.exists() and process_count() == 1:
+        remote.Store(store).fetch(path.name, path, None, "" if keyed[2] else keyed[1])
+    return path
+
+
 JsonFlag = Annotated[bool, typer.Option("--json", help="print one JSON object for machines")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="folder of the new artifact [default: beside its input]")]
 DataOption = Annotated[
-    Path | None, typer.Option("--data", help="folder of the dataset artifact [default: looked up beside the input]")
+    Path | None,
+    typer.Option(
+        "--data", help="folder of the dataset artifact [default: looked up beside the input]", parser=folder_or_url
+    ),
 ]
 ArtifactsOption = Annotated[Path, typer.Option("--artifacts", help="folder that holds the artifacts")]
 AgainOption = Annotated[
@@ -79,7 +114,6 @@ AllowCodeOption = Annotated[
         help="run this code of yours, which makes a network (repeatable; no recipe or artifact can ask for it)",
     ),
 ]
-ARTIFACTS = Path("artifacts")
 
 
 def _device_names() -> list[str]:
@@ -173,6 +207,14 @@ def run(
     until: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="stop when this stage is done")] = None,
     again: AgainOption = None,
     allow_code: AllowCodeOption = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            "--store",
+            metavar="URL",
+            help="share with other machines: what lies there is fetched and not made again, what is made is pushed",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="only say what it would make, and what that takes as far as it is known")
     ] = False,
@@ -190,7 +232,7 @@ def run(
     if dry_run:
         _plan(recipe, artifacts, changes or (), again, start, until, as_json, allow_code)
         return
-    doubt, lost = _run(recipe, artifacts, again, as_json, changes or (), start, until, allow_code)
+    doubt, lost = _run(recipe, artifacts, again, as_json, changes or (), start, until, allow_code, store)
     if lost:
         raise UserError(f"{lost}; the others are reported, run the same again when it is back")
     if doubt is not None:
@@ -226,7 +268,10 @@ def _plan(
     pipeline.check_start(legs, start, until)
     costs = pipeline.costs(legs, pipeline.forecast_of(chain))
     if as_json:
-        described = [showing.described(leg, cost) for leg, cost in zip(legs, costs, strict=True)]
+        level = pipeline.levels(legs)
+        described = [
+            {**showing.described(leg, cost), "level": level[leg.id]} for leg, cost in zip(legs, costs, strict=True)
+        ]
         whole = total(cost for leg, cost in zip(legs, costs, strict=True) if not leg.perhaps)
         _print_json(recipe=str(recipe_path), legs=described, total=whole._asdict())
         return
@@ -242,6 +287,7 @@ def _run(
     start: str | None = None,
     until: str | None = None,
     allow_code: Sequence[str] | None = None,
+    store: str | None = None,
 ) -> tuple[str | None, str]:
     """Run and print; returns which latencies that the advice rests on are not to be trusted, and which devices lost."""
     from . import pipeline
@@ -249,7 +295,7 @@ def _run(
     from .report.words import shaky_advice
 
     recipe = read_recipe(recipe_path, changes)
-    chain = _chain(artifacts, allow_code=allow_code)
+    chain = _chain(artifacts, allow_code=allow_code, store=store)
     outcome = pipeline.run_part(recipe, chain, again, start, until)
     done = [step for step in chain.steps if not step.sealed_before]
     told = f"{len(chain.steps)} stages, {len(done)} done now in {sum(step.seconds for step in done):.0f} s"
@@ -309,7 +355,7 @@ def data(
 @app.command()
 @configured(TeacherPlan)
 def teacher(
-    dataset: Annotated[Path, typer.Argument(help="folder of a dataset artifact")],
+    dataset: Annotated[Path, typer.Argument(help="folder of a dataset artifact", parser=folder_or_url)],
     out: OutOption = None,
     allow_code: AllowCodeOption = None,
     as_json: JsonFlag = False,
@@ -322,14 +368,14 @@ def teacher(
     """
     opened = _open_dataset(dataset)
     settings = config()
-    chain = _chain(dataset.parent, joint=settings.is_trained, allow_code=allow_code)
+    chain = _chain_of(dataset, joint=settings.is_trained, allow_code=allow_code)
     _print_artifact(chain.teacher(settings, opened, out), as_json)
 
 
 @app.command()
 @configured(CachePlan)
 def cache(
-    teacher: Annotated[Path, typer.Argument(help="folder of the teacher's checkpoint")],
+    teacher: Annotated[Path, typer.Argument(help="folder of the teacher's checkpoint", parser=folder_or_url)],
     data: DataOption = None,
     out: OutOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what it would take")] = False,
@@ -357,7 +403,7 @@ def cache(
     from .distill.cache import config_of, forecast
     from .distill.cache import verify as verify_cache
 
-    plan, chain = config_of(settings), _chain(teacher.parent, joint=not dry_run, allow_code=allow_code)
+    plan, chain = config_of(settings), _chain_of(teacher, joint=not dry_run, allow_code=allow_code)
     dataset = _dataset_of(opened, data)
     path = out or chain.path("cache", cache_order(plan, dataset, opened))
     if dry_run or not path.exists():
@@ -388,7 +434,10 @@ def cache(
 @configured(TrainConfig)
 def distill(
     teacher: Annotated[
-        Path, typer.Argument(help="folder of the teacher's checkpoint (or of a dataset, for --method labels)")
+        Path,
+        typer.Argument(
+            help="folder of the teacher's checkpoint (or of a dataset, for --method labels)", parser=folder_or_url
+        ),
     ],
     data: DataOption = None,
     out: OutOption = None,
@@ -408,7 +457,7 @@ def distill(
     from .core.kinds import Checkpoint
     from .data.dataset import Dataset
 
-    settings, chain = config(), _chain(teacher.parent, joint=True, allow_code=allow_code)
+    settings, chain = config(), _chain_of(teacher, joint=True, allow_code=allow_code)
     if read_manifest(teacher).kind == Dataset.kind:
         guide, dataset = None, _open_dataset(teacher)
     else:
@@ -427,7 +476,9 @@ def distill(
 @app.command()
 @configured(NetworkExportPlan, leave_out=("model", "pretrained"))
 def export(
-    student: Annotated[Path | None, typer.Argument(help="folder of a checkpoint; or --model")] = None,
+    student: Annotated[
+        Path | None, typer.Argument(help="folder of a checkpoint; or --model", parser=folder_or_url)
+    ] = None,
     model: Annotated[
         str, typer.Option("--model", help="a network by its name, in place of a checkpoint and without a data set")
     ] = "",
@@ -456,7 +507,7 @@ def export(
         if network != AdoptConfig(model="") or plan.classes is not None:
             raise UserError("wanted the folder of a checkpoint, which says all of its network, or --model: not both")
         opened = Checkpoint.open(student)
-        chain = _chain(student.parent, allow_code=allow_code)
+        chain = _chain_of(student, allow_code=allow_code)
         _print_artifact(chain.export(target, opened, _dataset_of(opened, data), out), as_json)
         return
     if not model:
@@ -475,7 +526,7 @@ def export(
 @configured(AdoptFilePlan)
 def adopt(
     file: Annotated[Path, typer.Argument(help="somebody's .onnx file, float32, of one image")],
-    data: Annotated[Path, typer.Option("--data", help="folder of the dataset artifact")],
+    data: Annotated[Path, typer.Option("--data", help="folder of the dataset artifact", parser=folder_or_url)],
     out: OutOption = None,
     as_json: JsonFlag = False,
     *,
@@ -488,13 +539,13 @@ def adopt(
 
     Example: kdpipe adopt model.onnx --data artifacts/data-1a2b --input.mean "[0.485, 0.456, 0.406]"
     """
-    _print_artifact(_chain(data.parent).adopt(config(), file, _open_dataset(data), out), as_json)
+    _print_artifact(_chain_of(data).adopt(config(), file, _open_dataset(data), out), as_json)
 
 
 @app.command()
 @configured(QuantizeConfig)
 def quantize(
-    model: Annotated[Path, typer.Argument(help="folder of a float32 model")],
+    model: Annotated[Path, typer.Argument(help="folder of a float32 model", parser=folder_or_url)],
     data: DataOption = None,
     device: Annotated[
         str,
@@ -520,7 +571,7 @@ def quantize(
     from .core.kinds import Model, unshown
     from .devices import find_device
 
-    settings, opened, chain = config(), Model.open(model), _chain(model.parent, allow_code=allow_code)
+    settings, opened, chain = config(), Model.open(model), _chain_of(model, allow_code=allow_code)
     dataset, probe = _dataset_of(opened, data), find_device(device).probe()
     if settings.variant != "auto":
         made = [chain.quantize(settings, opened, dataset, probe, out)]
@@ -537,7 +588,7 @@ def quantize(
 @app.command()
 @configured(PackageConfig)
 def package(
-    model: Annotated[Path, typer.Argument(help="folder of a model, float32 or INT8")],
+    model: Annotated[Path, typer.Argument(help="folder of a model, float32 or INT8", parser=folder_or_url)],
     data: DataOption = None,
     out: OutOption = None,
     as_json: JsonFlag = False,
@@ -551,7 +602,7 @@ def package(
     from .core.kinds import Model
 
     opened = Model.open(model)
-    _print_artifact(_chain(model.parent).package(config(), opened, _dataset_of(opened, data), out), as_json)
+    _print_artifact(_chain_of(model).package(config(), opened, _dataset_of(opened, data), out), as_json)
 
 
 @app.command()
@@ -561,7 +612,8 @@ def bench(
         list[Path],
         typer.Argument(
             help="folders of bundles, float32 ones among them to compare with; or models of others: "
-            "model.onnx, model.tflite, model.xml"
+            "model.onnx, model.tflite, model.xml",
+            parser=folder_or_url,
         ),
     ],
     data: DataOption = None,
@@ -583,7 +635,10 @@ def bench(
         ),
     ] = "local",
     against: Annotated[
-        Path | None, typer.Option("--against", help="a bundle that the others are compared with, one sentence each")
+        Path | None,
+        typer.Option(
+            "--against", help="a bundle that the others are compared with, one sentence each", parser=folder_or_url
+        ),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="only what a lost device lacks of the sessions that the others have")
@@ -614,7 +669,7 @@ def bench(
         raise UserError("--resume measures what is lacking, --again measures more: choose one of them")
     plan = config(devices=tuple(name.strip() for name in device.split(",")))
     with _to_bench([*bundles, *([against] if against is not None else [])], data, input) as (named, dataset):
-        benched = _chain(bundles[0].parent).bench(plan, named, dataset, out, resume=resume)
+        benched = _chain_of(bundles[0]).bench(plan, named, dataset, out, resume=resume)
     pooled = [pooled_beside(measurement) for measurement in benched.one_of_each]
     sentences = []
     if against is not None:
@@ -652,7 +707,6 @@ def _to_bench(
     paths: Sequence[Path], data: Path | None, input: str | None
 ) -> Iterator[tuple[Mapping[str, Runnable], Dataset | None]]:
     """Bundles by name and their dataset; or models of others, wrapped for as long as the block takes."""
-    import re
     import tempfile
 
     from .core.config import parse_yaml
@@ -697,34 +751,226 @@ def _bundle_names(opened: Sequence[Bundle]) -> dict[str, Bundle]:
     return named
 
 
+SignatureOption = Annotated[
+    Path | None,
+    typer.Option("--signature", metavar="PUBLIC.pem", help="see that the holder of this key signed it, else exit 1"),
+]
+IdentityOption = Annotated[
+    str | None,
+    typer.Option("--identity", help="sigstore: who signed it, such as a workflow's URL (not exercised here)"),
+]
+IssuerOption = Annotated[
+    str | None, typer.Option("--issuer", help="sigstore: who vouches for --identity, a URL (not exercised here)")
+]
+
+
 @app.command()
 def verify(
-    bundle: Annotated[Path, typer.Argument(help="folder of a bundle")],
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="BUNDLE|RELEASE", help="folder of a bundle or a release", parser=folder_or_url),
+    ],
+    signature: SignatureOption = None,
+    identity: IdentityOption = None,
+    issuer: IssuerOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Check a bundle and replay its golden inputs.
+    """Check a bundle or a release, and replay golden inputs.
 
     Compares every file with its hash, opens the model and runs it; executes nothing of the bundle and needs
-    no torch.
+    no torch. Hashes say that nothing changed, a signature says whom it is from: --signature wants one, which a release
+    has, and a bundle in it.
 
-    Example: kdpipe verify BUNDLE
+    Example: kdpipe verify releases/birds/1.4.0 --signature birds.pem
     """
+    from .core.artifact import read_manifest
+    from .core.errors import GateFailed
+    from .core.kinds import Release
+    from .deploy import release
     from .deploy.bundle import verify as verify_bundle
+    from .deploy.signature import signer
 
-    opened, found = verify_bundle(bundle)
-    if as_json:
-        _print_json(bundle=str(bundle), key=opened.key, **found)
+    by = signer(signature, identity, issuer)
+    inside = release.holding(path)
+    if inside is not None or read_manifest(path).kind == Release.kind:
+        checked = release.check(path if inside is None else inside[0], by)
+        replayed = release.replay(checked, None if inside is None else inside[1])
+        facts = checked.release.facts
+        if as_json:
+            _print_json(
+                release=str(checked.release.path),
+                title=facts.title,
+                key=checked.release.key,
+                unchanged=True,
+                signed=checked.release.is_signed,
+                signed_by=checked.signed_by,
+                bundles=replayed,
+            )
+            return
+        for line in checked.lines():
+            typer.echo(line)
+        for name, found in replayed.items():
+            typer.echo(printable(f"{name}: {found if isinstance(found, str) else _golden(found)}"))
         return
+    if by is not None:
+        raise GateFailed(f"{path} is not signed: a release is, and this bundle is in none")
+    opened, found = verify_bundle(path)
+    if as_json:
+        _print_json(bundle=str(path), key=opened.key, **found)
+        return
+    typer.echo(f"{printable(str(path))}: whole; {_golden(found)}")
+
+
+def _golden(found: Mapping[str, Any]) -> str:
+    """What replaying the golden inputs found, in words."""
     by = f" (by {found['session']['runtime']} in its place)" if found["stand_in"] else ""
-    typer.echo(
-        f"{printable(str(bundle))}: whole; {found['golden_images']} golden images within {found['max_difference']:.2g} "
+    return (
+        f"{found['golden_images']} golden images within {found['max_difference']:.2g} "
         f"(tolerance {found['tolerance']:.2g}){by}"
     )
 
 
 @app.command()
+def release(
+    title: Annotated[str, typer.Argument(metavar="NAME@VERSION", help="such as birds@1.4.0")],
+    bundles: Annotated[
+        list[Path] | None, typer.Argument(metavar="BUNDLE...", help="folders of bundles", parser=folder_or_url)
+    ] = None,
+    to: Annotated[
+        str, typer.Option("--to", help="folder or URL that gets NAME/VERSION, or hf://ORGANISATION/REPOSITORY")
+    ] = "releases",
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="in place of BUNDLE: all that this recipe made, with its report")
+    ] = None,
+    artifacts: ArtifactsOption = ARTIFACTS,
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", help="folder of the report that measured them", parser=folder_or_url),
+    ] = None,
+    verdict: Annotated[
+        Path | None,
+        typer.Option(
+            "--verdict",
+            help="folder of the gate's verdict: anything but pass releases nothing",
+            parser=folder_or_url,
+        ),
+    ] = None,
+    last: Annotated[
+        Path | None,
+        typer.Option("--last", help="folder of the release before: what changed", parser=folder_or_url),
+    ] = None,
+    license: Annotated[str | None, typer.Option("--license", help="of the release itself, as SPDX writes it")] = None,
+    acknowledge: Annotated[
+        list[str] | None,
+        typer.Option("--acknowledge", metavar="LICENCE", help="ship work under this licence (repeatable)"),
+    ] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            "--key",
+            metavar="PRIVATE.pem",
+            help="sign with this key, P-256, P-384 or P-521 (KDPIPE_KEY_PASSWORD, if it is encrypted)",
+        ),
+    ] = None,
+    sigstore: Annotated[
+        bool, typer.Option("--sigstore", help="sign as whom the CI says this job is (not exercised here)")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Release bundles under a version: card, bill of materials, sums, provenance, changes, signature.
+
+    What is published is whole, and a version is never overwritten. Exits 1 when the verdict is fail or a licence that
+    binds its users was not acknowledged, 75 when the verdict cannot tell.
+
+    Example: kdpipe release birds@1.4.0 --recipe birds.yaml --key private.pem --to s3://models
+    """
+    from .core.config import ReleaseConfig, read_recipe, validated
+    from .core.errors import UserError
+    from .core.kinds import Bundle, Report, Verdict
+    from .deploy import release as releasing
+    from .deploy import signature as signing
+    from .deploy.versions import named
+
+    name, version = named(title)
+    if version is None:
+        raise UserError(f"'{title}' names no version: wanted one that is new, such as {name}@1.0.0")
+    if bool(bundles) == (recipe is not None):
+        raise UserError("wanted the folders of bundles, or --recipe, and not both")
+    if key is not None and sigstore:
+        raise UserError("wanted --key or --sigstore, and not both: a release has one signature")
+    if license is not None:
+        validated(ReleaseConfig, {"name": name, "version": version.text, "license": license}, "--license")
+    sign = signing.by_key(key) if key is not None else signing.by_identity() if sigstore else None
+    chain = _chain(artifacts)
+    page = None if report is None else Report.open(report)
+    said: dict[str, str | None] = {}
+    if recipe is not None:
+        from .pipeline import made
+
+        read = read_recipe(recipe)
+        opened, found = made(read, chain)
+        page, said = page or found, {"data": read.data.license, "teacher": read.teacher.license}
+    else:
+        opened = [Bundle.open(path) for path in bundles or ()]
+    wish = releasing.Wish(
+        name=name,
+        version=version,
+        bundles=_bundle_names(opened),
+        license=license,
+        said=said,
+        acknowledged=tuple(acknowledge or ()),
+        report=page,
+        verdict=None if verdict is None else Verdict.open(verdict),
+        last=releasing.open_last(last),
+    )
+    published = releasing.release(wish, to, sign)
+    facts = published.facts
+    if as_json:
+        _print_json(release=published.place, key=published.key, signed=sign is not None, **facts.model_dump())
+        return
+    gated = "nothing gated it" if facts.verdict is None else f"the gate said {facts.verdict}"
+    typer.echo(
+        printable(
+            f"{published.place}: {facts.title}, {len(facts.bundles)} bundles, "
+            f"{'signed' if sign is not None else 'not signed'}; {gated}"
+        )
+    )
+
+
+@app.command()
+def pull(
+    title: Annotated[str, typer.Argument(metavar="NAME@VERSION", help="such as birds@1.4.0, or birds@latest")],
+    source: Annotated[str, typer.Option("--from", metavar="FOLDER|URL", help="where kdpipe release put it, hf:// too")],
+    out: Annotated[Path, typer.Option("--out", help="folder that gets NAME/VERSION")] = Path("releases"),
+    signature: SignatureOption = None,
+    identity: IdentityOption = None,
+    issuer: IssuerOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Fetch a release, which appears once all of it was checked.
+
+    Example: kdpipe pull birds@latest --from s3://models --signature birds.pem
+    """
+    from .core import progress
+    from .deploy import release as releasing
+    from .deploy.signature import signer
+    from .deploy.versions import named
+    from .terminal import listener
+
+    progress.listen(listener())
+    name, version = named(title)
+    found = releasing.pull(name, version, source, out, signer(signature, identity, issuer))
+    if as_json:
+        facts = found.release.facts
+        _print_json(release=str(found.release.path), title=facts.title, signed_by=found.signed_by)
+        return
+    for line in found.lines():
+        typer.echo(line)
+
+
+@app.command()
 def predict(
-    bundle: Annotated[Path, typer.Argument(help="folder of a bundle")],
+    bundle: Annotated[Path, typer.Argument(help="folder of a bundle", parser=folder_or_url)],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE|FOLDER...", help="image files, and folders of them")],
     device: Annotated[
         str, typer.Option("--device", help="where to ask, as devices.yaml names it", autocompletion=_device_names)
@@ -774,29 +1020,41 @@ def predict(
 
 @app.command()
 def deploy(
-    bundle: Annotated[Path | None, typer.Argument(help="folder of a bundle")] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="BUNDLE|RELEASE",
+            help="folder of a bundle, of one in a release, or of a release of one",
+            parser=folder_or_url,
+        ),
+    ] = None,
     device: Annotated[
         str, typer.Option("--device", help="where to, as devices.yaml names it", autocompletion=_device_names)
     ] = "local",
     rollback: Annotated[bool, typer.Option("--rollback", help="go back to the bundle that was live before")] = False,
+    signature: SignatureOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Make a bundle live on a device, or go back to the one before.
 
     It is pushed by content, every hash is checked there, its golden inputs are replayed there, and then one link is
     switched. Whatever happens, the device serves the old bundle or the new one. Exits 1 when the bundle does not
-    compute there what it promises.
+    compute there what it promises, or, with --signature, when its release is not signed by that key's holder.
 
-    Example: kdpipe deploy BUNDLE --device pi5
+    Example: kdpipe deploy releases/birds/1.4.0 --device pi5 --signature birds.pem
     """
     from .core.errors import UserError
     from .deploy import install
+    from .deploy.signature import signer
     from .devices import find_device
 
     if (bundle is None) != rollback:
-        raise UserError("wanted the folder of a bundle, or --rollback, and not both")
+        raise UserError("wanted the folder of a bundle or a release, or --rollback, and not both")
+    by = signer(signature)
+    if by is not None and bundle is None:
+        raise UserError("--signature is of what is deployed now: what was live before was checked then")
     there = find_device(device)
-    found = install.rollback(there) if bundle is None else install.deploy(bundle, there)
+    found = install.rollback(there) if bundle is None else install.deploy(bundle, there, by)
     if as_json:
         _print_json(device=device, **found.model_dump())
         return
@@ -811,6 +1069,71 @@ def deploy(
 
 
 @app.command()
+def gate(
+    candidate: Annotated[Path, typer.Argument(help="a recipe whose run is done, or the folder of a bundle or release")],
+    baseline: Annotated[
+        Path | None, typer.Option("--baseline", help="folder of the release or bundle that it is compared with")
+    ] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--rule", help="such as 'accuracy >= baseline - 0.5pp' (repeatable) [default: the recipe's, or the usual]"
+        ),
+    ] = None,
+    sessions: Annotated[
+        int | None, typer.Option("--sessions", min=1, help="trusted sessions to judge by [default: the recipe's, or 4]")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            help="where to measure, such as pi5,orin [default: the recipe's, or local]",
+            autocompletion=_device_names,
+        ),
+    ] = None,
+    data: DataOption = None,
+    artifacts: ArtifactsOption = ARTIFACTS,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="as if it stood in the recipe, such as bench.effort=quick"),
+    ] = None,
+    comment: Annotated[
+        Path | None, typer.Option("--comment", help="also write the comment for a pull request here (Markdown)")
+    ] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", help="also write JUnit's XML here")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Judge a candidate by rules, measured together with what it would replace.
+
+    Both are measured interleaved, in sessions and on images that they share. Exits 0 where every rule is shown to be
+    kept, 1 where one is surely broken, 75 where neither can be told, with how many images or sessions would tell.
+
+    Example: kdpipe gate photos.yaml --baseline releases/photos/1.2.0 --comment comment.md
+    """
+    from . import pipeline
+    from .core.artifact import replace_text
+    from .core.errors import GateFailed, Untrusted
+    from .deploy import verdict as said
+
+    devices = [name.strip() for name in device.split(",")] if device else []
+    found = pipeline.gate(candidate, baseline, _chain(artifacts), rule or (), devices, sessions, data, changes or ())
+    for path, name in ((comment, found.COMMENT), (junit, found.JUNIT)):
+        if path is not None:
+            replace_text(path, found.file(name).read_text(encoding="utf-8"))
+    if as_json:
+        _print_json(artifact=str(found.path), verdict=said.numbers(found.facts))
+    else:
+        for line in said.lines(found.facts):
+            typer.echo(printable(line))
+        typer.echo(printable(f"verdict: {found.path}"))
+    told = said.summary(found.facts)
+    if found.facts.answer == "fail":
+        raise GateFailed(told)
+    if found.facts.answer == "cannot tell":
+        raise Untrusted(f"{told}; {said.would_tell(found.facts)}")
+
+
+@app.command()
 @configured(ReportConfig)
 def report(
     artifacts: Annotated[
@@ -819,6 +1142,7 @@ def report(
             metavar="MEASUREMENT... [CHECKPOINT...]",
             help="folders of a measurement of each device, and of checkpoints "
             "[default: those beside the measurement that share its data]",
+            parser=folder_or_url,
         ),
     ],
     out: OutOption = None,
@@ -844,7 +1168,7 @@ def report(
     opened = [Measurement.open(path) for path in measured]
     paths = [path for path in artifacts if path not in measured]
     found = open_checkpoints(paths) if paths else checkpoints_beside(opened[0])
-    made = _chain(measured[0].parent).report(config(), opened, found, out)
+    made = _chain_of(measured[0]).report(config(), opened, found, out)
     if not as_json:
         _print_summary(made.numbers)
     _print_artifact(made, as_json)
@@ -898,7 +1222,7 @@ def list_artifacts(artifacts: ArtifactsOption = ARTIFACTS, as_json: JsonFlag = F
 
 @app.command()
 def show(
-    artifact: Annotated[Path, typer.Argument(help="folder of any artifact")],
+    artifact: Annotated[Path, typer.Argument(help="folder of any artifact", parser=folder_or_url)],
     as_json: JsonFlag = False,
 ) -> None:
     """Say what an artifact is, what it was made from and what was made from it.
@@ -929,8 +1253,8 @@ def show(
 
 @app.command()
 def compare(
-    first: Annotated[Path, typer.Argument(help="folder of an artifact")],
-    second: Annotated[Path, typer.Argument(help="folder of another one of the same kind")],
+    first: Annotated[Path, typer.Argument(help="folder of an artifact", parser=folder_or_url)],
+    second: Annotated[Path, typer.Argument(help="folder of another one of the same kind", parser=folder_or_url)],
     as_json: JsonFlag = False,
 ) -> None:
     """Say in which settings and results two artifacts differ, and all that they came from.
@@ -1150,7 +1474,7 @@ def devices_prepare(
 @devices_app.command("benchmark")
 def devices_benchmark(
     name: Annotated[str, typer.Argument(help="of the device, whose `benchmark_model` is named in devices.yaml")],
-    bundle: Annotated[Path, typer.Argument(help="folder of a tflite bundle")],
+    bundle: Annotated[Path, typer.Argument(help="folder of a tflite bundle", parser=folder_or_url)],
     accelerator: Annotated[str, typer.Option("--accelerator", help="cpu, gpu or nnapi")] = "gpu",
     threads: Annotated[int, typer.Option("--threads", min=1, help="of what stays on the CPU")] = 1,
     as_json: JsonFlag = False,
@@ -1360,17 +1684,27 @@ def _print_doctor(found: dict[str, Any]) -> None:
 # ---- finding things --------------------------------------------------------------------------------------
 
 
-def _chain(folder: Path, *, joint: bool = False, allow_code: Sequence[str] | None = None) -> Chain:
+def _chain_of(artifact: Path, *, joint: bool = False, allow_code: Sequence[str] | None = None) -> Chain:
+    """The artifacts among which this one lies."""
+    from .chain import home
+
+    return _chain(home(artifact), joint=joint, allow_code=allow_code)
+
+
+def _chain(
+    folder: Path, *, joint: bool = False, allow_code: Sequence[str] | None = None, store: str | None = None
+) -> Chain:
     """The artifacts in ``folder``; only a ``joint`` command is one that the processes of torchrun share."""
     from .chain import Chain
     from .core import progress
     from .core.errors import UserError
-    from .terminal import listener, process_count, tell_step
+    from .core.proc import process_count
+    from .terminal import listener, tell_step
 
     if process_count() > 1 and not joint:
         raise UserError("torchrun is for training: start 'kdpipe teacher' or 'kdpipe distill' with it, this without it")
     progress.listen(listener())
-    return Chain(folder, tell=tell_step, allow_code=allow_code or ())
+    return Chain(folder, tell=tell_step, allow_code=allow_code or (), store=store or os.environ.get(STORE) or None)
 
 
 def _seconds(chain: Chain) -> dict[str, float]:
@@ -1381,11 +1715,12 @@ def _cache_at(
     location: str, chain: Chain, settings: TrainConfig, dataset: Dataset, teacher: Checkpoint | None
 ) -> Cache:
     """The cache in a folder or at a URL; built in a folder that is not there, if the settings say of how many views."""
+    from .core.remote import is_url
     from .distill.cache import open_cache
     from .distill.train import cache_config
 
     wanted = cache_config(settings)
-    if "://" in location or Path(location).exists() or wanted is None or teacher is None:
+    if is_url(location) or Path(location).exists() or wanted is None or teacher is None:
         return open_cache(location, chain.folder / ".caches")
     return chain.cache(wanted, dataset, teacher, Path(location))
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .chain import REPLACED
+from .chain import FETCHED, REPLACED
 from .core.artifact import (
     KINDS,
     MANIFEST,
@@ -24,7 +24,7 @@ from .core.artifact import (
     unsound_is_users,
 )
 from .core.errors import UserError
-from .core.kinds import Cache, Checkpoint, Measurement, Refusal, Report
+from .core.kinds import Cache, Checkpoint, Measurement, Refusal, Release, Report, Verdict
 from .core.sealed import check_files, printable
 from .data.dataset import Dataset, Fitted
 from .report.words import interval, percent, shares
@@ -108,9 +108,14 @@ def findings(source: Provenance) -> str:
             record = Measurement.facts_of(source)
             emulated = ", emulated" if record.emulated else ""
             return f"on {record.device}{emulated}: {len(record.results)} rows, {record.trust or 'nothing timed'}"
+        case Release.kind:
+            return f"{facts['name']}@{facts['version']}: {len(facts['bundles'])} bundles"
         case Report.kind:
             devices = [f"{its['device']} ({its['sessions']} sessions)" for its in facts["devices"]]
             return f"{source.config.get('title', '')}: {', '.join(devices)}"
+        case Verdict.kind:
+            against = f" against {facts['baseline']}" if facts["baseline"] else ""
+            return f"{facts['answer']}: {facts['candidate']}{against}, {len(facts['rules'])} rules"
     return ""
 
 
@@ -151,8 +156,10 @@ def shown(path: Path) -> Shown:
     manifest = read_manifest(path)
     check_provenance(path, manifest)
     with unsound_is_users():
-        most_bytes = KINDS[manifest.kind].largest_bytes if manifest.kind in KINDS else 0
-        check_files(path, {name: vars(file) for name, file in manifest.files.items()}, most_bytes, hashed=False)
+        kind = KINDS.get(manifest.kind)
+        most_bytes, beside = (0, frozenset[str]()) if kind is None else (kind.largest_bytes, kind.beside)
+        records = {name: vars(file) for name, file in manifest.files.items()}
+        check_files(path, records, most_bytes, hashed=False, beside=beside)
     around = [entry for entry in entries(path.absolute().parent) if entry.manifest is not None]
     places = {entry.manifest.key: entry.path for entry in around if entry.manifest is not None}
     used_by = [
@@ -280,7 +287,7 @@ def unneeded(folder: Path, reports: int | None = None, everything: bool = False,
 
     Args:
         reports: how many of the newest reports count; None: all.
-        everything: what was made since the last report goes too.
+        everything: what was made since the last report goes too, and what was fetched from URLs.
         unfinished: what was interrupted and could be gone on with goes too.
 
     Raises:
@@ -324,6 +331,11 @@ def unneeded(folder: Path, reports: int | None = None, everything: bool = False,
             )
         else:
             go.append(Unneeded(path, "unfinished" if path.suffix == PART else "set aside by --again", _on_disk(path)))
+    for path in sorted((folder / FETCHED).glob("*")):
+        if everything:
+            go.append(Unneeded(path, "fetched from a URL", _on_disk(path)))
+        else:
+            stay["fetched from a URL"] = stay.get("fetched from a URL", 0) + 1
     return Cleaning(go, stay)
 
 

@@ -153,7 +153,9 @@ def _complete(kind: type[BaseModel], values: dict[str, Any], /, **more: Any) -> 
 def _parameter(name: str, path: tuple[str, ...], info: FieldInfo) -> inspect.Parameter:
     default = None if info.default is PydanticUndefined else info.default
     words = choices(info.annotation)
-    shown = "none" if default is None else ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    if default in (None, ()):
+        shown = "none"
     option = typer.Option(
         "--" + ".".join(path).replace("_", "-"),
         help=f"{info.description or ''}; " + ("required" if info.is_required() else f"default {shown}"),

@@ -22,9 +22,12 @@ from .chain import (
     attempts,
     believed,
     believed_beside,
+    dataset_for,
     fitted_config,
+    refuse_random,
     sealed,
     with_code,
+    with_fitted,
 )
 from .core.artifact import MANIFEST, AnyArtifact, Manifest, check_provenance, order_key, read_manifest
 from .core.config import (
@@ -42,13 +45,16 @@ from .core.config import (
     TrainConfig,
     changed,
     control_of,
+    gate_recipe,
+    read_recipe,
     suited,
 )
 from .core.errors import DeviceLost, KdpipeError, UserError, choice
 from .core.inputs import size_words
-from .core.kinds import Bundle, Graph, Measurement, Model, Probe, Refusal, Report, unshown
+from .core.kinds import Bundle, Graph, Measurement, Model, Probe, Refusal, Report, Verdict, unshown
 from .core.proc import require
 from .core.progress import note
+from .data.dataset import Dataset
 from .data.listing import list_images
 from .data.sources import check_source
 from .devices.session import bench_config, swept
@@ -62,6 +68,7 @@ MAKES_NETWORKS = ("teacher", "cache", "distill", "export", "quantize")  # comman
 STAGES = ("data", "teacher", "distill", "export", "quantize", "package", "bench", "report")
 
 if TYPE_CHECKING:
+    from .deploy.sides import Side
     from .report.plots import Figure
     from .report.shown import Table
 
@@ -169,6 +176,24 @@ def wants(recipe: Recipe) -> Wants:
         learners.append((teacher, recipe.teacher.train))
     specs = dict.fromkeys([teacher, *(spec for spec, _ in learners)])
     return Wants(tuple(specs), max(side_for(spec, train.augment) for spec, train in learners))
+
+
+def made(recipe: Recipe, chain: Chain) -> tuple[list[Bundle], Report | None]:
+    """The bundles of a recipe that are sealed, and its report, if that is; nothing is made.
+
+    Raises:
+        UserError: no bundle is sealed, or what ``plan`` refuses.
+        DeviceLost: no device is left.
+    """
+    legs = plan(recipe, chain)
+    packed = [leg for leg in legs if leg.stage == "package"]
+    bundles = [Bundle.open(leg.path) for leg in packed if leg.sealed and leg.path is not None]
+    if not bundles:
+        raise UserError(f"no bundle of '{recipe.name}' is sealed in {chain.folder}: kdpipe run the recipe first")
+    if lacking := [leg.name for leg in packed if not leg.sealed]:
+        note(f"not made, and so left out: {', '.join(lacking)}")
+    page = next((leg for leg in legs if leg.stage == "report" and leg.sealed), None)
+    return bundles, None if page is None or page.path is None else Report.open(page.path)
 
 
 @dataclass(frozen=True)
@@ -336,6 +361,70 @@ def _report_config(recipe: Recipe) -> ReportConfig:
     return config.model_copy(update={"max_drop": recipe.quantize.max_drop})
 
 
+# ---- the gate ------------------------------------------------------------------------------------------------
+
+
+def gate(
+    candidate: Path,
+    baseline: Path | None,
+    chain: Chain,
+    rules: Sequence[str] = (),
+    devices: Sequence[str] = (),
+    sessions: int | None = None,
+    data: Path | None = None,
+    changes: Sequence[str] = (),
+) -> Verdict:
+    """Whether a candidate keeps its rules, measured together with the baseline.
+
+    Args:
+        candidate: a recipe, whose bundles must be sealed; or the folder of a bundle or a release.
+        baseline: the folder of a release or a bundle.
+        rules: in place of those of the recipe, or of the usual ones.
+        devices, sessions: in place of the recipe's.
+        data: folder of the dataset; left out, what the candidate was made from.
+        changes: as in ``read_recipe``; of a candidate without a recipe of its sections gate and bench.
+
+    Raises:
+        UserError: neither recipe nor bundle nor release, or whatever ``Chain.gate`` refuses.
+        KdpipeError: as ``Chain.bench`` does.
+    """
+    from .deploy.sides import open_side
+
+    recipe = read_recipe(candidate, changes) if candidate.suffix in (".yaml", ".yml") else None
+    settings = gate_recipe(changes) if recipe is None else recipe
+    told = {name: value for name, value in (("rules", tuple(rules)), ("sessions", sessions)) if value}
+    plan = changed(settings.gate, told, "gate")
+    bench = changed(settings.bench, {"devices": tuple(devices)} if devices else {}, "bench")
+    side = open_side(candidate) if recipe is None else _sealed_side(recipe.model_copy(update={"bench": bench}), chain)
+    against = None if baseline is None else open_side(baseline)
+    if data is not None:
+        dataset = with_fitted(refuse_random(Dataset.open(data)))
+    else:
+        dataset = dataset_for(next(iter(side.bundles.values())), chain.folder)
+    return chain.gate(plan, bench, side, against, dataset)
+
+
+def _sealed_side(recipe: Recipe, chain: Chain) -> Side:
+    """The bundles that a run of ``recipe`` made, without variants that were refused. Raises UserError before a run."""
+    from .deploy.sides import Side
+
+    planner = _Planner(recipe, chain, None)
+    planner.legs()
+    opened: dict[str, Bundle] = {}
+    by_device: dict[str, dict[str, Bundle]] = {device: {} for device in planner.bundles}
+    may_lack = recipe.quantize is not None and recipe.quantize.variants == "auto"
+    for device, legs in planner.bundles.items():
+        for name, leg in legs.items():
+            if not leg.sealed or leg.path is None:
+                if may_lack and not name.endswith("-float32"):
+                    continue
+                raise UserError(f"'{leg.name}' of {recipe.name} is not there yet: kdpipe run makes it, then judge it")
+            if leg.id not in opened:
+                opened[leg.id] = Bundle.open(leg.path)
+            by_device[device][name] = opened[leg.id]
+    return Side(recipe.name, _named(by_device), by_device)
+
+
 # ---- what a run would do ---------------------------------------------------------------------------------
 
 
@@ -366,6 +455,19 @@ class Leg:
         return self.name if self.path is None else self.path.name
 
 
+def levels(legs: Iterable[Leg]) -> dict[str, int]:
+    """For each leg, how many must be made before it, one after another: those of a level can be made side by side.
+
+    One without a command comes along with what is made from it, and takes no level of its own.
+    """
+    found: dict[str, int] = {}
+    following: dict[str, int] = {}  # the level of what is made from it
+    for leg in legs:  # each comes after those that it is made from
+        found[leg.id] = max((following[id] for id in leg.after), default=0)
+        following[leg.id] = found[leg.id] + (leg.command is not None)
+    return found
+
+
 def plan(recipe: Recipe, chain: Chain, again: str | None = None, until: str | None = None) -> list[Leg]:
     """What ``run_part`` makes and finds, in its order; nothing is made.
 
@@ -392,6 +494,7 @@ class _Planner:
         self._recipe, self._chain, self._again = recipe, chain, again
         self._legs: list[Leg] = []
         self._stale: set[str] = set()  # what is to be made again though it is sealed
+        self.bundles: dict[str, dict[str, Leg]] = {}  # of each device by name, once the legs are known
 
     def legs(self) -> list[Leg]:
         """All of them."""
@@ -411,6 +514,7 @@ class _Planner:
             for device, its in variants[target].items():
                 for variant, leg in [("float32", whole), *its.items()]:
                     bundles[device][f"{target}-{variant}"] = packed[leg.id]
+        self.bundles = bundles
         stages = ("export", "quantize")
         models = [leg for leg in self._legs if leg.stage in stages and leg.name != "graph" and leg.refused is None]
         self._report(self._bench(bundles, data, probes), {"teacher": teacher, **students}, models)

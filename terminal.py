@@ -7,6 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, TextIO
 
+from .core.proc import process_count
 from .core.progress import Listener, Silence
 from .core.sealed import printable
 from .core.streams import talk
@@ -103,11 +104,6 @@ def _own_stream() -> TextIO:
 def process_number() -> int:
     """This process's number among those of torchrun; the first speaks for all."""
     return int(os.environ.get("RANK", 0)) if process_count() > 1 else 0
-
-
-def process_count() -> int:
-    """How many processes torchrun started (or another launcher that sets the same variables)."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def listener() -> Listener:

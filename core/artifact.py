@@ -19,7 +19,7 @@ import platform
 import shutil
 import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 RESUME = "resume"
+LARGEST_BESIDE_BYTES = 64 * sealed.MIB  # of a signature, which names every file
 EVIDENCE = "evidence"  # subfolder of what a stage looked at: kept, not shipped
 # A file whose times are older than that cannot be changed without their changing too, however coarse the clock of its
 # file system is.
@@ -138,6 +139,7 @@ class Artifact(Generic[F]):
     Configs: ClassVar[Mapping[str, type[BaseModel]]] = {}  # by stage, of what is read again later
     roles: ClassVar[frozenset[str]] = frozenset()  # inputs that every one of the kind has
     largest_bytes: ClassVar[int] = sealed.LARGEST_BYTES  # of all files together
+    beside: ClassVar[frozenset[str]] = frozenset()  # files that its manifest cannot name: a signature over it
     path: Path
     manifest: Manifest = field(repr=False)  # pages of it
 
@@ -157,7 +159,8 @@ class Artifact(Generic[F]):
         if manifest.kind != cls.kind:
             raise UserError(f"{path} is a {manifest.kind}, wanted a {cls.kind}: give the folder of a {cls.kind}")
         with unsound_is_users():
-            sealed.check_files(path, {name: vars(file) for name, file in manifest.files.items()}, cls.largest_bytes)
+            records = {name: vars(file) for name, file in manifest.files.items()}
+            sealed.check_files(path, records, cls.largest_bytes, beside=cls.beside)
         check_provenance(path, manifest)
         return cls(path, manifest)
 
@@ -357,6 +360,7 @@ class Draft(Generic[A]):
     facts: Record | None = None  # of the kind's own type; wanted when the draft is sealed
     resume: Path | None = None  # of a resumable draft: outlives a failure
     failed: bool = False  # given up: leaving the block seals nothing
+    vouch: Callable[[Path], None] | None = None  # adds what lies ``beside`` to the sealed folder, before its name
     sealed: A | None = None
 
     @property
@@ -396,6 +400,8 @@ def drafting(kind: type[A], order: Order[Any], out: Path, *, resumable: bool = F
                 if draft.resume is not None:
                     shutil.rmtree(draft.resume)
                 manifest = _seal(kind, draft, order, time.monotonic() - begun)
+                if draft.vouch is not None:
+                    draft.vouch(part)
                 part.rename(out)
                 _sync_folder(out.parent)
         except BaseException as error:
@@ -406,6 +412,35 @@ def drafting(kind: type[A], order: Order[Any], out: Path, *, resumable: bool = F
                 raise _no_space(out) from error
             raise
     draft.sealed = kind(out, manifest)
+
+
+@contextlib.contextmanager
+def receiving(out: Path) -> Iterator[Path]:
+    """Take a sealed folder from elsewhere: the block fills the folder that it gets, manifest too; it becomes ``out``.
+
+    What came before the block failed stays, for the next one that receives ``out``.
+
+    Raises:
+        UserError: another process is writing ``out``, it is there already, or the disk is full.
+    """
+    part = out.with_name(out.name + ".part")
+    with _readable_disk_errors(out):
+        part.mkdir(parents=True, exist_ok=True)
+        with _exclusive(part):
+            try:
+                yield part
+                shutil.rmtree(part / RESUME, ignore_errors=True)  # of a run that was to make it here
+                try:
+                    part.rename(out)
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                        raise
+                    raise UserError(f"{out} exists already: sealed artifacts are never changed") from None
+                _sync_folder(out.parent)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    part.rmdir()  # where nothing came
+                raise
 
 
 def _begin(part: Path, key: str) -> Path:
@@ -510,6 +545,23 @@ def _readable_disk_errors(out: Path) -> Iterator[None]:
 
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that is no artifact's, whole or not at all: whoever reads it sees the old one or the new one.
+
+    Raises:
+        UserError: no such folder, or one that cannot be written to.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with _readable_disk_errors(path):
+            part.write_text(text, encoding="utf-8")
+            part.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): choose another place") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def find_ancestors(provenance: Provenance, kind: type[AnyArtifact]) -> Sequence[Provenance]:

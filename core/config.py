@@ -33,6 +33,7 @@ from pydantic import (
 
 from .errors import UserError, did_you_mean
 from .inputs import InputSpec, Mean, Size, Std, sides
+from .rules import parse_rules
 from .sealed import LONGEST_NUMBER, MOST_LEVELS, NAME, printable
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -76,6 +77,10 @@ class Config(BaseModel):
         for other in others:
             values |= {name: getattr(other, name) for name in cls.model_fields if name in type(other).model_fields}
         return cls(**values | more)
+
+
+LICENCE = re.compile(r"[A-Za-z0-9(][A-Za-z0-9.+:() -]{0,199}")  # an SPDX expression, as far as its letters go
+Licence = Annotated[str, Field(pattern=f"^{LICENCE.pattern}$")]
 
 
 class DataPlan(Config):
@@ -138,6 +143,11 @@ class DataPlan(Config):
         description="shorter side of the copies, pixels; left out, what the recipe's networks need (512 without one)",
     )
     seed: int = Field(0, description="seed of the splits")
+    license: Licence | None = Field(
+        None,
+        exclude=True,  # says nothing of what is learned
+        description="of the images, as SPDX writes it, such as CC-BY-4.0; told with every release",
+    )
 
 
 class DataConfig(DataPlan):
@@ -284,6 +294,11 @@ class AdoptConfig(ModelSettings):
         None,
         description="which of several state dicts in the file, such as state_dict_ema, or which prefix of its names; "
         "left out, the usual one",
+    )
+    license: Licence | None = Field(
+        None,
+        exclude=True,  # says nothing of what is learned
+        description="of the weights, as SPDX writes it, such as MIT; left out, what timm says of pretrained ones",
     )
 
 
@@ -732,6 +747,32 @@ Threads = Annotated[
 ]
 
 
+# What may go wrong between a scene and a network; ``data.corrupt`` makes each.
+Corruption = Literal["jpeg", "blur", "noise", "dark"]
+
+
+def _named(value: Any) -> Any:
+    """Names, some of them perhaps as a command line gives them: dark,blur."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    found = [part for each in value for part in (each.split(",") if isinstance(each, str) else (each,))]
+    return tuple(part.strip() if isinstance(part, str) else part for part in found)
+
+
+def _each_corruption_once(value: tuple[Corruption, ...]) -> tuple[Corruption, ...]:
+    if len(set(value)) < len(value):
+        raise ValueError("wanted every corruption once")
+    return value
+
+
+Corruptions = Annotated[
+    tuple[Corruption, ...],
+    BeforeValidator(_named),
+    AfterValidator(_each_corruption_once),
+    WithJsonSchema({"type": "array", "items": {"enum": list(get_args(Corruption))}}),
+]
+
+
 class SessionSettings(TimingSettings):
     """One measuring session: every bundle in a fresh process each time, interleaved."""
 
@@ -751,6 +792,17 @@ class SessionSettings(TimingSettings):
     resolution: float = Field(
         0.1, gt=0, lt=1, description="share within which a latency must be known to be trusted; else it is called noisy"
     )
+    corruptions: Corruptions = Field(
+        (),
+        description="faults of a camera that every test image is shown with too: jpeg, blur, noise, dark; "
+        "each takes as long as the accuracy does",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_corruptions_where_none(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A session without corruptions has the key that it had before there were any."""
+        values: dict[str, Any] = serialize(self)
+        return {name: value for name, value in values.items() if value or name not in ("corruptions", "corrupting")}
 
 
 class BenchPlan(SessionSettings):
@@ -783,6 +835,7 @@ class BenchConfig(SessionSettings):
     device: str = Field(description="name of the device")
     device_fingerprint: dict[str, Any]
     attempt: int = Field(0, ge=0, description="from 1 on; 0 names the session itself")
+    corrupting: int | None = Field(None, description="version of the rules by which images are corrupted, if they are")
 
 
 class StrangeConfig(Config):
@@ -802,12 +855,67 @@ class AdoptFileConfig(StrangeConfig, GraphConfig):
     """Such a model, complete: how its file becomes a graph like any other."""
 
 
+class ReleaseConfig(Config):
+    """A release: its name and version, and by their keys what it tells of besides its bundles."""
+
+    name: str
+    version: str
+    license: Licence | None = None
+    acknowledged: tuple[str, ...] = ()
+    report: str | None = None
+    verdict: str | None = None
+    last: str | None = None
+
+
 class ReportConfig(Config):
     """What the page is called, and what it advises."""
 
     version: Literal[3] = Field(3, description="of the numbers and the page: reports of another one are made anew")
     title: str = Field("kdpipe", description="title of the page")
     max_drop: float = Field(0.5, gt=0, description="points of accuracy that an advised variant may lose to float32")
+
+
+class GatePlan(Config):
+    """What a candidate must keep to be let through, and by how much measuring."""
+
+    rules: tuple[str, ...] = Field(
+        ("accuracy >= baseline - 1pp", "latency p50 <= 1.1 x baseline", "size <= 1.1 x baseline"),
+        min_length=1,
+        description="each FIGURE <= BOUND or FIGURE >= BOUND, with on DEVICE and for TARGET where it is not of all",
+    )
+    sessions: int = Field(
+        4,
+        ge=1,
+        le=1000,
+        description="trusted sessions that measure both where a rule is of latency, memory or starts; one tells only "
+        "what lies beyond its resolution",
+    )
+
+    @field_validator("rules")
+    @classmethod
+    def _are_rules(cls, rules: tuple[str, ...]) -> tuple[str, ...]:
+        """In their usual spelling, each once."""
+        try:
+            return tuple(dict.fromkeys(map(str, parse_rules(rules))))
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+
+class GateConfig(Config):
+    """What a verdict is told besides what was measured."""
+
+    version: Literal[1] = Field(1, description="of the verdict and its files: those of another one are made anew")
+    rules: tuple[str, ...]
+    candidate: str
+    baseline: str | None
+    measured_before: dict[str, str] = Field({}, description="keys of what was measured of the baseline, by device")
+
+
+class GateRecipe(Config):
+    """The part of a recipe that judges, of what was made elsewhere."""
+
+    gate: GatePlan = GatePlan()
+    bench: BenchPlan = BenchPlan()
 
 
 class Recipe(Config):
@@ -822,6 +930,7 @@ class Recipe(Config):
     quantize: QuantizePlan | None = QuantizePlan()
     package: PackageConfig = PackageConfig()
     bench: BenchPlan = BenchPlan()
+    gate: GatePlan = GatePlan()
 
 
 C = TypeVar("C", bound=BaseModel)
@@ -973,6 +1082,14 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
         values = _changed_by(values, change)
     recipe = validated(Recipe, values, f"{path} with --set" if changes else str(path))
     return _resolve_paths(recipe, path.parent)
+
+
+def gate_recipe(changes: Sequence[str] = ()) -> GateRecipe:
+    """How a candidate that has no recipe is judged, with ``changes`` as in ``read_recipe``. Raises UserError."""
+    values: Any = {}
+    for change in changes:
+        values = _changed_by(values, change)
+    return validated(GateRecipe, values, "--set")
 
 
 def _changed_by(values: Any, change: str) -> Any:

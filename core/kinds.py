@@ -5,19 +5,23 @@ The record of an artifact's findings is the ``facts`` of its manifest, validated
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator
 
-from .artifact import EVIDENCE, Artifact, Provenance, Record, find_ancestors
-from .config import AdoptConfig, BenchConfig, CacheConfig, TrainConfig
+from .artifact import EVIDENCE, Artifact, Provenance, Record, canonical, find_ancestors
+from .config import AdoptConfig, BenchConfig, CacheConfig, Corruption, GateConfig, ReleaseConfig, TrainConfig
 from .errors import UserError
 from .inputs import InputSpec
-from .sealed import LARGEST_MODEL_BYTES
+from .rules import Counted, Unit
+from .sealed import LARGEST_MODEL_BYTES, NAME
 from .stats import Interval, NoWorse, no_worse
 
 F = TypeVar("F", bound=Record)
@@ -102,6 +106,7 @@ class CheckpointFacts(Record):
     method: str
     training_images: int
     unlabeled_images: int = 0
+    license: str | None = None  # of the weights that it began with, where that is known
     epochs: int
     steps: int = 0  # of the optimiser
     selected: str
@@ -749,6 +754,7 @@ class Result(Record):
     failed: bool = False
     accuracy: Interval | None = None
     accuracy_by: str | None = None  # the runtime that ran the test images
+    corrupted: dict[Corruption, Interval] | None = None  # accuracy on the same images, each with a fault
     batch_one: BatchOne | None = None
     session: RuntimeSession | None = None
     latency_p50_ms: Interval | None = None
@@ -833,16 +839,26 @@ class Measurement(Artifact[MeasurementFacts]):
     Facts = MeasurementFacts
     Configs: ClassVar = {"bench": BenchConfig}
     LABELS = "labels.npy"  # of the test part
+    IMAGES = "images.npy"  # the first 64 bits of the hash of every file of the test part
 
     @property
     def labels(self) -> np.ndarray:
         """Of the test part, in its order."""
         return np.asarray(self.array(self.LABELS, "iu", 1))
 
-    def outputs(self, bundle: str) -> np.ndarray:
-        """What a bundle said of the test part, float32 [N, ...]."""
-        outputs = np.asarray(self.array(self.outputs_name(bundle), "f", 2))
-        return same_length(self.path / self.outputs_name(bundle), outputs, self.labels)[0]
+    @property
+    def images(self) -> np.ndarray | None:
+        """What tells the images of the test part from others, uint64 [N], in its order; None where it was not kept."""
+        if self.IMAGES not in self.manifest.files:
+            return None
+        images = np.asarray(self.array(self.IMAGES, "u", 1))
+        return same_length(self.path / self.IMAGES, images, self.labels)[0]
+
+    def outputs(self, bundle: str, corruption: Corruption | None = None) -> np.ndarray:
+        """What a bundle said of the test part, float32 [N, ...]; of the images with a fault, where one is named."""
+        name = self.outputs_name(bundle, corruption)
+        outputs = np.asarray(self.array(name, "f", 2))
+        return same_length(self.path / name, outputs, self.labels)[0]
 
     def all_outputs(self, bundles: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
         """Those of ``bundles`` that were run at all, one at a time."""
@@ -851,9 +867,9 @@ class Measurement(Artifact[MeasurementFacts]):
                 yield name, self.outputs(name)
 
     @staticmethod
-    def outputs_name(bundle: str) -> str:
-        """The file of a bundle's outputs [N, ...] for the test part."""
-        return f"logits/{bundle}.npy"
+    def outputs_name(bundle: str, corruption: Corruption | None = None) -> str:
+        """The file of a bundle's outputs [N, ...] for the test part, as it is or with a fault."""
+        return f"{'logits' if corruption is None else f'logits-{corruption}'}/{bundle}.npy"
 
     def mismatches(self, bundle: str) -> list[Mismatch]:
         """Test images of which a bundle says something else here than on the host; none where that was not asked."""
@@ -925,3 +941,148 @@ class Report(Artifact[ReportFacts]):
     def numbers(self) -> dict[str, Any]:
         """Every number of the page, as ``report.tables.collect`` describes them."""
         return dict(self.json(self.NUMBERS))
+
+
+# ---- verdict ---------------------------------------------------------------------------------------------
+
+
+Answer = Literal["pass", "fail", "cannot tell"]
+Compared = Literal["value", "difference", "ratio"]
+
+
+class RuleVerdict(Record):
+    """What one rule of a gate comes to for one target on one device.
+
+    ``candidate`` and ``baseline`` are in ``unit``. ``estimate`` is of what was ``compared`` with the rule's ``bound``:
+    the candidate's value itself, its difference from the baseline's, or its ratio to it. ``p_broken`` is of the
+    hypothesis that the rule is kept. ``detectable`` is the smallest change of the estimate (a share of it, for a ratio)
+    that so much data shows nine times of ten; ``needed`` about how many ``counted`` would tell.
+    """
+
+    rule: str
+    figure: str
+    device: str
+    target: str
+    answer: Answer
+    why: str
+    unit: Unit
+    candidate: float | None = None
+    baseline: float | None = None
+    compared: Compared
+    estimate: Interval | None = None
+    bound: float
+    p_broken: float = Field(1.0, ge=0, le=1)
+    detectable: float | None = Field(None, ge=0)
+    counted: Counted
+    count: int = Field(0, ge=0)
+    needed: int | None = Field(None, ge=1)
+
+
+class Moved(Record):
+    """Something in the provenance of two artifacts that is not the same; None where one of them has no such thing."""
+
+    about: Literal["tools", "device", "data", "settings"]
+    what: str
+    before: str | None
+    after: str | None
+
+    def words(self) -> str:
+        """As in "onnxruntime 1.31 to 1.32"."""
+        if self.before is None or self.after is None:
+            return f"{self.what}: {self.after} is new" if self.before is None else f"{self.what}: {self.before} is gone"
+        return f"{self.what} {self.before} to {self.after}"
+
+
+class VerdictFacts(Record):
+    """What a gate says of a candidate: its answer, every rule's, and what changed since the baseline.
+
+    ``changed`` is between the two, ``since`` between what was measured of the baseline before and now. ``apart`` names
+    the bundles that only one of the two has.
+    """
+
+    answer: Answer
+    candidate: str
+    baseline: str | None
+    rules: list[RuleVerdict]
+    changed: dict[str, list[Moved]]  # by target
+    since: dict[str, list[Moved]]  # by device
+    apart: list[str]
+
+
+class Verdict(Artifact[VerdictFacts]):
+    """What a gate said, for whoever merges: a machine, a pull request, a test report."""
+
+    kind = "verdict"
+    Facts = VerdictFacts
+    Configs: ClassVar = {"gate": GateConfig}
+    NUMBERS = "verdict.json"
+    COMMENT = "comment.md"
+    JUNIT = "junit.xml"
+
+
+# ---- release ---------------------------------------------------------------------------------------------
+
+# Semantic Versioning 2.0.0 without build metadata: two versions that differ in it would stand in no order.
+_IDENTIFIER = r"(?:0|[1-9][0-9]*|[0-9]*[A-Za-z-][0-9A-Za-z-]*)"
+VERSION = re.compile(
+    rf"(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)(?:-({_IDENTIFIER}(?:\.{_IDENTIFIER})*))?", re.ASCII
+)
+LONGEST_VERSION = 64
+MOST_BUNDLES = 1000  # of a release
+BundleName = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
+UNKNOWN_LICENCE = "unknown"
+
+
+class ReleaseFacts(Record):
+    """What a release is called, what it holds, who judged it, and under which licences lies what it was made from.
+
+    ``verdict`` is the answer of the gate, None where nothing judged it. ``licences`` are by what they are of, as SPDX
+    writes them, or "unknown".
+    """
+
+    name: str = Field(pattern=f"^{NAME.pattern}$")
+    version: str = Field(pattern=f"^{VERSION.pattern}$", max_length=LONGEST_VERSION)
+    bundles: tuple[BundleName, ...] = Field(min_length=1, max_length=MOST_BUNDLES)
+    verdict: Answer | None = None
+    licences: dict[str, str]
+
+    @property
+    def title(self) -> str:
+        """Its name and version in one word."""
+        return f"{self.name}@{self.version}"
+
+
+class Release(Artifact[ReleaseFacts]):
+    """Bundles that go out together under one version, with all that a stranger needs to know of them."""
+
+    kind = "release"
+    Facts = ReleaseFacts
+    Configs: ClassVar = {"release": ReleaseConfig}
+    largest_bytes = 16 * LARGEST_MODEL_BYTES
+    SIGNATURE = "model.sig"  # over everything else in the folder, the manifest included
+    beside = frozenset({SIGNATURE})
+    BUNDLES = "bundles"
+    REPORT = "report"
+    VERDICT = "verdict"
+    CARD = "README.md"
+    BILL = "bom.cdx.json"
+    PROVENANCE = "provenance.json"
+    SUMS = "SHA256SUMS"
+    CHANGES = "CHANGELOG.md"
+
+    @cached_property
+    def bundles(self) -> dict[str, Bundle]:
+        """The bundles by name. Raises UserError for one that is not whole."""
+        return {name: Bundle.open(self.path / self.BUNDLES / name) for name in self.facts.bundles}
+
+    def digest(self, bundle: str) -> str:
+        """What a device will call that bundle: the digest of its contents, as the manifest has them."""
+        prefix = f"{self.BUNDLES}/{bundle}/"
+        files = self.manifest.files.items()
+        hashes = {name.removeprefix(prefix): file.sha256 for name, file in files if name.startswith(prefix)}
+        return hashlib.sha256(canonical(hashes)).hexdigest()
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether a signature lies there; whose it is and of what, nobody has looked at."""
+        return os.path.lexists(self.path / self.SIGNATURE)

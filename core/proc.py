@@ -27,6 +27,7 @@ R = TypeVar("R")
 IMPORT_NAMES = {
     "ai-edge-litert": "ai_edge_litert.interpreter",
     "cuda-python": "cuda",
+    "cyclonedx-python-lib": "cyclonedx",
     "mlflow-skinny": "mlflow",
     "pillow": "PIL",
     "scikit-learn": "sklearn",
@@ -38,6 +39,11 @@ def is_installed(distribution: str) -> bool:
     """Whether ``distribution`` can be imported here; imports nothing heavy."""
     name = IMPORT_NAMES.get(distribution, distribution.replace("-", "_"))
     return importlib.util.find_spec(name.partition(".")[0]) is not None
+
+
+def process_count() -> int:
+    """How many processes torchrun started (or another launcher that sets the same variables)."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def require(what: str, distributions: Iterable[str], extra: str) -> None:

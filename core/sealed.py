@@ -107,18 +107,21 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_files(folder: Path, records: dict[str, Any], most_bytes: int, *, hashed: bool = True) -> None:
+def check_files(
+    folder: Path, records: dict[str, Any], most_bytes: int, *, hashed: bool = True, beside: frozenset[str] = frozenset()
+) -> None:
     """Compare the files below ``folder`` with what the manifest records of them: names, sizes, then hashes.
 
     Args:
         hashed: compare the hashes too.
+        beside: what may lie there though the manifest does not name it: a signature over the manifest.
 
     Raises:
         Unsound: a file that is missing, added, changed or no plain file; more than ``most_bytes`` in all.
     """
     found = {}
     for name, status in list_files(folder):
-        if name == MANIFEST:
+        if name == MANIFEST or name in beside:
             continue
         if name not in records:
             raise Unsound(f"{folder} holds '{name}', which its manifest does not name: remove it or make it again")

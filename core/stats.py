@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
@@ -300,15 +301,83 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray, seed: int = 0) 
     n = len(sure)
     if sure.shape != scores.shape or sure.ndim != 1 or n == 0 or not ((sure >= 0) & (sure <= 1)).all():
         raise ValueError(f"wanted two equally long vectors of 0 to 1, found shapes {sure.shape} and {scores.shape}")
-    bins = np.clip(np.ceil(sure * CALIBRATION_BINS).astype(np.int64) - 1, 0, CALIBRATION_BINS - 1)
-
-    def error(scores: np.ndarray) -> float:
-        # A bin's share of the images times its distance is the sum of its differences over all images.
-        return float(np.abs(np.bincount(bins, scores - sure, CALIBRATION_BINS)).sum() / n)
-
     draws = np.random.default_rng(seed)
-    chance = [error(draws.random(n) < sure) for _ in range(CHANCE_DRAWS)]
-    return Calibration(error(scores), float(np.quantile(chance, CONFIDENCE)), CALIBRATION_BINS, n)
+    chance = [expected_calibration_error(sure, draws.random(n) < sure) for _ in range(CHANCE_DRAWS)]
+    error = expected_calibration_error(sure, scores)
+    return Calibration(error, float(np.quantile(chance, CONFIDENCE)), CALIBRATION_BINS, n)
+
+
+def expected_calibration_error(sure: np.ndarray, right: np.ndarray) -> float:
+    """The error alone, for confidences [N] of 0 to 1 and whether the answers were right [N]."""
+    bins = np.clip(np.ceil(sure * CALIBRATION_BINS).astype(np.int64) - 1, 0, CALIBRATION_BINS - 1)
+    # A bin's share of the images times its distance is the sum of its differences over all images.
+    return float(np.abs(np.bincount(bins, right - sure, CALIBRATION_BINS)).sum() / len(sure))
+
+
+def worst_share(right: np.ndarray, groups: np.ndarray) -> tuple[int, Interval]:
+    """The group with the smallest share that is right; of equal ones that with the most members.
+
+    Which group did worst was chosen by what it showed, so its own interval would be too narrow for the share of the
+    group that truly does worst. That lies below the upper bounds of all groups, each at Bonferroni's level over them;
+    and above the lowest of their lower bounds, each at its own level, since the group that truly does worst has one of
+    them. The bounds are Wilson's (1927).
+
+    Args:
+        right: [N], whether it was right, or how right, 0 to 1.
+        groups: [N], of each its group.
+
+    Returns:
+        The group, and its share with that interval; ``n`` counts its members.
+
+    Raises:
+        ValueError: none, or different lengths.
+    """
+    scores = np.asarray(right, np.float64)
+    if scores.shape != groups.shape or scores.ndim != 1 or len(scores) == 0:
+        raise ValueError(f"wanted two equally long vectors, found shapes {scores.shape} and {groups.shape}")
+    known, place, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    shares = np.bincount(place, scores) / counts
+    low, _ = _wilson(shares, counts, 1 - CONFIDENCE)
+    _, high = _wilson(shares, counts, (1 - CONFIDENCE) / len(known))
+    worst = int(np.lexsort((-counts, shares))[0])
+    share = float(shares[worst])
+    bounds = min(share, float(low.min())), max(share, float(high.min()))
+    return int(known[worst]), Interval(share, *bounds, int(counts[worst]))
+
+
+def _wilson(shares: np.ndarray, counts: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
+    """Both ends of the two-sided score interval of each share; ``level`` is what it may miss."""
+    z = NormalDist().inv_cdf(1 - level / 2)
+    centre = (shares + z * z / (2 * counts)) / (1 + z * z / counts)
+    half = z * np.sqrt(shares * (1 - shares) / counts + z * z / (4 * counts**2)) / (1 + z * z / counts)
+    return np.maximum(0.0, centre - half), np.minimum(1.0, centre + half)
+
+
+LEAST_IMAGES = 30  # fewer say too little of the spread of what is drawn from them
+
+
+def bootstrap_by_image(
+    of_images: Callable[[np.ndarray], float], images: int, seed: int, draws: int, bounds: tuple[float, float]
+) -> Interval:
+    """A figure of images with its basic bootstrap 95 % interval, images drawn with replacement.
+
+    What the draws are off from the figure is taken for what the figure is off from the truth (Davison and Hinkley 1997,
+    5.2): an error that few images make too large is made larger by the draws too, and the interval reaches down for it.
+
+    Args:
+        of_images: the figure of the images at some positions, which may repeat themselves.
+        images: how many there are, one or more; of fewer than 30 there is no interval.
+        seed: of the draws.
+        bounds: within which the figure lies by its nature.
+    """
+    value = of_images(np.arange(images))
+    if images < LEAST_IMAGES:
+        return Interval(value, None, None, images)
+    generator = np.random.default_rng(seed)
+    drawn = [of_images(generator.integers(0, images, images)) for _ in range(draws)]
+    below, above = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
+    low, high = max(bounds[0], 2 * value - above), min(bounds[1], 2 * value - below)
+    return Interval(value, min(low, value), max(high, value), images)
 
 
 LEAST_BLOCKS = 5  # fewer draws than these repeat themselves so often that the bootstrap knows no tails

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -15,7 +16,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from ..core.artifact import Artifact, Record
-from ..core.config import FittedConfig
+from ..core.config import Corruption, FittedConfig
 from ..core.errors import UserError
 from ..core.inputs import Size
 from ..core.kinds import Labelled
@@ -23,6 +24,7 @@ from ..core.proc import first_line, in_order
 from ..runtime import Session, predict
 from ..runtime.layout import sides
 from ..runtime.preprocess import fit
+from .corrupt import corrupt
 from .formats import decode
 from .labels import LABELS
 from .splits import stratified_count
@@ -52,9 +54,13 @@ class Sample:
         """RGB; the resized copy where there is one. Raises UserError for a file that can't be read."""
         return self.part.image(self.position)
 
-    def fitted(self, spec: Mapping[str, Any]) -> np.ndarray:
-        """What a network of this InputSpec is evaluated on, uint8 [height, width, 3]. Raises UserError."""
-        return self.part.fitted(self.position, spec)
+    def fitted(self, spec: Mapping[str, Any], corruption: Corruption | None = None) -> np.ndarray:
+        """What a network of this InputSpec is evaluated on, uint8 [height, width, 3]. Raises UserError.
+
+        Args:
+            corruption: the fault that the image has, if it is to have one.
+        """
+        return self.part.fitted(self.position, spec, corruption)
 
     def truth(self, spec: Mapping[str, Any]) -> np.ndarray | np.integer[Any]:
         """What is right of it, as its task judges what a network of this InputSpec says. Raises UserError."""
@@ -118,8 +124,20 @@ class Samples(Sequence[Sample]):
                 f"cannot read image {self.path(at)} ({first_line(error)}): the data changed while in use"
             ) from None
 
-    def fitted(self, at: int, spec: Mapping[str, Any]) -> np.ndarray:
+    def digest(self, at: int) -> bytes:
+        """sha256 of the user's file of one image. Raises UserError."""
+        try:
+            with self.path(at).open("rb") as stream:
+                return hashlib.file_digest(stream, "sha256").digest()
+        except OSError as error:
+            raise UserError(
+                f"cannot read image {self.path(at)} ({first_line(error)}): the data changed while in use"
+            ) from None
+
+    def fitted(self, at: int, spec: Mapping[str, Any], corruption: Corruption | None = None) -> np.ndarray:
         """As ``Sample.fitted``."""
+        if corruption is not None:
+            return fit(corrupt(self.image(at), corruption, self.digest(at)), spec)
         kept = self._fitted.get(geometry(spec))
         return fit(self.image(at), spec) if kept is None else np.asarray(kept[at])
 
@@ -162,15 +180,20 @@ def write_header(stream: BinaryIO, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
-def write_images(path: Path, samples: Sequence[Sample], spec: Mapping[str, Any]) -> None:
+def write_images(
+    path: Path, samples: Sequence[Sample], spec: Mapping[str, Any], corruption: Corruption | None = None
+) -> None:
     """What a network of this InputSpec is shown of ``samples``, as .npy of uint8 [N, height, width, 3], one at a time.
+
+    Args:
+        corruption: the fault that the images have, if they are to have one.
 
     Raises:
         UserError: an image that can't be read.
     """
     with path.open("wb") as stream:
         write_header(stream, images_shape(len(samples), spec))
-        for pixels in in_order(lambda at: samples[at].fitted(spec), range(len(samples))):
+        for pixels in in_order(lambda at: samples[at].fitted(spec, corruption), range(len(samples))):
             stream.write(pixels.tobytes())
 
 
@@ -201,6 +224,7 @@ class DatasetFacts(Record):
     classes: int
     images: dict[str, int]
     copies: CopyFacts | None = None
+    license: str | None = None  # as its user says
 
 
 class Index(Record):
@@ -245,7 +269,7 @@ class Dataset(Artifact[DatasetFacts]):
     """Images by reference (a user's folder) or by value (everything else), split once and for all.
 
     ``index.json`` holds an ``Index``, ``PART.npy`` what ``index_records`` makes; ``PART.copies``, where there are any,
-    resized copies end to end.
+    resized copies end to end; ``test.digests.npy`` what tells the test images from others.
     """
 
     kind = "dataset"
@@ -264,6 +288,11 @@ class Dataset(Artifact[DatasetFacts]):
     def copies_name(part: Part) -> str:
         """The file of one part's copies."""
         return f"{part}.copies"
+
+    @staticmethod
+    def digests_name(part: Part) -> str:
+        """The file of what tells the images of one part from others."""
+        return f"{part}.digests.npy"
 
     @cached_property
     def index(self) -> Index:
@@ -319,6 +348,23 @@ class Dataset(Artifact[DatasetFacts]):
                 fitted[shown] = kept.pixels(part, len(records))
         root = self.path if folder is None else Path(folder)
         return Samples(self.facts.task, root, records, copies, fitted)
+
+    def digests(self, part: Part) -> np.ndarray | None:
+        """The first 64 bits of the hash of every image's file, uint64 [N], in the order of ``samples``.
+
+        None in a data set that did not keep them and whose files are gone. Raises UserError for what nobody wrote.
+        """
+        samples, name = self.samples(part), self.digests_name(part)
+        if name in self.manifest.files:
+            kept = np.asarray(self.array(name, "u", 1))
+            if kept.shape != (len(samples),) or kept.dtype != np.uint64:
+                raise UserError(f"{self.path / name} is not what kdpipe writes: make the data again")
+            return kept
+        try:
+            found = in_order(lambda at: int.from_bytes(samples.digest(at)[:8], "big"), range(len(samples)))
+            return np.fromiter(found, np.uint64, len(samples))
+        except UserError:
+            return None
 
     def _records(self, name: str, copies: np.ndarray | None) -> np.ndarray:
         """The records of one part, checked as a stranger's: what they point to is there. Raises UserError."""

@@ -79,6 +79,7 @@ def prepare(
 
         for part, rows in records.items():
             np.save(draft.path / Dataset.records_name(part), rows)
+        np.save(draft.path / Dataset.digests_name("test"), _test_digests(source, parts["test"], memory_of))
         places = {part: None if place == draft.path else str(place) for part, place in roots.items()}
         write_json(
             draft.path / Dataset.INDEX, Index(classes=tuple(classes), roots=dict(places)).model_dump(mode="json")
@@ -93,6 +94,7 @@ def prepare(
             classes=len(classes),
             images={part: len(split.names) for part, split in parts.items()},
             copies=_together([each for each in facts if each is not None]),
+            license=config.license,
         )
     return draft.artifact
 
@@ -199,6 +201,15 @@ def _with_digests(
         contents = digests(source.roots[part], map(bytes, split.names), memory)
         parts[part] = split._replace(digests=np.where(kept[part], contents, 0))
     return parts
+
+
+def _test_digests(source: Source, test: Split, memory_of: Callable[[Path], Path | None]) -> np.ndarray:
+    """What tells the test images from others, whatever becomes of their files."""
+    if test.digests.all():
+        return test.digests
+    return digests(
+        source.roots["test"], map(bytes, test.names), memory_of(source.roots["test"]) if source.stays else None
+    )
 
 
 def _leaks(

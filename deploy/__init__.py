@@ -1,1 +1,1 @@
-"""Bundles: packed, verified and (later) installed and released."""
+"""Bundles packed, verified and installed; what lets them through; releases of them."""

@@ -14,6 +14,8 @@ from ..core.kinds import Bundle, RuntimeSession
 from ..devices import DEVICES, Device, book
 from ..devices.runner import PROBE_SECONDS, RunnerDevice
 from .bundle import check_known
+from .release import chosen
+from .signature import Signer
 
 INSTALL_SECONDS = 600.0  # to hash, open and replay a bundle on a slow board
 BUILD_SECONDS = 3600.0  # to build an engine there before that
@@ -92,21 +94,29 @@ class Cleaned(Record):
     freed_bytes: int
 
 
-def deploy(path: Path, device: Device) -> Installed:
-    """Make the bundle in ``path`` live on ``device``, where every hash is checked and the golden inputs replayed first.
+def deploy(path: Path, device: Device, by: Signer | None = None) -> Installed:
+    """Make a bundle live on ``device``, where every hash is checked and the golden inputs replayed first.
 
     Whatever happens, the device serves what it served before, or the new bundle. An upload that was cut is gone on
-    with by the next call.
+    with by the next call. A device has no library for signatures: this host checks whose the release is, and the
+    device is told the digest that its manifest has of the bundle, without which it does not switch.
+
+    Args:
+        path: of a bundle, of a release of one bundle, or of a bundle in a release.
+        by: who must have signed the release.
 
     Raises:
         UserError: an altered bundle, a device without its runtime, no space there; nothing was changed on it.
-        GateFailed: the bundle does not compute there what it promises; what was live stays live.
+        GateFailed: not signed by ``by``, or the bundle does not compute there what it promises; what was live stays.
         DeviceLost: the link is gone.
     """
+    path, pinned = chosen(path, by)
     bundle, there = Bundle.open(path), with_runner(device)
     check_known(bundle)
     check_runs(there, bundle.facts.target)
     name = Path(there.store(bundle.path)).name
+    if pinned not in (None, name):
+        raise GateFailed(f"{path} was changed after its release was checked: '{device.name}' serves what it did before")
     kept = there.settings
     more = ["--keep-versions", str(kept.keep_versions), "--keep-bytes", str(kept.keep_bytes)]
     seconds = INSTALL_SECONDS + (BUILD_SECONDS if bundle.facts.not_built_here else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import ParamSpec, TypeVar
 
 import numpy as np
 
-from ..core.config import BenchConfig
+from ..core.config import BenchConfig, Corruption
 from ..core.errors import DeviceLost, KdpipeError, UserError
 from ..core.kinds import AgainstHost, BatchOne, Bundle, Mismatch, Prediction, Runnable
 from ..core.proc import first_line
@@ -78,9 +79,9 @@ class Asked:
         step = block_images(self.bundles[name])
         return [(at, min(self.count, at + step)) for at in range(0, self.count, step)]
 
-    def has(self, name: str, start: int, stop: int) -> bool:
+    def has(self, name: str, start: int, stop: int, corruption: Corruption | None) -> bool:
         """Whether the outputs of a block lie in the journal."""
-        answer = self.journal.answer(name, part(start))
+        answer = self.journal.answer(name, part(start, corruption))
         return answer is not None and answer.images == stop - start
 
     def stand_in(self, name: str) -> bool:
@@ -120,7 +121,7 @@ def push(asked: Asked) -> None:
 def ask(asked: Asked) -> dict[str, str]:
     """Outputs of all test images into the journal, block by block; first those of the timing images one at a time.
 
-    How long one image takes alone bounds how long a block may take.
+    How long one image takes alone bounds how long a block may take. Then the same images with each fault.
 
     Returns:
         By bundle why it was given up. One that cannot be run on the device at all is left out silently.
@@ -136,24 +137,25 @@ def ask(asked: Asked) -> dict[str, str]:
             if journal.answer(name, ALONE) is None:
                 asked.talk.advance(0, f"accuracy of {name}")
                 _keep(asked, name, ALONE, asked.timing[name], len(asked.positions), FIRST_SECONDS, failed)
-        for start, stop in asked.blocks(names[0]):
-            lacking = [name for name in able if name not in failed and not asked.has(name, start, stop)]
+        for corruption, (start, stop) in itertools.product((None, *asked.config.corruptions), asked.blocks(names[0])):
+            lacking = [name for name in able if name not in failed and not asked.has(name, start, stop, corruption)]
             if lacking:
-                with _block(asked, lacking[0], start, stop) as images:
+                with _block(asked, lacking[0], start, stop, corruption) as images:
                     for name in lacking:
                         asked.talk.check()
-                        asked.talk.advance(0, f"accuracy of {name}, images {start + 1} to {stop} of {asked.count}")
+                        which = f"{'' if corruption is None else f'{corruption} '}images {start + 1} to {stop}"
+                        asked.talk.advance(0, f"accuracy of {name}, {which} of {asked.count}")
                         alone = journal.answer(name, ALONE)
                         assert alone is not None  # else it had failed
                         limit = SLACK_SECONDS + SLACK * (alone.open_seconds + (stop - start) * image_seconds(alone))
-                        _keep(asked, name, part(start), images, stop - start, limit, failed)
+                        _keep(asked, name, part(start, corruption), images, stop - start, limit, failed)
             asked.talk.advance(len(names), "")
     return failed
 
 
-def part(start: int) -> str:
-    """The part of a bundle's outputs that is of the block from image ``start`` on."""
-    return f"{start:08d}"
+def part(start: int, corruption: Corruption | None = None) -> str:
+    """The part of a bundle's outputs that is of the block from image ``start`` on, with a fault or as it is."""
+    return f"{start:08d}" if corruption is None else f"{corruption}-{start:08d}"
 
 
 def image_seconds(alone: Prediction) -> float:
@@ -162,15 +164,15 @@ def image_seconds(alone: Prediction) -> float:
 
 
 @contextmanager
-def _block(asked: Asked, name: str, start: int, stop: int) -> Iterator[str]:
+def _block(asked: Asked, name: str, start: int, stop: int, corruption: Corruption | None) -> Iterator[str]:
     """What a block of images is called on the device, where it lies for as long as this takes."""
     assert asked.dataset is not None  # else there are no blocks
     spec = asked.bundles[name].facts.input.model_dump()
-    ready = asked.dataset.fitted_file("test", spec)
-    whole, file = stop - start == asked.count, asked.scratch / f"images-{part(start)}.npy"
+    ready = asked.dataset.fitted_file("test", spec) if corruption is None else None
+    whole, file = stop - start == asked.count, asked.scratch / f"images-{part(start, corruption)}.npy"
     if ready is None:
         samples = asked.dataset.samples("test")
-        write_images(file, [samples[at] for at in range(start, stop)], spec)
+        write_images(file, [samples[at] for at in range(start, stop)], spec, corruption)
     elif not whole:
         np.save(file, np.load(ready, mmap_mode="r", allow_pickle=False)[start:stop])
     asked.device.push(ready if ready is not None and whole else file, file.name)
@@ -178,7 +180,7 @@ def _block(asked: Asked, name: str, start: int, stop: int) -> Iterator[str]:
         yield file.name
     finally:
         file.unlink(missing_ok=True)
-        if not whole:  # a set that is small stays: the next session has it
+        if not whole or corruption is not None:  # a set that is small stays: the next session has it
             asked.device.drop(file.name)
 
 
@@ -229,9 +231,13 @@ def read_outputs(path: Path, name: str, count: int, bundle: Runnable) -> np.ndar
     return np.asarray(outputs)
 
 
-def gather(asked: Asked, name: str, out: Path) -> np.ndarray:
-    """A bundle's outputs of all blocks as one file, mapped [N, ...]. Raises UserError where they do not fit."""
-    parts = [read_outputs(asked.journal.outputs(name, part(at)), name, stop - at, asked.bundles[name])
+def gather(asked: Asked, name: str, out: Path, corruption: Corruption | None = None) -> np.ndarray:
+    """A bundle's outputs of all blocks as one file, mapped [N, ...]. Raises UserError where they do not fit.
+
+    Args:
+        corruption: the fault that the images had, if they had one.
+    """
+    parts = [read_outputs(asked.journal.outputs(name, part(at, corruption)), name, stop - at, asked.bundles[name])
              for at, stop in asked.blocks(name)]  # fmt: skip
     if len({found.shape[1:] for found in parts}) > 1:
         raise UserError(f"the outputs of {name} are of several shapes")

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..core.artifact import Order, drafting, write_json
-from ..core.config import BenchConfig
+from ..core.config import BenchConfig, Corruption
 from ..core.errors import DeviceLost, KdpipeError, UserError
 from ..core.kinds import (
     Bundle,
@@ -114,6 +114,8 @@ def bench(
     config = order.config
     if not bundles:
         raise UserError("nothing to measure: give at least one bundle")
+    if dataset is None and config.corruptions:
+        raise UserError("corruptions are of images, and there are none: give --data and --input")
     if dataset is not None:
         for bundle in bundles.values():
             dataset.check_classes_of(bundle, "the bundle")
@@ -155,6 +157,8 @@ def bench(
             raise UserError(f"no bundle could be run: {failures[0]}")
         if dataset is not None:
             np.save(draft.path / Measurement.LABELS, _labels(run, dataset))
+            if (images := dataset.digests("test")) is not None:
+                np.save(draft.path / Measurement.IMAGES, images)
         after = device.probe()
         runs = _collect(run, results, judged_by, starts, draft.path, after.cores)
         draft.facts = MeasurementFacts(
@@ -182,7 +186,7 @@ def bench(
 def step_count(config: BenchConfig, bundles: Mapping[str, Runnable], dataset: Dataset | None) -> int:
     """How many steps of progress a session takes."""
     rounds = config.rounds + config.cold_starts + (1 if config.sustained else 0)
-    return block_count(bundles, dataset) + rounds * len(bundles)
+    return block_count(bundles, dataset) * (1 + len(config.corruptions)) + rounds * len(bundles)
 
 
 def bench_side_by_side(
@@ -288,7 +292,8 @@ def _accuracies(
             alone = asked.journal.answer(name, ALONE)
             found[name] = Result(status=RANDOM_INPUT, session=None if alone is None else alone.session)
             continue
-        for file in (Measurement.outputs_name(name), Measurement.mismatches_name(name)):
+        said = [Measurement.outputs_name(name, corruption) for corruption in run.config.corruptions]
+        for file in (Measurement.outputs_name(name), Measurement.mismatches_name(name), *said):
             (folder / file).parent.mkdir(exist_ok=True)
         outputs = gather(asked, name, folder / Measurement.outputs_name(name))
         labels = load_labels(asked.dataset.samples("test"), bundle.facts.input.model_dump())
@@ -307,10 +312,21 @@ def _accuracies(
             status="not built here" if stand_in else "measured",
             accuracy_by=answer.session.runtime,
             accuracy=Interval(*task.summary(task.scores(outputs, labels))),
+            corrupted=_corrupted(run, name, labels, folder) or None,
             batch_one=apart,
             against_host=compared,
             session=answer.session,
         )
+    return found
+
+
+def _corrupted(run: _Run, name: str, labels: np.ndarray, folder: Path) -> dict[Corruption, Interval]:
+    """How right a bundle is about the images with each fault; its outputs become files of the measurement."""
+    task = TASKS[run.asked.bundles[name].facts.task]
+    found: dict[Corruption, Interval] = {}
+    for corruption in run.config.corruptions:
+        outputs = gather(run.asked, name, folder / Measurement.outputs_name(name, corruption), corruption)
+        found[corruption] = Interval(*task.summary(task.scores(outputs, labels)))
     return found
 
 

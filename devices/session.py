@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from ..core.config import BenchConfig, BenchPlan, MeasureSettings
 from ..core.kinds import AT_THREADS, Probe
+from ..data.corrupt import CORRUPTING
 from . import find_device
 
 B = TypeVar("B")
@@ -20,7 +21,8 @@ def bench_config(config: BenchPlan, device: str, probe: Probe | None = None) -> 
         DeviceLost: it cannot be reached.
     """
     found = find_device(device).probe() if probe is None else probe
-    return BenchConfig.of(config, device=device, device_fingerprint=found.fingerprint)
+    corrupting = CORRUPTING if config.corruptions else None
+    return BenchConfig.of(config, device=device, device_fingerprint=found.fingerprint, corrupting=corrupting)
 
 
 def swept(bundles: Mapping[str, B], threads: Sequence[int]) -> dict[str, B]:

@@ -7,9 +7,9 @@ view is a function of (seed, view number, image), so what was stored for it is w
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,9 +25,7 @@ from ..core.artifact import (
     MANIFEST,
     Draft,
     Order,
-    check_provenance,
     drafting,
-    read_manifest,
     sha256_file,
     tool_versions,
 )
@@ -35,9 +33,9 @@ from ..core.config import CacheConfig, CachePlan, TrainConfig
 from ..core.errors import GateFailed, UserError
 from ..core.inputs import InputSpec
 from ..core.kinds import Cache, CacheFacts, Checkpoint
-from ..core.proc import children_signal_kept, first_line
+from ..core.proc import children_signal_kept
 from ..core.progress import note, progress
-from ..core.sealed import LARGEST_JSON_BYTES
+from ..core.remote import RemoteFolder, is_url
 from ..data.dataset import Dataset
 from ..networks.models import input_spec
 from ..runtime.task import TASKS
@@ -94,21 +92,18 @@ def decode(records: np.ndarray, classes: int) -> Tensor:
 
 @dataclass(frozen=True)
 class RemoteCache(Cache):
-    """A cache at any URL of fsspec: a file is fetched into ``path`` when it is first wanted, and checked."""
+    """A cache at a URL: a file is fetched into ``path`` when it is first wanted, and checked."""
 
-    url: str
+    source: RemoteFolder
 
     def file(self, name: str) -> Path:
         local = self.path / name
         record = self.manifest.files.get(name)
         if record is None:
-            raise UserError(f"{self.url} has no file '{name}': build the cache again")
+            raise UserError(f"{self.source} has no file '{name}': build the cache again")
         if not local.is_file():
             fetched = local.with_name(f"{name}.{os.getpid()}.new")
-            _fetch(f"{self.url}/{name}", fetched, record.size_bytes)
-            if sha256_file(fetched) != record.sha256:
-                fetched.unlink()
-                raise UserError(f"{self.url}/{name} differs from its manifest (corrupted or edited): build it again")
+            self.source.fetch(name, record, fetched)
             fetched.replace(local)
         return local
 
@@ -119,40 +114,22 @@ def open_cache(location: str, mirrors: Path) -> Cache:
     Raises:
         UserError: none there, or one that is not whole.
     """
-    if "://" not in location:
+    if not is_url(location):
         return Cache.open(location)
-    url = location.rstrip("/")
-    folder = mirrors / hashlib.sha256(url.encode()).hexdigest()[:12]
-    folder.mkdir(parents=True, exist_ok=True)
-    _fetch(
-        f"{url}/{MANIFEST}", folder / MANIFEST, LARGEST_JSON_BYTES
-    )  # each time: what was fetched of another one is refused
-    manifest = read_manifest(folder)
-    if manifest.kind != Cache.kind:
-        raise UserError(f"{url} is a {manifest.kind}, wanted a cache")
-    check_provenance(folder, manifest)
+    source = RemoteFolder(location.rstrip("/"))
+    mirrors.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=mirrors) as asking:
+        manifest = source.manifest(Path(asking))  # each time: another one has files of its own
+        if manifest.kind != Cache.kind:
+            raise UserError(f"{source} is a {manifest.kind}, wanted a cache")
+        folder = mirrors / manifest.digest
+        folder.mkdir(exist_ok=True)
+        (Path(asking) / MANIFEST).replace(folder / MANIFEST)
     for path in folder.iterdir():
         record = manifest.files.get(path.name)
-        if path.name != MANIFEST and (record is None or sha256_file(path) != record.sha256):
+        if record is not None and sha256_file(path) != record.sha256:
             path.unlink()
-    return RemoteCache(folder, manifest, url)
-
-
-def _fetch(url: str, path: Path, most_bytes: int) -> None:
-    """Copy what is at ``url``. Raises UserError for what cannot be read or is longer than it may be."""
-    import fsspec
-
-    try:
-        with fsspec.open(url, "rb") as source, path.open("wb") as target:
-            left = most_bytes
-            while block := source.read(1 << 20):
-                left -= len(block)
-                if left < 0:
-                    raise ValueError(f"more than {most_bytes} bytes")
-                target.write(block)
-    except Exception as error:  # every file system raises its own
-        path.unlink(missing_ok=True)
-        raise UserError(f"cannot read {url}: {first_line(error)}") from error
+    return RemoteCache(folder, manifest, source)
 
 
 class CachedTeacher(nn.Module):
@@ -285,7 +262,7 @@ def build(order: Order[CacheConfig], dataset: Dataset, teacher: Checkpoint, out:
         if ranks.leads:
             draft = stack.enter_context(drafting(Cache, order, out, resumable=True))
             _check_room(job, draft)
-        job.write_shards(Path(ranks.from_leader(str(draft.resume) if draft else "")))
+        job.write_shards(ranks.shared(draft.resume if draft else None))
         ranks.from_leader(None)  # all of them are written
         if draft is not None:
             assert draft.resume is not None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import atexit
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from timm.utils.distributed import init_distributed_device_so
 from torch import distributed
+
+from ..core.errors import UserError
 
 T = TypeVar("T")
 
@@ -38,6 +41,21 @@ class Ranks:
         values = [value]
         distributed.broadcast_object_list(values, src=0)
         return values[0]
+
+    def shared(self, folder: Path | None) -> Path:
+        """The leader's ``folder``, in which all of them read or write.
+
+        Raises:
+            UserError: on every process, where one does not see it: on another node that does not share it.
+        """
+        path = Path(self.from_leader("" if folder is None else str(folder)))
+        blind = self.total({"blind": float(not path.is_dir())})["blind"]
+        if blind:
+            raise UserError(
+                f"{blind:.0f} of {self.count} processes do not see {path}, where the first one writes: the nodes of "
+                "torchrun must share that folder, and be started in the same one"
+            )
+        return path
 
     def total(self, values: dict[str, float]) -> dict[str, float]:
         """Each entry summed over the processes."""

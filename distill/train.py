@@ -100,6 +100,8 @@ def train_together(
             out: stack.enter_context(drafting(Checkpoint, order, out, resumable=True)) if ranks.leads else None
             for out, order in orders.items()
         }
+        leading = next(iter(drafts.values()))
+        ranks.shared(leading.path if leading else None)
         configs = {out: order.config for out, order in orders.items()}
         runs = _runs(configs, drafts, dataset, teacher, cache, choices, ranks)
         for out, run in runs.items():
@@ -300,5 +302,6 @@ def _described(
         test_images=len(labels),
         test_interval=Interval(**accuracy._asdict()),
         guessing=task.guessing(labels),
+        license=models.license_of(config),
         **training,
     )

@@ -61,6 +61,15 @@ def input_spec(config: ModelSettings) -> InputSpec:
     return resolve_input(config.input, base.to_dict() if base else _NO_PRETRAINED_CFG)
 
 
+def license_of(config: ModelSettings) -> str | None:
+    """Of the weights that a network begins with: as its user says, else as timm does of those it fetches."""
+    said = config.license if isinstance(config, AdoptConfig) else None
+    if said is not None or not config.pretrained or not timm.is_model(config.model):
+        return said
+    base = timm.models.get_pretrained_cfg(config.model)
+    return (base.license or None) if base else None
+
+
 def pretrained_classes(name: str) -> int:
     """Outputs of the pretrained weights of a network. Raises UserError where nobody knows them."""
     if name == ONNX_MODEL or code.is_code(name):

@@ -6,13 +6,18 @@ import html
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from io import StringIO
+from typing import TYPE_CHECKING
 
 from ..core.errors import choice
 from ..core.kinds import Report
 from ..core.proc import require
+from .faults import faults_table
 from .plots import Figure, figures
 from .tables import Numbers, closing_lines, device_lines, print_summary, summary_table
 from .words import device_heading
+
+if TYPE_CHECKING:
+    import rich.table
 
 
 @dataclass(frozen=True)
@@ -35,14 +40,19 @@ class Table:
         return "".join([*shown, _paragraph(closing_lines(self.numbers))])
 
     def _device(self, device: Numbers, *, several: bool) -> str:
-        columns = summary_table(device, self.numbers["task"]).columns
-        heads = "".join(f"<th>{html.escape(str(column.header))}</th>" for column in columns)
-        rows = zip(*(column.cells for column in columns), strict=True)
-        lines = ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
-        body = "".join(f"<tr>{line}</tr>" for line in lines)
         above = _paragraph([device_heading(device)]) if several else ""
-        table = f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
-        return above + table + _paragraph(device_lines(device))
+        tables = [summary_table(device, self.numbers["task"])]
+        if device.get("faults"):
+            tables.append(faults_table(device))
+        return above + "".join(map(_html, tables)) + _paragraph(device_lines(device))
+
+
+def _html(table: rich.table.Table) -> str:
+    heads = "".join(f"<th>{html.escape(str(column.header))}</th>" for column in table.columns)
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    lines = ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _paragraph(lines: Iterable[str]) -> str:

@@ -38,6 +38,7 @@ from . import words
 from .answers import answers, judged
 from .compression import Packed, Sources, advice, flips, guards, noise_by_layer
 from .decision import decision
+from .faults import faults, faults_table
 from .images import image_numbers
 from .pooled import Pooled, pool
 
@@ -113,6 +114,7 @@ def device_numbers(config: ReportConfig, pooled: Pooled, checkpoints: Checkpoint
         "front": front,
         "advice": advised,
         "hops": hops,
+        "faults": faults(shown, bundles_of(shown)),
         "probe_before": shown.facts.probe_before.model_dump(),
         "probe_after": shown.facts.probe_after.model_dump(),
         "runtimes": {
@@ -653,6 +655,8 @@ def print_summary(console: Console, numbers: Numbers) -> None:
         if len(numbers["devices"]) > 1:
             console.print(words.device_heading(device), markup=False, highlight=False)
         console.print(summary_table(device, numbers["task"]))
+        if device.get("faults"):  # a report of before has none
+            console.print(faults_table(device))
         for line in device_lines(device):
             console.print(line, markup=False, highlight=False)
         if device["decision"]["file"]:  # in one line, however long, so that it can be copied

@@ -209,6 +209,7 @@ SYSTEM_PACKAGES = {
     "faketime": "faketime",
     "g++": "g++",
     "ip": "iproute2",
+    "jq": "jq",
     "mkfs.ext4": "e2fsprogs",
     "mmdebstrap": "mmdebstrap",
     "mount": "mount",

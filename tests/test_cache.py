@@ -447,7 +447,7 @@ def test_at_a_url(taught: tuple[Chain, Dataset, Checkpoint], cache: Cache, tmp_p
     memory.pipe(f"/bucket/cache/{Cache.shard_name(1)}", b"nonsense")
     with pytest.raises(UserError, match="differs from its manifest"):
         remote.shard(1)
-    with pytest.raises(UserError, match=r"cannot read memory://bucket/nothing/manifest\.json"):
+    with pytest.raises(UserError, match=r"nothing at memory://bucket/nothing/manifest\.json"):
         open_cache("memory://bucket/nothing", tmp_path / "mirrors")
 
 

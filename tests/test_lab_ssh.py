@@ -136,13 +136,18 @@ def test_bench_measures_on_the_device_as_on_this_machine(made: Made, sshd: Sshd,
     folders = [made.bundles[name].path for name in names]
     write_devices(workdir, sshd)
     options = ["--rounds", 2, "--seconds", 0.1, "--min-samples", 20, "--warm-up-seconds", 0.1]
-    options += ["--max-seconds", 0.1, "--cold-starts", 1, "--json"]
+    options += ["--max-seconds", 0.1, "--cold-starts", 1, "--corruptions", "dark", "--json"]
+    here = kdpipe("bench", *folders, *options, "--out", workdir / "here", cwd=workdir)
+    assert here.returncode in (ExitCode.DONE, ExitCode.UNTRUSTED), here.stderr
     done = kdpipe("bench", *folders, "--device", "pi", *options, "--out", workdir / "measurement", cwd=workdir)
     assert done.returncode in (ExitCode.DONE, ExitCode.UNTRUSTED), done.stderr
     measurement = Measurement.open(workdir / "measurement")
     assert measurement.facts.device == "pi" and not measurement.facts.emulated
     for name in names:
         np.testing.assert_array_equal(measurement.outputs(name), made.measurement.outputs(name))
+        dark = measurement.outputs(name, "dark")
+        np.testing.assert_array_equal(dark, Measurement.open(workdir / "here").outputs(name, "dark"))
+        assert (dark != measurement.outputs(name)).any()
 
 
 def test_predict_asks_the_device(packed: Bundle, trained: Trained, sshd: Sshd, workdir: Path) -> None:
