@@ -12,7 +12,7 @@ from typing import Any
 from .. import __version__
 from ..core.artifact import MANIFEST, Provenance, tool_versions
 from ..core.kinds import UNKNOWN_LICENCE, Checkpoint, Release
-from ..core.sealed import list_files, sha256_file
+from ..core.sealed import KEY, list_files, sha256_file
 from ..data.dataset import Dataset
 from .card import markdown
 from .changes import changed
@@ -228,7 +228,7 @@ def _dependency(source: Provenance) -> dict[str, Any]:
     """One artifact of the lineage; with the hash of the contents where its configuration knows one."""
     known = source.config.get("checkpoint_sha256") if source.kind == Checkpoint.kind else None
     known = source.config.get("fingerprint") if source.kind == Dataset.kind else known
-    is_hash = isinstance(known, str) and len(known) == 64
+    is_hash = isinstance(known, str) and KEY.fullmatch(known) is not None
     name = called(str(source.facts.get("source", ""))) if source.kind == Dataset.kind else source.facts.get("model", "")
     return {
         "name": f"{source.kind} {name}".strip(),
