@@ -118,8 +118,8 @@ def paired_shares(before: np.ndarray, after: np.ndarray, bound: float, level: fl
     assert found.low is not None and found.high is not None
     z = float(paired_z(lost, won, n, bound))
     keeps, p_broken = z >= _Z, NormalDist().cdf(z)
-    changed = min(0.99, (lost + won + 1) / (n + 1))
-    detectable = _detectable_share(n, changed)
+    detectable = _detectable_share(n, min(0.99, (lost + won) / n))
+    changed = min(0.99, (lost + won + 1) / (n + 1))  # none that changed is not none that will
     needed = None
     if not keeps and p_broken > level:
         needed = _images_needed(n, changed, found.value, bound, level)
