@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from .core.artifact import (
     Order,
     OtherVersion,
     find_ancestors,
+    forget,
     is_held,
     part_of,
     read_manifest,
@@ -149,6 +149,9 @@ class Course(Protocol):
     def fail(self, path: Path, error: KdpipeError) -> None:
         """The step that was to make ``path`` failed."""
 
+    def forgive(self, path: Path) -> None:
+        """That it failed is an answer: nothing is missing."""
+
 
 class Chain:
     """A folder of artifacts, and the steps taken through it so far.
@@ -268,11 +271,18 @@ class Chain:
         return self.folder / (f"{name}-{key[:12]}" + ("" if attempt is None else f"-{attempt}"))
 
     def _is_there(self, name: str, kind: type[A], order: Order[Any], path: Path) -> bool:
-        """Whether an artifact lies at ``path``; it is fetched from the store, if that has it. An event never is."""
-        if path.exists() or self.store is None or kind is Measurement:
+        """Whether an artifact lies at ``path``; it is fetched from the store, if that has it.
+
+        Not an event, nor what is made from one: under the same key there is another machine's.
+        """
+        of_event = any(source.kind == Measurement.kind for source in order.inputs.values())
+        if path.exists() or self.store is None or kind is Measurement or of_event:
             return path.exists()
-        if self.store.fetch(self.path(name, order).name, path, kind, order.key):
-            self._fetched.add(path)
+        try:
+            if self.store.fetch(self.path(name, order).name, path, kind, order.key):
+                self._fetched.add(path)
+        except Busy as busy:
+            _wait_for(busy.out)
         return path.exists()
 
     def _share(self, name: str, order: Order[Any], artifact: AnyArtifact) -> None:
@@ -668,7 +678,7 @@ class Chain:
             except GateFailed as error:
                 if refused is not None and not refused.exists():
                     refuse(order, model, error, refused)
-                    shutil.rmtree(path.with_name(path.name + ".part"), ignore_errors=True)  # nobody goes on with it
+                    forget(path)  # nobody goes on with it
                 raise
 
         return self.step(f"{model.facts.target}-{config.variant}", Model, order, make, out)
@@ -684,6 +694,8 @@ class Chain:
             return self._quantize(config, model, dataset, refused=self.place(Refusal.name_of(name), key))
         except GateFailed as error:
             note(f"{model.facts.target} goes without {config.variant}: {error}")
+            if self.course:
+                self.course.forgive(self.place(name, key))
             return None
 
     def refusal(self, name: str, key: str) -> Refusal | None:
