@@ -1241,9 +1241,12 @@ def gate(
     """
     from . import pipeline
     from .core.artifact import replace_text
-    from .core.errors import GateFailed, Untrusted
+    from .core.errors import GateFailed, Untrusted, UserError
     from .deploy import verdict as said
 
+    for path in (comment, junit):
+        if path is not None and not path.absolute().parent.is_dir():  # told before minutes of measuring
+            raise UserError(f"no folder {path.absolute().parent} to write {path.name} into: make it first")
     devices = [name.strip() for name in device.split(",")] if device else []
     found = pipeline.gate(candidate, baseline, _chain(artifacts), rule or (), devices, sessions, data, changes or ())
     for path, name in ((comment, found.COMMENT), (junit, found.JUNIT)):

@@ -136,7 +136,7 @@ def simulate(trials: int = TRIALS) -> None:
 
 def say(what: str, found: dict[str, Any]) -> None:
     """A line of what was counted."""
-    print(json.dumps({"simulated": what, **found}), flush=True)
+    print(json.dumps({"what": what, **found}), flush=True)
 
 
 def of_truths(

@@ -118,8 +118,8 @@ def paired_shares(before: np.ndarray, after: np.ndarray, bound: float, level: fl
     assert found.low is not None and found.high is not None
     z = float(paired_z(lost, won, n, bound))
     keeps, p_broken = z >= _Z, NormalDist().cdf(z)
-    changed = min(0.99, (lost + won + 1) / (n + 1))
-    detectable = _detectable_share(n, changed)
+    detectable = _detectable_share(n, min(0.99, (lost + won) / n))
+    changed = min(0.99, (lost + won + 1) / (n + 1))  # none that changed is not none that will
     needed = None
     if not keeps and p_broken > level:
         needed = _images_needed(n, changed, found.value, bound, level)
@@ -228,7 +228,9 @@ def mean_above(values: np.ndarray, bound: float, allowed: float | None, level: f
         keeps, p_broken = above >= quantile * error, float(stdtr(n - 1, above / error))
     else:
         keeps, p_broken = above >= 0, float(above >= 0)
-    detectable = (quantile + float(stdtrit(n - 1, POWER))) * error
+    # The spread of few values is found too small more often than too large: this corrects the middle of what is found.
+    middle = math.sqrt((n - 1) / (2 * float(gammaincinv((n - 1) / 2, 0.5))))
+    detectable = (quantile + float(stdtrit(n - 1, POWER))) * error * middle
     needed = None
     if not keeps and p_broken > level:
         # The spread of few values is known badly: four times of five the true one is no larger than this.

@@ -679,6 +679,7 @@ def test_mistakes_are_one_line(shelf: Path, tmp_path: Path) -> None:
     assert_one_line(gate(shelf, mine), 2, "asks for a baseline: name one with --baseline")
     assert_one_line(gate(shelf, tmp_path / "x"), 2, "wanted a release or a bundle")
     assert_one_line(gate(shelf, tmp_path / "x.yaml"), 2, "no recipe at")
+    assert_one_line(gate(shelf, mine, "--comment", tmp_path / "no" / "comment.md"), 2, "no folder", "make it first")
     [data] = shelf.glob("data-*")
     assert_one_line(gate(shelf, data), 2, "is a dataset: wanted a release or a bundle")
     assert_one_line(gate(shelf, mine, "--rule", "acuracy >= 90%"), 2, "did you mean 'accuracy'?")
