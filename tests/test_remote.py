@@ -24,7 +24,7 @@ from kdpipe.chain import FETCHED, Chain
 from kdpipe.core import remote
 from kdpipe.core.artifact import MANIFEST, Order, drafting
 from kdpipe.core.errors import UserError
-from kdpipe.core.kinds import Model, Report
+from kdpipe.core.kinds import Measurement, Model, Report
 from kdpipe.core.remote import AlreadyThere, NotThere, Unreachable, fetch_folder, fetch_into, is_url, push_folder, shown
 
 
@@ -503,12 +503,21 @@ def test_what_a_store_has_is_checked(bucket: str, tmp_path: Path) -> None:
 
 
 def test_events_are_not_fetched(bucket: str, tmp_path: Path) -> None:
-    """A measurement belongs to the machine that made it: it is pushed for who names it, and never taken for done."""
-    from kdpipe.core.kinds import Measurement
+    """A measurement is its machine's, and a report is made from it: of the same key there is another one elsewhere."""
+    measured = seal(tmp_path / "measurement-000000000000-1")
+    event = Measurement(measured.path, measured.manifest.model_copy(update={"kind": Measurement.kind}))
+    order = Order("report", CONFIG, {"measurement-local-1": event})
 
-    chain = Chain(tmp_path, store=bucket)
-    made = seal(tmp_path / "measurement-000000000000-1")
-    push_folder(made.path, f"{bucket}/{made.path.name}")
-    shutil.rmtree(made.path)
-    assert not chain._is_there("measurement", Measurement, Order("bench", CONFIG, {}), made.path)
-    assert not made.path.exists()
+    def make(path: Path) -> Report:
+        with drafting(Report, order, path) as draft:
+            draft.facts = FACTS
+        return draft.artifact
+
+    for name in ("one", "two"):
+        chain = Chain(tmp_path / name, store=bucket)
+        made = chain.step("report", Report, order, make)
+        assert not chain.steps[0].sealed_before
+    assert remote.RemoteFolder(f"{bucket}/{made.path.name}").is_whole, "it is there for who names it"
+    push_folder(measured.path, f"{bucket}/{measured.path.name}")
+    here = chain.folder / measured.path.name
+    assert not chain._is_there("measurement", Measurement, Order("bench", CONFIG, {}), here)
