@@ -149,7 +149,9 @@ def test_a_changed_byte_of_a_release_is_refused(signed: tuple[Path, Path]) -> No
     """In a bundle, a paper or the manifest by its hash, in the signature by the key; and the manifest sealed again."""
     release, public = signed
     refused = Counter[str]()
-    for name, at, by in places(release, PLACES):
+    generator, length = random.Random(0), (release / Release.SIGNATURE).stat().st_size
+    signature = [(Release.SIGNATURE, generator.randrange(length), generator.randrange(1, 256)) for _ in range(50)]
+    for name, at, by in [*places(release, PLACES), *signature]:
         if name == Release.SIGNATURE and is_only_spelling(release / name, at, by):
             continue
         change(release / name, at, by)
@@ -158,7 +160,7 @@ def test_a_changed_byte_of_a_release_is_refused(signed: tuple[Path, Path]) -> No
         assert done.returncode in (1, 2) and not done.stdout, f"byte {at} of {name} was not seen"
         refused[name if name in (MANIFEST, Release.SIGNATURE) else "the rest"] += 1
         change(release / name, at, by)
-    whole, generator = (release / MANIFEST).read_bytes(), random.Random(0)
+    whole = (release / MANIFEST).read_bytes()
     spots = list(everywhere(json.loads(whole)))
     for _ in range(PLACES // 10):
         value = bent(whole, spots, generator)
