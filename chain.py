@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -21,10 +22,13 @@ from .core import code
 from .core.artifact import (
     MANIFEST,
     AnyArtifact,
+    Busy,
     Manifest,
     Order,
     OtherVersion,
     find_ancestors,
+    is_held,
+    part_of,
     read_manifest,
     sha256_file,
     tool_versions,
@@ -84,6 +88,7 @@ from .data.sources import check_source, names_of, usual_splits
 from .data.survey import findings
 from .deploy import strange
 from .deploy.bundle import check_known, check_task, try_model
+from .devices.lock import making
 from .networks.names import check_name
 from .runtime.preprocess import DECODING
 from .runtime.task import TASKS
@@ -101,6 +106,7 @@ FETCHED = ".fetched"  # what was named by a URL, each in a folder of its own con
 PRECISIONS = ".precisions"  # what train.precision auto took, so that a network and its controls take one
 TRAIN_NEEDS = ("torch", "torchvision", "timm", "safetensors")
 SMALLEST_SIDE, USUAL_SIDE = 256, 512  # pixels: of copies for small networks; of those for networks not known yet
+WAIT_SECONDS = 0.2  # between two looks whether another process has made it
 
 
 class Wants(NamedTuple):
@@ -140,6 +146,9 @@ class Course(Protocol):
     def end(self, artifact: AnyArtifact, *, made: bool) -> str:
         """The place of the step that gave ``artifact``, such as 3/31; ``made`` now, or found."""
 
+    def fail(self, path: Path, error: KdpipeError) -> None:
+        """The step that was to make ``path`` failed."""
+
 
 class Chain:
     """A folder of artifacts, and the steps taken through it so far.
@@ -173,6 +182,9 @@ class Chain:
         # Called once, before the first step that is not sealed: mistakes are told before any work.
         self.check: Callable[[], None] = lambda: None
         self.course: Course | None = None  # of a run, which knows what is still to come
+        self.student = ""  # whose steps these are, where a run exports several
+        self.smoke = False  # whether what is made here only shows that it can be made
+        self.remembered = self.folder  # where the hashes of images are remembered
         self._graphs: dict[Path, Graph] = {}  # opened once for all the targets of a run
         self._told: set[str] = set()  # of the parts of folders
 
@@ -193,26 +205,29 @@ class Chain:
             out: the path, where it is not to lie beside the others.
             companions: artifacts that were made now along with another one, and its name.
 
+        What another process is making now is waited for. What is made waits until nobody measures this host.
+
         Raises:
             UserError: what lies at ``out`` was made from something else; what ``check`` raises, before any work.
             KdpipeError: as ``make`` does.
         """
         path = out or self.path(name, order)
         begun = time.monotonic()
-        if self._is_there(name, kind, order, path):
-            artifact, sealed = kind.open(path), True
-            if artifact.key != order.key:
-                raise UserError(f"{path} was made from other settings or inputs: choose another --out")
-        else:
-            check, self.check = self.check, lambda: None
-            told = self.course.begin(path) if self.course else ""
-            # The bar is seen while libraries are being imported.
-            with progress(f"{name} ({told})" if told else name, 1), code.allowing(self.allow_code):
-                check()
-                artifact, sealed = make(path), False
+        try:
+            made = None if self._is_there(name, kind, order, path) else self._make(name, kind, make, path)
+        except KdpipeError as error:
+            if self.course:
+                self.course.fail(path, error)
+            raise
+        artifact = kind.open(path) if made is None else made
+        if artifact.key != order.key:
+            raise UserError(f"{path} was made from other settings or inputs: choose another --out")
+        sealed = made is None
         along_with = (companions or {}).get(path) if sealed else None
         seconds = time.monotonic() - begun
-        step = Step(name, path, seconds, sealed and along_with is None, along_with, found_of(artifact))
+        told = f"{self.student} {name}" if self.student else name
+        found = () if self.smoke else found_of(artifact)
+        step = Step(told, path, seconds, sealed and along_with is None, along_with, found)
         step.fetched = path in self._fetched
         self._share(name, order, artifact)
         if self.course:
@@ -220,6 +235,29 @@ class Chain:
         self.steps.append(step)
         self.tell(step)
         return artifact
+
+    def _make(self, name: str, kind: type[A], make: Callable[[Path], A], path: Path) -> A | None:
+        """What ``make`` makes; None where another process made it meanwhile."""
+        check, self.check = self.check, lambda: None
+        told = self.course.begin(path) if self.course else ""
+        # The bar is seen while libraries are being imported.
+        with progress(f"{name} ({told})" if told else name, 1), code.allowing(self.allow_code):
+            try:
+                check()
+            except KdpipeError as error:
+                error.stops_all = True
+                raise
+            while not path.exists():
+                try:
+                    with contextlib.nullcontext() if kind is Measurement else making():
+                        return make(path)
+                except Busy as busy:
+                    if path.exists():
+                        break
+                    if process_count() > 1:  # the others of torchrun would wait for this one in vain
+                        raise
+                    _wait_for(busy.out)
+        return None
 
     def path(self, name: str, order: Order[Any], attempt: int | None = None) -> Path:
         """Where the artifact of ``order`` lies; of an event, which attempt at it."""
@@ -263,7 +301,8 @@ class Chain:
         aside.mkdir(parents=True)
         moved = [path for _, path in sorted(found, reverse=True)]
         for path in moved:
-            path.rename(aside / path.name)
+            with contextlib.suppress(FileNotFoundError):  # another process moves the same
+                path.rename(aside / path.name)
         return moved
 
     def data(self, plan: DataPlan, out: Path | None = None, wants: Callable[[], Wants] | None = None) -> Dataset:
@@ -387,7 +426,7 @@ class Chain:
 
     def _memory(self, source: str) -> Path:
         name = hashlib.sha256(str(Path(source).absolute()).encode()).hexdigest()[:12]
-        return self.folder / REMEMBERED / f"{name}.sqlite"
+        return self.remembered / REMEMBERED / f"{name}.sqlite"
 
     def cache(self, config: CacheConfig, dataset: Dataset, teacher: Checkpoint, out: Path | None = None) -> Cache:
         """What the teacher says of so many views of every image."""
@@ -443,28 +482,54 @@ class Chain:
         return self.step(name, Checkpoint, order, make, out)
 
     def train_all(
-        self, configs: Mapping[str, TrainConfig], dataset: Dataset, teacher: Checkpoint | None, together: bool
+        self,
+        configs: Mapping[str, TrainConfig],
+        dataset: Dataset,
+        teacher: Checkpoint | None,
+        together: bool,
+        failed: dict[str, KdpipeError] | None = None,
     ) -> dict[str, Checkpoint]:
-        """Every run by name; with ``together`` those that see the same views are trained side by side."""
+        """Every run by name; with ``together`` those that see the same views are trained side by side.
+
+        Args:
+            failed: takes why a run failed, which the others go on without; None: the first failure is raised.
+        """
         made: dict[Path, str] = {}  # by whose step
         orders = {name: train_order(config, dataset, teacher) for name, config in configs.items()}
         paths = {self.path(name, order): order for name, order in orders.items()}
+        tried: dict[Path, KdpipeError | None] = {}  # what failed among others, and why if that is known
         for name, order in orders.items():  # none of those that are made together is in the store
             self._is_there(name, Checkpoint, order, self.path(name, order))
-        missing = {path: order for path, order in paths.items() if not path.exists()}
 
         def make(path: Path) -> Checkpoint:
             require("training", TRAIN_NEEDS, "train")
             from .distill.train import companions, train_together
 
-            parts = companions(missing, dataset) if together else [{path: missing[path]}]
+            if (known := tried.get(path)) is not None:
+                raise known
+            missing = {each: order for each, order in paths.items() if each not in tried and not each.exists()}
+            missing[path] = paths[path]
+            parts = companions(missing, dataset) if together and path not in tried else [{path: missing[path]}]
             part = next(part for part in parts if path in part)
             made.update(dict.fromkeys(part, path.name))
             taught = next((each for each in part.values() if each.config.needs_teacher), missing[path])
             remembered = self._cache_of(taught.config, dataset, teacher)
-            return train_together(part, dataset, teacher, remembered, self.folder / PRECISIONS)[path]
+            try:
+                return train_together(part, dataset, teacher, remembered, self.folder / PRECISIONS)[path]
+            except KdpipeError as error:
+                if isinstance(error, Busy) or error.stops_all:
+                    raise
+                left = [each for each in part if not each.exists()]
+                tried.update(dict.fromkeys(left, error if len(left) == 1 else None))
+                if failed is None or path in left:
+                    raise
+                return Checkpoint.open(path)  # another one of them failed, and says so in its own step
 
-        return {name: self.step(name, Checkpoint, order, make, companions=made) for name, order in orders.items()}
+        found: dict[str, Checkpoint] = {}
+        for name, order in orders.items():
+            with tolerated(name, failed):
+                found[name] = self.step(name, Checkpoint, order, make, companions=made)
+        return found
 
     def teacher(
         self, plan: TeacherPlan, dataset: Dataset, out: Path | None = None, name: str = "teacher"
@@ -641,9 +706,18 @@ class Chain:
         return self.variants_of(plan, model, dataset, {"": device})[""]
 
     def variants_of(
-        self, plan: QuantizePlan, model: Model, dataset: Dataset, devices: Mapping[str, Probe]
+        self,
+        plan: QuantizePlan,
+        model: Model,
+        dataset: Dataset,
+        devices: Mapping[str, Probe],
+        failed: dict[str, KdpipeError] | None = None,
     ) -> dict[str, list[Model]]:
-        """For each device its ``variants``; what several want in the same way is made once."""
+        """For each device its ``variants``; what several want in the same way is made once.
+
+        Args:
+            failed: takes why a variant failed, which the others go on without; None: the first failure is raised.
+        """
         from .quantize import VARIANTS
 
         check_known(model)
@@ -657,10 +731,12 @@ class Chain:
                     continue
                 config = suited(QuantizeConfig.of(plan, variant=name), probe.machine, probe.known_flags)
                 if config not in made:
-                    if plan.variants == "auto":
-                        made[config] = self._unless_refused(config, model, dataset)
-                    else:
-                        made[config] = self._quantize(config, model, dataset)
+                    made[config] = None
+                    with tolerated(f"{model.facts.target}-{name}", failed):
+                        if plan.variants == "auto":
+                            made[config] = self._unless_refused(config, model, dataset)
+                        else:
+                            made[config] = self._quantize(config, model, dataset)
                 variant = made[config]
                 if variant is not None:
                     found[device].append(variant)
@@ -963,6 +1039,8 @@ class Chain:
             for each in sessions[device]
         }
         sources = self._sources(everyone.values())
+        if self.smoke:
+            config = config.model_copy(update={"smoke": True})
         order = Order("report", config, {**everyone, **checkpoints, **sources.as_inputs()})
 
         def make(path: Path) -> Report:
@@ -1010,6 +1088,29 @@ class Benched:
     def told_lost(self) -> str:
         """Which devices were lost, and why, in a line; empty where none was."""
         return "; ".join(f"'{device}' was not measured: {error}" for device, error in self.lost.items())
+
+
+@contextlib.contextmanager
+def tolerated(name: str, failed: dict[str, KdpipeError] | None) -> Iterator[None]:
+    """Go on without ``name`` where it fails in the block: ``failed`` takes why.
+
+    Args:
+        failed: None: nothing is tolerated.
+    """
+    try:
+        yield
+    except KdpipeError as error:
+        if failed is None or error.stops_all:
+            raise
+        failed[name] = error
+        note(f"{name} failed, the others go on: {error}")
+
+
+def _wait_for(out: Path) -> None:
+    """Wait for another process that writes ``out``, and say so."""
+    note(f"{out.name} is being made by another process: waiting")
+    while not out.exists() and is_held(part_of(out)):
+        time.sleep(WAIT_SECONDS)
 
 
 def _of_device(

@@ -218,32 +218,70 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="only say what it would make, and what that takes as far as it is known")
     ] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="two batches through every stage, to see that they work; no results")
+    ] = False,
+    jobs: Annotated[
+        int, typer.Option("--jobs", min=1, max=256, help="exports, variants and bundles that are made side by side")
+    ] = 1,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option("--memory-limit", metavar="SIZE", help="that those may take together, such as 8GB [default: any]"),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Run a recipe, from teacher to report.
 
     Stages: data, teacher, distill, export, quantize, package, bench, report. What is sealed already is not done again.
-    Exits 75 when the advice rests on latencies that are not to be trusted.
+    What fails leaves the others' results: exits 1 where all that failed was refused, else 2. Exits 75 when the advice
+    rests on latencies that are not to be trusted.
 
     Example: kdpipe run my.yaml --set bench.effort=thorough
     """
     from .core.errors import Untrusted, UserError
+    from .jobs import read_bytes
 
+    if smoke and (start or again):
+        raise UserError("--smoke begins anew each time: leave --from and --again out")
+    limit = None if memory_limit is None else read_bytes(memory_limit, "--memory-limit")
     if dry_run:
-        _plan(recipe, artifacts, changes or (), again, start, until, as_json, allow_code)
+        _plan(recipe, artifacts, changes or (), again, start, until, as_json, allow_code, smoke)
         return
-    doubt, lost = _run(recipe, artifacts, again, as_json, changes or (), start, until, allow_code, store)
+    same = shlex.join([str(recipe), *(word for change in changes or () for word in ("--set", change))])
+    if smoke:
+        _smoke(recipe, artifacts, changes or (), until, allow_code, jobs, limit, as_json)
+        return
+    doubt, lost, failed = _run(
+        recipe, artifacts, again, as_json, changes or (), start, until, allow_code, store, jobs, limit
+    )
+    if failed:
+        raise _failure(failed, lost)
     if lost:
         raise UserError(f"{lost}; the others are reported, run the same again when it is back")
     if doubt is not None:
-        same = shlex.join([str(recipe), *(word for change in changes or () for word in ("--set", change))])
         raise Untrusted(f"{doubt}; measure again on a quiet machine: kdpipe run {same} --again bench")
+
+
+def _failure(failed: Mapping[str, KdpipeError], lost: str = "") -> KdpipeError:
+    """What a run ends with of which parts failed, each in a line of its own before it, unless it is one alone."""
+    from .core.errors import GateFailed, UserError
+
+    kind = GateFailed if all(isinstance(error, GateFailed) for error in failed.values()) and not lost else UserError
+    again = "the others are done, and the same command tries again"
+    if len(failed) == 1 and not lost:
+        [(name, error)] = failed.items()
+        return kind(f"{name}: {error}; {again}")
+    for line in [*(f"{name}: {error}" for name, error in failed.items()), *([lost] if lost else [])]:
+        typer.echo(printable(f"kdpipe: {line}"), err=True)
+    return kind(f"{len(failed) + bool(lost)} failed: {', '.join([*failed, *(['devices'] if lost else [])])}; {again}")
 
 
 @app.command()
 def demo(artifacts: ArtifactsOption = ARTIFACTS, again: AgainOption = None, as_json: JsonFlag = False) -> None:
     """Run recipes/digits.yaml: everything for real, in minutes."""
-    doubt, _ = _run(Path(__file__).parent / "recipes" / "digits.yaml", artifacts, again, as_json)
+    doubt, _, failed = _run(Path(__file__).parent / "recipes" / "digits.yaml", artifacts, again, as_json)
+    if failed:
+        raise _failure(failed)
     if doubt is not None:
         typer.echo(f"{doubt}; measure again on a quiet machine: kdpipe demo --again bench", err=True)
 
@@ -257,13 +295,17 @@ def _plan(
     until: str | None,
     as_json: bool,
     allow_code: Sequence[str] | None,
+    small: bool,
 ) -> None:
-    """Say what a run would do."""
-    from . import pipeline, showing
+    """Say what a run would do; or what a smoke run would."""
+    from . import pipeline, showing, smoke
     from .core.config import read_recipe
     from .forecast import total
 
     recipe, chain = read_recipe(recipe_path, changes), _chain(artifacts, allow_code=allow_code)
+    if small:
+        recipe, chain = smoke.smoke(recipe), _chain(artifacts / smoke.SMOKE / "next", allow_code=allow_code)
+        chain.smoke = True
     legs = pipeline.plan(recipe, chain, again, until)
     pipeline.check_start(legs, start, until)
     costs = pipeline.costs(legs, pipeline.forecast_of(chain))
@@ -288,15 +330,24 @@ def _run(
     until: str | None = None,
     allow_code: Sequence[str] | None = None,
     store: str | None = None,
-) -> tuple[str | None, str]:
-    """Run and print; returns which latencies that the advice rests on are not to be trusted, and which devices lost."""
+    jobs: int = 1,
+    memory_bytes: int | None = None,
+) -> tuple[str | None, str, dict[str, KdpipeError]]:
+    """Run and print; returns which latencies that the advice rests on are not to be trusted, which devices lost, and
+    what else failed.
+    """
     from . import pipeline
     from .core.config import read_recipe
+    from .diary import Diary
+    from .jobs import Ahead
     from .report.words import shaky_advice
 
     recipe = read_recipe(recipe_path, changes)
     chain = _chain(artifacts, allow_code=allow_code, store=store)
-    outcome = pipeline.run_part(recipe, chain, again, start, until)
+    failed: dict[str, KdpipeError] = {}
+    with Diary(artifacts, _command(recipe_path, artifacts, changes)) as diary:
+        ahead = Ahead(recipe, chain, jobs, memory_bytes)
+        outcome = pipeline.run_part(recipe, chain, again, start, until, ahead, failed, diary)
     done = [step for step in chain.steps if not step.sealed_before]
     told = f"{len(chain.steps)} stages, {len(done)} done now in {sum(step.seconds for step in done):.0f} s"
     if outcome is None:
@@ -304,16 +355,92 @@ def _run(
             _print_json(artifacts=[str(step.path) for step in chain.steps], seconds=_seconds(chain))
         else:
             typer.echo(f"{told}; the same without --until goes on")
-        return None, ""
+        return None, "", failed
     numbers, page = outcome.report.numbers, outcome.report.page
     if as_json:
         bundles = {name: str(bundle.path) for name, bundle in outcome.bundles.items()}
-        _print_json(report=str(page), bundles=bundles, seconds=_seconds(chain), numbers=numbers)
-        return shaky_advice(numbers), outcome.lost
+        reasons = {name: str(error) for name, error in failed.items()}
+        _print_json(report=str(page), bundles=bundles, seconds=_seconds(chain), failed=reasons, numbers=numbers)
+        return shaky_advice(numbers), outcome.lost, failed
     _print_summary(numbers)
     typer.echo(told)
     typer.echo(f"report: {page}")
-    return shaky_advice(numbers), outcome.lost
+    return shaky_advice(numbers), outcome.lost, failed
+
+
+def _command(recipe: Path, artifacts: Path, changes: Sequence[str], *more: str) -> list[str]:
+    """What goes on with a run."""
+    folder = [] if artifacts == ARTIFACTS else ["--artifacts", str(artifacts)]
+    return ["kdpipe", "run", str(recipe), *folder, *(w for change in changes for w in ("--set", change)), *more]
+
+
+def _smoke(
+    recipe_path: Path,
+    artifacts: Path,
+    changes: Sequence[str],
+    until: str | None,
+    allow_code: Sequence[str] | None,
+    jobs: int,
+    memory_bytes: int | None,
+    as_json: bool,
+) -> None:
+    """Two batches through every stage; raises what did not work."""
+    import time
+
+    from . import pipeline, smoke
+    from .core.config import read_recipe
+    from .core.errors import UserError
+    from .diary import Diary
+    from .jobs import Ahead
+
+    begun, recipe = time.monotonic(), smoke.smoke(read_recipe(recipe_path, changes))
+    failed: dict[str, KdpipeError] = {}
+    with smoke.own_folder(artifacts) as folder:
+        chain = _chain(folder, allow_code=allow_code)
+        chain.smoke, chain.remembered = True, artifacts
+        below = str(folder.relative_to(artifacts))
+        with Diary(artifacts, _command(recipe_path, artifacts, changes, "--smoke"), below) as diary:
+            ahead = Ahead(recipe, chain, jobs, memory_bytes)
+            outcome = pipeline.run_part(recipe, chain, None, None, until, ahead, failed, diary)
+    lost, page, bundles = "", None, 0
+    if outcome is not None:
+        failed |= smoke.faults(outcome.measurements)
+        lost, page, bundles = outcome.lost, outcome.report.page, len(outcome.bundles)
+    seconds = time.monotonic() - begun
+    if as_json:
+        reasons = {name: str(error) for name, error in failed.items()}
+        told = {"report": None if page is None else str(page), "bundles": bundles, "failed": reasons, "lost": lost}
+        _print_json(smoke=True, artifacts=str(folder), seconds=round(seconds, 3), **told)
+    else:
+        typer.echo(
+            f"smoke run: {len(chain.steps)} artifacts, {bundles} bundles in {seconds:.0f} s, in "
+            f"{printable(str(folder))}; no number of it is a result"
+        )
+    if failed:
+        raise _failure(failed, lost)
+    if lost:
+        raise UserError(f"{lost}; the others were measured")
+
+
+@app.command()
+def status(artifacts: ArtifactsOption = ARTIFACTS, as_json: JsonFlag = False) -> None:
+    """Say what runs in a folder of artifacts, what waits, what failed when it was tried last, and the time left.
+
+    A run that was killed is told as such, with the command that goes on with it. Nothing is changed.
+
+    Example: kdpipe status
+    """
+    from . import diary, showing
+    from .core.errors import UserError
+
+    if not artifacts.is_dir():
+        raise UserError(f"no folder {artifacts}: wanted one that holds artifacts (--artifacts names another)")
+    found = diary.status(artifacts)
+    if as_json:
+        _print_json(**found.model_dump(mode="json"))
+        return
+    for line in showing.status_lines(found):
+        typer.echo(printable(line))
 
 
 # ---- one stage at a time ---------------------------------------------------------------------------------

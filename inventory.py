@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import diary
 from .chain import FETCHED, REPLACED
 from .core.artifact import (
     KINDS,
@@ -20,6 +21,7 @@ from .core.artifact import (
     Manifest,
     Provenance,
     check_provenance,
+    is_held,
     read_manifest,
     unsound_is_users,
 )
@@ -29,6 +31,7 @@ from .core.sealed import check_files, printable
 from .data.dataset import Dataset, Fitted
 from .report.words import interval, percent, shares
 from .runtime.task import TASKS, Change
+from .smoke import SMOKE
 
 PART = ".part"
 
@@ -294,6 +297,8 @@ def unneeded(folder: Path, reports: int | None = None, everything: bool = False,
         UserError: no such folder, or a run is at work in it.
     """
     found = entries(folder)
+    if running := [run for run in diary.status(folder).runs if run.lives]:
+        raise UserError(f"process {running[0].process} runs in {folder}: wait until it is done, then clean")
     whole = [(entry.path, entry.manifest) for entry in found if entry.manifest is not None]
     pages = [manifest for _, manifest in whole if manifest.kind == Report.kind]
     counted = pages if reports is None else pages[len(pages) - min(reports, len(pages)) :]
@@ -324,6 +329,9 @@ def unneeded(folder: Path, reports: int | None = None, everything: bool = False,
         for path, manifest in sorted(whole, key=lambda item: -item[1].depth)  # what came from something goes before it
         if path not in kept
     ]
+    for path in sorted((folder / SMOKE).glob("*")):
+        if not is_held(path):
+            go.append(Unneeded(path, "of a smoke run", _on_disk(path)))
     for path, resumable in _left_behind(folder):
         if resumable and not unfinished:
             stay["unfinished, the same command goes on with it"] = (
@@ -398,7 +406,7 @@ def remove(things: Iterable[Unneeded], removed: Callable[[Unneeded], object] = l
             if (path / MANIFEST).is_file() and path.suffix != PART:
                 path = path.rename(path.with_name(path.name + PART))
             shutil.rmtree(path)
-            if path.parent.name == REPLACED:
+            if path.parent.name in (REPLACED, SMOKE):
                 with contextlib.suppress(OSError):
                     path.parent.rmdir()  # if it was the last
         except OSError as error:

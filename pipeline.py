@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -26,6 +26,7 @@ from .chain import (
     fitted_config,
     refuse_random,
     sealed,
+    tolerated,
     with_code,
     with_fitted,
 )
@@ -54,6 +55,7 @@ from .core.inputs import size_words
 from .core.kinds import Bundle, Graph, Measurement, Model, Probe, Refusal, Report, Verdict, unshown
 from .core.proc import require
 from .core.progress import note
+from .core.sealed import NAME
 from .data.dataset import Dataset
 from .data.listing import list_images
 from .data.sources import check_source
@@ -69,6 +71,7 @@ STAGES = ("data", "teacher", "distill", "export", "quantize", "package", "bench"
 
 if TYPE_CHECKING:
     from .deploy.sides import Side
+    from .diary import Diary
     from .report.plots import Figure
     from .report.shown import Table
 
@@ -87,6 +90,7 @@ def check_names(recipe: Recipe) -> None:
     check_name(recipe.teacher.model)
     for config in student_runs(recipe.student, recipe.distill, recipe.data.unlabeled is not None).values():
         check_name(config.model)
+    exported_runs(recipe)
     for target in recipe.export.targets:
         if target not in TARGETS:
             raise choice("target", target, TARGETS)
@@ -202,13 +206,14 @@ class Outcome:
 
     ``bundles`` are those of all devices, by name: one that a further device has in a form of its own is called
     ``NAME-DEVICE``. ``measurements`` has of each device one session, ``lost`` says in a line which could not be
-    measured and why.
+    measured and why, ``failed`` by name what else could not be made and why: the rest is reported without it.
     """
 
     report: Report
     measurements: dict[str, Measurement]
     bundles: dict[str, Bundle]
     lost: str
+    failed: dict[str, KdpipeError] = field(default_factory=dict)
 
     @property
     def measurement(self) -> Measurement:
@@ -232,9 +237,9 @@ class Outcome:
 def run(recipe: Recipe, chain: Chain, again: str | None = None) -> Outcome:
     """The whole chain of ``recipe``.
 
-    The shipped student is the one of the first seed by the method: chosen beforehand, never by its test
-    accuracy. Each device measures the variants that suit it. Sessions are measured until there are as many as the
-    recipe says.
+    The shipped student is the one of the first seed by the method (and each that the recipe exports beside it): chosen
+    beforehand, never by its test accuracy. What fails leaves the others' results. Each device measures the variants
+    that suit it. Sessions are measured until there are as many as the recipe says.
 
     Args:
         again: a stage to do again. Of ``bench``, an event, as many sessions more; of another one what is sealed is set
@@ -249,12 +254,22 @@ def run(recipe: Recipe, chain: Chain, again: str | None = None) -> Outcome:
 
 
 def run_part(
-    recipe: Recipe, chain: Chain, again: str | None = None, start: str | None = None, until: str | None = None
+    recipe: Recipe,
+    chain: Chain,
+    again: str | None = None,
+    start: str | None = None,
+    until: str | None = None,
+    ahead: Callable[[str], object] = lambda _: None,
+    failed: dict[str, KdpipeError] | None = None,
+    diary: Diary | None = None,
 ) -> Outcome | None:
     """As ``run``, up to and with the stage ``until``; None where that is before the report.
 
     Args:
         start: what the stages before this one make must be sealed: nothing is trained again by mistake.
+        ahead: called with the name of each stage before it is begun, to make side by side what it will find.
+        failed: takes by name what could not be made, and why; what comes after it is not made either.
+        diary: where it is told how far this run is.
 
     Raises:
         UserError: an unknown stage, or something before ``start`` is not sealed.
@@ -266,8 +281,8 @@ def run_part(
         keys = {leg.key for leg in legs if leg.stage == again and leg.key is not None}
         if moved := chain.set_aside(keys):
             note(f"{len(moved)} artifacts of '{again}' and after it are set aside in {chain.folder / REPLACED}")
-    chain.course = course = _Course(legs, chain)
-    stages = _stages(recipe, chain, again == "bench")
+    chain.course = course = _Course(legs, chain, diary)
+    stages = _stages(recipe, chain, again == "bench", {} if failed is None else failed)
     while True:
         try:
             stage = next(stages)
@@ -278,6 +293,7 @@ def run_part(
             return None
         if stage == "quantize" and any(leg.perhaps for leg in legs):  # which the exported models tell now
             course.know(plan(recipe, chain, again if again == "bench" else None, until))
+        ahead(stage)
 
 
 def check_start(legs: Sequence[Leg], start: str | None, until: str | None = None) -> None:
@@ -301,8 +317,10 @@ def _position(stage: str) -> int:
     return STAGES.index(stage)
 
 
-def _stages(recipe: Recipe, chain: Chain, again: bool) -> Generator[str, None, Outcome]:
-    """Do one stage after another; gives the name of each before it is begun."""
+def _stages(recipe: Recipe, chain: Chain, again: bool, failed: dict[str, KdpipeError]) -> Generator[str, None, Outcome]:
+    """Do one stage after another; gives the name of each before it is begun. ``failed`` takes what the others go on
+    without.
+    """
     chain.check = lambda: check_recipe(recipe)
     yield "data"
     dataset = chain.data(recipe.data, wants=lambda: wants(recipe))
@@ -311,51 +329,94 @@ def _stages(recipe: Recipe, chain: Chain, again: bool) -> Generator[str, None, O
     yield "distill"
     checkpoints = {"teacher": teacher}
     runs = student_runs(recipe.student, recipe.distill, recipe.data.unlabeled is not None)
-    checkpoints |= chain.train_all(runs, dataset, teacher, recipe.distill.together)
-    shipped = checkpoints[shipped_name(recipe)]
+    checkpoints |= chain.train_all(runs, dataset, teacher, recipe.distill.together, failed)
+    exported = exported_runs(recipe)
+    shipped = {name: checkpoints[run] for name, run in exported.items() if run in checkpoints}
+    _see_that_some_are_left(shipped, failed)
 
     yield "export"
-    targets = recipe.export.targets
-    float32 = {
-        target: chain.export(ExportConfig.of(recipe.export, target=target), shipped, dataset) for target in targets
-    }
+    legs = list(itertools.product(shipped, recipe.export.targets))
+    float32: dict[tuple[str, str], Model] = {}
+    for student, target in legs:
+        chain.student = student if len(exported) > 1 else ""
+        with tolerated(_leg_name(chain.student, target), failed):
+            config = ExportConfig.of(recipe.export, target=target)
+            float32[student, target] = chain.export(config, shipped[student], dataset)
+    _see_that_some_are_left(float32, failed)
     yield "quantize"
     probes, lost = probe_all(recipe.bench.devices)
-    variants: dict[str, dict[str, list[Model]]] = {target: {device: [] for device in probes} for target in targets}
-    for target, model in float32.items():
+    variants: dict[tuple[str, str], dict[str, list[Model]]] = {
+        leg: {device: [] for device in probes} for leg in float32
+    }
+    for (student, target), model in float32.items():
+        chain.student = student if len(exported) > 1 else ""
+        refused: dict[str, KdpipeError] = {}
         if recipe.quantize is not None:
-            variants[target] = chain.variants_of(recipe.quantize, model, dataset, probes)
-        if told := unshown({each.key: each for its in variants[target].values() for each in its}.values()):
+            variants[student, target] = chain.variants_of(recipe.quantize, model, dataset, probes, refused)
+        failed |= {_leg_name(chain.student, name): error for name, error in refused.items()}
+        found = itertools.chain.from_iterable(variants[student, target].values())
+        if told := unshown({each.key: each for each in found}.values()):
             note(told)
     yield "package"
     bundles: dict[str, dict[str, Bundle]] = {device: {} for device in probes}
-    for target, whole in float32.items():
-        smaller = itertools.chain.from_iterable(variants[target].values())
-        models = {model.key: model for model in [whole, *smaller]}
-        packed = {key: chain.package(recipe.package, model, dataset) for key, model in models.items()}
-        for device, its in variants[target].items():
+    for (student, target), whole in float32.items():
+        chain.student = student if len(exported) > 1 else ""
+        smaller = itertools.chain.from_iterable(variants[student, target].values())
+        packed: dict[str, Bundle] = {}
+        for key, model in {model.key: model for model in [whole, *smaller]}.items():
+            with tolerated(_leg_name(chain.student, "bundle", target, model.facts.variant), failed):
+                packed[key] = chain.package(recipe.package, model, dataset)
+        for device, its in variants[student, target].items():
             for model in [whole, *its]:
-                bundles[device][f"{target}-{model.facts.variant}"] = packed[model.key]
+                if model.key in packed:
+                    name = _leg_name(chain.student, target, model.facts.variant)
+                    bundles[device][name] = packed[model.key]
+    bundles = {device: its for device, its in bundles.items() if its}
+    _see_that_some_are_left(bundles, failed)
+    chain.student = ""
     yield "bench"
-    benched = chain.bench(_bench_plan(recipe, probes), bundles, dataset, again=again)
+    benched = chain.bench(_bench_plan(recipe, bundles), bundles, dataset, again=again)
     yield "report"
-    report = chain.report(_report_config(recipe), benched.one_of_each, checkpoints)
     benched.lost.update(lost)
+    missing = (*failed, *(f"measurement-{device}" for device in benched.lost))
+    config_of_page = _report_config(recipe, chain).model_copy(update={"missing": tuple(sorted(missing))})
+    report = chain.report(config_of_page, benched.one_of_each, checkpoints)
     measurements = {found.facts.device: found for found in map(believed_beside, benched.one_of_each)}
-    return Outcome(report, measurements, _named(bundles), benched.told_lost)
+    return Outcome(report, measurements, _named(bundles), benched.told_lost, failed)
 
 
-def shipped_name(recipe: Recipe) -> str:
-    """Of the run whose student is exported."""
-    return f"student-{recipe.distill.method}-seed{recipe.distill.seeds[0]}"
+def _see_that_some_are_left(made: Collection[object], failed: Mapping[str, KdpipeError]) -> None:
+    """Raises the first failure where it left nothing to go on with."""
+    if not made:
+        raise next(iter(failed.values()))
 
 
-def _bench_plan(recipe: Recipe, probes: Mapping[str, Probe]) -> BenchPlan:
-    return recipe.bench.model_copy(update={"devices": tuple(probes)})
+def exported_runs(recipe: Recipe) -> dict[str, str]:
+    """Of each student that is exported its run, that of the first seed. Raises UserError."""
+    plan, wanted = recipe.distill, recipe.export.students
+    known = (plan.method, *plan.students)
+    names = (plan.method,) if wanted == "method" else known if wanted == "all" else wanted
+    if not names:
+        raise UserError(f"export.students: wanted at least one of {', '.join(known)}")
+    for name in names:
+        if name not in known:
+            raise choice("student", name, known)
+        if len(names) > 1 and not NAME.fullmatch(name):
+            raise UserError(f"export.students: '{name}' names files: wanted letters, digits and . _ - in it")
+    return {name: f"student-{name}-seed{plan.seeds[0]}" for name in names}
 
 
-def _report_config(recipe: Recipe) -> ReportConfig:
-    config = ReportConfig(title=recipe.name)
+def _leg_name(*words: str) -> str:
+    """A student's name where there are several, a target, a variant."""
+    return "-".join(word for word in words if word)
+
+
+def _bench_plan(recipe: Recipe, devices: Iterable[str]) -> BenchPlan:
+    return recipe.bench.model_copy(update={"devices": tuple(devices)})
+
+
+def _report_config(recipe: Recipe, chain: Chain) -> ReportConfig:
+    config = ReportConfig(title=recipe.name, smoke=chain.smoke)
     if recipe.quantize is None or recipe.quantize.max_drop is None:
         return config
     return config.model_copy(update={"max_drop": recipe.quantize.max_drop})
@@ -502,18 +563,26 @@ class _Planner:
         data = self._data()
         teacher = self._teacher(data)
         students = self._students(data, teacher)
-        shipped = students[shipped_name(recipe)]
-        float32 = {target: self._export(target, shipped, data) for target in recipe.export.targets}
+        exported = exported_runs(recipe)
+        self._runs = student_runs(recipe.student, recipe.distill, recipe.data.unlabeled is not None)
+        legs = list(itertools.product(exported, recipe.export.targets))
+        float32 = {
+            (student, target): self._export(target, exported[student], students[exported[student]], data)
+            for student, target in legs
+        }
         probes, _ = probe_all(recipe.bench.devices)
-        variants = {target: self._variants(target, model, data, probes) for target, model in float32.items()}
+        variants = {leg: self._variants(leg[1], exported[leg[0]], float32[leg], data, probes) for leg in legs}
         bundles: dict[str, dict[str, Leg]] = {device: {} for device in probes}
-        for target, whole in float32.items():
-            smaller = itertools.chain.from_iterable(its.items() for its in variants[target].values())
+        for (student, target), whole in float32.items():
+            smaller = itertools.chain.from_iterable(its.items() for its in variants[student, target].values())
             every = {leg.id: (variant, leg) for variant, leg in [("float32", whole), *smaller]}
-            packed = {id: self._package(target, variant, leg, data) for id, (variant, leg) in every.items()}
-            for device, its in variants[target].items():
+            packed = {
+                id: self._package(target, variant, exported[student], leg, data) for id, (variant, leg) in every.items()
+            }
+            for device, its in variants[student, target].items():
                 for variant, leg in [("float32", whole), *its.items()]:
-                    bundles[device][f"{target}-{variant}"] = packed[leg.id]
+                    name = _leg_name(student if len(exported) > 1 else "", target, variant)
+                    bundles[device][name] = packed[leg.id]
         self.bundles = bundles
         stages = ("export", "quantize")
         models = [leg for leg in self._legs if leg.stage in stages and leg.name != "graph" and leg.refused is None]
@@ -622,9 +691,9 @@ class _Planner:
         work = forecast.asking(wanted.model_dump(mode="json"), self._recipe.teacher.model, data=inputs["data"].key)
         return self._leg("distill", "cache", "cache", wanted, inputs, work, command)
 
-    def _export(self, target: str, student: Leg, data: Leg) -> Leg:
+    def _export(self, target: str, run: str, student: Leg, data: Leg) -> Leg:
         config = ExportConfig.of(self._recipe.export, target=target)
-        source, model = student, self._recipe.student.model
+        source, model = student, self._runs[run].model
         if TARGETS[target].source is Graph:
             work = forecast.tracing(model)
             inputs = {"student": student, "data": data}
@@ -634,7 +703,9 @@ class _Planner:
         work = forecast.writing(target, model)
         return self._leg("export", f"{target}-float32", "export", config, inputs, work, command)
 
-    def _variants(self, target: str, float32: Leg, data: Leg, probes: Mapping[str, Probe]) -> dict[str, dict[str, Leg]]:
+    def _variants(
+        self, target: str, run: str, float32: Leg, data: Leg, probes: Mapping[str, Probe]
+    ) -> dict[str, dict[str, Leg]]:
         """For each device its variants by name."""
         plan = self._recipe.quantize
         found: dict[str, dict[str, Leg]] = {device: {} for device in probes}
@@ -652,7 +723,7 @@ class _Planner:
                     continue
                 config = suited(QuantizeConfig.of(plan, variant=name), probe.machine, probe.known_flags)
                 command = ("quantize", float32.path, "--data", data.path, "--device", device, *options_of(config))
-                work = forecast.shrinking(config.model_dump(mode="json"), target, self._recipe.student.model)
+                work = forecast.shrinking(config.model_dump(mode="json"), target, self._runs[run].model)
                 inputs = {"model": float32, "data": data}
                 if plan.variants == "auto" and self._is_refused(f"{target}-{name}", config, inputs, work):
                     continue
@@ -675,10 +746,10 @@ class _Planner:
             self._legs.append(leg)
         return True
 
-    def _package(self, target: str, variant: str, model: Leg, data: Leg) -> Leg:
+    def _package(self, target: str, variant: str, run: str, model: Leg, data: Leg) -> Leg:
         config = self._recipe.package
         command = ("package", model.path, "--data", data.path, *options_of(config))
-        work = forecast.packing(target, variant, self._recipe.student.model)
+        work = forecast.packing(target, variant, self._runs[run].model)
         inputs = {"model": model, "data": data}
         return self._leg("package", f"bundle-{target}-{variant}", "package", config, inputs, work, command)
 
@@ -745,7 +816,7 @@ class _Planner:
         inputs |= {f"graph-{str(leg.key)[:12]}": leg.key for leg in self._legs if leg.name == "graph"}
         inputs |= {leg.name: leg.key for leg in self._legs if leg.name == "data"}
         known = {role: key for role, key in inputs.items() if key is not None}
-        config = _report_config(self._recipe)
+        config = _report_config(self._recipe, self._chain)
         key = order_key("report", config, known) if len(known) == len(inputs) else None
         path = None if key is None else self._chain.place("report", key)
         last = {leg.name.rpartition("-")[0]: leg for leg in sessions}  # of each device
@@ -777,8 +848,8 @@ def _key(make: str, config: BaseModel, inputs: Mapping[str, Leg]) -> str | None:
 class _Course:
     """Where a run is among its legs, and about how long the rest takes."""
 
-    def __init__(self, legs: Sequence[Leg], chain: Chain) -> None:
-        self._chain = chain
+    def __init__(self, legs: Sequence[Leg], chain: Chain, diary: Diary | None = None) -> None:
+        self._chain, self._diary = chain, diary
         self._done: list[str] = []
         self.know(legs)
 
@@ -795,8 +866,10 @@ class _Course:
 
     def begin(self, path: Path) -> str:
         """As ``chain.Course`` has it."""
-        left = [self._forecast.cost(leg.work) for leg in self._open.values() if not leg.sealed]
-        words = forecast.total(left).left()
+        left = {leg.id: self._forecast.cost(leg.work) for leg in self._open.values() if not leg.sealed}
+        if self._diary is not None:
+            self._diary.begin(path.name, {id: cost.seconds for id, cost in left.items()}, len(self._done))
+        words = forecast.total(left.values()).left()
         place = len(self._done) + 1
         return f"{place} of {max(self._total, place)}" + (f", {words}" if words else "")
 
@@ -806,9 +879,17 @@ class _Course:
         self._open.pop(artifact.path.name, None)
         if made:
             self._forecast.learn(artifact.manifest)
+        if self._diary is not None:
+            self._diary.end(artifact.path.name)
         place = len(self._done)
         total = max(self._total, place)
         return f"{place:>{len(str(total))}}/{total}"
+
+    def fail(self, path: Path, error: KdpipeError) -> None:
+        """As ``chain.Course`` has it."""
+        self._open.pop(path.name, None)
+        if self._diary is not None:
+            self._diary.fail(path.name, str(error), int(error.exit_code))
 
 
 def forecast_of(chain: Chain) -> Forecast:

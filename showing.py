@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shlex
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +12,13 @@ from .core.sealed import printable
 from .forecast import Cost, duration, total
 from .inventory import Cleaning, Compared, Entry, Shown, as_text, findings, flat, results, size_of
 from .report.settings import own_settings
+from .report.words import some
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from .core.artifact import Provenance
+    from .diary import Run, Status
     from .pipeline import Leg
 
 MOST_ROWS = 40  # of settings or findings; --json has all of them
@@ -92,6 +96,49 @@ def summary(legs: Sequence[Leg], costs: Sequence[Cost]) -> str:
     if whole.unknown:
         words += f"; nothing of the same kind was made here yet for {whole.unknown}: their time is unknown"
     return words
+
+
+# ---- what runs -------------------------------------------------------------------------------------------
+
+
+def status_lines(found: Status) -> Iterator[str]:
+    """What runs, what is left of runs that are gone, and what failed; that nothing runs where that is so."""
+    for run in found.runs:
+        yield from _run_lines(run)
+    if found.being_made:
+        yield f"being made now: {', '.join(found.being_made)}"
+    for failure in found.failed:
+        yield f"failed {_ago(failure.failed_unix)}: {failure.leg}: {failure.message}"
+    for name, resumable in found.left_behind.items():
+        what = "the same command goes on with it" if resumable else "the same command begins it anew"
+        yield f"left behind by a process that is gone: {name}; {what}"
+    if not any(run.lives for run in found.runs) and not found.being_made:
+        yield f"nothing runs in {found.folder}"
+
+
+def _run_lines(run: Run) -> Iterator[str]:
+    command, total = shlex.join(run.command), run.done + len(run.waiting) + (run.now is not None)
+    if not run.lives:
+        at = f" while it made {run.now}" if run.now else ""
+        yield (
+            f"gone: process {run.process} was ended{at}, {run.done} of {total} were done; the same command goes on: "
+            f"{command}"
+        )
+        return
+    doing = f"{run.now} for {duration(run.now_seconds)}" if run.now else "between two steps"
+    yield f"running: {command} (process {run.process}, begun {_ago(run.begun_unix)})"
+    how = "at least" if run.unknown else "about"
+    if run.unknown == len(run.waiting) + (run.now is not None):
+        left = "time left unknown: nothing of the same kind was made here yet"
+    else:
+        left = f"{how} {duration(run.left_seconds)} left"
+    yield f"  {run.done} of {total} done; now {doing}; {left}"
+    if run.waiting:
+        yield f"  waiting: {some(list(run.waiting))}"
+
+
+def _ago(unix: float) -> str:
+    return f"{duration(max(0.0, time.time() - unix))} ago"
 
 
 # ---- a folder --------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def padded(bundle: Path, copy: Path, size: int) -> Path:
     manifest = json.loads((copy / sealed.MANIFEST).read_text())
     manifest["files"]["padding.bin"] = {"sha256": sealed.sha256_file(copy / "padding.bin"), "size_bytes": size}
     manifest["digest"] = sealed.digest(manifest)
-    (copy / sealed.MANIFEST).write_text(json.dumps(manifest))
+    (copy / sealed.MANIFEST).write_bytes(sealed.spelled(manifest))
     return copy
 
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 RESUME = "resume"
 LARGEST_BESIDE_BYTES = 64 * sealed.MIB  # of a signature, which names every file
+LOOK_SECONDS = 0.01  # between two looks whether a lock is free
 EVIDENCE = "evidence"  # subfolder of what a stage looked at: kept, not shipped
 # A file whose times are older than that cannot be changed without their changing too, however coarse the clock of its
 # file system is.
@@ -229,6 +230,20 @@ class OtherVersion(UserError):
     """An artifact that another version of kdpipe wrote."""
 
 
+class Busy(UserError):
+    """Another process is writing the artifact at ``out``, or has sealed it just now."""
+
+    def __init__(self, message: str, out: Path) -> None:
+        super().__init__(message)
+        self.out = out
+
+
+class NoSpace(UserError):
+    """The disk is full."""
+
+    stops_all = True
+
+
 @contextlib.contextmanager
 def unsound_is_users() -> Iterator[None]:
     """What is not as it was sealed is told in one line, as a user's mistake."""
@@ -379,15 +394,20 @@ def drafting(kind: type[A], order: Order[Any], out: Path, *, resumable: bool = F
     ``resume`` that outlives both, until the same key is sealed or another one is begun.
 
     Raises:
-        UserError: another process is writing ``out``, ``out`` exists already, or the disk is full.
+        Busy: another process is writing ``out``, or it exists already.
+        NoSpace: the disk is full.
+        UserError: ``out`` may not be written.
     """
     if out.exists():
-        raise UserError(f"{out} exists already: sealed artifacts are never changed, choose another --out")
-    part = out.with_name(out.name + ".part")
+        raise Busy(f"{out} exists already: sealed artifacts are never changed, choose another --out", out)
+    part = part_of(out)
     begun = time.monotonic()
-    with _readable_disk_errors(out):
-        part.mkdir(parents=True, exist_ok=True)
-    with _exclusive(part):
+    with contextlib.ExitStack() as stack:
+        with _readable_disk_errors(out):
+            stack.enter_context(_exclusive(part, out))
+        if out.exists():
+            shutil.rmtree(part, ignore_errors=True)
+            raise Busy(f"{out} was made by another process meanwhile: the same command finds it", out)
         try:
             with _readable_disk_errors(out):
                 draft: Draft[A] = Draft(part, resume=_begin(part, order.key) if resumable else None)
@@ -406,7 +426,7 @@ def drafting(kind: type[A], order: Order[Any], out: Path, *, resumable: bool = F
                 _sync_folder(out.parent)
         except BaseException as error:
             # Libraries wrap the error in one of their own, so its text and the disk itself are asked.
-            no_space = os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(part).free < 4096
+            no_space = os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(out.parent).free < 4096
             _abandon(part)
             if no_space and isinstance(error, Exception) and not isinstance(error, KdpipeError):
                 raise _no_space(out) from error
@@ -426,7 +446,7 @@ def receiving(out: Path) -> Iterator[Path]:
     part = out.with_name(out.name + ".part")
     with _readable_disk_errors(out):
         part.mkdir(parents=True, exist_ok=True)
-        with _exclusive(part):
+        with _exclusive(part, out):
             try:
                 yield part
                 shutil.rmtree(part / RESUME, ignore_errors=True)  # of a run that was to make it here
@@ -488,8 +508,8 @@ def _seal(kind: type[A], draft: Draft[A], order: Order[Any], seconds: float) -> 
         "seconds": round(seconds, 3),
     }
     value["digest"] = sealed.digest(value)
-    with (draft.path / MANIFEST).open("w") as stream:
-        json.dump(value, stream, indent=1, allow_nan=False)
+    with (draft.path / MANIFEST).open("wb") as stream:
+        stream.write(sealed.spelled(value))
         stream.flush()
         os.fsync(stream.fileno())
     return read_manifest(draft.path)  # what could not be read back, such as a title with control characters, is refused
@@ -513,22 +533,68 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def part_of(out: Path) -> Path:
+    """Where the artifact ``out`` lies until it is whole."""
+    return out.with_name(out.name + ".part")
+
+
 @contextlib.contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """Hold a lock on ``folder`` that the kernel releases however this process ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+def _exclusive(part: Path, out: Path) -> Iterator[None]:
+    """Make ``part`` and hold a lock on it that the kernel releases however this process ends. Raises Busy.
+
+    Who held it before may have renamed or removed the folder since it was opened here: what is locked must be what
+    lies there.
+    """
+    while True:
+        part.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(part, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        try:
+            if not _locked(descriptor, tries=4):  # it may be somebody who only looks: see ``is_held``
+                raise Busy(f"another process is writing {part}: wait for it or choose another folder", out)
+            if _is_at(descriptor, part):
+                yield
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _locked(descriptor: int, tries: int = 1) -> bool:
+    """Take the lock of what is open, if nobody has it."""
+    for left in reversed(range(tries)):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is writing {folder}: wait for it or choose another folder") from None
-        yield
+            if left:
+                time.sleep(LOOK_SECONDS)
+        else:
+            return True
+    return False
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process that lives holds the lock of a file or folder; not of one that is not there."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return not _locked(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _no_space(out: Path) -> UserError:
-    return UserError(f"no disk space left while writing {out}: free some and run the same again")
+def _no_space(out: Path) -> NoSpace:
+    return NoSpace(f"no disk space left while writing {out}: free some and run the same again")
 
 
 @contextlib.contextmanager

@@ -142,6 +142,11 @@ class DataPlan(Config):
         exclude=True,
         description="shorter side of the copies, pixels; left out, what the recipe's networks need (512 without one)",
     )
+    most_images: int | None = Field(
+        None,
+        ge=1,
+        description="images of each part at most, even over the classes and at least one of each; left out, all",
+    )
     seed: int = Field(0, description="seed of the splits")
     license: Licence | None = Field(
         None,
@@ -165,9 +170,9 @@ class DataConfig(DataPlan):
 
     @model_serializer(mode="wrap")
     def _without_what_is_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Neither what would become of copies that are not there nor a part that is not read makes another key."""
+        """Neither what would become of copies that are not there nor what is not asked for makes another key."""
         values: dict[str, Any] = serialize(self)
-        later = ("held_out_copies", "val_split")
+        later = ("held_out_copies", "val_split", "most_images")
         return {name: value for name, value in values.items() if name not in later or value is not None}
 
 
@@ -510,8 +515,13 @@ class RandomConfig(Config):
 
 
 class ExportPlan(GraphConfig):
-    """The targets of a recipe."""
+    """The students and the targets of a recipe."""
 
+    students: Literal["method", "all"] | tuple[str, ...] = Field(
+        "method",
+        description="whose networks are exported: that of distill.method, all, or a list of names: distill.method, and "
+        "those of distill.students",
+    )
     targets: tuple[str, ...] = Field(("onnxruntime", "openvino", "tensorrt", "tflite"), min_length=1)
 
 
@@ -871,8 +881,18 @@ class ReportConfig(Config):
     """What the page is called, and what it advises."""
 
     version: Literal[3] = Field(3, description="of the numbers and the page: reports of another one are made anew")
+    # What came later: as long as it says nothing it is in no key.
+    LATER: ClassVar[tuple[str, ...]] = ("missing", "smoke")
+
     title: str = Field("kdpipe", description="title of the page")
     max_drop: float = Field(0.5, gt=0, description="points of accuracy that an advised variant may lose to float32")
+    missing: tuple[str, ...] = Field((), description="what a run failed to make, which the page names")
+    smoke: bool = Field(False, description="of a smoke run: the page says that no number of it is a result")
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_unsaid(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        return {name: value for name, value in values.items() if value or name not in self.LATER}
 
 
 class GatePlan(Config):

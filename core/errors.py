@@ -30,6 +30,7 @@ class KdpipeError(Exception):
     """Base of every failure that is told to the user without a traceback."""
 
     exit_code = ExitCode.MISTAKE
+    stops_all = False  # whether what else there is to do cannot be done either
 
 
 class UserError(KdpipeError):

@@ -260,18 +260,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise Unsound(f"no artifact at {folder}: the folder does not exist")
     try:
-        value = read_json(path)
+        text = read_file(path, LARGEST_JSON_BYTES)
     except FileNotFoundError:
         raise Unsound(f"{folder} has no {MANIFEST}: it is not an artifact, or was never finished") from None
     except Unsound as error:
         raise Unsound(f"{error}: not a manifest (broken or edited), make the artifact again") from None
+    try:
+        value = parse_json(text)
+    except Unsound as error:
+        raise Unsound(f"{path}: {error}: not a manifest (broken or edited), make the artifact again") from None
     version = value.get("schema_version") if isinstance(value, dict) else None
     if type(version) is int and version != SCHEMA_VERSION:
         raise OtherVersion(f"{folder} has schema version {version}, wanted {SCHEMA_VERSION}: make it again")
     try:
         if type(version) is not int:
             raise Unsound(f"its schema version is {printable(repr(version), 40)}, wanted {SCHEMA_VERSION}")
-        fits = digest(value) == value.get("digest")
+        # The digest is of values, and other bytes may spell them: 1E-05, a last digit, a line's end for a space.
+        fits = digest(value) == value.get("digest") and spelled(value) == text
         check_names(value)
         check_records(value.get("files"))
     except (Unsound, RecursionError) as error:
@@ -280,6 +285,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not fits:
         raise Unsound(f"{path} was edited after sealing: make the artifact again")
     return dict(value)
+
+
+def spelled(manifest: dict[str, Any]) -> bytes:
+    """The one text of a manifest's file."""
+    return json.dumps(manifest, indent=1, allow_nan=False).encode()
 
 
 def digest(manifest: dict[str, Any]) -> str:

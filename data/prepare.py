@@ -22,7 +22,7 @@ from .listing import MOST_NAMED, Others, list_images
 from .looks import Looks, examine
 from .sheet import write_sheet
 from .sources import Split, digits, reader
-from .splits import stratified_fraction
+from .splits import stratified_count, stratified_fraction
 from .survey import Broken, counted
 
 LONGEST_LIST = 1200  # characters of a message that names images
@@ -132,6 +132,8 @@ def _read_source(draft: Draft[Dataset], config: DataConfig, others: Others) -> S
         roots["unlabeled"] = config.unlabeled.absolute()
         others.folder = os.fsencode(roots["unlabeled"]) + b"/"
         parts["unlabeled"] = _unlabeled(roots["unlabeled"], others)
+    if config.most_images is not None:
+        parts = {part: _at_most(split, config.most_images, config.seed) for part, split in parts.items()}
     return Source(classes, parts, roots, whole, stays=root is not None)
 
 
@@ -140,6 +142,12 @@ def _cut(samples: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     taken = np.zeros(len(samples.names), bool)
     taken[stratified_fraction(samples.labels, fraction, seed)] = True
     return samples.at(~taken), samples.at(taken)
+
+
+def _at_most(samples: Split, count: int, seed: int) -> Split:
+    """So many samples, or one of each class if there are more of them, in the given order."""
+    wanted = max(count, len(np.unique(samples.labels)))
+    return samples.at(np.sort(stratified_count(samples.labels, wanted, seed)))
 
 
 def _records(split: Split, copied: bool) -> np.ndarray:

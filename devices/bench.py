@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..core.artifact import Order, drafting, write_json
+from ..core.artifact import Busy, Order, drafting, write_json
 from ..core.config import BenchConfig, Corruption
 from ..core.errors import DeviceLost, KdpipeError, UserError
 from ..core.kinds import (
@@ -56,7 +56,7 @@ from .accuracy import (
 )
 from .conditions import conditions, seen_around
 from .journal import Journal
-from .lock import held
+from .lock import WAIT_SECONDS, held
 from .session import settings_of, threads_of
 from .surroundings import Watch, fell_back
 from .talk import Talk, together
@@ -126,7 +126,8 @@ def bench(
     with (
         held(device.settings, talk),
         drafting(Measurement, order, out, resumable=True) as draft,
-        tempfile.TemporaryDirectory() as scratch,
+        # Below the draft: what a kill leaves there goes with it.
+        tempfile.TemporaryDirectory(dir=draft.path.absolute()) as scratch,
     ):
         assert draft.resume is not None  # the draft was begun as a resumable one
         journal = Journal(draft.resume)
@@ -221,7 +222,9 @@ def bench_side_by_side(
             order, bundles = sessions[path]
             talk = talks[order.config.device]
             try:
-                made = bench(order, bundles, dataset, path, talk, host if path in elsewhere else {})
+                made = _one_writer(
+                    lambda: bench(order, bundles, dataset, path, talk, host if path in elsewhere else {})
+                )
             except KdpipeError as error:
                 talk.advance(0, "given up")
                 return error
@@ -240,6 +243,17 @@ def bench_side_by_side(
                 while wait(futures.values(), timeout=CLEANING_SECONDS).not_done:
                     end_groups()  # what a thread had started at that very moment
                 raise
+
+
+def _one_writer(call: Callable[[], Measurement]) -> Measurement:
+    """What ``call`` measures; or what another process did, that has measured the same session on the same device."""
+    while True:
+        try:
+            return call()
+        except Busy as busy:
+            if busy.out.exists():
+                return Measurement.open(busy.out)
+            time.sleep(WAIT_SECONDS)
 
 
 def _is_elsewhere(device: str) -> bool:

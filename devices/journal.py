@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import time
@@ -76,7 +77,7 @@ class Journal:
             self.pauses_seconds = [*self.pauses_seconds, round(pause, 3)]
         self._write_session(timed)
         # A line that a kill cut short goes: the next one must begin on a line of its own.
-        _replace(self._processes, "".join(process.model_dump_json() + "\n" for process in kept))
+        _replace(self._processes, "".join(map(_line, kept)))
         for process in kept:
             self._take(process)
         return 0
@@ -99,7 +100,7 @@ class Journal:
         path = self.outputs(bundle, part)
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
-        _replace(path.with_suffix(".json"), answer.model_dump_json())
+        _replace(path.with_suffix(".json"), _line(answer))
 
     def answer(self, bundle: str, part: str) -> Prediction | None:
         """What came with a bundle's outputs for a part of the images, if they lie here."""
@@ -115,14 +116,14 @@ class Journal:
 
     def _append(self, process: _Process) -> None:
         with self._processes.open("a") as stream:
-            stream.write(process.model_dump_json() + "\n")
+            stream.write(_line(process))
             stream.flush()
             os.fsync(stream.fileno())
         self._take(process)
 
     def _write_session(self, timed: Sequence[str]) -> None:
         session = _Session(order_seed=self.order_seed, timed=list(timed), pauses_seconds=self.pauses_seconds)
-        _replace(self._session, session.model_dump_json())
+        _replace(self._session, _line(session))
 
     def _read(self) -> tuple[_Session | None, list[_Process]]:
         """The session, and every whole line up to the first that is not."""
@@ -130,16 +131,30 @@ class Journal:
         written = self._processes.read_bytes() if self._processes.is_file() else b""
         for line in written.split(b"\n"):
             try:
-                found.append(_Process.model_validate_json(line))
+                found.append(_record(_Process, line))
             except ValueError:
                 break
         return _load(_Session, self._session), found
 
 
+def _line(record: Record) -> str:
+    """A record after its hash: what a kill cut short or a disk changed is none."""
+    text = record.model_dump_json()
+    return f"{hashlib.sha256(text.encode()).hexdigest()} {text}\n"
+
+
+def _record(kind: type[R], line: bytes) -> R:
+    """The record of a line. Raises ValueError where it is not as it was written."""
+    digest, _, text = line.partition(b" ")
+    if hashlib.sha256(text).hexdigest().encode() != digest:
+        raise ValueError("not the line that was written")
+    return kind.model_validate_json(text)
+
+
 def _load(kind: type[R], path: Path) -> R | None:
     """A record that ``_replace`` wrote; None where there is none, or one of another version of kdpipe."""
     try:
-        return kind.model_validate_json(path.read_text())
+        return _record(kind, path.read_bytes().rstrip(b"\n"))
     except (FileNotFoundError, ValueError):
         return None
 

@@ -84,7 +84,8 @@ def decode(records: np.ndarray, classes: int) -> Tensor:
     if "logits" in (records.dtype.names or ()):
         return torch.from_numpy(records["logits"].astype(np.float32))
     top = records["classes"].shape[1]
-    logits = np.repeat(np.log(records["rest"] / (classes - top))[:, None], classes, axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):  # of a mass that none can be; whoever decodes looks at it
+        logits = np.repeat(np.log(records["rest"] / (classes - top))[:, None], classes, axis=1)
     largest = records["largest"][:, None] + records["below"].astype(np.float32)
     np.put_along_axis(logits, records["classes"].astype(np.int64), largest, axis=1)
     return torch.from_numpy(logits.astype(np.float32))
@@ -156,7 +157,10 @@ class CachedTeacher(nn.Module):
             records[here] = self._shard(int(number))[rows[here]]
         if "classes" in (self._kind.names or ()) and (records["classes"] >= self._classes).any():
             raise UserError(f"{self._cache.path} has records of classes that it has not: build it again")
-        return TeacherOutput(decode(records, self._classes).to(view.device))
+        logits = decode(records, self._classes)
+        if not torch.isfinite(logits).all():
+            raise UserError(f"{self._cache.path} has records that are not finite: build it again")
+        return TeacherOutput(logits.to(view.device))
 
     def _shard(self, view: int) -> np.memmap[Any, Any]:
         if view not in self._shards:

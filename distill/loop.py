@@ -315,10 +315,7 @@ class Run:
         row: dict[str, Any] = {"epoch": self.epoch + 1, "phase": phase.name, "loss": sums["loss"] / sums["images"]}
         if sums["judged"]:
             row["train_accuracy"] = sums["right"] / sums["judged"]
-        row |= {
-            "images_per_second": speed,
-            "learning_rate": self._optimizer.param_groups[0]["lr"],
-        }
+        row["learning_rate"] = self._optimizer.param_groups[0]["lr"]
         over = self._phase_is_over
         looks = over or (self.epoch + 1) % self.settings.validate_every == 0
         if self._has_validation and phase.has_accuracy and looks:
@@ -326,7 +323,8 @@ class Run:
         elif phase.handover == "best" and row["loss"] < self._lowest:
             self._lowest, self._best_weights = row["loss"], copy.deepcopy(self.network.state_dict())
         self.history.append(row)
-        self._tell(row)
+        # Its speed is an event: sealed, the same run would never give the same file.
+        self._tell(row | {"images_per_second": speed})
         if over:
             if phase.handover == "best" and self._best_weights is not None:
                 self.network.load_state_dict(self._best_weights)

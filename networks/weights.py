@@ -115,6 +115,12 @@ def _read(path: Path) -> Any:
         if start[8:] != b"{":  # safetensors: the length of a JSON header, and the header
             raise ValueError("it begins as neither of them does")
         return load_file(path)
+    if start[:4] == ZIP:
+        with zipfile.ZipFile(path) as archive:
+            packed = {entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED}
+        # torch packs nothing but the code of TorchScript, which is not read: what is packed may unpack to anything.
+        if odd := sorted(name for name in packed if "/code/" not in name):
+            raise ValueError(f"'{printable(odd[0], 80)}' in it is packed")
     # What timm and torchvision save beside the weights is harmless. A stream, because torch goes by names too.
     with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as stream:
         return torch.load(stream, map_location="cpu", weights_only=True)
@@ -135,7 +141,10 @@ def _is_cut_short(path: Path, error: Exception) -> bool:
     with path.open("rb") as stream:
         start = stream.read(9)
         if not start or start[:4] == ZIP:  # the list of a zip's contents is at its end
-            return not zipfile.is_zipfile(path)
+            try:
+                return not zipfile.is_zipfile(path)
+            except zipfile.BadZipFile:
+                return False
         if start[8:] == b"{" and start[:4] != PICKLE:
             stream.seek(8)
             length = int.from_bytes(start[:8], "little")

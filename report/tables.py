@@ -75,6 +75,8 @@ def collect(
     return {
         "schema_version": config.version,
         "title": config.title,
+        "smoke": config.smoke,
+        "missing": list(config.missing),
         "task": {name: getattr(task, name) for name in ("name", "metric", "unit", "summary_note", "change_note")},
         "measured_utc": max(measurement.manifest.created_utc for measurement in shown.values()),
         "chain": chain(shown.values(), checkpoints),
@@ -651,6 +653,8 @@ def summary_table(device: Numbers, task: Numbers) -> Table:
 
 def print_summary(console: Console, numbers: Numbers) -> None:
     """The report in a terminal: of each device main table, ``device_lines`` and what to take, then the rest."""
+    for line in words.caveats(numbers):
+        console.print(line, markup=False, highlight=False)
     for device in numbers["devices"]:
         if len(numbers["devices"]) > 1:
             console.print(words.device_heading(device), markup=False, highlight=False)

@@ -12,6 +12,7 @@ from ..runtime.task import Task
 
 NOTHING = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
+SMOKE = "A smoke run: two batches through every stage. It shows that they work; no number of it is a result."
 
 
 def figure(value: float | None, digits: int = 3) -> str:
@@ -325,6 +326,16 @@ def gain_sentence(gain: Mapping[str, Any]) -> str:
     return f"Loss: {gain['method']} lost {amount} against labels alone over {found['n']} seeds ({where})."
 
 
+def caveats(numbers: Mapping[str, Any]) -> list[str]:
+    """What comes before every number of a report: that it is none, or that some are missing."""
+    lines = []
+    if numbers.get("smoke"):
+        lines.append(SMOKE)
+    if missing := numbers.get("missing"):
+        lines.append(f"Missing, since making it failed: {listed(missing)}.")
+    return lines
+
+
 def hop_lines(hop: Mapping[str, Any]) -> list[str]:
     """``openvino of small: torch 97.40 -> float32 97.40 (no flips)`` and below it the variants, in per cent."""
     ran = f" ({hop['ran']})" if hop["ran"] else ""
@@ -337,7 +348,7 @@ def hop_lines(hop: Mapping[str, Any]) -> list[str]:
 
 def of_student(told: Mapping[str, Any]) -> str:
     """For which target something is told, and of whom where there are several students."""
-    return str(told["target"]) + (f" of {told['student']}" if told["student"] else "")
+    return str(told["target"]) + (f" of {told['student']}" if told.get("student") else "")
 
 
 def advice_sentence(advised: Mapping[str, Any]) -> str:

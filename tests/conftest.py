@@ -334,7 +334,7 @@ def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -
     value = json.loads((folder / MANIFEST).read_text())
     change(value)
     value["digest"] = sealed.digest(value)
-    (folder / MANIFEST).write_text(json.dumps(value))
+    (folder / MANIFEST).write_bytes(sealed.spelled(value))
 
 
 def replace_file(folder: Path, name: str, content: bytes) -> None:

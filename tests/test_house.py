@@ -82,7 +82,11 @@ def test_every_command_is_in_the_documents() -> None:
 def test_readmes_commands_exist() -> None:
     commands = set(re.findall(r"^  ([a-z]+) ", kdpipe("--help").stdout.partition("Commands:")[2], re.MULTILINE))
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for name in ("README.md", "CONTRIBUTING.md", "docs/guide.md", "docs/python.md", "docs/scale.md"):
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        *(f"docs/{page}.md" for page in ("ci", "guide", "python", "scale", "security")),
+    ):
         text = (ROOT / name).read_text()
         assert set(re.findall(r"^\s*kdpipe ([a-z]+)", text, re.MULTILINE)) <= commands, name
         assert set(re.findall(r"^\s*make ([a-z]+)", text, re.MULTILINE)) <= targets, name

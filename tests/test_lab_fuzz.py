@@ -1,83 +1,38 @@
-"""Flipped bytes and rewritten manifests: every one ends in one line, none in a traceback or in belief."""
+"""Changed files and rewritten manifests: every one ends in one line, none in a traceback or in belief."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import Made, assert_one_line, flip_a_byte, kdpipe, rewrite_manifest
+from fuzz import READERS, STRANGE, drop, everywhere, exercise, put
 from test_strangers import runner
 
 from kdpipe.chain import Chain
-from kdpipe.core import sealed
 from kdpipe.core.artifact import MANIFEST
 from kdpipe.core.config import DataPlan
 from kdpipe.core.errors import UserError
 from kdpipe.core.kinds import Bundle
 from kdpipe.data.dataset import Dataset
-from kdpipe.runtime.weights import ModelFileError, refuse_files_elsewhere
 
 pytestmark = pytest.mark.lab
 
-FLIPS = 300
-GOLDEN_ARRAYS = {"images": ("u", 4), "logits": ("f", 2)}
+INPUTS = 10_000  # of each reader
 MUTANTS = 100
-STRANGE: tuple[Any, ...] = (
-    None, -1, 0, 10**9, 10**30, 1e308, "x", "", "../../etc/passwd", "[red]", "\x1b[2J", [], {}, True, [1], [[]],
-)  # fmt: skip
 
 
-def flip_at(path: Path, at: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1 << (at % 8)
-    path.write_bytes(data)
-
-
-def test_flipped_bytes_are_refused(made: Made, tmp_path: Path) -> None:
-    bundle = made.bundles["onnxruntime-int8"].path
-    generator = np.random.default_rng(0)
-    files = [path.relative_to(bundle) for path in sorted(bundle.rglob("*")) if path.is_file()]
-    for turn in range(FLIPS):
-        copy = tmp_path / "bundle"
-        shutil.copytree(bundle, copy)
-        name = files[int(generator.integers(len(files)))]
-        at = int(generator.integers((copy / name).stat().st_size))
-        flip_at(copy / name, at)
-        done = kdpipe("verify", copy)
-        assert done.returncode in (1, 2), f"flip {turn}: byte {at} of {name} was not seen"
-        assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("kdpipe: "), (
-            name,
-            at,
-            done.stderr,
-        )
-        shutil.rmtree(copy)
-
-
-def test_readers_of_files_raise_one_kind_of_error(made: Made, tmp_path: Path) -> None:
-    """Bytes put in, taken out and changed, mostly where headers are: read, or refused by the reader's own error."""
-    bundle, generator = made.bundles["onnxruntime-int8"], np.random.default_rng(0)
-    readers: list[tuple[Path, type[Exception], Callable[[Path], object]]] = [
-        (bundle.path / MANIFEST, sealed.Unsound, sealed.read_json),
-        (bundle.file("golden.npz"), sealed.Unsound, lambda path: sealed.load_arrays(path, GOLDEN_ARRAYS)),
-        (made.measurement.file("labels.npy"), sealed.Unsound, lambda path: sealed.load_array(path, "iu", 1)),
-        (bundle.file("model.onnx"), ModelFileError, refuse_files_elsewhere),
-    ]
-    for source, refusal, read in readers:
-        whole, copy = source.read_bytes(), tmp_path / source.name
-        for _ in range(FLIPS):
-            content = bytearray(whole)
-            for _ in range(int(generator.integers(1, 4))):
-                start = int(generator.integers(len(content) if generator.integers(2) else min(256, len(content))))
-                content[start : start + int(generator.integers(4))] = generator.bytes(int(generator.integers(4)))
-            copy.write_bytes(content)
-            with contextlib.suppress(refusal):
-                read(copy)
+@pytest.mark.parametrize("name", READERS)
+def test_ten_thousand_inputs_end_in_no_traceback_and_in_no_belief(made: Made, tmp_path: Path, name: str) -> None:
+    told = exercise(READERS[name](made, tmp_path), INPUTS)
+    print(f"{name}: {told['taken']} of {told.total()} taken, {told['refused']} refused")
+    assert told.total() == INPUTS
 
 
 def leaves(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
@@ -88,18 +43,6 @@ def leaves(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str |
         yield from leaves(value[0], (*path, 0))
     else:
         yield path
-
-
-def put(value: Any, path: tuple[str | int, ...], new: Any) -> None:
-    for part in path[:-1]:
-        value = value[part]
-    value[path[-1]] = new
-
-
-def drop(value: Any, path: tuple[str | int, ...]) -> None:
-    for part in path[:-1]:
-        value = value[part]
-    del value[path[-1]]
 
 
 @pytest.mark.parametrize("name", ["onnxruntime-int8", "openvino-float32", "tflite-int8", "tensorrt-int8"])
@@ -119,14 +62,6 @@ def test_a_strangers_facts_end_in_one_line(made: Made, tmp_path: Path, name: str
             assert done.returncode in (0, 1), (path, strange)
             assert len(done.stderr.splitlines()) == done.returncode, (path, strange, done.stderr)
             shutil.rmtree(copy)
-
-
-def everywhere(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
-    """Every place in a JSON value, mappings and lists included."""
-    if path:
-        yield path
-    for name in value if isinstance(value, dict) else range(min(1, len(value))) if isinstance(value, list) else ():
-        yield from everywhere(value[name], (*path, name))
 
 
 @pytest.fixture(scope="module")

@@ -243,6 +243,14 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     torch.save(network(), path)
     with pytest.raises(UserError, match=r"more than tensors, which could run code: save its state_dict\(\) alone"):
         load_weights(network(), path)
+    torch.save({"x": torch.zeros(10**6)}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    with pytest.raises(UserError, match="in it is packed"):
+        load_weights(network(), path)
     torch.jit.script(nn.Linear(2, 2)).save(path)
     with pytest.raises(UserError, match=r"a TorchScript archive: save its state_dict"):
         load_weights(network(), path)

@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -329,6 +330,11 @@ UNREADABLE: dict[str, Case] = {
     ),
     # files
     "an edited manifest": Case(text(lambda value: value.replace("classification", "xlassification")), 2, ("edited",)),
+    "a number in other signs": Case(text(lambda value: re.sub(r"(\d)e-", r"\1E-", value)), 2, ("edited",)),
+    "a digit too many": Case(text(lambda value: re.sub(r"(\.\d+)", r"\g<1>0", value, count=1)), 2, ("edited",)),
+    "a line's end for a space": Case(text(lambda value: value.replace('": ', '":\n', 1)), 2, ("edited",)),
+    "a space for a line's end": Case(text(lambda value: value.replace("\n", " ", 1)), 2, ("edited",)),
+    "a line more": Case(text(lambda value: value + "\n"), 2, ("edited",)),
     "a file too many": Case(lambda folder: (folder / "extra").touch(), 2, ("holds 'extra'",)),
     "a compiled module": Case(
         lambda folder: [(folder / "x.cpython-311.pyc").write_bytes(b"x")], 2, ("which its manifest does not name",)
