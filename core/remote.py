@@ -29,6 +29,7 @@ from .artifact import (
     LARGEST_BESIDE_BYTES,
     RESUME,
     AnyArtifact,
+    Busy,
     FileRecord,
     Manifest,
     check_provenance,
@@ -42,6 +43,7 @@ from .proc import first_line
 from .progress import note, track
 from .sealed import MANIFEST, MIB, printable
 
+STORE = "KDPIPE_STORE"  # variable with the URL of a store, for every command that takes or makes artifacts
 MOST_FILES = 1_000_000
 AT_ONCE = 8  # files under way: a small one costs a round trip, whatever the link can carry
 BLOCK_BYTES = 8 * MIB  # asked for at a time
@@ -370,6 +372,7 @@ class Store:
 
     def __init__(self, url: str) -> None:
         """Take a URL or a path; nothing is asked of it yet. Raises UserError for a file system that is not here."""
+        self.url = url
         self._place = RemoteFolder(url)
         self._lost = False
         if _local(url) is None:
@@ -381,7 +384,7 @@ class Store:
             return False
         try:
             fetch_folder((self._place / name).url, path, kind=kind, key=key)
-        except NotThere:
+        except (NotThere, Busy):  # or another process makes or fetches it now, which will be waited for
             return False
         except Unreachable as error:
             self._lose(error)
