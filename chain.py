@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from .core.artifact import (
     Order,
     OtherVersion,
     find_ancestors,
+    forget,
     is_held,
     part_of,
     read_manifest,
@@ -148,6 +148,9 @@ class Course(Protocol):
 
     def fail(self, path: Path, error: KdpipeError) -> None:
         """The step that was to make ``path`` failed."""
+
+    def forgive(self, path: Path) -> None:
+        """That it failed is an answer: nothing is missing."""
 
 
 class Chain:
@@ -275,8 +278,11 @@ class Chain:
         of_event = any(source.kind == Measurement.kind for source in order.inputs.values())
         if path.exists() or self.store is None or kind is Measurement or of_event:
             return path.exists()
-        if self.store.fetch(self.path(name, order).name, path, kind, order.key):
-            self._fetched.add(path)
+        try:
+            if self.store.fetch(self.path(name, order).name, path, kind, order.key):
+                self._fetched.add(path)
+        except Busy as busy:
+            _wait_for(busy.out)
         return path.exists()
 
     def _share(self, name: str, order: Order[Any], artifact: AnyArtifact) -> None:
@@ -672,7 +678,7 @@ class Chain:
             except GateFailed as error:
                 if refused is not None and not refused.exists():
                     refuse(order, model, error, refused)
-                    shutil.rmtree(path.with_name(path.name + ".part"), ignore_errors=True)  # nobody goes on with it
+                    forget(path)  # nobody goes on with it
                 raise
 
         return self.step(f"{model.facts.target}-{config.variant}", Model, order, make, out)
@@ -688,6 +694,8 @@ class Chain:
             return self._quantize(config, model, dataset, refused=self.place(Refusal.name_of(name), key))
         except GateFailed as error:
             note(f"{model.facts.target} goes without {config.variant}: {error}")
+            if self.course:
+                self.course.forgive(self.place(name, key))
             return None
 
     def refusal(self, name: str, key: str) -> Refusal | None:
@@ -912,7 +920,7 @@ class Chain:
             KdpipeError: as ``bench`` does.
         """
         from .deploy import gate, verdict
-        from .deploy.changes import changed, device_changed
+        from .deploy.changes import changed, measured_changed
 
         rules = parse_rules(plan.rules)
         if baseline is None and (relative := [rule for rule in rules if rule.is_relative]):
@@ -933,7 +941,7 @@ class Chain:
         if parts := [rule.part for rule in rules if rule.part is not None]:
             own = getattr(bench, "corruptions", ())
             bench = changed_config(bench, {"corruptions": tuple(dict.fromkeys([*own, *parts]))}, "bench")
-        sessions = self._trusted_sessions(bench, rows, dataset, plan.sessions if counted else 1)
+        sessions = self._sessions_of(bench, rows, dataset, plan.sessions if counted else 1, trusted=counted)
         inputs = {f"measurement-{device}-{attempt_of(each.manifest)}": each
                   for device, its in sessions.items() for each in its}  # fmt: skip
         then = {} if baseline is None else {**self._measured_before(baseline, inputs.values()), **baseline.measured}
@@ -948,9 +956,7 @@ class Chain:
         def make(path: Path) -> Verdict:
             verdicts = gate.decide(gate.questions(rules, sessions, pairs))
             since = {
-                device: device_changed(
-                    then[device].config["device_fingerprint"], its[-1].settings["device_fingerprint"]
-                )
+                device: measured_changed(then[device], its[-1].manifest)
                 for device, its in sessions.items()
                 if device in then
             }
@@ -973,18 +979,24 @@ class Chain:
 
         return self.step("verdict", Verdict, order, make, out)
 
-    def _trusted_sessions(
-        self, bench: BenchPlan, rows: Mapping[str, Mapping[str, Bundle]], dataset: Dataset, wanted: int
+    def _sessions_of(
+        self,
+        bench: BenchPlan,
+        rows: Mapping[str, Mapping[str, Bundle]],
+        dataset: Dataset,
+        wanted: int,
+        *,
+        trusted: bool,
     ) -> dict[str, list[Measurement]]:
-        """All sessions of each device; measured are what lacks of as many trusted ones, each call so many at most."""
+        """All sessions of each device; measured is what lacks of as many (trusted) ones, each call so many at most."""
         bench, begun = bench.model_copy(update={"sessions": wanted}), len(self.steps)
         benched = self.bench(bench, rows, dataset, again=False)
         for device, found in list(benched.measured.items()):
             every = attempts_beside(found[-1])
-            trusted = sum(_is_trusted(manifest) for manifest in every.values())
+            count = sum(_is_trusted(manifest) for manifest in every.values()) if trusted else len(every)
             new = {step.path.absolute() for step in self.steps[begun:] if not step.sealed_before}
-            if trusted < wanted and not new.intersection(every):
-                more = bench.model_copy(update={"devices": (device,), "sessions": wanted - trusted})
+            if count < wanted and not new.intersection(every):
+                more = bench.model_copy(update={"devices": (device,), "sessions": wanted - count})
                 benched.lost |= self.bench(more, {device: rows[device]}, dataset, again=True).lost
         if benched.lost:
             raise UserError(f"{benched.told_lost}: no verdict without it, run the same again when it is back")

@@ -1067,7 +1067,9 @@ def release(
 def pull(
     title: Annotated[str, typer.Argument(metavar="NAME@VERSION", help="such as birds@1.4.0, or birds@latest")],
     source: Annotated[str, typer.Option("--from", metavar="FOLDER|URL", help="where kdpipe release put it, hf:// too")],
-    out: Annotated[Path, typer.Option("--out", help="folder that gets NAME/VERSION")] = Path("releases"),
+    out: Annotated[
+        Path | None, typer.Option("--out", help="folder of the release [default: releases/NAME/VERSION]")
+    ] = None,
     signature: SignatureOption = None,
     identity: IdentityOption = None,
     issuer: IssuerOption = None,

@@ -77,8 +77,7 @@ class Diary:
         """``leg`` is there."""
         self._done += 1
         self._waiting.pop(leg, None)
-        with contextlib.suppress(OSError):
-            (self._folder / FAILURES / f"{leg}.json").unlink(missing_ok=True)
+        self.forgive(leg)
         if self._lock is not None:
             self._write(None)
 
@@ -91,6 +90,11 @@ class Diary:
             _replace(self._folder / FAILURES / f"{leg}.json", failure)
         if self._lock is not None:
             self._write(None)
+
+    def forgive(self, leg: str) -> None:
+        """Forget that ``leg`` failed."""
+        with contextlib.suppress(OSError):
+            (self._folder / FAILURES / f"{leg}.json").unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self

@@ -891,6 +891,11 @@ class _Course:
         if self._diary is not None:
             self._diary.fail(path.name, str(error), int(error.exit_code))
 
+    def forgive(self, path: Path) -> None:
+        """As ``chain.Course`` has it."""
+        if self._diary is not None:
+            self._diary.forgive(path.name)
+
 
 def forecast_of(chain: Chain) -> Forecast:
     """What work took so far, by what is sealed in the folder."""

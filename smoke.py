@@ -85,17 +85,16 @@ def _short(settings: TrainSettings, epochs: int) -> TrainSettings:
 
 
 def _short_plan(plan: DistillPlan) -> DistillPlan:
-    """Every student for so few epochs as its method can do with, on as many images as the others."""
-
-    def epochs(method: str) -> int:
-        return PHASE_EPOCHS if method == "stagewise" else 1
+    """Every student for as few epochs as the methods can do with, all for the same: they may share a control."""
+    methods = {plan.method, *(change.get("method", plan.method) for change in plan.students.values())}
+    epochs = PHASE_EPOCHS if "stagewise" in methods else 1
 
     def few(views: int | None) -> int | None:
         return None if views is None else min(views, BATCHES)
 
     students: dict[str, dict[str, Any]] = {}
     for name, change in plan.students.items():
-        train = {**change.get("train", {}), "epochs": epochs(change.get("method", plan.method)), "validate_every": 1}
+        train = {**change.get("train", {}), "epochs": epochs, "validate_every": 1}
         students[name] = {**change, "train": train}
         if "cache_views" in change:
             students[name]["cache_views"] = few(change["cache_views"])
@@ -105,7 +104,7 @@ def _short_plan(plan: DistillPlan) -> DistillPlan:
             students[name]["stagewise"] = {**change["stagewise"], "epochs": None}
     return plan.model_copy(
         update={
-            "train": _short(plan.train, epochs(plan.method)),
+            "train": _short(plan.train, epochs),
             "stagewise": plan.stagewise.model_copy(update={"epochs": None}),
             "label_fraction": 1.0 if plan.label_fraction else 0.0,
             "cache_views": few(plan.cache_views),

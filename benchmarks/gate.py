@@ -6,7 +6,7 @@
     python benchmarks/gate.py tell --out runs/gate
 
 ``simulate`` draws images and sessions of two networks whose true difference is known: none, exactly at the margin,
-twice the margin; and prints one JSON object. ``compare`` holds the intervals of a paired difference against each other
+twice the margin; and prints a line each. ``compare`` holds the intervals of a paired difference against each other
 at the margin, also where few images change. ``trials`` judges a bundle against itself, each time in sessions of its
 own; what is sealed is not measured again.
 """
@@ -66,7 +66,8 @@ def latencies(
     generator: np.random.Generator, sessions: int, ratio: float, spread: float
 ) -> tuple[list[Figure], list[Figure]]:
     """Both in so many sessions, which differ by 5 % for both alike, and in their ratio by ``spread``."""
-    before, after = [], []
+    before: list[Figure] = []
+    after: list[Figure] = []
     for _ in range(sessions):
         machine, own = np.exp(generator.normal(0, 0.05)), np.exp(generator.normal(0, spread))
         for kept, scale in ((before, machine), (after, machine * ratio * own)):
@@ -106,100 +107,98 @@ def counted(found: list[RuleVerdict]) -> dict[str, int]:
 
 @app.command()
 def simulate(trials: int = TRIALS) -> None:
-    """Count over simulated trials and print one JSON object."""
-    told: dict[str, Any] = {"trials": trials, "accuracy": {}, "latency": {}}
-    for changed in (0.0, 0.005, 0.03, 0.1):
-        told["accuracy"][f"{100 * changed:g} % change"] = _of_images(changed, trials)
+    """Count over simulated trials; prints one JSON object a line, each when it is known."""
+    say("many rules, none broken", _families(trials))
     for spread in (0.005, 0.02, 0.05):
-        told["latency"][f"spread {100 * spread:g} %"] = _of_sessions(spread, trials)
-    told["many rules, none broken"] = _families(trials)
-    print(json.dumps(told, indent=1))
-
-
-def _of_images(changed: float, trials: int, margin: float = 0.01) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for images in (200, 500, 1000, 2000, 5000, 20_000):
-        same, at, twice = (
-            counted(answers(partial(of_images, images=images, changed=changed, drop=drop), trials))
-            for drop in (0.0, margin, 2 * margin)
+        for sessions in (1, 2, 4, 8):
+            ask = partial(of_sessions, sessions=sessions, spread=spread)
+            truths = {"none": {"ratio": 1.0}, "at the margin": {"ratio": 1.1}, "twice the margin": {"ratio": 1.1**2}}
+            say(f"spread {100 * spread:g} %, {sessions} sessions", of_truths(ask, truths, trials))
+        say(
+            f"spread {100 * spread:g} %, asked after 3 sessions",
+            at_asked(partial(of_sessions, spread=spread), 3, truths),
         )
-        told = answers(partial(of_images, images=images, changed=changed, drop=0.0), trials)
-        printed = float(np.median([each.detectable or np.nan for each in told]))
-        found[f"{images} images"] = {
-            "none": same, "at the margin": at, "twice the margin": twice,
-            "printed_detectable": printed, "simulated_detectable": seen_drop(images, changed, trials),
-        }  # fmt: skip
-    first = answers(partial(of_images, images=500, changed=changed, drop=0.0), trials)
-    found["at the number that it asked for"] = at_asked(
-        first, lambda generator, images, drop: of_images(generator, images, changed, drop), (0.0, margin, 2 * margin)
-    )
-    return found
-
-
-def _of_sessions(spread: float, trials: int, margin: float = 1.1) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for sessions in (1, 2, 4, 8, 16):
-        same, at, twice = (
-            counted(answers(partial(of_sessions, sessions=sessions, ratio=ratio, spread=spread), trials))
-            for ratio in (1.0, margin, margin**2)
+    for changed in (0.0, 0.005, 0.03, 0.1):
+        for images in (500, 2000, 10_000):
+            ask = partial(of_images, images=images, changed=changed)
+            truths = {"none": {"drop": 0.0}, "at the margin": {"drop": 0.01}, "twice the margin": {"drop": 0.02}}
+            say(f"{100 * changed:g} % change, {images} images", of_truths(ask, truths, trials))
+        say(
+            f"{100 * changed:g} % change, asked after 500 images",
+            at_asked(partial(of_images, changed=changed), 500, truths),
         )
-        found[f"{sessions} sessions"] = {"none": same, "at the margin": at, "twice the margin": twice}
-        if sessions > 1:
-            told = answers(partial(of_sessions, sessions=sessions, ratio=1.0, spread=spread), trials)
-            found[f"{sessions} sessions"] |= {
-                "printed_detectable": float(np.median([each.detectable or np.nan for each in told])),
-                "simulated_detectable": seen_ratio(sessions, spread, trials),
-            }
-    first = answers(partial(of_sessions, sessions=3, ratio=1.0, spread=spread), trials)
-    found["at the number that it asked for"] = at_asked(
-        first,
-        lambda generator, sessions, ratio: of_sessions(generator, sessions, ratio, spread),
-        (1.0, margin, margin**2),
-    )
-    return found
+    for changed in (0.0, 0.005, 0.03, 0.1):
+        for images in (500, 2000):
+            say(f"{100 * changed:g} % change, {images} images, detectable", detectable_drop(images, changed, trials))
+    for sessions in (4, 8):
+        say(f"spread 2 %, {sessions} sessions, detectable", detectable_ratio(sessions, 0.02, trials))
+
+
+def say(what: str, found: dict[str, Any]) -> None:
+    """A line of what was counted."""
+    print(json.dumps({"simulated": what, **found}), flush=True)
+
+
+def of_truths(
+    ask: Callable[..., Question], truths: dict[str, dict[str, float]], trials: int
+) -> dict[str, dict[str, int]]:
+    """The answers of so many trials of each truth."""
+    return {name: counted(answers(partial(ask, **truth), trials)) for name, truth in truths.items()}
 
 
 def at_asked(
-    first: list[RuleVerdict],
-    ask: Callable[[np.random.Generator, int, float], Question],
-    truths: tuple[float, float, float],
+    ask: Callable[..., Question], few: int, truths: dict[str, dict[str, float]], trials: int = TRIALS
 ) -> dict[str, Any]:
-    """Those that were not told are asked again, with as many as each asked for: new ones, of each truth."""
+    """Those that so ``few`` do not tell are asked again, with as many as each asked for: new ones, of each truth."""
+    count = "sessions" if ask.func is of_sessions else "images"  # type: ignore[attr-defined]
+    first = answers(partial(ask, **{count: few}, **truths["none"]), trials)
     asked = [each.needed for each in first if each.answer == "cannot tell" and each.needed is not None]
     found: dict[str, Any] = {"told_at_once": sum(each.answer != "cannot tell" for each in first), "asked": len(asked)}
     if asked:
         found["number"] = {"least": min(asked), "median": float(np.median(asked)), "most": max(asked)}
-        for name, truth in zip(("none", "at the margin", "twice the margin"), truths, strict=True):
-            again = [decide([ask(np.random.default_rng([9, at]), number, truth)])[0] for at, number in enumerate(asked)]
+        for name, truth in truths.items():
+            again = [
+                decide([ask(np.random.default_rng([9, at]), **{count: number}, **truth)])[0]
+                for at, number in enumerate(asked)
+            ]
             found[name] = counted(again)
     return found
 
 
-def seen_drop(images: int, changed: float, trials: int) -> float:
-    """The smallest drop that nine of ten trials tell from none, in steps of 5 %."""
+def detectable_drop(images: int, changed: float, trials: int) -> dict[str, float]:
+    """The smallest drop that is printed, the middle of the trials, and the one that nine of ten tell from none."""
+    told = answers(partial(of_images, images=images, changed=changed, drop=0.0), trials)
+    printed = float(np.median([each.detectable or np.nan for each in told]))
 
     def seen(drop: float) -> float:
-        found = answers(partial(of_images, images=images, changed=changed, drop=drop), trials, seed=1)
-        return float(np.mean([each.estimate is not None and (each.estimate.high or 0) < 0 for each in found]))
+        found = [shares(np.random.default_rng([1, at]), images, changed, drop) for at in range(trials * 2)]
+        lost = [int((before.scores & ~after.scores).sum()) for before, after in found]  # type: ignore[operator]
+        won = [int((~before.scores & after.scores).sum()) for before, after in found]  # type: ignore[operator]
+        ends = [paired_interval(*each, images).high or 0.0 for each in zip(lost, won, strict=True)]
+        return float(np.mean(np.array(ends) < 0))
 
-    return _first(seen, 0.1 / images**0.5 / 10)
+    return compared(printed, seen)
 
 
-def seen_ratio(sessions: int, spread: float, trials: int) -> float:
-    """The smallest slowing that nine of ten trials tell from none, as a share, in steps of 5 %."""
+def detectable_ratio(sessions: int, spread: float, trials: int) -> dict[str, float]:
+    """As ``detectable_drop``, of a slowing as a share."""
+    told = answers(partial(of_sessions, sessions=sessions, ratio=1.0, spread=spread), trials)
+    printed = float(np.median([each.detectable or np.nan for each in told]))
 
     def seen(slower: float) -> float:
         found = answers(partial(of_sessions, sessions=sessions, ratio=1 + slower, spread=spread), trials, seed=1)
         return float(np.mean([each.estimate is not None and (each.estimate.low or 0) > 1 for each in found]))
 
-    return _first(seen, spread / 10)
+    return compared(printed, seen)
 
 
-def _first(seen: Callable[[float], float], start: float) -> float:
-    value = start
-    while seen(value) < 0.9:
-        value *= 1.05 if seen(value) > 0.5 else 1.3
-    return value
+def compared(printed: float, seen: Callable[[float], float]) -> dict[str, float]:
+    """What is printed against the smallest change that is seen in nine of ten trials."""
+    low, high = 0.0, 2 * printed
+    for _ in range(8):
+        middle = (low + high) / 2
+        low, high = (low, middle) if seen(middle) >= 0.9 else (middle, high)
+    return {"printed": printed, "simulated": high, "printed_over_simulated": printed / high}
 
 
 def _families(trials: int) -> dict[str, Any]:

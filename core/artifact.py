@@ -561,6 +561,12 @@ def _exclusive(part: Path, out: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
+def forget(out: Path) -> None:
+    """Remove what a stage that gave ``out`` up left behind, unless another process is at it."""
+    with contextlib.suppress(Busy), _exclusive(part_of(out), out):
+        shutil.rmtree(part_of(out), ignore_errors=True)
+
+
 def _locked(descriptor: int, tries: int = 1) -> bool:
     """Take the lock of what is open, if nobody has it."""
     for left in reversed(range(tries)):

@@ -18,9 +18,8 @@ import numpy as np
 from .stats import CONFIDENCE, Interval, rounded_up
 
 POWER = 0.9  # with which a detectable change is seen
-PLANNED_POWER = 0.95  # of the number that is asked for: what it is reckoned from is an estimate itself
+PLANNED_POWER = 0.97  # of the number that is asked for: what it is reckoned from is an estimate itself
 DRAWS = 4000
-LEAST_IMAGES = 30  # fewer say too little of the tails
 MOST_IMAGES, MOST_SESSIONS = 10**7, 200  # more would be no advice
 _LEVEL = (1 - CONFIDENCE) / 2
 _Z = NormalDist().inv_cdf(1 - _LEVEL)
@@ -284,30 +283,6 @@ def difference(after: Interval, before: Interval) -> Interval:
     low = value - math.hypot(after.value - after.low, before.high - before.value)
     high = value + math.hypot(after.high - after.value, before.value - before.low)
     return Interval(value, low, high, n)
-
-
-def bootstrap_difference(
-    before: Callable[[np.ndarray], float], after: Callable[[np.ndarray], float], images: int, draws: int = 1000
-) -> Interval:
-    """What two networks' figures of the same images differ by, with its basic bootstrap 95 % interval.
-
-    Images are drawn with replacement, the same ones for both (Davison and Hinkley 1997, 5.2).
-
-    Args:
-        before, after: each the figure of the images at some positions [M], which may repeat themselves.
-        images: how many there are; of fewer than 30 there is no interval.
-    """
-
-    def apart(positions: np.ndarray) -> float:
-        return after(positions) - before(positions)
-
-    value = apart(np.arange(images))
-    if images < LEAST_IMAGES:
-        return Interval(value, None, None, images)
-    generator = np.random.default_rng(0)
-    drawn = [apart(generator.integers(0, images, images)) for _ in range(draws)]
-    below, above = np.quantile(drawn, [_LEVEL, 1 - _LEVEL]).tolist()
-    return Interval(value, min(2 * value - above, value), max(2 * value - below, value), images)
 
 
 def exactly_above(value: float, bound: float) -> Stand:

@@ -43,7 +43,7 @@ def head(told: Told, numbers: Numbers | None) -> str:
             dataset_type=_identifier(source),
             dataset_name=source,
             dataset_split="test",
-            metric_type=_identifier(task.metric),
+            metric_type="accuracy" if task.metric == "top-1" else _identifier(task.metric),  # as the Hub calls it
             metric_name=f"{task.metric} of {row.bundle}",
             metric_value=round(row.accuracy.value, 6),
         )
@@ -99,7 +99,7 @@ def sections(told: Told, numbers: Numbers | None) -> Iterator[str]:
     yield table(
         ("of", "licence"),
         [
-            ("this release", markdown(told.license or f"{UNKNOWN_LICENCE}: its maker did not say")),
+            ("this release", markdown(told.license) if told.license else f"{UNKNOWN_LICENCE}: its maker did not say"),
             *((markdown(of), markdown(licence)) for of, licence in facts.licences.items()),
         ],
     )
@@ -182,6 +182,7 @@ def latency(numbers: Numbers | None) -> Iterator[str]:
     for device in numbers.devices:
         emulated = " (emulated: times mean nothing)" if device.trust.emulated else ""
         yield f"### On {markdown(device.device)}{emulated}\n"
+        yield f"{markdown(device.probe_before.cpu)}, {markdown(device.probe_before.machine)}.\n"
         yield table(
             ("bundle", "threads", "p50, ms [95 % interval]", "p90, ms", "sessions", "trust"),
             (

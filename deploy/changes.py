@@ -26,9 +26,14 @@ def changed(before: Manifest, after: Manifest) -> list[Moved]:
     return [*tools, *host, *_data(before, after), *_settings(before, after)]
 
 
-def device_changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Moved]:
-    """What is not the same in two fingerprints of a device, such as its governor or the version of a runtime."""
-    return list(_differing("device", _flat(before), _flat(after)))
+def measured_changed(before: Provenance, after: Provenance) -> list[Moved]:
+    """What is not the same in two measurements: the device, such as its governor or a runtime's version, and the data.
+
+    Args:
+        before: a stranger's, perhaps.
+    """
+    fingerprints = [_flat(each.config.get("device_fingerprint", {})) for each in (before, after)]
+    return [*_differing("device", *fingerprints), *_data(before, after)]
 
 
 def _host(manifest: Manifest) -> dict[str, Any]:

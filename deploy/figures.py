@@ -20,7 +20,7 @@ from ..core.errors import UserError
 from ..core.kinds import Bundle, FreshStart, Measurement, Result, Samples, Trust
 from ..core.stats import (
     Interval,
-    bootstrap_by_image,
+    calibration_interval,
     expected_calibration_error,
     median_interval,
     percentile_interval,
@@ -37,7 +37,6 @@ CORRUPTIONS: tuple[Corruption, ...] = get_args(Corruption)
 SHARE, MILLISECONDS, BYTES = "share", "ms", "bytes"
 UNITS = {ACCURACY: SHARE, WORST_CLASS: SHARE, CALIBRATION: SHARE, SIZE: BYTES, MEMORY: BYTES}
 HIGHER_IS_BETTER = (ACCURACY, WORST_CLASS)
-CALIBRATION_DRAWS = 400
 
 
 def accuracy_of(corruption: str) -> str:
@@ -215,8 +214,7 @@ def _calibration(task: Task, outputs: np.ndarray, labels: np.ndarray, trust: Tru
     def of_images(positions: np.ndarray) -> float:
         return expected_calibration_error(sure[positions], right[positions])
 
-    interval = bootstrap_by_image(of_images, len(sure), seed=0, draws=CALIBRATION_DRAWS, bounds=(0.0, 1.0))
-    return _share(np.abs(right - sure), interval, of_images, trust, lower_is_better=True)
+    return _share(np.abs(right - sure), calibration_interval(sure, right), of_images, trust, lower_is_better=True)
 
 
 # ---- of processes ------------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from ..core.errors import UserError, choice
 from ..core.kinds import Answer, Compared, Measurement, RuleVerdict
 from ..core.margins import (
     Stand,
-    bootstrap_difference,
     difference,
     exactly_above,
     flipped,
@@ -28,10 +27,11 @@ from ..core.margins import (
     paired_shares,
 )
 from ..core.rules import Rule
-from ..core.stats import CONFIDENCE, Interval, holm_levels, mean_interval
+from ..core.stats import CONFIDENCE, Interval, bootstrap_by_image, holm_levels, mean_interval
 from .figures import Figure, figures
 
 FAMILY_LEVEL = (1 - CONFIDENCE) / 2
+DRAWS = 1000
 USUAL_SESSIONS = 4  # where one has been measured and nothing is known of how sessions differ
 
 
@@ -276,8 +276,9 @@ def _paired(rule: Rule, before: Figure, after: Figure, level: float) -> Stand:
     allowed = margin if margin > 0 else None
     if rule.figure == "accuracy" and first.dtype == second.dtype == np.bool_ and first.ndim == 1:
         return paired_shares(first, second, rule.offset, level)
-    if before.of_images is not None and after.of_images is not None:
-        apart = bootstrap_difference(before.of_images, after.of_images, len(first))
+    one, other = before.of_images, after.of_images
+    if one is not None and other is not None:  # the same images are drawn for both
+        apart = bootstrap_by_image(lambda at: other(at) - one(at), len(first), 0, DRAWS, (-1.0, 1.0))
     else:
         by_image = (second.astype(np.float64) - first.astype(np.float64)).reshape(len(first), -1).mean(axis=1)
         apart = mean_interval(by_image)

@@ -32,6 +32,7 @@ from .signature import Signer
 from .told import Told
 from .versions import Version, newest
 
+PULLED = Path("releases")
 NEEDS = ("cyclonedx-python-lib", "huggingface-hub")
 
 
@@ -295,11 +296,12 @@ def chosen(path: Path, by: Signer | None = None) -> tuple[Path, str | None]:
 # ---- getting one -------------------------------------------------------------------------------------------
 
 
-def pull(name: str, version: Version | None, where: str, out: Path, by: Signer | None = None) -> Checked:
-    """Fetch a release into ``out/NAME/VERSION``, which appears once all of it was checked; checks one that is there.
+def pull(name: str, version: Version | None, where: str, out: Path | None, by: Signer | None = None) -> Checked:
+    """Fetch a release as the folder ``out``, which appears once all of it was checked; checks one that is there.
 
     Args:
         version: None for the newest by semantic order.
+        out: None for releases/NAME/VERSION.
 
     Raises:
         UserError: none there, another one than its place says, or not what its manifest says.
@@ -307,10 +309,10 @@ def pull(name: str, version: Version | None, where: str, out: Path, by: Signer |
     """
     source = shelf(where)
     version = newest(name, source.versions(name), where) if version is None else version
-    final = out / name / version.text
+    final = out or PULLED / name / version.text
     if final.exists():
         return _wanted(final, name, version, by)
-    arriving = final.with_name(f".{version}")  # a pull that was cut goes on with it
+    arriving = final.absolute().with_name(f".{final.absolute().name}")  # a pull that was cut goes on with it
     source.fetch(name, version, arriving)
     try:
         found = _wanted(arriving, name, version, by)

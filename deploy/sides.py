@@ -6,13 +6,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core.artifact import KINDS, MANIFEST, Provenance, check_provenance, read_manifest
+from ..core.artifact import MANIFEST, Provenance, read_manifest
 from ..core.errors import UserError
-from ..core.kinds import Bundle, Measurement, Verdict
+from ..core.kinds import Bundle, Measurement, Release, Verdict
 from ..core.sealed import printable
-
-RELEASE, RELEASED, VERDICT = "release", "bundles", "verdict"  # a release's kind, and the folders in it
-MOST_BUNDLES = 1000
 
 
 @dataclass(frozen=True)
@@ -48,22 +45,16 @@ def open_side(path: Path) -> Side:
     kind = read_manifest(path).kind
     if kind == Bundle.kind:
         return Side(path.name, {path.name: Bundle.open(path)})
-    if kind != RELEASE:
+    if kind != Release.kind:
         raise UserError(f"{path} is a {kind}: wanted a release or a bundle")
-    if RELEASE in KINDS:
-        KINDS[RELEASE].open(path)
-    folders = sorted(each for each in (path / RELEASED).glob("*") if (each / MANIFEST).is_file())
-    if not folders or len(folders) > MOST_BUNDLES:
-        raise UserError(f"{path} holds {len(folders)} bundles: wanted a release with 1 to {MOST_BUNDLES}")
-    measured = {}
-    if (path / VERDICT / MANIFEST).is_file():
-        measured = measured_for(Verdict.open(path / VERDICT).manifest)
-    return Side(path.name, {folder.name: Bundle.open(folder) for folder in folders}, measured=measured)
+    release = Release.open(path)
+    verdict = path / Release.VERDICT
+    measured = measured_for(Verdict.open(verdict).manifest) if (verdict / MANIFEST).is_file() else {}
+    return Side(release.facts.title, release.bundles, measured=measured)
 
 
 def measured_for(verdict: Provenance) -> dict[str, Provenance]:
     """The measurements behind a verdict, the last of each device."""
-    check_provenance(Path(VERDICT), verdict)
     found = [source for source in verdict.inputs.values() if source.kind == Measurement.kind]
     return {Measurement.facts_of(each).device: each for each in found}
 

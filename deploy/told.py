@@ -126,10 +126,18 @@ class Attempts(Part):
     rounds: int
 
 
+class Machine(Part):
+    """What a device is."""
+
+    cpu: str
+    machine: str
+
+
 class DeviceRows(Part):
     """Everything of one device."""
 
     device: str
+    probe_before: Machine
     trust: Attempts
     bundles: list[Row]
 

@@ -86,9 +86,19 @@ def test_a_run_builds_its_cache_and_finds_it_again(taught: tuple[Chain, Dataset,
     assert [step.name for step in chain.steps if not step.sealed_before][-1:] == ["student"]
 
 
+ONE_EPOCH = {"epochs": 1, "optimizer": "sgd", "learning_rate": 0.01, "warmup_epochs": 0}
+
+
+@pytest.fixture(scope="module")
+def start(taught: tuple[Chain, Dataset, Checkpoint], tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """The weights before a run of one epoch: nothing was to be learned."""
+    config = configuration(method="labels", label_weight=0, train=ONE_EPOCH)
+    return train(config, taught[1], None, tmp_path_factory.mktemp("start") / "start")
+
+
 @pytest.mark.parametrize("method", FROM_LOGITS)
 def test_from_the_cache_as_from_a_live_teacher(
-    taught: tuple[Chain, Dataset, Checkpoint], cache: Cache, tmp_path: Path, method: str
+    taught: tuple[Chain, Dataset, Checkpoint], cache: Cache, start: Checkpoint, tmp_path: Path, method: str
 ) -> None:
     """The same views and order: after an epoch the weights differ by what float16 rounds off the logits.
 
@@ -96,11 +106,9 @@ def test_from_the_cache_as_from_a_live_teacher(
     moved, by the machine's arithmetic.
     """
     _, dataset, teacher = taught
-    change = {"epochs": 1, "optimizer": "sgd", "learning_rate": 0.01, "warmup_epochs": 0}
-    config = configuration(method=method, kd_weight=1.0, train=change)
+    config = configuration(method=method, kd_weight=1.0, train=ONE_EPOCH)
     live = train(config, dataset, teacher, tmp_path / "live")
     cached = train(config, dataset, teacher, tmp_path / "cached", cache)
-    start = train(configuration(method="labels", label_weight=0, train=change), dataset, None, tmp_path / "start")
     moved = difference = 0.0
     weights = [load_file(each.file("model.safetensors")) for each in (start, live, cached)]
     for name in weights[0]:

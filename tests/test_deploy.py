@@ -528,7 +528,7 @@ def test_a_device_without_the_runtime_says_the_line_that_installs_it(
 
 
 def test_wrong_words(here: Path, versions: list[Path]) -> None:
-    assert_one_line(kdpipe("deploy", "--device", "board"), 2, "wanted the folder of a bundle, or --rollback")
+    assert_one_line(kdpipe("deploy", "--device", "board"), 2, "wanted the folder of a bundle or a release")
     assert_one_line(kdpipe("deploy", versions[0], "--rollback"), 2, "not both")
     assert_one_line(kdpipe("deploy", versions[0], "--device", "bord"), 2, "unknown device 'bord'", "'board'")
     assert_one_line(kdpipe("deploy", versions[0], "--device", "null"), 2, "nothing lies on 'null'")

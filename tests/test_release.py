@@ -9,7 +9,10 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +30,7 @@ from conftest import (
 )
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from s3 import BUCKET, object_store
 
 from kdpipe.core.artifact import MANIFEST, Order, drafting, read_manifest, write_json
 from kdpipe.core.config import GateConfig, read_recipe
@@ -520,6 +524,26 @@ def test_a_release_that_fails_leaves_nothing(packed: Bundle, tmp_path: Path) -> 
     assert not list((tmp_path / "digits").iterdir())
 
 
+def test_a_release_that_was_killed_is_none_and_is_made_again(packed: Bundle, tmp_path: Path) -> None:
+    """At the last moment: sealed, and not signed yet."""
+    code = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from kdpipe.core.kinds import Bundle\n"
+        "from kdpipe.deploy import release\n"
+        "from kdpipe.deploy.versions import Version\n"
+        "wish = release.Wish('digits', Version.parse('1.0.0'), {'one': Bundle.open(sys.argv[1])})\n"
+        "release.release(wish, sys.argv[2], lambda folder: os.kill(os.getpid(), 9))\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, packed.path, tmp_path], capture_output=True, check=False)
+    assert killed.returncode == -9
+    assert (tmp_path / "digits" / "1.0.0.part" / MANIFEST).is_file()
+    done = kdpipe("pull", "digits@latest", "--from", tmp_path, "--out", tmp_path / "got")
+    assert_one_line(done, 2, "no release of 'digits'")
+    assert released([packed.path], "digits@1.0.0", tmp_path).is_dir()
+    assert [path.name for path in (tmp_path / "digits").iterdir()] == ["1.0.0"]
+
+
 def test_what_cannot_be_released(packed: Bundle, plain: Path, made: Made, tmp_path: Path) -> None:
     def attempt(*arguments: object) -> subprocess.CompletedProcess[str]:
         return kdpipe("release", "digits@1.0.0", *arguments, "--to", tmp_path / "out")
@@ -602,10 +626,19 @@ def test_versions_stand_in_semantic_order() -> None:
     assert named("birds@latest") == ("birds", None)
 
 
-@pytest.mark.parametrize("place", ["folder", "file://", "memory://"])
-def test_pull_brings_the_newest(packed: Bundle, keys: Keys, tmp_path: Path, place: str) -> None:
-    """From a folder, and from file systems of fsspec, the one of an object store's kind among them."""
-    to = {"folder": str(tmp_path / "to"), "file://": f"file://{tmp_path}/to"}.get(place, f"memory://{tmp_path.name}")
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    with object_store():
+        yield f"s3://{BUCKET}/{uuid.uuid4().hex}"
+
+
+@pytest.mark.parametrize("place", ["folder", "file://", "s3://"])
+def test_pull_brings_the_newest(
+    packed: Bundle, keys: Keys, tmp_path: Path, place: str, request: pytest.FixtureRequest
+) -> None:
+    """From a folder, and from file systems of fsspec, an object store among them."""
+    to = {"folder": str(tmp_path / "to"), "file://": f"file://{tmp_path}/to"}.get(place)
+    to = to or request.getfixturevalue("bucket")
     for version in ("1.9.0", "1.10.0", "2.0.0-rc.1"):
         done = kdpipe("release", f"digits@{version}", packed.path, "--to", to, "--key", keys.private)
         assert done.returncode == 0, done.stderr
@@ -613,14 +646,20 @@ def test_pull_brings_the_newest(packed: Bundle, keys: Keys, tmp_path: Path, plac
     assert_one_line(again, 2, "is there already", "never overwritten")
     done = kdpipe("pull", "digits@latest", "--from", to, "--out", tmp_path / "got", "--signature", keys.public)
     assert done.returncode == 0, done.stderr
-    got = tmp_path / "got" / "digits" / "1.10.0"
+    got = tmp_path / "got"
     assert f"{got}: unchanged" in done.stdout and f"{got}: signed by the holder of {keys.public}" in done.stdout
-    assert [path.name for path in got.parent.iterdir()] == ["1.10.0"]
+    assert Release.open(got).facts.title == "digits@1.10.0" and not (tmp_path / ".got").exists()
     before = os.lstat(got).st_mtime_ns
-    assert kdpipe("pull", "digits@1.10.0", "--from", to, "--out", tmp_path / "got").returncode == 0
+    assert kdpipe("pull", "digits@1.10.0", "--from", to, "--out", got).returncode == 0
     assert os.lstat(got).st_mtime_ns == before
-    assert_one_line(kdpipe("pull", "digits@3.0.0", "--from", to, "--out", tmp_path / "got"), 2, "nothing at")
-    assert_one_line(kdpipe("pull", "other@latest", "--from", to, "--out", tmp_path / "got"), 2, "no release of 'other'")
+    assert_one_line(kdpipe("pull", "digits@1.9.0", "--from", to, "--out", got), 2, "is digits@1.10.0, wanted")
+    assert_one_line(kdpipe("pull", "digits@3.0.0", "--from", to, "--out", tmp_path / "none"), 2, "nothing at")
+    assert_one_line(
+        kdpipe("pull", "other@latest", "--from", to, "--out", tmp_path / "none"), 2, "no release of 'other'"
+    )
+    done = kdpipe("pull", "digits@latest", "--from", to, "--json", cwd=tmp_path)
+    assert json.loads(done.stdout)["release"] == "releases/digits/1.10.0"
+    assert [path.name for path in (tmp_path / "releases" / "digits").iterdir()] == ["1.10.0"]
 
 
 def test_nothing_appears_of_a_release_that_is_not_what_was_asked_for(
@@ -647,11 +686,9 @@ def test_nothing_appears_of_a_release_that_is_not_what_was_asked_for(
         (lambda folder: (folder / "model.sig").unlink(), 1, "is not signed"),
     ):
         assert_one_line(attempt(offered(signed, alter)), exit_code, words)
-        folder = tmp_path / "got" / "digits"
-        left = [path.name for path in folder.iterdir()] if folder.exists() else []
-        assert not [name for name in left if not name.startswith(".")], left
+        assert not (tmp_path / "got").exists()
     assert attempt(offered(signed)).returncode == 0
-    assert [path.name for path in (tmp_path / "got" / "digits").iterdir()] == ["1.0.0"]
+    assert Release.open(tmp_path / "got").facts.title == "digits@1.0.0" and not (tmp_path / ".got").exists()
 
 
 def test_a_stranger_cannot_put_a_bundle_beside_those_that_are_named(copy: Path) -> None:
@@ -825,6 +862,30 @@ def test_without_a_token_nothing_is_sent_to_the_hub(
     assert_one_line(done, 2, "no token to write to hf://birds/digits", "HF_TOKEN")
     for wrong in ("hf://", "hf://one", "hf://a/b/c", "hf://a/../b", "hf://datasets/a/b"):
         assert_one_line(kdpipe("release", "digits@1.0.0", packed.path, "--to", wrong), 2, "wanted hf://")
+
+
+def test_all_of_a_release_would_go_to_the_hub(signed: Path) -> None:
+    """The Hub's client leaves some files out by itself; none of ours. It asks whether the card's head is sound."""
+    from huggingface_hub import HfApi
+
+    class Sound(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(b'{"errors": [], "warnings": []}')
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Sound) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = HfApi(endpoint=f"http://127.0.0.1:{server.server_address[1]}")
+        operations = client._prepare_upload_folder_additions(signed, path_in_repo="")
+        server.shutdown()
+    files = {path.relative_to(signed).as_posix() for path in signed.rglob("*") if path.is_file()}
+    assert {each.path_in_repo for each in operations} == files and "model.sig" in files
 
 
 def test_a_token_is_never_told(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
