@@ -379,12 +379,18 @@ class Store:
             _check_protocols(url)
 
     def fetch(self, name: str, path: Path, kind: type[AnyArtifact] | None, key: str) -> bool:
-        """Whether the store has a whole artifact of that name and key, which then lies at ``path``."""
+        """Whether the store has a whole artifact of that name and key, which then lies at ``path``.
+
+        Raises:
+            Busy: another process makes or fetches it now.
+        """
         if self._lost:
             return False
         try:
             fetch_folder((self._place / name).url, path, kind=kind, key=key)
-        except (NotThere, Busy):  # or another process makes or fetches it now, which will be waited for
+        except Busy:
+            raise
+        except NotThere:
             return False
         except Unreachable as error:
             self._lose(error)
