@@ -118,7 +118,7 @@ def test_a_second_machine_makes_nothing_again(shared: tuple[Path, str], tmp_path
     assert {how for name, how in made if not name.startswith(("measurement", "report"))} == {"fetched"}
     assert {how for name, how in made if name.startswith(("measurement", "report"))}.isdisjoint({"fetched", "sealed"})
     assert determined(tmp_path) == determined(first)
-    assert len(determined(first)) == 12, "data, 3 networks, graph, 2 + 1 models of a target, their bundles"
+    assert len(determined(first)) == 13, "data, 3 networks, graph, 2 models of each target, their bundles"
     for path, manifest in sealed(tmp_path / "artifacts"):
         if manifest.kind == Report.kind:
             Report.open(path)
