@@ -59,7 +59,6 @@ app = typer.Typer(
 )
 
 ARTIFACTS = Path("artifacts")
-STORE = "KDPIPE_STORE"  # variable with the URL of a store, for every command that takes or makes artifacts
 
 
 def folder_or_url(text: str) -> Path:
@@ -73,7 +72,7 @@ def folder_or_url(text: str) -> Path:
     from .core.proc import process_count
     from .terminal import listener
 
-    path, is_url, store = Path(text), remote.is_url(text), os.environ.get(STORE)
+    path, is_url, store = Path(text), remote.is_url(text), os.environ.get(remote.STORE)
     keyed = re.fullmatch(r".+-([0-9a-f]{12})(-[0-9]+)?", path.name)  # as Chain.place calls them
     if "_KDPIPE_COMPLETE" in os.environ:  # nothing is fetched by a TAB
         return path
@@ -397,7 +396,7 @@ def _smoke(
     failed: dict[str, KdpipeError] = {}
     with smoke.own_folder(artifacts) as folder:
         chain = _chain(folder, allow_code=allow_code)
-        chain.smoke, chain.remembered = True, artifacts
+        chain.smoke, chain.remembered, chain.store = True, artifacts, None
         below = str(folder.relative_to(artifacts))
         with Diary(artifacts, _command(recipe_path, artifacts, changes, "--smoke"), below) as diary:
             ahead = Ahead(recipe, chain, jobs, memory_bytes)
@@ -1831,6 +1830,7 @@ def _chain(
     from .core import progress
     from .core.errors import UserError
     from .core.proc import process_count
+    from .core.remote import STORE
     from .terminal import listener, tell_step
 
     if process_count() > 1 and not joint:

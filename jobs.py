@@ -23,6 +23,7 @@ from .chain import Chain
 from .core.config import Recipe
 from .core.errors import UserError
 from .core.progress import note, progress
+from .core.remote import STORE, Store
 
 SIDE_BY_SIDE = ("export", "quantize", "package")  # training uses every core by itself, and a host is measured alone
 LOOK_SECONDS = 0.1
@@ -78,7 +79,7 @@ class Ahead:
                     while waiting and len(self._running) < jobs:
                         leg = waiting.popleft()
                         assert leg.command is not None
-                        self._running[leg.id] = _start(leg.command)
+                        self._running[leg.id] = _start(leg.command, self.chain.store)
                     time.sleep(LOOK_SECONDS)
                     for id in [id for id, process in self._running.items() if process.poll() is not None]:
                         del self._running[id]
@@ -99,12 +100,14 @@ class Ahead:
         return memory_of({process.pid for process in self._running.values()}) > self.memory_bytes
 
 
-def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+def _start(command: Sequence[str], store: Store | None) -> subprocess.Popen[bytes]:
+    own = {} if store is None else {STORE: store.url}
     return subprocess.Popen(
         [sys.executable, "-m", __name__.partition(".")[0], *command[1:]],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        env={name: value for name, value in os.environ.items() if name != STORE} | own,
         start_new_session=True,  # Ctrl-C comes to the run, which stops them in order
     )
 

@@ -441,26 +441,26 @@ def receiving(out: Path) -> Iterator[Path]:
     What came before the block failed stays, for the next one that receives ``out``.
 
     Raises:
-        UserError: another process is writing ``out``, it is there already, or the disk is full.
+        Busy: another process is writing ``out``, or it is there already.
+        NoSpace: the disk is full.
     """
-    part = out.with_name(out.name + ".part")
-    with _readable_disk_errors(out):
-        part.mkdir(parents=True, exist_ok=True)
-        with _exclusive(part, out):
+    part = part_of(out)
+    with _readable_disk_errors(out), _exclusive(part, out):
+        try:
+            yield part
+            shutil.rmtree(part / RESUME, ignore_errors=True)  # of a run that was to make it here
             try:
-                yield part
-                shutil.rmtree(part / RESUME, ignore_errors=True)  # of a run that was to make it here
-                try:
-                    part.rename(out)
-                except OSError as error:
-                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                        raise
-                    raise UserError(f"{out} exists already: sealed artifacts are never changed") from None
-                _sync_folder(out.parent)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    part.rmdir()  # where nothing came
-                raise
+                part.rename(out)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+                shutil.rmtree(part)
+                raise Busy(f"{out} exists already: sealed artifacts are never changed", out) from None
+            _sync_folder(out.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                part.rmdir()  # where nothing came
+            raise
 
 
 def _begin(part: Path, key: str) -> Path:

@@ -29,6 +29,7 @@ from .artifact import (
     LARGEST_BESIDE_BYTES,
     RESUME,
     AnyArtifact,
+    Busy,
     FileRecord,
     Manifest,
     check_provenance,
@@ -42,6 +43,7 @@ from .proc import first_line
 from .progress import note, track
 from .sealed import MANIFEST, MIB, printable
 
+STORE = "KDPIPE_STORE"  # variable with the URL of a store, for every command that takes or makes artifacts
 MOST_FILES = 1_000_000
 AT_ONCE = 8  # files under way: a small one costs a round trip, whatever the link can carry
 BLOCK_BYTES = 8 * MIB  # asked for at a time
@@ -370,17 +372,24 @@ class Store:
 
     def __init__(self, url: str) -> None:
         """Take a URL or a path; nothing is asked of it yet. Raises UserError for a file system that is not here."""
+        self.url = url
         self._place = RemoteFolder(url)
         self._lost = False
         if _local(url) is None:
             _check_protocols(url)
 
     def fetch(self, name: str, path: Path, kind: type[AnyArtifact] | None, key: str) -> bool:
-        """Whether the store has a whole artifact of that name and key, which then lies at ``path``."""
+        """Whether the store has a whole artifact of that name and key, which then lies at ``path``.
+
+        Raises:
+            Busy: another process makes or fetches it now.
+        """
         if self._lost:
             return False
         try:
             fetch_folder((self._place / name).url, path, kind=kind, key=key)
+        except Busy:
+            raise
         except NotThere:
             return False
         except Unreachable as error:
