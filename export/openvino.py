@@ -11,6 +11,7 @@ import numpy as np
 
 from ..core.artifact import AnyArtifact
 from ..core.kinds import Graph
+from ..networks import ir
 from .graph import of_graph
 from .written import Written
 
@@ -31,9 +32,7 @@ class OpenVinoTarget:
     def write(self, source: Graph, spec: InputSpec, images: np.ndarray, folder: Path) -> Written:
         import openvino
 
-        openvino.save_model(
-            openvino.convert_model(source.file(source.ONNX)), folder / self.entry, compress_to_fp16=False
-        )
+        ir.save(openvino.convert_model(source.file(source.ONNX)), folder / self.entry)
         return of_graph(source)
 
     @staticmethod

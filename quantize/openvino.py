@@ -12,6 +12,7 @@ import numpy as np
 
 from ..core.errors import UserError
 from ..core.kinds import ModelFacts
+from ..networks import ir
 from .layers import Activations, Layer
 from .qdq import Qdq
 from .variant import Taken, Variant
@@ -73,8 +74,10 @@ class Nncf(Variant):
 
         self._work.model.file(self._work.entry.with_suffix(".bin").name)
         transformer = _is_transformer(self._work)
+        whole = openvino.Core().read_model(self._work.entry)
+        known = ir.names(whole)
         quantized = nncf.quantize(
-            openvino.Core().read_model(self._work.entry),
+            whole,
             nncf.Dataset(self._work.inputs),
             preset=nncf.QuantizationPreset.MIXED,
             model_type=nncf.ModelType.TRANSFORMER if transformer else None,
@@ -90,7 +93,7 @@ class Nncf(Variant):
                 overflow_fix=OverflowFix.FIRST_LAYER if self._work.config.reduce_range else OverflowFix.DISABLE,
             ),
         )
-        openvino.save_model(quantized, folder / self._work.model.facts.entry, compress_to_fp16=False)
+        ir.save(quantized, folder / self._work.model.facts.entry, known)
         return Taken(
             {
                 "format": "NNCF",
@@ -127,7 +130,8 @@ class PortableQdq(Qdq):
             portable = Path(scratch) / "model.onnx"
             taken = self.quantize_as(portable, keep_float)
             out = folder / self._work.model.facts.entry
-            openvino.save_model(openvino.convert_model(portable), out, compress_to_fp16=False)
+            float32 = ir.names(openvino.Core().read_model(self._work.entry))
+            ir.save(openvino.convert_model(portable), out, others=float32)
         return taken
 
     def activations(self, entry: Path) -> Activations:
@@ -164,5 +168,5 @@ class CompressedFloat16(Variant):
         import openvino
 
         model = openvino.Core().read_model(self._work.entry)
-        openvino.save_model(model, folder / self._work.model.facts.entry, compress_to_fp16=True)
+        ir.save(model, folder / self._work.model.facts.entry, ir.names(model), half=True)
         return Taken({"format": "float16 weights", "weights": "float16"})

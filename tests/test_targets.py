@@ -186,6 +186,19 @@ def test_a_file_that_differs_is_refused(made: Made, tmp_path: Path, monkeypatch:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("variant", ["float32", "int8", "int8-qdq"])
+def test_a_file_of_openvino_does_not_depend_on_what_was_made_before(made: Made, variant: str, tmp_path: Path) -> None:
+    """OpenVINO counts nodes through a whole process: who goes on with a killed run would make another file."""
+    first = made.models[f"openvino-{variant}"]
+    if variant == "float32":
+        again = export(ExportConfig(target="openvino"), made.graph, made.dataset, tmp_path / "again")
+    else:
+        config = QuantizeConfig(**first.manifest.config)
+        again = quantize(config, made.models["openvino-float32"], made.dataset, tmp_path / "again", made.graph)
+    for name in (first.facts.entry, "model.bin"):
+        assert again.manifest.files[name].sha256 == first.manifest.files[name].sha256, name
+
+
 def test_a_new_target_is_one_class_a_room(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A target of the tests' own (torch's weights in numpy, opened by numpy) goes through the same stages."""
 
