@@ -100,19 +100,24 @@ class Diary:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Take the page away, and those that runs by the same command left when they were killed."""
+        """Take the page away, and those of killed runs that this one has gone on with."""
         with contextlib.suppress(OSError):
             (self._folder / f"{self._name}.json").unlink(missing_ok=True)
             (self._folder / f"{self._name}.lock").unlink(missing_ok=True)
-            for path, page in _read_all(self._folder, Page):
-                if page.command == self._command and not is_held(path.with_suffix(".lock")):
-                    path.unlink(missing_ok=True)
-                    path.with_suffix(".lock").unlink(missing_ok=True)
+        self._take_over()
         if self._lock is not None:
             os.close(self._lock)
         for folder in (self._folder / FAILURES, self._folder):
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+    def _take_over(self) -> None:
+        """Take the pages away that runs by the same command left when they were killed."""
+        with contextlib.suppress(OSError):
+            for path, page in _read_all(self._folder, Page):
+                if page.command == self._command and not is_held(path.with_suffix(".lock")):
+                    path.unlink(missing_ok=True)
+                    path.with_suffix(".lock").unlink(missing_ok=True)
 
     def _write(self, now: str | None) -> None:
         page = Page(
@@ -130,6 +135,7 @@ class Diary:
             if self._lock is None:
                 self._lock = os.open(self._folder / f"{self._name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
                 fcntl.flock(self._lock, fcntl.LOCK_EX)
+                self._take_over()
             _replace(self._folder / f"{self._name}.json", page)
 
 

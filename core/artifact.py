@@ -426,9 +426,10 @@ def drafting(kind: type[A], order: Order[Any], out: Path, *, resumable: bool = F
                 _sync_folder(out.parent)
         except BaseException as error:
             # Libraries wrap the error in one of their own, so its text and the disk itself are asked.
-            no_space = os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(out.parent).free < 4096
+            told = os.strerror(errno.ENOSPC) in str(error)
+            full = told or (shutil.disk_usage(out.parent).free < 4096 and not isinstance(error, KdpipeError))
             _abandon(part)
-            if no_space and isinstance(error, Exception) and not isinstance(error, KdpipeError):
+            if full and isinstance(error, Exception):
                 raise _no_space(out) from error
             raise
     draft.sealed = kind(out, manifest)
