@@ -197,7 +197,7 @@ def test_without_a_baseline_or_a_key_neither_is_asked_for(tmp_path: Path) -> Non
     words = [word.partition("=")[0] for record in records for word in record["argv"]]
     assert not {"--baseline", "--last", "--key", "--signature", "--device"} & set(words)
     _, _, later = act(tmp_path / "later", first_rules="size <= 4MB", baseline="a@0.9.0", **inputs)
-    pulled = f"{tmp_path}/later/temporary/kdpipe-baseline/a/0.9.0"
+    pulled = f"{tmp_path}/later/temporary/kdpipe-baseline"
     assert f"--baseline={pulled}" in later[2]["argv"] and f"--last={pulled}" in later[3]["argv"]
     assert not any("--rule" in word for word in later[2]["argv"])
     assert records[-1]["argv"][-1] == "a@1.0.0", "a tag's v is no part of the version"

@@ -275,7 +275,7 @@ def test_what_was_published_is_pulled_and_verified_without_torch(
 
     pulled = kdpipe("pull", "digits@1.1.0", "--from", forge.releases, "--out", "pulled", "--signature", public)
     assert pulled.returncode == 0, pulled.stderr
-    verified = kdpipe("verify", "pulled/digits/1.1.0", "--signature", public)
+    verified = kdpipe("verify", "pulled", "--signature", public)
     assert verified.returncode == 0, verified.stderr
     assert "golden images" in verified.stdout
     other = tmp_path / "other.pem"
@@ -284,7 +284,7 @@ def test_what_was_published_is_pulled_and_verified_without_torch(
         ["openssl", "ec", "-in", "other-private.pem", "-pubout", "-out", other],
     ):
         subprocess.run(line, cwd=tmp_path, check=True, capture_output=True)
-    refused = kdpipe("verify", "pulled/digits/1.1.0", "--signature", other)
+    refused = kdpipe("verify", "pulled", "--signature", other)
     assert refused.returncode in (1, 2) and len(refused.stderr.splitlines()) == 1, refused.stderr
 
 
