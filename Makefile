@@ -6,7 +6,7 @@ LOCK := requirements.lock
 # One stamp per lock file: a changed lock installs again, an unchanged one starts at once and offline.
 STAMP = $(VENV)/.installed-$(shell cksum < $(LOCK) | cut -d' ' -f1)
 
-.PHONY: demo test lab lint types layers unit docs install with-uv with-pip lock wheel clean
+.PHONY: demo test lab lab-runs lab-rest lint types layers unit docs install with-uv with-pip lock wheel clean
 
 demo: install
 	@$(BIN)/kdpipe demo
@@ -39,9 +39,21 @@ else
 	  $(BIN)/pytest -m "not lab" $(TRAIN) && $(BIN)/pytest -m "not lab" $(addprefix --ignore=,$(TRAIN))
 endif
 
-# What needs packages of the system, and what takes minutes: fuzzing, the demo.
+# What needs packages of the system, and what takes minutes: fuzzing, devices, the demo. Two lanes side by side, since
+# much of it waits: whole runs of recipes, and the rest.
+RUNS := $(patsubst %,tests/test_lab_%.py,ci demo page pipeline scale start)
 lab: install
+ifdef TESTS
 	$(BIN)/pytest -m lab $(TESTS)
+else
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line lab-runs lab-rest
+endif
+
+lab-runs:
+	$(BIN)/pytest -m lab $(RUNS)
+
+lab-rest:
+	$(BIN)/pytest -m lab $(addprefix --ignore=,$(RUNS))
 
 install: $(STAMP)
 
