@@ -219,7 +219,7 @@ class Chain:
         try:
             made = None if self._is_there(name, kind, order, path) else self._make(name, kind, make, path)
         except KdpipeError as error:
-            if self.course:
+            if self.course and not error.stops_all:  # what is wrong with the recipe is no failure of this leg
                 self.course.fail(path, error)
             raise
         artifact = kind.open(path) if made is None else made
