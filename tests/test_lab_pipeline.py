@@ -193,7 +193,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
     whole = sum(path.stat().st_size for path in undisturbed[0].artifacts.rglob("*") if path.is_file())
     place, reached = Place(tmp_path), set()
     with disk(place.artifacts, whole // 20):
-        for twentieths in (1, 4, 8, 12, 16, 20, 60):
+        for twentieths in (1, 8, 16, 60):
             subprocess.run(["mount", "-o", f"remount,size={whole * twentieths // 20}", place.artifacts], check=True)
             process = place.start()
             _, talk = process.communicate(timeout=600)
@@ -276,7 +276,8 @@ def test_a_smoke_run_fails_where_something_does_not_work(folder: Path, monkeypat
 
 def test_a_student_that_fails_leaves_the_others(folder: Path) -> None:
     students = {"wild": {"train": {"optimizer": "sgd", "learning_rate": 1e12}}, "mild": {"temperature": 2}}
-    changes = [f"distill.students={json.dumps(students)}", "export.students=all", "export.targets=[onnxruntime]"]
+    changes = [f"distill.students={json.dumps(students)}", "export.students=all"]
+    changes += ["export.targets=[onnxruntime]", "quantize=null"]
     done = kdpipe("run", "tiny.yaml", "--json", *(w for change in changes for w in ("--set", change)), cwd=folder)
     assert done.returncode == 2, done.stderr
     assert "student-wild-seed0: " in done.stderr and "loss became" in done.stderr
