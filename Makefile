@@ -39,13 +39,15 @@ else
 	  $(BIN)/pytest -m "not lab" $(TRAIN) && $(BIN)/pytest -m "not lab" $(addprefix --ignore=,$(TRAIN))
 endif
 
-# What needs packages of the system, and what takes minutes: fuzzing, devices, the demo. Two lanes side by side, since
-# much of it waits: whole runs of recipes, and the rest.
-RUNS := $(patsubst %,tests/test_lab_%.py,ci demo page pipeline scale start)
+# What needs packages of the system, and what takes minutes: fuzzing, devices, the demo. The demo trains on every core,
+# so it goes alone; then two lanes side by side, since much of them waits: whole runs of small recipes, and the rest.
+DEMO := tests/test_lab_demo.py
+RUNS := $(patsubst %,tests/test_lab_%.py,ci page pipeline scale start)
 lab: install
 ifdef TESTS
 	$(BIN)/pytest -m lab $(TESTS)
 else
+	$(BIN)/pytest -m lab $(DEMO)
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line lab-runs lab-rest
 endif
 
@@ -53,7 +55,7 @@ lab-runs:
 	$(BIN)/pytest -m lab $(RUNS)
 
 lab-rest:
-	$(BIN)/pytest -m lab $(addprefix --ignore=,$(RUNS))
+	$(BIN)/pytest -m lab $(addprefix --ignore=,$(DEMO) $(RUNS))
 
 install: $(STAMP)
 
