@@ -1928,8 +1928,8 @@ def _interrupts_noted() -> Iterator[list[int]]:
 def _let_go_of_output() -> None:
     """What is left to print goes nowhere: Python would try it once more at its end, and fail in its own words."""
     with suppress(OSError, ValueError):  # a stream without a descriptor
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
+        output, nowhere = sys.stdout.fileno(), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, output)
         os.close(nowhere)
 
 

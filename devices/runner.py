@@ -412,9 +412,10 @@ class RunnerDevice(ABC):
 
 def _skip_greeting(stdout: int, until: float) -> None:
     """Read what a shell there prints by itself, to the line that says that what was asked for has ``BEGUN``."""
-    said = b""
+    said, heard = b"", select.poll()  # which takes descriptors above 1,023 too
+    heard.register(stdout, select.POLLIN)
     while not said.endswith(f"{BEGUN}\n".encode()):
-        if not select.select([stdout], [], [], max(0.0, until - time.monotonic()))[0]:
+        if not heard.poll(1000 * max(0.0, until - time.monotonic())):
             return  # whoever asks for an answer will miss it
         byte = os.read(stdout, 1)  # and no more: the rest is the answer
         if not byte:
