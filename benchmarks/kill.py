@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from deploy_cuts import descendants  # the benchmark beside this one
 from pydantic import BaseModel
 
 from kdpipe import diary
@@ -52,15 +53,6 @@ def contents(artifacts: Path) -> dict[str, tuple[str, dict[str, str]]]:
         for path, manifest in sealed(artifacts)
         if manifest.kind not in (Measurement.kind, Report.kind)
     }
-
-
-def descendants(process: int) -> list[int]:
-    """Every process below one."""
-    try:
-        children = [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-    return children + [pid for child in children for pid in descendants(child)]
 
 
 def start(recipe: Path, artifacts: Path) -> subprocess.Popen[bytes]:

@@ -401,7 +401,7 @@ def _of_processes(question: Question, level: float) -> _Told:
     return replace(told, stand=_signed(rule, lambda sign: mean_above(sign * numbers, sign * bound, allowed, level)))
 
 
-def _exact(question: Question, level: float) -> _Told:  # noqa: ARG001 - as the others
+def _exact(question: Question, _: float) -> _Told:
     rule, mine = question.rule, question.candidate[-1]
     value, scale = _value(mine), _scale(rule)
     before = None
