@@ -75,10 +75,20 @@ with-pip:
 	$(BIN)/python -m pip install --quiet --require-hashes -r $(LOCK)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 
+# sigstore asks for pydantic[email]. pip looks at that before it meets the pin of pydantic, and then wants one with the extra.
+define PIN_WITH_EXTRA
+import re, sys
+text = open(sys.argv[1]).read()
+pin = re.search(r'^pydantic==(?:.*\\\n)*.*\n', text, re.M)[0]
+open(sys.argv[1], 'w').write(text.replace(pin, pin + pin.replace('pydantic==', 'pydantic[email]==', 1)))
+endef
+export PIN_WITH_EXTRA
+
 # Needs uv. Names versions and hashes, no index.
 lock:
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --all-extras --group dev pyproject.toml --output-file $(LOCK) --custom-compile-command "make lock"
+	$(PYTHON) -c "$$PIN_WITH_EXTRA" $(LOCK)
 
 docs: install
 	$(BIN)/python docs/generate.py
