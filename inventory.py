@@ -306,28 +306,24 @@ def unneeded(folder: Path, reports: int | None = None, everything: bool = False,
     for page in counted:
         needed |= _needed_by(page)
     last = max((page.created_utc for page in counted), default=None)
+    unreported = [manifest for _, manifest in whole if manifest.key not in needed]
+    since = [each for each in unreported if last is None or (each.created_utc > last and not everything)]
     stay: dict[str, int] = {}
-    kept = []
-    for path, manifest in whole:
-        if manifest.key in needed:
-            kept.append(path)
-        elif last is None or (manifest.created_utc > last and not everything):
-            why = "there is no report to say what is needed" if last is None else "made since the last report"
-            stay[why] = stay.get(why, 0) + 1
-            kept.append(path)
-            needed |= _needed_by(manifest)
-    # Held-out images as a network sees them belong to their data, what was refused to its model: nothing names them as
-    # what it came from.
-    belonging = [entry for entry in whole if entry[1].kind in (Fitted.kind, Refusal.kind)]
-    kept += [path for path, manifest in belonging if all(each.key in needed for each in manifest.inputs.values())]
-    kept += [path for path, manifest in whole if manifest.key in needed]
+    if since:
+        stay["there is no report to say what is needed" if last is None else "made since the last report"] = len(since)
+    for manifest in since:
+        needed |= _needed_by(manifest)
+    # Held-out images as a network sees them belong to their data, what was refused to its model, a verdict to what it
+    # judged: nothing names them as what it came from.
+    belonging = [each for _, each in whole if each.kind in (Fitted.kind, Refusal.kind, Verdict.kind)]
+    needed |= {each.key for each in belonging if all(source.key in needed for source in each.inputs.values())}
     for entry in found:
         if entry.manifest is None:
             stay["cannot be read, or of another version"] = stay.get("cannot be read, or of another version", 0) + 1
     go = [
         Unneeded(path, "no report needs it", size_of(manifest), manifest.seconds)
         for path, manifest in sorted(whole, key=lambda item: -item[1].depth)  # what came from something goes before it
-        if path not in kept
+        if manifest.key not in needed
     ]
     for path in sorted((folder / SMOKE).glob("*")):
         if not is_held(path):
