@@ -257,6 +257,11 @@ class Masks:
         return np.where(fitted == IGNORED, np.int16(-1), fitted.astype(np.int16))
 
 
+def has_masks(part: Path) -> bool:
+    """Whether images and masks lie in the folder of a part."""
+    return all((part / name).is_dir() and any(True for _ in list_images(part / name)) for name in (IMAGES, MASKS))
+
+
 def _below(split: str, place: str) -> bytes:
     return os.fsencode(os.path.normpath(f"{split}/{place}") + "/")
 

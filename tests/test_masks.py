@@ -769,3 +769,38 @@ def test_recipes_name_files_from_their_own_folder(street: Path, tmp_path: Path) 
     )
     recipe = read_recipe(tmp_path / "my.yaml")
     assert recipe.data.palette == street / "p.txt" and recipe.data.source == str(street)
+
+
+# ---- init --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [{"train": 6, "val": 2, "test": 3}, {"training": 5, "valid": 2}, {".": 9}])
+def test_init_knows_masks(tmp_path: Path, parts: dict[str, int]) -> None:
+    root = filled(tmp_path / "street", parts)
+    done = kdpipe("init", root, "--yes", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "3 classes" in done.stdout + done.stderr
+    recipe = read_recipe(tmp_path / "street.yaml")
+    assert recipe.data.task == "segmentation" and recipe.data.source == str(root)
+    assert recipe.student.input.size == recipe.teacher.input.size == 32
+    assert (recipe.teacher.model, recipe.student.model) == ("unet", "unet")
+    images = Chain(tmp_path / "artifacts").data(recipe.data).facts.images
+    assert sum(images.values()) == sum(parts.values()) and images["test"] > 0
+
+
+def test_init_takes_an_input_near_the_images(tmp_path: Path) -> None:
+    root = filled(tmp_path / "street", {"train": 3, "val": 1})
+    for path in root.glob("*/images/*.png"):
+        painted(drawn(1, 360, 480)).save(path)
+    kdpipe("init", root, "--yes", "--model", "resnet10t", "--student", "test_resnet", cwd=tmp_path)
+    recipe = read_recipe(tmp_path / "street.yaml")
+    assert recipe.student.input.size == (256, 352)
+    assert (recipe.teacher.encoder, recipe.student.encoder) == ("resnet10t", "test_resnet")
+
+
+def test_init_of_masks_in_one_line(street: Path, tmp_path: Path) -> None:
+    (tmp_path / "net.pth").write_bytes(b"x")
+    done = kdpipe("init", street, "--yes", "--weights", tmp_path / "net.pth", cwd=tmp_path)
+    assert_one_line(done, 2, "which network draws masks is not told by its tensors")
+    (street / "classes.txt").unlink()
+    assert_one_line(kdpipe("init", street, "--yes", cwd=tmp_path), 2, "nothing names the classes")
