@@ -800,7 +800,7 @@ def test_init_takes_an_input_near_the_images(tmp_path: Path) -> None:
 
 def test_init_of_masks_in_one_line(street: Path, tmp_path: Path) -> None:
     (tmp_path / "net.pth").write_bytes(b"x")
-    done = kdpipe("init", street, "--yes", "--weights", tmp_path / "net.pth", cwd=tmp_path)
+    done = kdpipe("init", street, "--yes", "--checkpoint", tmp_path / "net.pth", cwd=tmp_path)
     assert_one_line(done, 2, "which network draws masks is not told by its tensors")
     (street / "classes.txt").unlink()
     assert_one_line(kdpipe("init", street, "--yes", cwd=tmp_path), 2, "nothing names the classes")
