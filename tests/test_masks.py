@@ -257,7 +257,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     "another size": (put(drawn(3, 20, 36)), "train/masks/2.png (36x20 pixels, its image 36x24)"),
     "turned": (turned, "train/masks/2.png (36x24 pixels, its image 24x36 (turned as its EXIF says, which no mask is))"),
     "no such class": (put(drawn(3) * 3), "train/masks/2.png (class 3, 6: wanted 0 to 2, or 255 (ignored))"),
-    "negative": (put(Image.fromarray(drawn(3).astype(np.int32) + 65536)), "class 65536, 65537, 65538"),
+    "of 16 bits": (put(drawn(3).astype(np.uint16) + 1000), "(class 1000, 1001, 1002: wanted 0 to 2"),
     "many": (put(np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH) % 200 + 3), "and 197 more"),
     "all ignored": (put(np.full((HEIGHT, WIDTH), 255, np.uint8)), "train/masks/2.png (no pixel of any class)"),
     "no mask": (
@@ -267,11 +267,11 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no image": (lambda root: (root / "train/images/2.png").unlink(), "train/masks/2.png (a mask of no image)"),
     "two images": (
         lambda root: shutil.copy(root / "train/images/2.png", root / "train/images/2.jpg"),
-        "train/images/2.png (a second image of the name, beside 2.jpg: their masks are one file)",
+        "train/images/2.png (a second image of the name, beside train/images/2.jpg: their masks are one file)",
     ),
     "two masks": (
         lambda root: shutil.copy(root / "train/masks/2.png", root / "train/masks/2.bmp"),
-        "train/masks/2.png (a second mask of the name, beside 2.bmp)",
+        "train/masks/2.png (a second mask of the name, beside train/masks/2.bmp)",
     ),
     "lossy": (
         put(drawn(3), "train/masks/2.jpg"),
@@ -409,7 +409,7 @@ def test_numbers_of_every_depth(street: Path, tmp_path: Path) -> None:
     Image.fromarray(mask.astype(np.uint16)).save(places / "0.png")
     four_bits(places / "1.png", mask)
     Image.fromarray(mask > 0).save(places / "2.png")
-    indexed = Image.fromarray(mask, "P")
+    indexed = Image.fromarray(mask)
     indexed.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200])
     indexed.save(places / "3.png")
     Image.fromarray(mask).convert("LA").save(places / "4.png")
@@ -438,10 +438,12 @@ def test_an_image_that_is_turned_has_a_mask_as_it_is_seen(street: Path, tmp_path
 PALETTE = "name,r,g,b\nground,10 20 30\n0 0 255 right\n255 0 0 left\n1 1 1\n"
 
 
-def coloured(mask: np.ndarray) -> np.ndarray:
-    colours = np.zeros((256, 3), np.uint8)
-    colours[[0, 1, 2, IGNORED]] = (10, 20, 30), (255, 0, 0), (0, 0, 255), (1, 1, 1)
-    return np.asarray(colours[mask])
+def coloured(mask: np.ndarray, mode: str) -> Image.Image:
+    """A mask in the colours of the palette above."""
+    numbers = np.where(mask == IGNORED, 3, mask).astype(np.uint8)
+    image = Image.fromarray(numbers)
+    image.putpalette([10, 20, 30, 255, 0, 0, 0, 0, 255, 1, 1, 1])
+    return image.convert(mode)
 
 
 def test_masks_of_colours(street: Path, tmp_path: Path) -> None:
@@ -449,8 +451,7 @@ def test_masks_of_colours(street: Path, tmp_path: Path) -> None:
     for at, path in enumerate(sorted(street.glob("*/masks/*.png"))):
         mask = np.array(Image.open(path))
         mask[0, :3] = IGNORED
-        image = Image.fromarray(coloured(mask))
-        (image.convert("RGBA") if at % 3 == 1 else image.quantize(8) if at % 3 == 2 else image).save(path)
+        coloured(mask, ("RGB", "RGBA", "P")[at % 3]).save(path)
     (street / "colours.txt").write_text(PALETTE)
     named = {"palette": street / "colours.txt", "classes": street / "classes.txt"}
     dataset, _ = prepared(street, tmp_path / "artifacts", **named)
@@ -461,7 +462,10 @@ def test_masks_of_colours(street: Path, tmp_path: Path) -> None:
     (street / "classes.txt").unlink()
     (street / "colours.txt").rename(street / "palette.txt")
     dataset, told = prepared(street, tmp_path / "artifacts")
-    assert dataset.classes == ["ground", "right", "left"] and f"{street / 'palette.txt'} names the classes" in told
+    assert (
+        dataset.classes == ["ground", "right", "left"]
+        and f"{street / 'palette.txt'} has the colours of the masks" in told
+    )
     (tmp_path / "fewer.txt").write_text("ground\nleft\n")
     fewer, _ = prepared(street, tmp_path / "artifacts", palette=street / "palette.txt", classes=tmp_path / "fewer.txt")
     mask = fewer.samples("train")[0].mask()
@@ -483,12 +487,14 @@ def test_masks_of_colours(street: Path, tmp_path: Path) -> None:
         ("1 2 3 road\n1 2 3 sky\n", "lists the colour 1 2 3 twice"),
         ("1 2 3 road\nroad 4 5 6\n", "lists 'road' twice"),
         ("1 2 3 road\n", "wanted at least two classes"),
+        ("0 1 2 3 road\n", "wanted a colour and a name such as 128 64 128 road, found '0 1 2 3 road'"),
         ("1 2 3 ground\n4 5 6 left\n7 8 9 snow\n", "has no colour of right"),
     ],
 )
 def test_a_palette_that_is_none_is_one_line(street: Path, tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "colours.txt").write_text(text)
-    listed = {"classes": street / "classes.txt"} if "snow" in text else {}
+    listed = {"classes": tmp_path / "classes.txt"} if "snow" in text else {}
+    (street / "classes.txt").rename(tmp_path / "classes.txt")
     for path in street.glob("*/masks/*.png"):
         Image.new("RGB", (WIDTH, HEIGHT), (1, 2, 3)).save(path)
     with pytest.raises(UserError) as mistake:
@@ -634,7 +640,7 @@ def test_a_policy_of_timm_moves_both(policy: str) -> None:
 def test_a_policy_that_no_mask_follows_is_one_line() -> None:
     with pytest.raises(UserError, match="'augmix-m5-w4-d2' lays moved copies of an image over each other"):
         moving_transform(AugmentSettings(auto_augment="augmix-m5-w4-d2"), SPEC)
-    for policy in ("rand-m9-x", "nonsense"):
+    for policy in ("rand-m9-z3", "nonsense"):
         with pytest.raises(UserError, match=f"'{policy}' is no policy of timm"):
             moving_transform(AugmentSettings(auto_augment=policy), SPEC)
 
@@ -697,15 +703,16 @@ def test_images_without_masks(street: Path, tmp_path: Path) -> None:
 
 def test_masks_of_photographs_are_copied_as_they_are(tmp_path: Path) -> None:
     root = filled(tmp_path / "large")
-    for path in root.glob("*/masks/*.png"):
-        mask = drawn(int(path.stem), 240, 360)
+    masks = {path: drawn(seed, 240, 360) for seed, path in enumerate(sorted(root.glob("*/masks/*.png")))}
+    for path, mask in masks.items():
         Image.fromarray(mask).save(path)
-        painted(mask).save(root / path.relative_to(root).parent.parent / "images" / path.name)
+        painted(mask).save(path.parent.parent / "images" / path.name)
     plan = DataPlan(source=str(root), task="segmentation", store="resized", store_side=64)
     specs = (SPEC, SPEC.model_copy(update={"resize": "letterbox"}))
     dataset = Chain(tmp_path / "artifacts").data(plan, wants=lambda: Wants(specs, 64))
     assert dataset.facts.copies.resized == 6 and len(dataset.fitted) == 2
-    wanted = {spec.resize: [fit_mask(drawn(at, 240, 360), spec.model_dump()) for at in range(3)] for spec in specs}
+    tested = [masks[root / f"test/masks/{at}.png"] for at in range(3)]
+    wanted = {spec.resize: [fit_mask(mask, spec.model_dump()) for mask in tested] for spec in specs}
     shutil.move(root, tmp_path / "elsewhere")
     for sample in dataset.samples("train"):
         image, mask = np.asarray(sample.image()), sample.mask()
