@@ -19,7 +19,7 @@ from ..core.proc import in_order
 from ..core.progress import track
 from ..core.sealed import printable
 from ..runtime.layout import sides
-from ..runtime.preprocess import fit_mask, nearest
+from ..runtime.preprocess import nearest
 from .formats import opened
 from .listing import Others, is_hidden, kind_of, list_images
 from .sources import AUTO, Split, holds_artifacts, listed, part_folder, parts_of, text_lines
@@ -256,15 +256,28 @@ class Masks:
         with (out / SPOOL).open("wb") as spool:
             for split, found in pairs.items():
                 splits[split] = _read_all(root, found, meaning, others, spool, f"reading masks of {split}")
+        _check_white(root, meaning, splits)
         return root, meaning.classes, with_rarest(splits, config.train_split)
 
     def read(self, sample: Sample, spec: Mapping[str, Any]) -> np.ndarray:
         """The class of each pixel that a network is shown, int16 [height, width]; -1 where nobody judges it."""
-        mask = sample.mask()
-        if mask is None:
+        fitted = sample.fitted_mask(spec)
+        if fitted is None:
             return np.full(sides(spec), -1, np.int16)
-        fitted = fit_mask(mask, spec)
         return np.where(fitted == IGNORED, np.int16(-1), fitted.astype(np.int16))
+
+
+def _check_white(root: Path, meaning: Meaning, splits: Mapping[str, Split]) -> None:
+    """Refuse masks of black and white, as programs write them that know two classes. Raises UserError."""
+    tables = [split.masks for split in splits.values() if split.masks is not None]
+    pixels = sum(table["pixels"].sum(0, dtype=np.int64) for table in tables)
+    white = sum(int(table["area"].sum(dtype=np.int64)) for table in tables) - int(np.sum(pixels))
+    if len(meaning.classes) == 2 and meaning.ignored == IGNORED and white and not pixels[1]:
+        first, second = meaning.classes
+        raise UserError(
+            f"the masks in {root} have 0 and 255 alone, and 255 is what nobody judges: where it is '{second}', write "
+            f"{PALETTE_FILE} there with the lines '0 0 0 {first}' and '255 255 255 {second}'"
+        )
 
 
 def has_masks(part: Path) -> bool:

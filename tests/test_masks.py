@@ -361,6 +361,18 @@ def test_a_source_of_the_other_task_is_one_line(street: Path, tmp_path: Path) ->
         assert_one_line(kdpipe("data", *call, "--artifacts", tmp_path / "artifacts"), 2, *words)
 
 
+def test_masks_of_black_and_white(tmp_path: Path) -> None:
+    """As many programs write two classes: told, and read with the palette that the line asks for."""
+    root = filled(tmp_path / "street", names=("ground", "figure"))
+    for path in root.glob("*/masks/*.png"):
+        Image.fromarray((np.asarray(Image.open(path)) > 0).astype(np.uint8) * 255).save(path)
+    done = kdpipe("data", root, "--task", "segmentation", "--artifacts", tmp_path / "artifacts")
+    assert_one_line(done, 2, "have 0 and 255 alone", "'0 0 0 ground' and '255 255 255 figure'")
+    (root / "palette.txt").write_text("0 0 0 ground\n255 255 255 figure\n")
+    dataset, _ = prepared(root, tmp_path / "artifacts")
+    assert set(np.unique(dataset.samples("train")[0].mask())) == {0, 1}
+
+
 def test_a_list_from_elsewhere_may_name_more(street: Path, tmp_path: Path) -> None:
     """A network may know classes that these images do not show; it is told."""
     (tmp_path / "network.txt").write_text("ground\nleft\nright\nsnow\n")
@@ -723,6 +735,7 @@ def test_masks_of_photographs_are_copied_as_they_are(tmp_path: Path) -> None:
         for label, expected in zip(labels, wanted[spec.resize], strict=True):
             assert np.array_equal(label, np.where(expected == IGNORED, -1, expected.astype(np.int16)))
         assert dataset.fitted_file("test", spec.model_dump()) is not None
+    assert len(list((tmp_path / "artifacts").glob("fitted-*/test.masks.npy"))) == 2
 
 
 @pytest.mark.parametrize(
