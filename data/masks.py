@@ -411,8 +411,8 @@ def with_rarest(splits: Mapping[str, Split], train: str) -> dict[str, Split]:
 
     def numbers(split: Split) -> np.ndarray:
         assert split.masks is not None
-        seen = split.masks["pixels"][:, order] > 0
-        return order[np.argmax(seen, axis=1)].astype(np.int32) if len(seen) else np.zeros(0, np.int32)
+        shown = np.where(split.masks["pixels"][:, order] > 0, np.arange(len(order)), len(order))
+        return order[shown.min(axis=1)].astype(np.int32) if len(shown) else np.zeros(0, np.int32)
 
     return {name: split._replace(labels=numbers(split)) for name, split in splits.items()}
 
