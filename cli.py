@@ -144,7 +144,7 @@ def _root(
 def init(
     folder: Annotated[
         Path | None,
-        typer.Argument(help="of images by class or with masks, or one that holds it [default: looked for here]"),
+        typer.Argument(help="of images by class or with masks, or what holds it [default: looked for here]"),
     ] = None,
     checkpoint: Annotated[
         Path | None,
