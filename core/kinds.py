@@ -254,7 +254,7 @@ class Graph(Labelled[GraphFacts]):
         Raises:
             UserError: other arrays, or of different lengths.
         """
-        found = self.arrays(self.HOPS, positions=("iu", 1), exported=("f", 2), simplified=("f", 2))
+        found = self.arrays(self.HOPS, positions=("iu", 1), exported=("fu", 2), simplified=("fu", 2))
         for name in ("exported", "simplified"):
             same_length(self.path / self.HOPS, found[name], found["positions"])
         return found

@@ -29,8 +29,6 @@ def as_outputs(values: np.ndarray) -> np.ndarray:
     """What a graph gives as float32; of every pixel a class, integers [N, H, W], as unsigned ones where they can be."""
     if values.ndim != 3 or values.dtype.kind not in "iu":
         return np.asarray(values, dtype=np.float32)
-    return values if values.dtype.kind == "u" or values.min(initial=0) < 0 else values.astype(_least_type(values))
-
-
-def _least_type(values: np.ndarray) -> np.dtype[Any]:
-    return np.min_scalar_type(int(values.max(initial=0)))
+    if values.dtype.kind == "u" or values.min(initial=0) < 0:
+        return values
+    return values.astype(np.min_scalar_type(int(values.max(initial=0))))
