@@ -492,7 +492,9 @@ class ParitySettings(Config):
     """On how many images, and how closely, an exported file must agree with torch."""
 
     parity_images: int = Field(64, ge=2, description="real images that torch and the exported file must agree on")
-    parity_tolerance: float = Field(1e-3, gt=0, description="largest logit difference allowed, over the logits' spread")
+    parity_tolerance: float = Field(
+        1e-3, gt=0, description="largest logit difference allowed, over the logits' spread; of classes, share of pixels"
+    )
 
 
 # What a file that draws masks gives: logits as they are, enlarged to the input, or of every pixel its class.

@@ -202,11 +202,15 @@ class Cache(Artifact[CacheFacts]):
 
 
 class ParityFacts(Record):
-    """How far a file's outputs are from torch's on real images."""
+    """How far a file's outputs are from torch's on real images.
+
+    Of logits by the largest difference, and that over their spread; where the file gives classes, by the share of pixels
+    that change, of the worst image and of all of them.
+    """
 
     images: int
     max_difference: float
-    logit_spread: float
+    logit_spread: float  # of classes 1
     relative_difference: float
     agreement: float  # of what both say of an image, 0 to 1
     worst_image: str

@@ -140,9 +140,8 @@ def _said(session: Session, samples: Sequence[Sample], wanted: Wanted) -> np.nda
     starts = range(0, len(samples), DECIDED_IMAGES)
     parts = (predict_samples(session, samples[at : at + DECIDED_IMAGES], spec) for at in starts)
     sides = wanted.spec.sides
-    return np.concatenate(
-        [task.decide(Segmentation.enlarged(part, sides) if part.ndim == 4 else part) for part in parts]
-    )
+    whole = (Segmentation.enlarged(part, sides) if part.ndim == 4 else part for part in parts)
+    return np.concatenate([task.decide(part) for part in whole])
 
 
 def check_output(output: Output, source: Checkpoint | Graph) -> None:

@@ -25,7 +25,6 @@ LARGEST_BATCH_EFFECT = 1e-2  # over the outputs' spread: rounding makes a hundre
 # A file and torch round apart. Where a network magnifies rounding, both may be as far off as torch's float32 is from
 # its double precision; up to a limit, beyond which nothing could be told from a fault.
 ROUNDINGS, LARGEST_ROUNDING = 2, 2e-2
-CLASSES_SPREAD = 1.0
 MOST_OUTPUT_BYTES = 2**26  # that a graph keeps of torch's outputs
 MOST_PIXELS = 2**22  # of the images that run together
 IN_QUESTION = 0.1  # of the tolerance: closer outputs say that torch's rounding need not be known
@@ -39,12 +38,8 @@ class Parity:
     relative: float  # the difference over that spread; of classes, the share of all pixels that change
     agreement: float  # of what they say, as the task counts it
     worst_image: Path
+    unit: str = "the logits' spread"  # what ``relative`` is a share of, in words
     float32_error: float | None = None  # as ``float32_error`` has it; None where it was in no question
-
-    @property
-    def unit(self) -> str:
-        """What ``relative`` is a share of, in words."""
-        return "the pixels" if self.logit_spread == CLASSES_SPREAD else "the logits' spread"
 
     def facts(self, session: Mapping[str, Any] | None = None) -> ParityFacts:
         """The record of it; ``session`` is what the runtime said of itself."""
@@ -95,12 +90,13 @@ def compare(task: Task, expected: np.ndarray, actual: np.ndarray, images: Sequen
     if (expected == expected[0]).all():
         raise GateFailed("the network's outputs do not depend on the image: parity would say nothing, train it first")
     spread, difference = _spread(expected), _apart(expected, actual)
-    largest = float(difference.max())
+    largest, of_classes = float(difference.max()), _are_classes(expected)
     return Parity(
         images=len(expected),
         max_difference=largest,
         logit_spread=spread,
-        relative=float(difference.mean()) if _are_classes(expected) else largest / spread,
+        relative=float(difference.mean()) if of_classes else largest / spread,
+        unit="the pixels" if of_classes else "the logits' spread",
         agreement=task.agreement(expected, actual),
         worst_image=images[int(difference.argmax())],
     )
@@ -135,8 +131,8 @@ def _are_classes(outputs: np.ndarray) -> bool:
 
 
 def _spread(outputs: np.ndarray) -> float:
-    """The scale of their differences."""
-    return CLASSES_SPREAD if _are_classes(outputs) else float(outputs.std(axis=0).max())
+    """The scale of their differences; shares of pixels are what they are."""
+    return 1.0 if _are_classes(outputs) else float(outputs.std(axis=0).max())
 
 
 def _apart(expected: np.ndarray, actual: np.ndarray) -> np.ndarray:
