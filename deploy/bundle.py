@@ -156,7 +156,7 @@ def try_model(model: Model) -> None:
     wanted = TASKS[model.facts.task].misfit(found, 1, len(model.labels))
     if wanted is not None or not np.isfinite(found).all():
         raise GateFailed(
-            f"{model.path} gives {found.dtype} of shape {found.shape}: wanted {wanted or 'finite numbers'}"
+            f"{model.path} gives outputs of shape {found.shape}, {found.dtype}: wanted {wanted or 'finite numbers'}"
         )
 
 
