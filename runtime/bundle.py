@@ -11,8 +11,8 @@ from . import RUNTIMES, open_session, predict, sealed
 from .layout import sides
 from .weights import refuse_files_elsewhere
 
-# ``images`` uint8 [N, H, W, 3] and the ``logits`` that they gave where the bundle was packed, or classes in their stead;
-# of outputs that have places perhaps every second or third of them, as ``golden_step`` says.
+# ``images`` uint8 [N, H, W, 3] and the ``logits`` (or classes) that they gave where the bundle was packed; of outputs
+# that have places perhaps every second or third of them, as ``golden_step`` says.
 GOLDEN = "golden.npz"
 LARGEST_STEP = 64
 LARGEST_SIDE = 8192  # pixels
