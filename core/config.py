@@ -39,7 +39,19 @@ from .sealed import LONGEST_NUMBER, MOST_LEVELS, NAME, printable
 Fraction = Annotated[float, Field(gt=0, le=1)]
 ONNX_MODEL = "onnx"  # the model of every network that is a file
 Method = Literal[
-    "labels", "hard", "kd", "bkd", "logit_mse", "dkd", "dist", "hint", "at", "rkd", "deep_supervision", "stagewise"
+    "labels",
+    "hard",
+    "kd",
+    "bkd",
+    "logit_mse",
+    "dkd",
+    "dist",
+    "cwd",
+    "hint",
+    "at",
+    "rkd",
+    "deep_supervision",
+    "stagewise",
 ]
 
 
@@ -368,6 +380,11 @@ class DistillSettings(Config):
     shuffled_teacher: bool = Field(
         False, description="control: the teacher's non-maximal logits change places, so that only its top-1 is left"
     )
+    cwd_on: Literal["logits", "features"] | None = Field(
+        None,
+        description="method cwd: what is compared channel by channel; left out, the logits, or where a network gives "
+        "one answer an image the features",
+    )
     dkd: DkdSettings = DkdSettings()
     dist: DistSettings = DistSettings()
     rkd: RkdSettings = RkdSettings()
@@ -394,6 +411,8 @@ class DistillSettings(Config):
 
 class TrainConfig(DistillSettings, ModelSettings):
     """One training run: a network and how it learns."""
+
+    LATER: ClassVar[tuple[str, ...]] = (*ModelSettings.LATER, "cwd_on")
 
     seed: int = Field(0, description="seed of weights, order, views and of the drawn fraction")
 

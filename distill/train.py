@@ -152,7 +152,7 @@ def _runs(
     taught = [config for config in configs.values() if config.needs_teacher]
     if teacher is not None and cache is not None and taught:
         for config in taught:
-            _check_cached(cache, config, spec, source.numbers, dataset, teacher)
+            check_fit(cache, config, spec, source.numbers, dataset, teacher)
         asked = CachedTeacher(cache)
     elif teacher is not None and taught:
         asked = open_teacher(teacher, dataset, spec).to(ranks.device)
@@ -182,17 +182,6 @@ def _runs(
             np.save(draft.path / Checkpoint.IMAGES, source.numbers[: source.labeled])
     lockstep.train(list(runs.values()))
     return runs
-
-
-def _check_cached(
-    cache: Cache, config: TrainConfig, spec: InputSpec, images: np.ndarray, dataset: Dataset, teacher: Checkpoint
-) -> None:
-    if METHODS[config.method].looks_at_maps:
-        raise UserError(
-            f"method '{config.method}' looks at the teacher's feature maps and a cache holds its logits: "
-            "leave out cache_views, or take a method such as kd"
-        )
-    check_fit(cache, config, spec, images, dataset, teacher)
 
 
 def _check_labels(config: TrainConfig, labeled: int, unlabeled: int) -> None:
