@@ -92,6 +92,11 @@ def _probed(network: nn.Module, sides: tuple[int, int]) -> Iterator[Tensor]:
     network.train(was_training)
 
 
+def by_place(outputs: Tensor) -> Tensor:
+    """Outputs [B, K, ...] as logits [B * ..., K]: each place of an image is a decision of its own."""
+    return outputs.movedim(1, -1).flatten(0, -2)
+
+
 def resized(logits: Tensor, grid: Sequence[int]) -> Tensor:
     """Logits [B, K, h, w] at another height and width, bilinear and in float32; those of whole images [B, K] as is."""
     if logits.shape[2:] == tuple(grid):

@@ -32,6 +32,7 @@ from .features import (
     AuxiliaryHead,
     PlacesHead,
     block_indices,
+    by_place,
     map_shapes,
     maps_alone,
     maps_and_logits,
@@ -157,11 +158,6 @@ LABEL_LOSSES: dict[str, Callable[[DistillSettings, bool], Callable[[Tensor, Tens
     "classification": label_loss,
     "segmentation": places_label_loss,
 }
-
-
-def by_place(outputs: Tensor) -> Tensor:
-    """Outputs [B, K, ...] as logits [B * ..., K]: each place of an image is a decision of its own."""
-    return outputs.movedim(1, -1).flatten(0, -2)
 
 
 class Method(TrainingTask):  # type: ignore[misc]
