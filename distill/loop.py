@@ -108,7 +108,7 @@ class Tally:
         self._steps: list[tuple[tuple[int, int], Tensor, Tensor | None, Tensor]] = []
 
     def add(self, at: tuple[int, int], loss: Tensor, outputs: Tensor | None, labels: Tensor) -> None:
-        """One step by epoch and number: its mean loss, outputs [B, ...] where they mean something, and labels [B, ...]."""
+        """One step by epoch and number: its mean loss, outputs [B, ...] where they mean something, labels [B, ...]."""
         if outputs is not None:
             grid = [min(side, JUDGED_SIDE) for side in outputs.shape[2:]]
             outputs, labels = thinned(outputs.detach(), grid), thinned(labels, grid)
@@ -622,7 +622,7 @@ def _schedule(settings: TrainSettings, optimizer: torch.optim.Optimizer, phase: 
 def evaluate(
     network: nn.Module, spec: InputSpec, dataset: Dataset, part: Part, workers: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Float32 outputs [B, ...] and labels [B, ...] of one part batch by batch, by the preprocessing the device shares."""
+    """Float32 outputs [B, ...] and labels [B, ...] of a part batch by batch, by the preprocessing the device shares."""
     batch_size = EVALUATED_PLACES if TASKS[dataset.facts.task].dense else EVALUATED
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     was_training = network.training
