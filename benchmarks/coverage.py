@@ -4,11 +4,12 @@
     python benchmarks/coverage.py table.md PHOTOS --model resnet18                      some
     python benchmarks/coverage.py docs/coverage-masks.md MASKS --masks                  decoders over encoders
 
-MASKS is a folder of images and masks, as data.task segmentation takes it. PHOTOS is any folder of a few hundred photographs. Weights are random but not degenerate: timm starts the last BatchNorm
-of a residual block at zero and LayerScale at a millionth, where an export could be wrong unseen and outputs differ from
-image to image by hardly more than rounding; so scales are drawn and statistics are taken from the photographs. Each
-model has a process of its own with limits on time and memory, so that a converter that crashes is a row of the table
-and not the end of it. What lies in RUNS is not run again; the page is written after every model.
+MASKS is a folder of images and masks, as data.task segmentation takes it; PHOTOS is any folder of a few hundred
+photographs. Weights are random but not degenerate: timm starts the last BatchNorm of a residual block at zero and
+LayerScale at a millionth, where an export could be wrong unseen and outputs differ from image to image by hardly more
+than rounding; so scales are drawn and statistics are taken from the photographs. Each model has a process of its own
+with limits on time and memory, so that a converter that crashes is a row of the table and not the end of it. What lies
+in RUNS is not run again; the page is written after every model.
 """
 
 from __future__ import annotations
