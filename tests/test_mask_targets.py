@@ -78,9 +78,9 @@ class Drawn:
 
 
 @pytest.fixture(scope="module")
-def drawn(small, tmp_path_factory: pytest.TempPathFactory) -> Drawn:
+def drawn(small) -> Drawn:
     _, folder = small
-    return Drawn(folder.parent / "drawn" if folder.exists() else tmp_path_factory.mktemp("drawn"))
+    return Drawn(folder.parent / "drawn")
 
 
 def session_of(model: Model | Bundle) -> runtime.Session:
@@ -105,6 +105,12 @@ def test_float32_computes_what_torch_computes(drawn: Drawn, target: str) -> None
 @pytest.mark.parametrize("target", [name for name in TARGETS if name != "tflite"])
 def test_other_forms_compute_what_torch_computes(drawn: Drawn, target: str, output: str) -> None:
     check_form(drawn, target, output)
+
+
+@pytest.mark.lab  # for the seconds of its converter
+@pytest.mark.parametrize("output", FORMS[1:])
+def test_other_forms_of_tflite(drawn: Drawn, output: str) -> None:
+    check_form(drawn, "tflite", output)
 
 
 def check_form(drawn: Drawn, target: str, output: str) -> None:
@@ -156,6 +162,11 @@ def test_int8_is_smaller_and_says_nearly_the_same(drawn: Drawn, target: str) -> 
 @pytest.mark.parametrize("target", [name for name in TARGETS if name != "tflite"])
 def test_int8_that_decides_is_judged_by_the_logits_it_decides_by(drawn: Drawn, target: str) -> None:
     check_deciding_int8(drawn, target)
+
+
+@pytest.mark.lab  # for the seconds of its converter
+def test_int8_of_tflite_that_decides(drawn: Drawn) -> None:
+    check_deciding_int8(drawn, "tflite")
 
 
 def check_deciding_int8(drawn: Drawn, target: str) -> None:
