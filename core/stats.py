@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Literal
@@ -218,22 +218,22 @@ def geometric_interval(values: Sequence[float] | np.ndarray) -> Interval:
     return _exponential(mean_interval(np.log(numbers)))
 
 
-def matched_share(said: np.ndarray, labels: np.ndarray) -> float:
+def matched_share(called: Mapping[tuple[int, int], int]) -> float:
     """The share that is right once each class that is said is called as the label that suits it best, one to one.
 
     Far above the share that is right as it is, the classes are the same ones in another order; of few images a class it
     is high by chance. The best assignment is Kuhn and Munkres's.
 
     Args:
-        said: classes [N], from 0 on.
-        labels: classes [N], from 0 on.
+        called: how often each class (first) was called each (second), by number.
     """
     from scipy.optimize import linear_sum_assignment
 
-    count = 1 + int(max(said.max(), labels.max()))
+    count = 1 + max(map(max, called))
     together = np.zeros((count, count), np.int64)
-    np.add.at(together, (said, labels), 1)
-    return float(together[linear_sum_assignment(together, maximize=True)].sum() / len(labels))
+    for pair, times in called.items():
+        together[pair] = times
+    return float(together[linear_sum_assignment(together, maximize=True)].sum() / together.sum())
 
 
 def mean_of_shares(shares: Sequence[Interval]) -> Interval:

@@ -20,8 +20,8 @@ from ..core.proc import first_line
 from ..core.sealed import printable
 from ..core.stats import Interval
 from ..data.dataset import Dataset, images_shape, write_images
-from ..runtime.bundle import TOLERANCES
-from ..runtime.task import TASKS, distances
+from ..runtime.bundle import TOLERANCES, apart, spread
+from ..runtime.task import TASKS
 from . import Device, find_device, opened
 from .journal import Journal
 from .session import threads_of
@@ -258,7 +258,7 @@ def batch_one(asked: Asked, name: str, outputs: np.ndarray) -> BatchOne:
     )
     if one_by_one.shape != batched.shape or one_by_one.dtype != batched.dtype:
         raise UserError(f"the outputs of {name} are of another shape in batches than one image at a time")
-    difference = float(distances(one_by_one, batched).max())
+    difference = _farthest(one_by_one, batched)
     if isinstance(bundle, Bundle):
         tolerance = bundle.facts.golden_tolerance
     else:  # as a bundle's is set when it is packed
@@ -270,6 +270,12 @@ def batch_one(asked: Asked, name: str, outputs: np.ndarray) -> BatchOne:
         agreement=TASKS[bundle.facts.task].agreement(one_by_one, batched),
         within_tolerance=difference <= tolerance,
     )
+
+
+def _farthest(first: np.ndarray, second: np.ndarray) -> float:
+    """How far apart two mapped outputs of the same images are where they are farthest."""
+    starts = range(0, len(first), PIECE)
+    return max(float(apart(first[at : at + PIECE], second[at : at + PIECE]).max()) for at in starts)
 
 
 # ---- against the host ------------------------------------------------------------------------------------------
@@ -325,7 +331,7 @@ def against_host(
         )
     found = AgainstHost(
         by=host.by,
-        max_difference=float(distances(host.outputs, outputs).max()),
+        max_difference=_farthest(host.outputs, outputs),
         mismatches=len(rows),
         lost=change.lost,
         won=change.won,

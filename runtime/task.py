@@ -589,19 +589,6 @@ def _nearest(source: int, target: int) -> np.ndarray:
     return ((np.arange(target) + 0.5) * (source / target)).astype(np.intp)
 
 
-def distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """How far two outputs [N, ...] of the same images are apart, of each image [N].
-
-    The largest difference of two numbers; of class maps the share of their pixels that differ.
-    """
-    found = np.empty(len(first))
-    step = max(1, PIECE_BYTES // max(1, first[:1].nbytes))
-    for at in range(0, len(first), step):
-        one, other = (each[at : at + step].reshape(len(each[at : at + step]), -1) for each in (first, second))
-        found[at : at + step] = (one != other).mean(1) if first.dtype.kind == "u" else np.abs(one - other).max(1)
-    return found
-
-
 # ---- figures of images with many pixels ----------------------------------------------------------------------------
 
 
