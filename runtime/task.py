@@ -440,11 +440,8 @@ class Segmentation:
             its, union = right[seen, each], whole[seen, each]
             value = float(its.sum() / union.sum())
             without = _shares(its.sum() - its, union.sum() - union)
-            labelled = by_class[seen, each, 2]
-            part = labelled[labelled > 0] / labelled.sum()
-            jump = len(its) * math.sqrt(float(np.square(part).mean()))
-            ends = _jackknife(value, without, jump, (0.0, 1.0), confidence)
-            found[each] = Estimate(value, *ends, int((labelled > 0).sum()))
+            shows = int((by_class[:, each, 2] > 0).sum())
+            found[each] = Estimate(value, *_jackknife(value, without, len(its) / shows, (0.0, 1.0), confidence), shows)
         return found
 
     def surety(self, outputs: np.ndarray, labels: np.ndarray, bins: int) -> Surety | None:
@@ -470,7 +467,7 @@ class Segmentation:
         return Surety(np.minimum(confidence, np.arange(1, bins + 1) / bins), right, pixels)
 
     def guessing(self, labels: np.ndarray) -> float:
-        """The mean IoU of the best mask that is the same for every image.
+        """The mean IoU of a mask that is the same for every image, and hard to better.
 
         It begins with the commonest class of each place, and goes on with the class by which the mean IoU gains most
         there, as the classes stand, for as long as it does gain; 0 where no pixel is labelled.
@@ -601,7 +598,9 @@ def _labelled(scores: np.ndarray) -> np.ndarray:
 
 
 def _as_many_classes(*scores: np.ndarray) -> list[np.ndarray]:
-    """Filled up with classes that are nowhere: class maps show as many as they have."""
+    """Filled up with classes that are nowhere: class maps have as many as can be. Raises ValueError."""
+    if any(each.ndim != 3 for each in scores):
+        raise ValueError(f"wanted scores [images, classes, 3], found shapes {[each.shape for each in scores]}")
     most = max(each.shape[1] for each in scores)
     return [np.pad(each, ((0, 0), (0, most - each.shape[1]), (0, 0))) for each in scores]
 
@@ -624,14 +623,11 @@ def _of_each(scores: np.ndarray) -> np.ndarray:
 
 
 def _one_class(scores: np.ndarray) -> float:
-    """By how much, times the number of images, the mean IoU typically drops if one image loses one of its classes.
-
-    The root of the mean square over the images and the classes that each of them has.
-    """
+    """By how much, times the number of images, the mean IoU drops on average if one image loses one of its classes."""
     labelled = scores[..., 2].astype(np.float64)
     known, shown = labelled.sum(0) > 0, labelled > 0
     part = len(scores) * labelled[:, known] / labelled.sum(0)[known] / int(known.sum())
-    return math.sqrt(float((np.square(part).sum(1) / shown.sum(1)).mean()))
+    return float((part.sum(1) / shown.sum(1)).mean())
 
 
 def _jackknife(
