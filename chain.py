@@ -605,6 +605,8 @@ class Chain:
             raise UserError(f"{file}: wanted an .onnx file; other models are measured as they are: kdpipe bench {file}")
         if not file.is_file():
             raise UserError(f"no file at {file}: wanted an .onnx file")
+        if plan.output != "logits":
+            raise UserError(f"output '{plan.output}': a file gives what it gives, leave it out")
         from .export.adopt import adopt, input_of
         from .export.onnx import NEEDS
 
@@ -631,6 +633,11 @@ class Chain:
             classes: its outputs; None for those of its pretrained weights.
         """
         require("making networks", TRAIN_NEEDS, "train")
+        if plan.encoder is not None:
+            raise UserError(
+                f"'{plan.model}' draws masks, which random images have none of: wanted a data set of masks; kdpipe "
+                "teacher DATA with the same options, then kdpipe export of what it makes"
+            )
         from .data.random import random_images
         from .networks.models import input_spec, pretrained_classes
 
