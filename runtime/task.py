@@ -189,15 +189,17 @@ class Classification:
     def _confidence(self, outputs: np.ndarray) -> np.ndarray:
         """The probability of each image's class [N]."""
         pieces = [self.likeliest(outputs[at : at + BATCH], 1)[1][:, 0] for at in range(0, len(outputs), BATCH)]
-        return np.minimum(np.concatenate(pieces), 1.0)
+        return np.asarray(np.minimum(np.concatenate(pieces), 1.0))
 
     def summary(self, scores: np.ndarray) -> Estimate:
         """The share that is right, with Wilson's score interval (Wilson 1927)."""
         n = len(scores)
         if n == 0:
             raise ValueError("wanted the score of at least one image")
-        share = scores.mean(keepdims=True)
-        return Estimate(*(float(each[0]) for each in _wilson(share, np.array([n]), CONFIDENCE)), n)
+        [[share], [low], [high]] = (
+            each.tolist() for each in _wilson(scores.mean(keepdims=True), np.array([n]), CONFIDENCE)
+        )
+        return Estimate(share, low, high, n)
 
     def change(self, before: np.ndarray, after: np.ndarray) -> Change:
         """Difference of two shares of the same images.
@@ -492,8 +494,8 @@ class Segmentation:
                 break
             best = found
             # What a place adds to a class's IoU: its pixels of the class to both sums, the others to the union alone.
-            each, sums = shares[:, None, None], whole[:, None, None]
-            gains = np.where(labelled[:, None, None] > 0, (counts - each * (shown - counts)) / np.maximum(sums, 1), -1)
+            now, sums = shares[:, None, None], np.maximum(whole, 1)[:, None, None]
+            gains = np.where(labelled[:, None, None] > 0, (counts - now * (shown - counts)) / sums, -np.inf)
         return best
 
     def agreement(self, first: np.ndarray, second: np.ndarray) -> float:
@@ -613,7 +615,7 @@ def _overlaps(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _shares(parts: np.ndarray, wholes: np.ndarray) -> np.ndarray:
     """Nothing of nothing is nothing."""
-    return np.divide(parts, wholes, out=np.zeros(np.shape(wholes)), where=np.asarray(wholes) > 0)
+    return np.asarray(np.divide(parts, wholes, out=np.zeros(np.shape(wholes)), where=np.asarray(wholes) > 0))
 
 
 def _of_each(scores: np.ndarray) -> np.ndarray:
@@ -723,7 +725,7 @@ def _students_quantile(freedom: int, confidence: float) -> float:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
-    return z + sum(term / freedom ** (at + 1) for at, term in enumerate(terms))
+    return z + math.fsum(term / freedom ** (at + 1) for at, term in enumerate(terms))
 
 
 def _normal_quantile(confidence: float = CONFIDENCE) -> float:
