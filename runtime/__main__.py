@@ -176,10 +176,19 @@ def _predict(args: argparse.Namespace) -> dict[str, Any]:
     begun = time.monotonic()
     session = open_session(args.bundle, facts, _threads(args), args.stand_in)
     opened = time.monotonic()
-    outputs = [predict(session, images, args.batch) for images in _batches(args.images)]
-    np.save(args.logits, np.concatenate(outputs), allow_pickle=False)
+    count, done = len(np.load(args.images, mmap_mode="r", allow_pickle=False)), 0
+    written: np.ndarray | None = None  # on the disk as they come: masks of many images are larger than a memory
+    for images in _batches(args.images):
+        outputs = predict(session, images, args.batch)
+        if written is None:
+            written = np.lib.format.open_memmap(args.logits, "w+", outputs.dtype, (count, *outputs.shape[1:]))
+        written[done : done + len(images)] = outputs
+        done += len(images)
+    if written is None:
+        raise BundleError(f"{args.images} has no images: wanted at least one")
+    written.flush()
     return {
-        "images": sum(map(len, outputs)),
+        "images": done,
         "open_seconds": opened - begun,
         "predict_seconds": time.monotonic() - opened,
         "session": session.describe(),
