@@ -173,13 +173,15 @@ def flips(
             [
                 {
                     "bundle": after,
+                    "against": before,
                     "image": printable(samples[at].path.name),
                     "position": int(at),
                     "label": task.tell(labels[at], classes),
                     "float32": task.tell(first[at], classes),
                     "variant": task.tell(second[at], classes),
+                    "changed": float((first[at] != second[at]).mean()),  # a share of the image
                 }
-                for at in task.differing(*outputs)
+                for at in task.differing(*outputs)[:FLIPS]
             ]
         )
     turns = [queue[turn] for turn in range(max(map(len, queues), default=0)) for queue in queues if turn < len(queue)]
