@@ -89,7 +89,7 @@ from .data.survey import findings
 from .deploy import strange
 from .deploy.bundle import check_known, check_task, try_model
 from .devices.lock import making
-from .networks.names import check_name
+from .networks.names import check_network
 from .runtime.preprocess import DECODING
 from .runtime.task import TASKS
 
@@ -474,7 +474,7 @@ class Chain:
         cache: Cache | None = None,
     ) -> Checkpoint:
         """A network under this name; with ``cache`` from that one, which lies elsewhere than among the artifacts."""
-        check_name(config.model)
+        check_network(config)
         order = train_order(config, dataset, teacher, cache)
 
         def make(path: Path) -> Checkpoint:
@@ -541,7 +541,7 @@ class Chain:
         self, plan: TeacherPlan, dataset: Dataset, out: Path | None = None, name: str = "teacher"
     ) -> Checkpoint:
         """The user's weights, timm's, or a network trained here on all training images."""
-        check_name(plan.model)
+        check_network(plan)
         if plan.is_trained:
             return self.train("teacher", TrainConfig.of(plan, method="labels"), dataset, None, out)
         order = Order("adopt", adopt_config(plan), {"data": dataset})

@@ -520,11 +520,11 @@ def cache(
     from .chain import cache_order
     from .core.code import allowing
     from .core.kinds import Checkpoint
-    from .networks.names import check_name
+    from .networks.names import check_network
     from .terminal import tell_forecast
 
     share, settings = None if verify is None else _share(verify), config()
-    check_name(settings.model)
+    check_network(settings)
     opened = Checkpoint.open(teacher)
     from .distill.cache import config_of, forecast
     from .distill.cache import verify as verify_cache

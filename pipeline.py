@@ -79,7 +79,7 @@ if TYPE_CHECKING:
 def check_names(recipe: Recipe) -> None:
     """Refuse what can be told in a second, without PyTorch: names and files. Raises UserError."""
     from .devices import find_device
-    from .networks.names import check_name
+    from .networks.names import check_network
 
     checkpoint = recipe.teacher.checkpoint
     check_source(recipe.data)
@@ -87,9 +87,9 @@ def check_names(recipe: Recipe) -> None:
         raise UserError(f"teacher.checkpoint: no file at {checkpoint}: wanted .safetensors or .pth")
     for device in recipe.bench.devices:
         find_device(device)
-    check_name(recipe.teacher.model)
+    check_network(recipe.teacher)
     for config in student_runs(recipe.student, recipe.distill, recipe.data.unlabeled is not None).values():
-        check_name(config.model)
+        check_network(config)
     exported_runs(recipe)
     for target in recipe.export.targets:
         if target not in TARGETS:

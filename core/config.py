@@ -265,10 +265,22 @@ class ModelSettings(Config):
     """A network by its name, and the input it takes."""
 
     # What came later: as long as it says nothing it is in no key, so that what was made before is found again.
-    LATER: ClassVar[tuple[str, ...]] = ("code_sha256", "checkpoint_entry")
+    LATER: ClassVar[tuple[str, ...]] = ("code_sha256", "checkpoint_entry", "encoder", "encoder_checkpoint_sha256")
 
     model: str = Field(
-        description="a name of timm, torchvision/NAME, or MODULE:FUNCTION of your own code (with --allow-code)"
+        description="a name of timm, torchvision/NAME, MODULE:FUNCTION of your own code (with --allow-code), or a "
+        "decoder that draws masks (unet, fpn, deeplabv3plus, segformer and others) over an encoder"
+    )
+    encoder: str | None = Field(None, description="a name of timm: what lies below a decoder, where model names one")
+    # Weights are known by their hash, a checkpoint by its key among the inputs.
+    encoder_checkpoint: Path | None = Field(
+        None,
+        exclude=True,
+        description="what the encoder's weights are from: the folder of a checkpoint of the same network, such as a "
+        "distilled classifier, or weights as a file",
+    )
+    encoder_checkpoint_sha256: str | None = Field(
+        None, description="hash of the encoder's weights, if they are a file; worked out where it is left out"
     )
     model_args: dict[str, Any] = Field({}, description="further arguments of what makes the network")
     pretrained: bool = Field(
@@ -315,8 +327,8 @@ class TeacherPlan(AdoptConfig):
 
     @property
     def is_trained(self) -> bool:
-        """Whether it is trained here: no weights are given."""
-        return self.checkpoint is None and not self.pretrained
+        """Whether it is trained here: no weights are given, or those of an encoder alone."""
+        return self.checkpoint is None and (not self.pretrained or self.encoder is not None)
 
 
 class DkdSettings(Config):

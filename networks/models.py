@@ -1,4 +1,4 @@
-"""Networks by their names: of timm, of torchvision, of the user's own code; or a file that is one."""
+"""Networks by their names: of timm, of torchvision, segmenters, of the user's own code; or a file that is one."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from . import (
     cifar,  # noqa: F401 (registers its networks with timm)
     onnx,
     own,
+    segmenters,
     torchvision,
 )
+from .names import DECODERS, check_encoder
 from .onnx import OnnxNetwork
 from .weights import load_weights
 
@@ -45,28 +47,32 @@ def resolve_input(config: InputSettings, pretrained: dict[str, Any]) -> InputSpe
 
 def input_spec(config: ModelSettings) -> InputSpec:
     """What the network takes, without making it or running code of its own. Raises UserError for an unknown name."""
+    check_encoder(config)
     if config.model == ONNX_MODEL:
         return resolve_input(config.input, onnx.INPUT)
+    if config.model in DECODERS:
+        return resolve_input(config.input, segmenters.input_defaults(config))
     if code.is_code(config.model):
         return resolve_input(config.input, own.INPUT)
     if config.model.startswith(torchvision.PREFIX):
         return resolve_input(config.input, torchvision.input_defaults(config.model))
     if not timm.is_model(config.model):
-        near = did_you_mean(config.model, timm.list_models())
+        near = did_you_mean(config.model, [*timm.list_models(), *DECODERS])
         others = "" if near else f", {torchvision.PREFIX}NAME or MODULE:FUNCTION of your own"
         if config.model.endswith(".onnx"):
             near = f"; of a file it is '{ONNX_MODEL}', with checkpoint: {config.model}"
         raise UserError(f"unknown model '{config.model}': wanted a name of timm{others}{near}")
     base = timm.models.get_pretrained_cfg(config.model)
-    return resolve_input(config.input, base.to_dict() if base else _NO_PRETRAINED_CFG)
+    return resolve_input(config.input, base.to_dict() if base else segmenters.NO_PRETRAINED_CFG)
 
 
 def license_of(config: ModelSettings) -> str | None:
     """Of the weights that a network begins with: as its user says, else as timm does of those it fetches."""
     said = config.license if isinstance(config, AdoptConfig) else None
-    if said is not None or not config.pretrained or not timm.is_model(config.model):
+    name = config.encoder or config.model
+    if said is not None or not config.pretrained or not timm.is_model(name):
         return said
-    base = timm.models.get_pretrained_cfg(config.model)
+    base = timm.models.get_pretrained_cfg(name)
     return (base.license or None) if base else None
 
 
@@ -97,6 +103,8 @@ def make(config: ModelSettings, spec: InputSpec, classes: int | None) -> nn.Modu
         if not isinstance(config, AdoptConfig) or config.checkpoint is None:
             raise UserError(f"model '{ONNX_MODEL}' is a file that is asked, as a teacher: wanted it as checkpoint")
         network: nn.Module = OnnxNetwork(config.checkpoint, spec)
+    elif name in DECODERS:
+        network = segmenters.make(config, spec, count)
     elif code.is_code(name):
         if config.pretrained:
             raise UserError(f"kdpipe knows no pretrained weights of '{name}': give them as checkpoint")
@@ -156,7 +164,6 @@ def _of_timm(config: ModelSettings, spec: InputSpec, classes: int) -> nn.Module:
 _OWN_ARGUMENTS = frozenset(
     ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "num_classes")
 )
-_NO_PRETRAINED_CFG = {"input_size": (3, 224, 224), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def save_weights(network: nn.Module, path: Path) -> None:
@@ -171,7 +178,7 @@ def restore(checkpoint: Checkpoint) -> tuple[nn.Module, InputSpec]:
         UserError: it does not fit; it is of code of its maker's own that is not allowed, or was changed since.
     """
     facts, settings = checkpoint.facts, checkpoint.settings
-    config = AdoptConfig(model=settings["model"], model_args=facts.model_args)
+    config = AdoptConfig(model=settings["model"], encoder=settings.get("encoder"), model_args=facts.model_args)
     input_spec(config)  # a name that is known
     if config.model == ONNX_MODEL:
         config = config.model_copy(update={"checkpoint": checkpoint.file(checkpoint.ONNX)})
