@@ -20,7 +20,8 @@ from ..data.listing import list_images
 from ..devices import Device, opened
 from ..devices.accuracy import block_images, read_outputs
 from ..devices.runner import RunnerDevice
-from ..runtime.frame import at_size, class_map
+from ..runtime.frame import at_size
+from ..runtime.layout import sides
 from ..runtime.preprocess import fit
 from ..runtime.task import TASKS
 from .bundle import check_known
@@ -172,7 +173,8 @@ def _masks(
         if isinstance(each, str):
             return Said(path, fault=each)
         assert outputs is not None  # of what was shown
-        seen = at_size(class_map(task, outputs[rows[at] : rows[at] + 1], spec), spec, each.height, each.width)
+        [said] = task.decide_at(outputs[rows[at] : rows[at] + 1], sides(spec))
+        seen = at_size(said, spec, each.height, each.width)
         counts = np.bincount(seen[seen >= 0], minlength=len(classes))
         order = [int(label) for label in np.argsort(-counts, kind="stable")[:top] if counts[label]]
         if overlays is not None:

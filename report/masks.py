@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,9 +12,9 @@ import numpy as np
 
 from ..core.kinds import Measurement
 from ..core.sealed import printable
-from ..runtime.frame import class_map
 from ..runtime.overlay import CHANGED, LOST, WON, colours, difference, drawn
 from ..runtime.task import TASKS
+from . import words
 from .compression import Packed, Sources
 
 Numbers = dict[str, Any]
@@ -29,21 +29,29 @@ class Tile(NamedTuple):
     uri: str
 
 
+class Strip(NamedTuple):
+    """Pictures of one image side by side, and what is to be said of them."""
+
+    heading: str
+    text: str
+    tiles: Sequence[Tile]
+
+
 @dataclass(frozen=True)
 class Masks:
     """The pictures of a report whose answers are masks; nothing in that of another task.
 
-    ``flips`` and ``mistakes`` are rows of tiles, in the order of those of the numbers. ``legend`` and ``changes`` have a
-    colour for CSS for each class, and for each way in which a pixel changes.
+    ``flips`` and ``mistakes`` are those of the numbers, in their order. ``legend`` and ``changes`` have a colour, as CSS
+    writes it, for each class, and for each way in which a pixel changes.
     """
 
-    flips: Sequence[Sequence[Tile]] = ()
-    mistakes: Sequence[Sequence[Tile]] = ()
+    flips: Sequence[Strip] = ()
+    mistakes: Sequence[Strip] = ()
     legend: dict[str, str] = field(default_factory=dict)
     changes: dict[str, str] = field(default_factory=dict)
 
 
-def masks(numbers: Numbers, measurement: Measurement, bundles: dict[str, Packed], sources: Sources) -> Masks:
+def masks(numbers: Numbers, measurement: Measurement, bundles: Mapping[str, Packed], sources: Sources) -> Masks:
     """Draw what ``numbers`` tell of single test images.
 
     Raises:
@@ -55,31 +63,36 @@ def masks(numbers: Numbers, measurement: Measurement, bundles: dict[str, Packed]
     samples, labels = sources.dataset.samples("test"), measurement.labels
 
     def said(bundle: str, at: int) -> np.ndarray:
-        spec = bundles[bundle].facts.input.model_dump()
-        return class_map(task, np.asarray(measurement.outputs(bundle)[at : at + 1]), spec)
+        height, width = labels.shape[1:]
+        return task.decide_at(np.asarray(measurement.outputs(bundle)[at : at + 1]), (height, width))[0]
 
-    def shown(bundle: str, at: int) -> Tile:
-        return Tile("image", _photo(samples[at].fitted(bundles[bundle].facts.input.model_dump())))
+    def shown(bundle: str, at: int) -> list[Tile]:
+        pixels = samples[at].fitted(bundles[bundle].facts.input.model_dump())
+        return [Tile("image", _photo(pixels)), Tile("label", _map(drawn(labels[at])))]
 
-    def flip(row: Numbers) -> list[Tile]:
-        at, before, after = row["position"], said(row["against"], row["position"]), said(row["bundle"], row["position"])
-        return [
-            shown(row["bundle"], at),
-            Tile("label", _map(drawn(labels[at]))),
-            Tile(row["against"], _map(drawn(before))),
-            Tile(row["bundle"], _map(drawn(after))),
+    def flip(row: Numbers) -> Strip:
+        at, bundle, float32 = row["position"], row["bundle"], row["against"]
+        before, after = said(float32, at), said(bundle, at)
+        tiles = [
+            *shown(bundle, at),
+            Tile(float32, _map(drawn(before))),
+            Tile(bundle, _map(drawn(after))),
             Tile("what changed", _map(difference(before, after, labels[at]))),
         ]
+        changed = f"{words.percent(row['changed'], 1)} % of its pixels changed"
+        text = f"{changed}. Label: {row['label']}. {float32}: {row['float32']}. {bundle}: {row['variant']}."
+        return Strip(row["image"], text, tiles)
 
-    def mistake(bundle: str, row: Numbers) -> list[Tile]:
+    def mistake(bundle: str, row: Numbers) -> Strip:
         at, answer = row["position"], said(bundle, row["position"])
         known = np.where(labels[at] < 0, answer, labels[at])  # nobody is wrong where nobody knows
-        return [
-            shown(bundle, at),
-            Tile("label", _map(drawn(labels[at]))),
+        tiles = [
+            *shown(bundle, at),
             Tile("answer", _map(drawn(answer))),
             Tile("what is wrong", _map(difference(known, answer))),
         ]
+        own = f"{task.metric} of this image alone {words.percent(row['score'], 1)} {task.unit}"
+        return Strip(row["image"], f"{own}. Label: {row['label']}. Answer: {row['said']}.", tiles)
 
     answers = numbers["answers"]
     names = [printable(name) for name in sources.dataset.classes]

@@ -361,16 +361,16 @@ def accuracy_of_each(rows: Sequence[Numbers], task: Numbers) -> Figure:
 
 
 def confusion(answers: Numbers) -> Figure:
-    """How many images of each class (a row) are called what (a column), the darker the larger the share of the row."""
+    """How many images (or pixels) of each class, a row, are called what, a column; the darker the more of the row."""
     from matplotlib.patches import Rectangle
 
-    names = [row["class"] for row in answers["classes"]]
+    names, counted = [row["class"] for row in answers["classes"]], answers.get("counted", "images")
     counts = [[0] * len(names) for _ in names]
     for each in answers["confusions"]:
         label, said = each["classes"]
         counts[label][said] = each["images"]
     for at, row in enumerate(answers["classes"]):
-        counts[at][at] = row["test_images"] - sum(counts[at])
+        counts[at][at] = row.get("counted", row["test_images"]) - sum(counts[at])
     shown, inches = [shortened(name, 18) for name in names], 72 * WIDTH
     longest, cell = max(map(extent, shown)), max(15.0, min(26.0, 420 / len(names)))
     height = (cell * len(names) + longest + 50) / 72
@@ -391,17 +391,22 @@ def confusion(answers: Numbers) -> Figure:
             axes.add_patch(
                 Rectangle((column - 0.5, row - 0.5), 1, 1, color=colour, alpha=0.15 + 0.75 * share, gid=cell_name, lw=0)
             )
-            told[cell_name] = f"'{name}' called '{names[column]}': {images:,} of {sum(line):,} images"
+            told[cell_name] = f"'{name}' called '{names[column]}': {images:,} of {sum(line):,} {counted}"
             if len(names) <= LARGEST_COUNTED:
-                told_count = str(images) if images < 10_000 else f"{images / 1000:.0f}k"
+                told_count = shortly(images) if counted == "images" else f"{100 * share:.0f}"
                 axes.text(column, row, told_count, ha="center", va="center", fontsize=8)
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xticks(range(len(names)), shown, rotation=90, fontsize=9)
     axes.set_yticks(range(len(names)), shown, fontsize=9)
-    axes.set_xlabel("is called")
+    axes.set_xlabel("is called" if counted == "images" else f"is called (in the cells: % of the class's {counted})")
     axes.set_ylabel("is")
     return _drawn(figure, f"What {answers['bundle']} takes for what", "confusion", told)
+
+
+def shortly(count: int) -> str:
+    """A count that fits into a cell."""
+    return str(count) if count < 10_000 else f"{count / 1000:.0f}k"
 
 
 def gain_by_seed(gain: Numbers, task: Numbers) -> Figure:

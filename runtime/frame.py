@@ -54,11 +54,6 @@ def at_size(classes: np.ndarray, spec: Mapping[str, Any], height: int, width: in
     return np.where(shown[0][:, None] & shown[1], spread, np.int16(-1)).astype(np.int16)
 
 
-def class_map(task: Task, outputs: np.ndarray, spec: Mapping[str, Any]) -> np.ndarray:
-    """What outputs [1, ...] of a dense task say of every pixel of the network's input, integers [height, width]."""
-    return np.asarray(task.decide(task.enlarged(outputs, sides(spec)))[0])
-
-
 def answer_frame(
     session: Session, frame: np.ndarray, spec: Mapping[str, Any], task: Task
 ) -> tuple[np.ndarray, dict[str, int]]:
@@ -79,7 +74,7 @@ def answer_frame(
     times.append(time.perf_counter_ns())
     steps = ["resize", "network", "answer"]
     if task.dense:
-        said = at_size(class_map(task, outputs, spec), spec, *frame.shape[:2])
+        said = at_size(task.decide_at(outputs, sides(spec))[0], spec, *frame.shape[:2])
         times.append(time.perf_counter_ns())
         shown = overlay(frame, said)
         steps.append("colours")
