@@ -41,8 +41,8 @@ class Strip(NamedTuple):
 class Masks:
     """The pictures of a report whose answers are masks; nothing in that of another task.
 
-    ``flips`` and ``mistakes`` are those of the numbers, in their order. ``legend`` and ``changes`` have a colour, as CSS
-    writes it, for each class, and for each way in which a pixel changes.
+    ``flips`` and ``mistakes`` are those of the numbers, in their order. ``legend`` and ``changes`` have a colour, as
+    CSS writes it, for each class, and for each way in which a pixel changes.
     """
 
     flips: Sequence[Strip] = ()

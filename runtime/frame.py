@@ -16,8 +16,8 @@ from .task import TASKS, Task
 if TYPE_CHECKING:
     from . import Session
 
-WARM_FRAMES = 3  # which are not told: the first ones allocate
-FEWEST_FRAMES, MOST_FRAMES = 20, 64  # that are
+WARM_FRAMES = 2  # which are not told: the first ones allocate
+FEWEST_FRAMES, MOST_FRAMES = 5, 64  # that are
 
 
 def placement(spec: Mapping[str, Any], height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -89,7 +89,7 @@ def time_frames(
 ) -> dict[str, Any] | None:
     """Whole frames one after another, each followed by the network alone on what it was shown: the two take turns.
 
-    At least 20, then until ``seconds`` are over or 64 are done; a few before them are not told.
+    At least 5, then until ``seconds`` are over or 64 are done; a few before them are not told.
 
     Args:
         frames: uint8 [H, W, 3] each, rotated through.
