@@ -83,8 +83,8 @@ from .core.rules import Rule, parse_rules
 from .data.copies import are_photographs
 from .data.dataset import RANDOM, Dataset, Fitted, geometry
 from .data.fingerprints import Fingerprint, fingerprint_folder
+from .data.labels import LABELS, check_source, completed
 from .data.listing import REMEMBERED
-from .data.sources import check_source, names_of, usual_splits
 from .data.survey import findings
 from .deploy import strange
 from .deploy.bundle import check_known, check_task, try_model
@@ -322,7 +322,8 @@ class Chain:
         side = order.config.copies_side
 
         def make(path: Path) -> Dataset:
-            wanted = (*TRAIN_NEEDS, *(("scikit-learn",) if plan.source == "digits" else ()))
+            made_here = plan.source == LABELS[plan.task].demo
+            wanted = (*TRAIN_NEEDS, *(("scikit-learn",) if made_here else ()))
             require("reading data", wanted, "train")
             from .data.prepare import prepare
 
@@ -340,18 +341,24 @@ class Chain:
         check_source(plan)
         if plan.classes is not None and not plan.classes.is_file():
             raise UserError(f"data.classes: no file at {plan.classes}: wanted a text file with one class a line")
+        if plan.palette is not None and not plan.palette.is_file():
+            raise UserError(
+                f"data.palette: no file at {plan.palette}: wanted a text file with a colour and a class a line"
+            )
         if plan.skip_broken and plan.check != "all":
             raise UserError("data.skip_broken wants data.check all: what is not looked at cannot be left out")
         fingerprint, unlabeled = Fingerprint("by name", 0, ()), None  # named sources are known by their names
         if is_folder := Path(plan.source).is_dir():
             plan = plan.model_copy(update={"source": str(Path(plan.source).absolute())})
-        plan, lines = usual_splits(plan)
+        plan, lines = completed(plan)
         for line in lines:  # once, however often the same is asked
             if line not in self._told:
                 self._told.add(line)
                 note(line)
         if is_folder:
-            fingerprint = fingerprint_folder(Path(plan.source), self._memory(plan.source), names_of(plan))
+            fingerprint = fingerprint_folder(
+                Path(plan.source), self._memory(plan.source), LABELS[plan.task].names(plan)
+            )
         if plan.unlabeled is not None and plan.unlabeled.is_dir():
             unlabeled = fingerprint_folder(plan.unlabeled, self._memory(str(plan.unlabeled)))
         may_be_copies = [fingerprint.digests, *([] if unlabeled is None else [unlabeled.digests])]
@@ -364,6 +371,7 @@ class Chain:
             fingerprint=fingerprint.sha256,
             unlabeled_fingerprint=None if unlabeled is None else unlabeled.sha256,
             classes_fingerprint=sha256_file(plan.classes) if plan.classes is not None else None,
+            palette_fingerprint=sha256_file(plan.palette) if plan.palette is not None else None,
             held_out_copies=_held_out_copies(plan.duplicates, may_be_copies if is_folder else None),
         )
         return Order("data", config, {})

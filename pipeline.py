@@ -57,8 +57,8 @@ from .core.proc import require
 from .core.progress import note
 from .core.sealed import NAME
 from .data.dataset import Dataset
+from .data.labels import check_source
 from .data.listing import list_images
-from .data.sources import check_source
 from .devices.session import bench_config, swept
 from .export import TARGETS
 from .forecast import Cost, Forecast, Work
@@ -130,10 +130,10 @@ def check_recipe(recipe: Recipe) -> None:
     check_packages(recipe)
     from .distill.train import check_run
 
-    check_run(recipe.teacher, None if recipe.teacher.checkpoint else recipe.teacher.train)
+    check_run(recipe.teacher, None if recipe.teacher.checkpoint else recipe.teacher.train, recipe.data.task)
     of_one_seed = recipe.distill.model_copy(update={"seeds": recipe.distill.seeds[:1]})  # the others are like it
     for config in student_runs(recipe.student, of_one_seed, recipe.data.unlabeled is not None).values():
-        check_run(config, config.train)
+        check_run(config, config.train, recipe.data.task)
 
 
 def student_runs(student: ModelSettings, plan: DistillPlan, unlabeled: bool = False) -> dict[str, TrainConfig]:

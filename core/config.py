@@ -32,7 +32,7 @@ from pydantic import (
 )
 
 from .errors import UserError, did_you_mean
-from .inputs import InputSpec, Mean, Size, Std, sides
+from .inputs import InputSpec, Mean, Resize, Size, Std, sides
 from .rules import parse_rules
 from .sealed import LONGEST_NUMBER, MOST_LEVELS, NAME, printable
 
@@ -88,7 +88,8 @@ class DataPlan(Config):
 
     task: str = Field("classification", description="what a network is to say of an image, such as classification")
     source: str = Field(
-        description="'digits', an image folder, or a name of timm's dataset factory (hfds/..., wds/..., tfds/...)"
+        description="'digits' (or 'masks', for segmentation), an image folder, or a name of timm's dataset factory "
+        "(hfds/..., wds/..., tfds/...)"
     )
     root: str | None = Field(None, description="root folder of a wds/ or tfds/ source, or cache folder of an hfds/ one")
     train_split: str = Field("train", description="name of the part to learn from")
@@ -117,7 +118,16 @@ class DataPlan(Config):
         None,
         exclude=True,  # known by its fingerprint
         description="text file with one class a line, in the order of the checkpoint's outputs; some may have no "
-        "training image. Left out, the training folders in name order",
+        "training image. Left out, the training folders in name order; of masks classes.txt beside its parts",
+    )
+    palette: Path | None = Field(
+        None,
+        exclude=True,  # known by its fingerprint
+        description="segmentation: text file with a colour and its class a line, such as 128 64 128 road, where masks "
+        "are of colours; a colour without a name is not judged. Left out, masks hold numbers of classes",
+    )
+    ignore_index: int | None = Field(
+        None, ge=0, le=65535, description="segmentation: number in masks that is no class; left out, 255"
     )
     check: Literal["all", "sample", "none"] = Field(
         "all", exclude=True, description="which images are decoded beforehand, so that a broken one is named early"
@@ -164,6 +174,7 @@ class DataConfig(DataPlan):
     fingerprint: str
     unlabeled_fingerprint: str | None = None
     classes_fingerprint: str | None = None
+    palette_fingerprint: str | None = None
     held_out_copies: Literal["drop", "allow"] | None = Field(
         None, description="what became of copies of held-out images; nothing where no two images are the same"
     )
@@ -172,7 +183,7 @@ class DataConfig(DataPlan):
     def _without_what_is_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Neither what would become of copies that are not there nor what is not asked for makes another key."""
         values: dict[str, Any] = serialize(self)
-        later = ("held_out_copies", "val_split", "most_images")
+        later = ("held_out_copies", "val_split", "most_images", "ignore_index", "palette_fingerprint")
         return {name: value for name, value in values.items() if name not in later or value is not None}
 
 
@@ -182,9 +193,16 @@ class FittedConfig(Config):
     size: Size
     crop_fraction: float
     interpolation: str
+    resize: Resize = "cover"
     antialias: bool
     decoding: int
     versions: dict[str, str] = Field(description="of the libraries that make the pixels")
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As of an InputSpec."""
+        values: dict[str, Any] = serialize(self)
+        return {name: value for name, value in values.items() if name != "resize" or value != "cover"}
 
 
 SMALLEST_SIDE = 8  # pixels, of what a network is trained on
@@ -200,6 +218,17 @@ class InputSettings(Config):
     interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] | None = Field(
         None, description="resizing filter"
     )
+    resize: Resize | None = Field(
+        None,
+        description="what becomes of other proportions: the image covers the input and the rest is cut off, it is "
+        "stretched, or it is put in whole with grey borders; left out, cover, of masks stretch",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_unsaid(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """``resize`` came later: as long as it says nothing it is in no key."""
+        values: dict[str, Any] = serialize(self)
+        return {name: value for name, value in values.items() if name != "resize" or value is not None}
 
     @field_validator("size")
     @classmethod
@@ -1150,6 +1179,8 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
         data = data.model_copy(update={"unlabeled": _absolute(folder, data.unlabeled)})
     if data.classes is not None:
         data = data.model_copy(update={"classes": _absolute(folder, data.classes)})
+    if data.palette is not None:
+        data = data.model_copy(update={"palette": _absolute(folder, data.palette)})
     if checkpoint is not None:
         teacher = teacher.model_copy(update={"checkpoint": _absolute(folder, checkpoint)})
     return recipe.model_copy(update={"data": data, "teacher": teacher})

@@ -75,6 +75,15 @@ def shrunk(path: Path, side: int) -> Image.Image | None:
     return None
 
 
+def copy_size(size: tuple[int, int], shorter_side: int) -> tuple[int, int]:
+    """Width and height of the copy of an image of this width and height."""
+    scale = shorter_side / min(size)
+    if scale >= 1:
+        return size
+    width, height = (max(shorter_side, round(side * scale)) for side in size)
+    return width, height
+
+
 def write_copies(
     samples: Samples, shorter_side: int, out: Path, looks: Looks
 ) -> tuple[np.ndarray, np.ndarray, CopyFacts]:
@@ -98,12 +107,11 @@ def write_copies(
         image, seen = look(path)
         if image is None:
             return b"", False, seen
-        scale = shorter_side / min(image.size)
-        if scale >= 1:
+        size = copy_size(image.size, shorter_side)
+        if size == image.size:
             return path.read_bytes(), False, seen
-        width, height = (max(shorter_side, round(side * scale)) for side in image.size)
         stream = io.BytesIO()
-        small = image.resize((width, height), Image.Resampling[FILTER.upper()])
+        small = image.resize(size, Image.Resampling[FILTER.upper()])
         small.save(stream, "JPEG", quality=QUALITY, subsampling=0)
         return stream.getvalue(), True, seen
 

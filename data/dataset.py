@@ -27,6 +27,7 @@ from ..runtime.preprocess import fit
 from .corrupt import corrupt
 from .formats import decode
 from .labels import LABELS
+from .masks import KeptMasks
 from .splits import stratified_count
 from .survey import Survey
 
@@ -38,7 +39,7 @@ RANDOM = "random images"  # the source of what only stands in for a data set
 Part = Literal["train", "val", "test", "unlabeled"]
 PARTS: tuple[Part, ...] = ("train", "val", "test", "unlabeled")
 # What decides which pixels a network is shown; the rest of an InputSpec is arithmetic on them.
-GEOMETRY = ("size", "crop_fraction", "interpolation", "antialias")
+GEOMETRY = ("size", "crop_fraction", "interpolation", "antialias", "resize")
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,15 @@ class Sample:
 
     def truth(self, spec: Mapping[str, Any]) -> np.ndarray | np.integer[Any]:
         """What is right of it, as its task judges what a network of this InputSpec says. Raises UserError."""
-        return LABELS[self.part.task].read(self.path, self.label, spec)
+        return LABELS[self.part.task].read(self, spec)
+
+    def mask(self) -> np.ndarray | None:
+        """The class of each pixel of ``image()``, uint8 [H, W], 255 where nobody judges; None without a mask.
+
+        Raises:
+            UserError: what was kept is none.
+        """
+        return self.part.mask(self.position)
 
 
 class Samples(Sequence[Sample]):
@@ -77,6 +86,7 @@ class Samples(Sequence[Sample]):
         records: np.ndarray,
         copies: np.ndarray | None = None,
         fitted: Mapping[str, np.ndarray] | None = None,
+        masks: KeptMasks | None = None,
     ) -> None:
         """``records`` as ``index_records`` makes them, of files below ``root``.
 
@@ -84,7 +94,7 @@ class Samples(Sequence[Sample]):
             copies: uint8 [bytes], where the records say where in it the copies lie.
             fitted: uint8 [N, height, width, 3] by ``geometry``.
         """
-        self.task, self._root, self._records, self._copies = task, root, records, copies
+        self.task, self._root, self._records, self._copies, self._masks = task, root, records, copies, masks
         self._fitted = {} if fitted is None else fitted
 
     @property
@@ -124,6 +134,15 @@ class Samples(Sequence[Sample]):
                 f"cannot read image {self.path(at)} ({first_line(error)}): the data changed while in use"
             ) from None
 
+    def mask(self, at: int) -> np.ndarray | None:
+        """As ``Sample.mask``."""
+        try:
+            return None if self._masks is None else self._masks[at]
+        except ValueError as error:
+            raise UserError(
+                f"the mask of {self.path(at)} is not what kdpipe writes ({error}): make the data again"
+            ) from None
+
     def digest(self, at: int) -> bytes:
         """sha256 of the user's file of one image. Raises UserError."""
         try:
@@ -144,7 +163,7 @@ class Samples(Sequence[Sample]):
 
 def geometry(spec: Mapping[str, Any]) -> str:
     """The part of an InputSpec that decides the pixels, as text."""
-    return json.dumps([spec[name] for name in GEOMETRY])
+    return json.dumps([spec.get(name) for name in GEOMETRY])
 
 
 def load_images(samples: Iterable[Sample], spec: Mapping[str, Any]) -> np.ndarray:
@@ -269,7 +288,9 @@ class Dataset(Artifact[DatasetFacts]):
     """Images by reference (a user's folder) or by value (everything else), split once and for all.
 
     ``index.json`` holds an ``Index``, ``PART.npy`` what ``index_records`` makes; ``PART.copies``, where there are any,
-    resized copies end to end; ``test.digests.npy`` what tells the test images from others.
+    resized copies end to end; ``PART.masks``, where there are any, the masks of its images (or of their copies) end to
+    end as PNG, and ``PART.masks.npy`` where each begins and how long it is, int64 [N, 2]; ``test.digests.npy``
+    what tells the test images from others.
     """
 
     kind = "dataset"
@@ -288,6 +309,16 @@ class Dataset(Artifact[DatasetFacts]):
     def copies_name(part: Part) -> str:
         """The file of one part's copies."""
         return f"{part}.copies"
+
+    @staticmethod
+    def masks_name(part: Part) -> str:
+        """The file of one part's masks."""
+        return f"{part}.masks"
+
+    @staticmethod
+    def places_name(part: Part) -> str:
+        """The file of where the masks of one part lie."""
+        return f"{part}.masks.npy"
 
     @staticmethod
     def digests_name(part: Part) -> str:
@@ -347,7 +378,22 @@ class Dataset(Artifact[DatasetFacts]):
             if part in kept.facts.images:
                 fitted[shown] = kept.pixels(part, len(records))
         root = self.path if folder is None else Path(folder)
-        return Samples(self.facts.task, root, records, copies, fitted)
+        return Samples(self.facts.task, root, records, copies, fitted, self._masks(part, len(records)))
+
+    def _masks(self, part: Part, images: int) -> KeptMasks | None:
+        """The masks of one part, if there are any, checked as a stranger's. Raises UserError."""
+        name = self.places_name(part)
+        if name not in self.manifest.files:
+            return None
+        places, file = np.asarray(self.array(name, "i", 2)), self.file(self.masks_name(part))
+        content = np.memmap(file, np.uint8, "r") if file.stat().st_size else np.zeros(0, np.uint8)
+        fits = places.shape == (images, 2) and places.dtype == np.int64
+        if fits and images:
+            starts, sizes = places[:, 0], places[:, 1]
+            fits = starts.min() >= 0 and sizes.min() > 0 and (starts <= len(content) - sizes).all()
+        if not fits:
+            raise UserError(f"{self.path / name} is not what kdpipe writes: make the data again")
+        return KeptMasks(content, places, len(self.index.classes))
 
     def digests(self, part: Part) -> np.ndarray | None:
         """The first 64 bits of the hash of every image's file, uint64 [N], in the order of ``samples``.

@@ -34,7 +34,7 @@ from .precision import Choices
 from .ranks import Ranks, join
 from .teacher import Teacher, open_teacher
 from .trackers import Nothing, tracker
-from .views import TrainingViews, seeded, training_images, training_transform
+from .views import TrainingViews, moving_transform, seeded, training_images, training_transform
 
 
 def train(
@@ -255,13 +255,13 @@ def adopt(order: Order[AdoptConfig], dataset: Dataset, out: Path) -> Checkpoint:
     return draft.artifact
 
 
-def check_run(config: ModelSettings, settings: TrainSettings | None) -> None:
+def check_run(config: ModelSettings, settings: TrainSettings | None, task: str) -> None:
     """Refuse what training would refuse, without training. Raises UserError."""
     _, spec = models.create(config.model_copy(update={"pretrained": False}), classes=None)
     if settings is not None:
         if settings.optimizer not in list_optimizers():
             raise choice("optimiser", settings.optimizer, list_optimizers())
-        training_transform(settings.augment, spec)
+        (moving_transform if TASKS[task].dense else training_transform)(settings.augment, spec)
 
 
 def _described(

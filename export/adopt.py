@@ -61,6 +61,7 @@ def input_of(path: Path, settings: InputSettings) -> InputSpec:
         std=settings.std or RAW["std"],
         crop_fraction=settings.crop_fraction or 1.0,
         interpolation=settings.interpolation or "bicubic",
+        resize=settings.resize or "cover",
         layout="NHWC" if channels_last else "NCHW",
     )
 

@@ -34,6 +34,8 @@ def resolve_input(config: InputSettings, pretrained: dict[str, Any]) -> InputSpe
     size = config.size or tuple(pretrained["input_size"][-2:])
     # Cropping away a border is an ImageNet habit: where the user sets a small size, the whole image counts.
     whole = config.size is not None and max(sides(config.size)) <= 64
+    resize = config.resize or pretrained.get("resize") or "cover"
+    whole = whole or resize != "cover"  # nothing is cut off where the image need not cover the input
     crop = config.crop_fraction or (1.0 if whole else pretrained.get("crop_pct") or 0.875)
     interpolation = config.interpolation or pretrained.get("interpolation") or "bicubic"
     return InputSpec(
@@ -42,6 +44,7 @@ def resolve_input(config: InputSettings, pretrained: dict[str, Any]) -> InputSpe
         std=config.std or tuple(pretrained["std"]),
         crop_fraction=crop,
         interpolation=interpolation,
+        resize=resize,
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from . import RUNTIMES, open_session, predict, sealed
 from .layout import sides
+from .preprocess import RESIZES
 from .weights import refuse_files_elsewhere
 
 GOLDEN = "golden.npz"  # ``images`` uint8 [N, H, W, 3] and the ``logits`` that they gave where the bundle was packed
@@ -54,7 +55,8 @@ def read_facts(folder: Path, *, hashed: bool = True) -> dict[str, Any]:
     if facts["precision"] not in TOLERANCES:
         raise BundleError(f"unknown precision '{facts['precision']}', wanted {', '.join(TOLERANCES)}")
     given = facts["input"]
-    if not _is_size(given.get("size")) or given["layout"] not in ("NCHW", "NHWC") or given["dtype"] != "float32":
+    known = given["layout"] in ("NCHW", "NHWC") and given["dtype"] == "float32"
+    if not _is_size(given.get("size")) or not known or given.get("resize", "cover") not in RESIZES:
         raise BundleError(f"no input is like that: {sealed.printable(repr(given), 200)}")
     if facts["entry"] not in manifest["files"]:
         raise BundleError(f"bundle {folder} has no file '{facts['entry']}' to open")
