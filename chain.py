@@ -1270,7 +1270,30 @@ def train_order(
         usual = CacheSettings()
         if cache is not None and any(cache.settings[name] != getattr(usual, name) for name in ("precision", "top")):
             inputs["cache"] = cache
-    return Order("train", with_code(config), inputs)
+    encoder = encoder_of(config)
+    if encoder is not None:
+        inputs["encoder"] = encoder
+    return Order("train", with_encoder(with_code(config)), inputs)
+
+
+def encoder_of(config: ModelSettings) -> Checkpoint | None:
+    """The checkpoint that the encoder of a segmenter begins as, if it is one. Raises UserError."""
+    if config.encoder_checkpoint is None:
+        return None
+    from .networks.segmenters import given_encoder
+
+    return given_encoder(config)
+
+
+def with_encoder(config: S) -> S:
+    """``config`` with the hash of the file that the encoder's weights are from, if one is. Raises UserError."""
+    path = config.encoder_checkpoint
+    if path is None or not path.is_file():
+        return config
+    sha256 = sha256_file(path)
+    if config.encoder_checkpoint_sha256 not in (None, sha256):
+        raise UserError(f"encoder_checkpoint: {path} has sha256 {sha256}, wanted {config.encoder_checkpoint_sha256}")
+    return config.model_copy(update={"encoder_checkpoint_sha256": sha256})
 
 
 def with_code(config: S) -> S:

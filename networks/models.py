@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 from timm.utils.model import reparameterize_model
 from torch import nn
+from torch.nn import functional
 
 from ..core import code
-from ..core.config import ONNX_MODEL, AdoptConfig, InputSettings, ModelSettings
+from ..core.config import ONNX_MODEL, AdoptConfig, InputSettings, ModelSettings, Output
 from ..core.errors import UserError, did_you_mean
 from ..core.inputs import InputSpec, sides, size_words
 from ..core.kinds import Checkpoint
@@ -215,19 +216,27 @@ def multiply_accumulates(network: nn.Module, spec: InputSpec) -> int | None:
 
 
 class Normalise(nn.Module):
-    """A network that takes RGB in 0..255 and normalises by itself: what is evaluated and exported."""
+    """A network that takes RGB in 0..255 and normalises by itself: what is evaluated and exported.
+
+    One that draws masks gives logits at its own stride; by ``output`` they are enlarged to the image's sides (bilinear,
+    corners not aligned), and decided by the largest.
+    """
 
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, network: nn.Module, spec: InputSpec) -> None:
+    def __init__(self, network: nn.Module, spec: InputSpec, output: Output = "logits") -> None:
         super().__init__()
-        self.network = network
+        self.network, self.output, self.sides = network, output, spec.sides
         for name in ("mean", "std"):
             values = torch.tensor(getattr(spec, name)).view(1, 3, 1, 1) * 255
             self.register_buffer(name, values, persistent=False)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """float32 [N, 3, H, W] in 0..255 to logits [N, K]."""
+        """float32 [N, 3, H, W] in 0..255 to logits [N, K, ...], or to classes, uint8 [N, H, W]."""
         logits: torch.Tensor = self.network((image - self.mean) / self.std)
-        return logits
+        if self.output == "logits":
+            return logits
+        if tuple(logits.shape[2:]) != self.sides:
+            logits = functional.interpolate(logits, self.sides, mode="bilinear", align_corners=False)
+        return logits if self.output == "logits-full" else logits.argmax(1).to(torch.uint8)

@@ -18,6 +18,7 @@ from ..data.dataset import Dataset, Sample, load_images, predict_samples
 from ..runtime import predict
 from ..runtime.task import TASKS, Task
 from . import VARIANTS
+from .bias import decibels
 from .calibrate import CalibrationInputs, choose
 from .guard import guarded
 from .layers import noise_by_layer, signal_to_noise_db
@@ -27,6 +28,7 @@ from .work import TRACED_IMAGES, Work, open_checked
 # Below it a variant is another network more often than not. Measured on digits and on networks of random weights: 0.75
 # and more at 4.5 dB and more, 0.55 at 4.4 dB, 0.27 and less at 0.4 dB and less.
 LEAST_AGREEMENT, JUDGING_IMAGES = 0.5, 8  # fewer images than that judge nobody
+MOST_OUTPUT_BYTES = 2**28  # of one model's outputs that are compared at once
 
 
 def quantize(
@@ -166,36 +168,51 @@ def _compare(
         return None
     images = load_images(checked, spec)
     with quiet():
-        before = predict(open_checked(model.path, model.facts), images)
-        after = predict(open_checked(folder, facts), images)
+        whole = open_checked(model.path, model.facts)
+        images = images[: most_images(predict(whole, images[:1]), len(images))]
+        before, after = predict(whole, images), predict(open_checked(folder, facts), images)
+        float32 = variant.activations(model.entry)
+        quantized = variant.activations(folder / facts.entry)
     found = damage(TASKS[facts.task], before, after)
+    traced = CalibrationInputs(checked[:TRACED_IMAGES], spec, "comparing layers")
+    if found.signal_to_noise_db is None and float32 is not None and quantized is not None:
+        with quiet():
+            found = found.model_copy(update={"signal_to_noise_db": decibels(float32, quantized, traced)[0]})
     damaged = found.agreement < LEAST_AGREEMENT and found.images >= JUDGING_IMAGES
     if damaged and not config.allow_damage:
         raise GateFailed(
             f"{config.variant} of {facts.model} for {facts.target} agrees with float32 on {found.agreement:.1%} of "
-            f"{found.images} images, {found.signal_to_noise_db:g} dB (wanted {LEAST_AGREEMENT:.0%}): not sealed; "
+            f"{found.images} images, {_words(found)} (wanted {LEAST_AGREEMENT:.0%}): not sealed; "
             "keep layers in float by --max-drop, choose another variant, or seal it all the same by --allow-damage true"
         )
-    with quiet():
-        float32 = variant.activations(model.entry)
-        quantized = variant.activations(folder / facts.entry)
-        if float32 is not None and quantized is not None:
-            traced = CalibrationInputs(checked[:TRACED_IMAGES], spec, "comparing layers")
+    if float32 is not None and quantized is not None:
+        with quiet():
             layers = noise_by_layer(float32, quantized, traced)
             write_json(folder / Model.NOISE_BY_LAYER, [layer.model_dump() for layer in layers])
     return found
 
 
+def most_images(output: np.ndarray, count: int) -> int:
+    """How many of ``count`` images to look at, of outputs like this one: eight at least, and no more than fit."""
+    return min(count, max(JUDGING_IMAGES, MOST_OUTPUT_BYTES // output.nbytes))
+
+
 def damage(task: Task, before: np.ndarray, after: np.ndarray) -> Damage:
     """What a variant changed in outputs [N, ...]: signal-to-noise ratio in dB, and how far both say the same.
+
+    The ratio is None where the outputs are classes, which no difference can be taken of.
 
     Raises:
         GateFailed: outputs that are not finite or the same for every image.
     """
-    if not np.isfinite(after).all() or (len(after) > 1 and not after.std(axis=0).any()):
+    if not np.isfinite(after).all() or (len(after) > 1 and (after == after[0]).all()):
         raise GateFailed("the variant's outputs are not finite or do not depend on the image: it is not sealed")
     return Damage(
         images=len(before),
-        signal_to_noise_db=signal_to_noise_db(before, after - before),
+        signal_to_noise_db=signal_to_noise_db(before, after - before) if before.dtype.kind == "f" else None,
         agreement=task.agreement(before, after),
     )
+
+
+def _words(found: Damage) -> str:
+    return "of unknown noise" if found.signal_to_noise_db is None else f"{found.signal_to_noise_db:g} dB"
