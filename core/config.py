@@ -32,14 +32,26 @@ from pydantic import (
 )
 
 from .errors import UserError, did_you_mean
-from .inputs import InputSpec, Mean, Resize, Size, Std, sides
+from .inputs import InputSpec, Mean, Resize, Side, Size, Std, sides
 from .rules import parse_rules
 from .sealed import LONGEST_NUMBER, MOST_LEVELS, NAME, printable
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 ONNX_MODEL = "onnx"  # the model of every network that is a file
 Method = Literal[
-    "labels", "hard", "kd", "bkd", "logit_mse", "dkd", "dist", "hint", "at", "rkd", "deep_supervision", "stagewise"
+    "labels",
+    "hard",
+    "kd",
+    "bkd",
+    "logit_mse",
+    "dkd",
+    "dist",
+    "cwd",
+    "hint",
+    "at",
+    "rkd",
+    "deep_supervision",
+    "stagewise",
 ]
 
 
@@ -409,6 +421,11 @@ class DistillSettings(Config):
     shuffled_teacher: bool = Field(
         False, description="control: the teacher's non-maximal logits change places, so that only its top-1 is left"
     )
+    cwd_on: Literal["logits", "features"] | None = Field(
+        None,
+        description="method cwd: what is compared channel by channel; left out, the logits, or where a network gives "
+        "one answer an image the features",
+    )
     dkd: DkdSettings = DkdSettings()
     dist: DistSettings = DistSettings()
     rkd: RkdSettings = RkdSettings()
@@ -435,6 +452,8 @@ class DistillSettings(Config):
 
 class TrainConfig(DistillSettings, ModelSettings):
     """One training run: a network and how it learns."""
+
+    LATER: ClassVar[tuple[str, ...]] = (*ModelSettings.LATER, "cwd_on")
 
     seed: int = Field(0, description="seed of weights, order, views and of the drawn fraction")
 
@@ -471,7 +490,10 @@ class CacheSettings(Config):
     label_fraction: Annotated[float, Field(ge=0, le=1)] = Field(1.0, description="share of the training images")
     seed: int = Field(0, description="seed of the drawn fraction")
     top: int | None = Field(
-        None, ge=1, description="how many of the largest logits are kept; left out, all up to 256 classes, else 100"
+        None,
+        ge=1,
+        description="how many of the largest logits are kept; left out, all up to 256 classes, else 100; of masks all "
+        "up to 32 classes, else 16 a place",
     )
     precision: Literal["float32", "bf16"] = Field("float32", description="in which the teacher is asked")
     augment: AugmentSettings = AugmentSettings()
@@ -488,7 +510,15 @@ class CacheConfig(CacheSettings):
     """A cache as its stage is told: for every student of this input, with these versions of the libraries."""
 
     input: InputSpec
+    grid: tuple[Side, Side] | None = Field(
+        None, description="height and width of the logits of masks: the student's; left out, the teacher's own"
+    )
     versions: dict[str, str] = Field(description="of the libraries that can change a view")
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_unsaid(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        return {name: value for name, value in values.items() if name != "grid" or value is not None}
 
     def view_settings(self) -> TrainSettings:
         """What of a training run decides what a view shows."""

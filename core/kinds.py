@@ -28,7 +28,7 @@ from .config import (
     TrainConfig,
 )
 from .errors import UserError
-from .inputs import InputSpec
+from .inputs import InputSpec, Side
 from .rules import Counted, Unit
 from .sealed import LARGEST_MODEL_BYTES, NAME
 from .stats import Interval, NoWorse, no_worse
@@ -151,12 +151,13 @@ class Checkpoint(Labelled[CheckpointFacts]):
     ONNX = "model.onnx"  # in place of weights, of a network that is a file
     HISTORY = "history.jsonl"  # one row an epoch
     IMAGES = "images.npy"  # which training images it learned from: positions in the training part, ascending
-    TEST_OUTPUTS = "test_logits.npz"  # ``logits`` [N, K] and ``labels`` [N] of the test part
+    # Of the test part: ``logits`` [N, K], or class maps [N, H, W] of every place, and ``labels`` [N, ...].
+    TEST_OUTPUTS = "test_logits.npz"
 
     @property
     def tested(self) -> tuple[np.ndarray, np.ndarray]:
         """Outputs [N, ...] and labels [N, ...] of the test part. Raises UserError."""
-        found = self.arrays(self.TEST_OUTPUTS, logits=("f", 2), labels=("iu", 1))
+        found = self.arrays(self.TEST_OUTPUTS, logits=("fu", 2), labels=("iu", 1))
         return same_length(self.path / self.TEST_OUTPUTS, found["logits"], found["labels"])
 
     @property
@@ -169,14 +170,18 @@ class Checkpoint(Labelled[CheckpointFacts]):
 
 
 class CacheFacts(Record):
-    """How much a teacher was asked, and how its outputs are stored (``top`` None: all of them)."""
+    """How much a teacher was asked, and how its outputs are stored.
+
+    ``top`` None: all of them. ``grid``: height and width of those that say something of every place.
+    """
 
     views: int = Field(ge=1)
     images: int = Field(ge=1)
     classes: int = Field(ge=1, le=MOST_CLASSES)
     top: int | None = Field(ge=1, le=MOST_CLASSES)
     bytes: int = Field(ge=0)
-    record_bytes: int = Field(ge=1)
+    record_bytes: int = Field(ge=1)  # of an image
+    grid: tuple[Side, Side] | None = None
 
 
 class Cache(Artifact[CacheFacts]):

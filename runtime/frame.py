@@ -10,7 +10,7 @@ import numpy as np
 
 from .layout import sides
 from .overlay import overlay
-from .preprocess import fit
+from .preprocess import fit, placement
 from .task import TASKS, Task
 
 if TYPE_CHECKING:
@@ -18,20 +18,6 @@ if TYPE_CHECKING:
 
 WARM_FRAMES = 2  # which are not told: the first ones allocate
 FEWEST_FRAMES, MOST_FRAMES = 5, 64  # that are
-
-
-def placement(spec: Mapping[str, Any], height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """How ``fit`` places an image of this size: height and width that it is resized to, and what is cut off.
-
-    Returns:
-        Both sides of the resized image, and the position in it of the input's top left corner (top, left); below 0
-        where the input begins before the image does.
-    """
-    tall, wide = sides(spec)
-    covered = round(tall / spec["crop_fraction"]), round(wide / spec["crop_fraction"])
-    scale = max(covered[0] / height, covered[1] / width)
-    target = max(covered[0], round(height * scale)), max(covered[1], round(width * scale))
-    return target, ((target[0] - tall) // 2, (target[1] - wide) // 2)
 
 
 def at_size(classes: np.ndarray, spec: Mapping[str, Any], height: int, width: int) -> np.ndarray:
@@ -43,9 +29,9 @@ def at_size(classes: np.ndarray, spec: Mapping[str, Any], height: int, width: in
     Args:
         spec: the InputSpec by which the image was fitted.
     """
-    (tall, wide), (top, left) = placement(spec, height, width)
-    rows = (np.arange(height) + 0.5) * tall / height - top
-    columns = (np.arange(width) + 0.5) * wide / width - left
+    place = placement((width, height), spec)
+    rows = (np.arange(height) + 0.5) * place.height / height - place.top
+    columns = (np.arange(width) + 0.5) * place.width / width - place.left
     shown = [(at >= 0) & (at < side) for at, side in zip((rows, columns), classes.shape)]
     inside = [np.clip(at.astype(np.int64), 0, side - 1) for at, side in zip((rows, columns), classes.shape)]
     spread = classes[inside[0]].take(inside[1], axis=1)
