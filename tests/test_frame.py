@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from kdpipe.core.config import MeasureSettings
-from kdpipe.core.kinds import Bundle, FrameSamples, Result, Samples
+from kdpipe.core.kinds import Bundle, FrameSamples, Result, Samples, Trust
 from kdpipe.core.stats import Interval
 from kdpipe.devices import find_device, opened
 from kdpipe.devices.bench import whole_frame
 from kdpipe.devices.trust import assess, control_name
 from kdpipe.report import words
+from kdpipe.report.pooled import pooled_frame
 from kdpipe.runtime import frame as framing
 from kdpipe.runtime.frame import FEWEST_FRAMES, MOST_FRAMES, answer_frame, at_size, time_frames
 from kdpipe.runtime.overlay import overlay
@@ -198,6 +199,30 @@ def test_frames_have_a_trust_of_their_own() -> None:
         emulated=True,
     )
     assert emulated["results"]["a"].whole_frame.trust.word == "invalid"
+
+
+def test_frames_over_sessions() -> None:
+    """Of the sessions in which they are trusted, whatever the latencies are; known by how far those are apart."""
+
+    def session(whole_ms: float, word: str = "trusted") -> Result:
+        frame = whole_frame([samples(of_frames(whole_ms, 1.0))] * 6)
+        assert frame is not None
+        return Result(
+            status="measured",
+            whole_frame=frame.model_copy(update={"trust": Trust(word=word, reason="" if word == "trusted" else "why")}),
+        )
+
+    four = [session(2.0), session(2.02), session(9.0, "noisy"), session(1.98)]
+    found = pooled_frame(four[0], [*four, None], 0.1)
+    assert found is not None and found.trust is not None
+    assert (found.latency_ms.n, found.trust.word) == (3, "trusted")
+    assert found.latency_ms.value == pytest.approx(2.0, rel=1e-3) == found.over_network.value
+    assert pooled_frame(four[2], [four[2]], 0.1) == four[2].whole_frame, "none is trusted: the session's own"
+    assert pooled_frame(four[2], [four[2], four[0]], 0.1) == four[0].whole_frame
+    apart = pooled_frame(four[0], [session(2.0), session(3.0)], 0.1)
+    assert apart is not None and apart.trust is not None
+    assert apart.trust.word == "noisy" and "over 2 sessions" in apart.trust.reason
+    assert pooled_frame(Result(status="measured"), [None], 0.1) is None
 
 
 def _spread(values: list[float]) -> Interval:

@@ -31,7 +31,7 @@ COMMANDS = re.findall(r"```sh\n(.*?)```", DOCUMENT, re.DOTALL)
 [RECIPE] = re.findall(r"```yaml\n(.*?)```", DOCUMENT, re.DOTALL)
 # What the document names, and what is small enough to be trained here: every one of them is replaced somewhere.
 SMALL = {
-    "--encoder resnet50": "--encoder test_resnet --model-args.decoder_channels '[16,16,8,8,8]'",
+    "--encoder resnet50": "--encoder test_resnet --model-args '{\"decoder_channels\": [16, 16, 8, 8, 8]}'",
     "--encoder mobilenetv3_small_100": "--encoder test_resnet",
     "--input.size 256,320": "--input.size 32,64",
     "--train.epochs 100": "--train.epochs 2 --train.batch-size 8 --train.workers 0",
