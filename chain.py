@@ -631,6 +631,11 @@ class Chain:
             classes: its outputs; None for those of its pretrained weights.
         """
         require("making networks", TRAIN_NEEDS, "train")
+        if plan.encoder is not None:
+            raise UserError(
+                f"'{plan.model}' draws masks, which random images have none of: wanted a data set of masks; kdpipe "
+                "teacher DATA with the same options, then kdpipe export of what it makes"
+            )
         from .data.random import random_images
         from .networks.models import input_spec, pretrained_classes
 

@@ -693,7 +693,9 @@ class QuantizePlan(QuantizeSettings):
 class PackageConfig(Config):
     """What a bundle holds besides its model."""
 
-    golden_images: int = Field(8, ge=1, description="test inputs shipped with their expected outputs")
+    golden_images: int = Field(
+        8, ge=1, description="test inputs shipped with their expected outputs; of masks fewer, where they are large"
+    )
 
 
 class DeviceSettings(Config):

@@ -209,8 +209,8 @@ class Cache(Artifact[CacheFacts]):
 class ParityFacts(Record):
     """How far a file's outputs are from torch's on real images.
 
-    Of logits by the largest difference, and that over their spread; where the file gives classes, by the share of pixels
-    that change, of the worst image and of all of them.
+    Of logits by the largest difference, and that over their spread; where the file gives classes, by the share of
+    pixels that change, of the worst image and of all of them.
     """
 
     images: int
@@ -426,6 +426,7 @@ class BundleFacts(ModelFacts):
 
     size_bytes: int
     golden_images: int
+    golden_step: int = 1  # of outputs that have places every so manieth is kept, in both directions
     golden_tolerance: float
 
 

@@ -15,6 +15,7 @@ from ..core.config import ParitySettings
 from ..core.errors import GateFailed, UserError
 from ..core.kinds import ParityFacts, RuntimeSession
 from ..core.progress import note
+from ..runtime.bundle import apart
 from ..runtime.task import Task
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def torch_outputs(network: nn.Module, images: np.ndarray, what: str) -> np.ndarr
         outputs = _in_steps(network, batch[: max(2, MOST_OUTPUT_BYTES // alone.nbytes)], torch.float32)
     if not np.isfinite(outputs).all():
         raise UserError(f"{what}: its outputs are not finite on real images: nothing to export")
-    if len(outputs) > 1 and _apart(outputs[:1], alone)[0] > LARGEST_BATCH_EFFECT * _spread(outputs):
+    if len(outputs) > 1 and apart(outputs[:1], alone)[0] > LARGEST_BATCH_EFFECT * _spread(outputs):
         raise UserError(f"{what}: what it says of an image depends on the other images of the batch: nothing to export")
     return outputs
 
@@ -89,7 +90,7 @@ def compare(task: Task, expected: np.ndarray, actual: np.ndarray, images: Sequen
         )
     if (expected == expected[0]).all():
         raise GateFailed("the network's outputs do not depend on the image: parity would say nothing, train it first")
-    spread, difference = _spread(expected), _apart(expected, actual)
+    spread, difference = _spread(expected), apart(expected, actual)
     largest, of_classes = float(difference.max()), _are_classes(expected)
     return Parity(
         images=len(expected),
@@ -121,7 +122,7 @@ def float32_error(network: nn.Module, images: np.ndarray, outputs: np.ndarray) -
         except Exception:  # a network of somebody's own raises anything; then nothing is allowed for
             return None
     if _are_classes(outputs):
-        return float(_apart(outputs, precise).mean())
+        return float(apart(outputs, precise).mean())
     return float(np.abs(precise - outputs).max() / _spread(outputs))
 
 
@@ -133,15 +134,6 @@ def _are_classes(outputs: np.ndarray) -> bool:
 def _spread(outputs: np.ndarray) -> float:
     """The scale of their differences; shares of pixels are what they are."""
     return 1.0 if _are_classes(outputs) else float(outputs.std(axis=0).max())
-
-
-def _apart(expected: np.ndarray, actual: np.ndarray) -> np.ndarray:
-    """How far outputs of the same images are apart [N]: by the largest difference, or the share of other classes."""
-    if _are_classes(expected):
-        different = expected != actual
-        return np.asarray(different.reshape(len(different), -1).mean(1))
-    difference = np.where(np.isfinite(actual), np.abs(expected - actual), np.finfo(np.float32).max)
-    return np.asarray(difference.reshape(len(difference), -1).max(1))
 
 
 def _in_steps(network: nn.Module, batch: Tensor, dtype: torch.dtype) -> np.ndarray:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,7 +17,7 @@ from ..core.kinds import Checkpoint, Damage, Graph, Model, ModelFacts, Refusal, 
 from ..core.proc import quiet, require
 from ..core.sealed import printable
 from ..data.dataset import Dataset, Sample, load_images, predict_samples
-from ..runtime import predict
+from ..runtime import Session, predict
 from ..runtime.task import TASKS, Task
 from . import VARIANTS
 from .bias import decibels
@@ -24,6 +26,9 @@ from .guard import guarded
 from .layers import noise_by_layer, signal_to_noise_db
 from .variant import Variant
 from .work import TRACED_IMAGES, Work, open_checked
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # Below it a variant is another network more often than not. Measured on digits and on networks of random weights: 0.75
 # and more at 4.5 dB and more, 0.55 at 4.4 dB, 0.27 and less at 0.4 dB and less.
@@ -128,25 +133,30 @@ def _calibration(
 ) -> Sequence[Sample]:
     spec = model.facts.input.model_dump()
 
+    @cache
+    def opened() -> Session:
+        return open_checked(model.path, model.facts)
+
     def by_model(samples: Sequence[Sample]) -> np.ndarray:
         with quiet():
-            session = open_checked(model.path, model.facts)
-            return predict_samples(session, samples, spec)
+            return predict_samples(opened(), samples, spec)
 
-    def by_teacher(samples: Sequence[Sample]) -> np.ndarray:
-        import torch
-
+    @cache
+    def restored() -> tuple[nn.Module, dict[str, Any]]:
         from ..networks import models
 
         assert teacher is not None  # choose() asks only where there is one
         network, its_spec = models.restore(teacher)
-        whole = models.Normalise(network, its_spec).eval()
-        found = []
+        return models.Normalise(network, its_spec).eval(), its_spec.model_dump()
+
+    def by_teacher(samples: Sequence[Sample]) -> np.ndarray:
+        import torch
+
+        whole, its_spec = restored()
         with torch.inference_mode():
-            for at in range(0, len(samples), 64):
-                images = load_images(samples[at : at + 64], its_spec.model_dump())
-                found.append(whole(torch.from_numpy(images).permute(0, 3, 1, 2).float()).numpy())
-        return np.concatenate(found)
+            batch = torch.from_numpy(load_images(samples, its_spec)).permute(0, 3, 1, 2).float()
+            said: np.ndarray = whole(batch).numpy()
+        return said
 
     return choose(config.calibrate, dataset, by_model, None if teacher is None else by_teacher)
 
