@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import Made, Trained, assert_one_line, kdpipe
 from PIL import Image
+from test_integrate import BLOCKS, PYTHON, SHARED
 
 from kdpipe.core.kinds import Bundle
 from kdpipe.deploy import overlays
@@ -30,6 +31,7 @@ from kdpipe.runtime.task import TASKS
 
 TASK = TASKS["segmentation"]
 INT8 = "onnxruntime-int8"
+[MASKS] = [block for block in BLOCKS["python"] if "mask.png" in block]
 
 
 @pytest.fixture(scope="module")
@@ -281,3 +283,13 @@ def test_the_kit_has_the_mask(bundle: Bundle) -> None:
     assert (mask == TASK.decide_at(outputs, bundle.facts.input.sides)[0]).mean() > 0.999
     assert expected["class"] is None and expected["says"] == TASK.tell(mask, bundle.labels)
     assert expected["outputs_shape"] == list(outputs.shape)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime-float32", "onnxruntime-int8", "openvino-float32", "openvino-int8"])
+def test_the_documents_python_draws_the_mask(
+    masked: Made, workdir: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """docs/integrate.md, from the kit's bytes to the mask: no pixel is another class."""
+    (workdir / "live").symlink_to(masked.bundles[name].path)
+    exec("".join([SHARED, PYTHON[name.partition("-")[0]], MASKS]), {})
+    assert float(capsys.readouterr().out.split()[0]) <= 0.001
