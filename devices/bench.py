@@ -156,7 +156,10 @@ def bench(
                 results = _accuracies(run, ask(asked), draft.path, host or {})
                 timed = [name for name, result in results.items() if not result.failed and not asked.stand_in(name)]
                 judged_by = _controls(run, timed)
-                _measure_rounds(run, timed, judged_by, watch, push_frames(asked) if timed else None)
+                frames = push_frames(asked) if timed else None
+                _measure_rounds(run, timed, judged_by, watch, frames)
+                if frames and not device.emulated and all(each.frames is None for each in journal.runs.values()):
+                    talk.note(f"whole frames are not timed on '{config.device}': that takes Pillow there")
                 starts = _start_fresh(run, timed)
             return results, judged_by, starts
 
