@@ -50,12 +50,12 @@ class Said:
     @property
     def figure(self) -> str:
         """What the numbers beside the labels are: probability or share."""
-        return "share" if self.shares else "probability"
+        return "probability" if self.probabilities else "share"
 
     @property
     def figures(self) -> tuple[float, ...]:
         """The numbers beside the labels."""
-        return self.shares or self.probabilities
+        return self.probabilities or self.shares
 
 
 def find(paths: Sequence[Path]) -> list[Path]:

@@ -158,7 +158,12 @@ def bench(
                 judged_by = _controls(run, timed)
                 frames = push_frames(asked) if timed else None
                 _measure_rounds(run, timed, judged_by, watch, frames)
-                if frames and not device.emulated and all(each.frames is None for each in journal.runs.values()):
+                if (
+                    frames
+                    and journal.runs
+                    and not device.emulated
+                    and all(each.frames is None for each in journal.runs.values())
+                ):
                     talk.note(f"whole frames are not timed on '{config.device}': that takes Pillow there")
                 starts = _start_fresh(run, timed)
             return results, judged_by, starts
