@@ -513,22 +513,20 @@ def answers_lines(numbers: Mapping[str, Any]) -> list[str]:
         return []
     rows = {row["name"]: row for row in numbers["devices"][0]["bundles"]}
     row, float32 = rows[answers["bundle"]], rows.get(answers["float32"] or "")
-    told = []
-    if row["balanced"] is not None:
-        told.append(f"{task['metric']} {shares(row['balanced'])} {task['unit']} on average")
+    text = f"{answers['bundle']} by class: {task['metric']} {shares(row['balanced'])} {task['unit']} on average"
     least = lowest(answers["classes"])
     if least is not None:
-        told.append(
-            f"lowest '{least['class']}' with {percent(least['accuracy']['value'], 1)} {task['unit']} "
+        text += (
+            f"; lowest '{least['class']}' with {percent(least['accuracy']['value'], 1)} {task['unit']} "
             f"of {least['test_images']:,} images"
         )
     if answers["confusions"]:
-        most = answers["confusions"][0]
-        many = f"{most['images']:,} images"
-        if answers.get("counted", "images") != "images":  # a report of before has images alone
-            many = f"{percent(most['share'], 1)} % of its {answers['counted']}"
-        told.append(f"most often '{most['label']}' is called '{most['said']}' ({many})")
-    lines = [f"{answers['bundle']} by class: {'; '.join(told)}"] if told else []
+        most, counted = answers["confusions"][0], task.get("counted", "images")
+        many = f"{most[counted]:,} {counted}"
+        if counted != "images":  # so many that they say nothing
+            many = f"{percent(most['share'], 1)} % of its {counted}"
+        text += f"; most often '{most['label']}' is called '{most['said']}' ({many})"
+    lines = [text]
     if (found := row["calibration"]) is not None:
         before = "" if float32 is None else f" (float32 {calibration(float32['calibration'])} %)"
         chance = f"up to {percent(found['by_chance'])} % may be chance on {found['images']:,} images"
