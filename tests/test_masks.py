@@ -257,7 +257,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     "another size": (put(drawn(3, 20, 36)), "train/masks/2.png (36x20 pixels, its image 36x24)"),
     "turned": (turned, "train/masks/2.png (36x24 pixels, its image 24x36 (turned as its EXIF says, which no mask is))"),
     "no such class": (put(drawn(3) * 3), "train/masks/2.png (class 3, 6: wanted 0 to 2, or 255 (ignored))"),
-    "negative": (put(Image.fromarray(drawn(3).astype(np.int32) + 65536)), "class 65536, 65537, 65538"),
+    "of 16 bits": (put(drawn(3).astype(np.uint16) + 1000), "(class 1000, 1001, 1002: wanted 0 to 2"),
     "many": (put(np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH) % 200 + 3), "and 197 more"),
     "all ignored": (put(np.full((HEIGHT, WIDTH), 255, np.uint8)), "train/masks/2.png (no pixel of any class)"),
     "no mask": (
@@ -267,11 +267,11 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no image": (lambda root: (root / "train/images/2.png").unlink(), "train/masks/2.png (a mask of no image)"),
     "two images": (
         lambda root: shutil.copy(root / "train/images/2.png", root / "train/images/2.jpg"),
-        "train/images/2.png (a second image of the name, beside 2.jpg: their masks are one file)",
+        "train/images/2.png (a second image of the name, beside train/images/2.jpg: their masks are one file)",
     ),
     "two masks": (
         lambda root: shutil.copy(root / "train/masks/2.png", root / "train/masks/2.bmp"),
-        "train/masks/2.png (a second mask of the name, beside 2.bmp)",
+        "train/masks/2.png (a second mask of the name, beside train/masks/2.bmp)",
     ),
     "lossy": (
         put(drawn(3), "train/masks/2.jpg"),
@@ -361,6 +361,18 @@ def test_a_source_of_the_other_task_is_one_line(street: Path, tmp_path: Path) ->
         assert_one_line(kdpipe("data", *call, "--artifacts", tmp_path / "artifacts"), 2, *words)
 
 
+def test_masks_of_black_and_white(tmp_path: Path) -> None:
+    """As many programs write two classes: told, and read with the palette that the line asks for."""
+    root = filled(tmp_path / "street", names=("ground", "figure"))
+    for path in root.glob("*/masks/*.png"):
+        Image.fromarray((np.asarray(Image.open(path)) > 0).astype(np.uint8) * 255).save(path)
+    done = kdpipe("data", root, "--task", "segmentation", "--artifacts", tmp_path / "artifacts")
+    assert_one_line(done, 2, "have 0 and 255 alone", "'0 0 0 ground' and '255 255 255 figure'")
+    (root / "palette.txt").write_text("0 0 0 ground\n255 255 255 figure\n")
+    dataset, _ = prepared(root, tmp_path / "artifacts")
+    assert set(np.unique(dataset.samples("train")[0].mask())) == {0, 1}
+
+
 def test_a_list_from_elsewhere_may_name_more(street: Path, tmp_path: Path) -> None:
     """A network may know classes that these images do not show; it is told."""
     (tmp_path / "network.txt").write_text("ground\nleft\nright\nsnow\n")
@@ -409,7 +421,7 @@ def test_numbers_of_every_depth(street: Path, tmp_path: Path) -> None:
     Image.fromarray(mask.astype(np.uint16)).save(places / "0.png")
     four_bits(places / "1.png", mask)
     Image.fromarray(mask > 0).save(places / "2.png")
-    indexed = Image.fromarray(mask, "P")
+    indexed = Image.fromarray(mask)
     indexed.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200])
     indexed.save(places / "3.png")
     Image.fromarray(mask).convert("LA").save(places / "4.png")
@@ -438,10 +450,12 @@ def test_an_image_that_is_turned_has_a_mask_as_it_is_seen(street: Path, tmp_path
 PALETTE = "name,r,g,b\nground,10 20 30\n0 0 255 right\n255 0 0 left\n1 1 1\n"
 
 
-def coloured(mask: np.ndarray) -> np.ndarray:
-    colours = np.zeros((256, 3), np.uint8)
-    colours[[0, 1, 2, IGNORED]] = (10, 20, 30), (255, 0, 0), (0, 0, 255), (1, 1, 1)
-    return np.asarray(colours[mask])
+def coloured(mask: np.ndarray, mode: str) -> Image.Image:
+    """A mask in the colours of the palette above."""
+    numbers = np.where(mask == IGNORED, 3, mask).astype(np.uint8)
+    image = Image.fromarray(numbers)
+    image.putpalette([10, 20, 30, 255, 0, 0, 0, 0, 255, 1, 1, 1])
+    return image.convert(mode)
 
 
 def test_masks_of_colours(street: Path, tmp_path: Path) -> None:
@@ -449,8 +463,7 @@ def test_masks_of_colours(street: Path, tmp_path: Path) -> None:
     for at, path in enumerate(sorted(street.glob("*/masks/*.png"))):
         mask = np.array(Image.open(path))
         mask[0, :3] = IGNORED
-        image = Image.fromarray(coloured(mask))
-        (image.convert("RGBA") if at % 3 == 1 else image.quantize(8) if at % 3 == 2 else image).save(path)
+        coloured(mask, ("RGB", "RGBA", "P")[at % 3]).save(path)
     (street / "colours.txt").write_text(PALETTE)
     named = {"palette": street / "colours.txt", "classes": street / "classes.txt"}
     dataset, _ = prepared(street, tmp_path / "artifacts", **named)
@@ -461,7 +474,10 @@ def test_masks_of_colours(street: Path, tmp_path: Path) -> None:
     (street / "classes.txt").unlink()
     (street / "colours.txt").rename(street / "palette.txt")
     dataset, told = prepared(street, tmp_path / "artifacts")
-    assert dataset.classes == ["ground", "right", "left"] and f"{street / 'palette.txt'} names the classes" in told
+    assert (
+        dataset.classes == ["ground", "right", "left"]
+        and f"{street / 'palette.txt'} has the colours of the masks" in told
+    )
     (tmp_path / "fewer.txt").write_text("ground\nleft\n")
     fewer, _ = prepared(street, tmp_path / "artifacts", palette=street / "palette.txt", classes=tmp_path / "fewer.txt")
     mask = fewer.samples("train")[0].mask()
@@ -483,12 +499,14 @@ def test_masks_of_colours(street: Path, tmp_path: Path) -> None:
         ("1 2 3 road\n1 2 3 sky\n", "lists the colour 1 2 3 twice"),
         ("1 2 3 road\nroad 4 5 6\n", "lists 'road' twice"),
         ("1 2 3 road\n", "wanted at least two classes"),
+        ("0 1 2 3 road\n", "wanted a colour and a name such as 128 64 128 road, found '0 1 2 3 road'"),
         ("1 2 3 ground\n4 5 6 left\n7 8 9 snow\n", "has no colour of right"),
     ],
 )
 def test_a_palette_that_is_none_is_one_line(street: Path, tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "colours.txt").write_text(text)
-    listed = {"classes": street / "classes.txt"} if "snow" in text else {}
+    listed = {"classes": tmp_path / "classes.txt"} if "snow" in text else {}
+    (street / "classes.txt").rename(tmp_path / "classes.txt")
     for path in street.glob("*/masks/*.png"):
         Image.new("RGB", (WIDTH, HEIGHT), (1, 2, 3)).save(path)
     with pytest.raises(UserError) as mistake:
@@ -634,7 +652,7 @@ def test_a_policy_of_timm_moves_both(policy: str) -> None:
 def test_a_policy_that_no_mask_follows_is_one_line() -> None:
     with pytest.raises(UserError, match="'augmix-m5-w4-d2' lays moved copies of an image over each other"):
         moving_transform(AugmentSettings(auto_augment="augmix-m5-w4-d2"), SPEC)
-    for policy in ("rand-m9-x", "nonsense"):
+    for policy in ("rand-m9-z3", "nonsense"):
         with pytest.raises(UserError, match=f"'{policy}' is no policy of timm"):
             moving_transform(AugmentSettings(auto_augment=policy), SPEC)
 
@@ -697,15 +715,16 @@ def test_images_without_masks(street: Path, tmp_path: Path) -> None:
 
 def test_masks_of_photographs_are_copied_as_they_are(tmp_path: Path) -> None:
     root = filled(tmp_path / "large")
-    for path in root.glob("*/masks/*.png"):
-        mask = drawn(int(path.stem), 240, 360)
+    masks = {path: drawn(seed, 240, 360) for seed, path in enumerate(sorted(root.glob("*/masks/*.png")))}
+    for path, mask in masks.items():
         Image.fromarray(mask).save(path)
-        painted(mask).save(root / path.relative_to(root).parent.parent / "images" / path.name)
+        painted(mask).save(path.parent.parent / "images" / path.name)
     plan = DataPlan(source=str(root), task="segmentation", store="resized", store_side=64)
     specs = (SPEC, SPEC.model_copy(update={"resize": "letterbox"}))
     dataset = Chain(tmp_path / "artifacts").data(plan, wants=lambda: Wants(specs, 64))
     assert dataset.facts.copies.resized == 6 and len(dataset.fitted) == 2
-    wanted = {spec.resize: [fit_mask(drawn(at, 240, 360), spec.model_dump()) for at in range(3)] for spec in specs}
+    tested = [masks[root / f"test/masks/{at}.png"] for at in range(3)]
+    wanted = {spec.resize: [fit_mask(mask, spec.model_dump()) for mask in tested] for spec in specs}
     shutil.move(root, tmp_path / "elsewhere")
     for sample in dataset.samples("train"):
         image, mask = np.asarray(sample.image()), sample.mask()
@@ -716,6 +735,7 @@ def test_masks_of_photographs_are_copied_as_they_are(tmp_path: Path) -> None:
         for label, expected in zip(labels, wanted[spec.resize], strict=True):
             assert np.array_equal(label, np.where(expected == IGNORED, -1, expected.astype(np.int16)))
         assert dataset.fitted_file("test", spec.model_dump()) is not None
+    assert len(list((tmp_path / "artifacts").glob("fitted-*/test.masks.npy"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -769,3 +789,38 @@ def test_recipes_name_files_from_their_own_folder(street: Path, tmp_path: Path) 
     )
     recipe = read_recipe(tmp_path / "my.yaml")
     assert recipe.data.palette == street / "p.txt" and recipe.data.source == str(street)
+
+
+# ---- init --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [{"train": 6, "val": 2, "test": 3}, {"training": 5, "valid": 2}, {".": 9}])
+def test_init_knows_masks(tmp_path: Path, parts: dict[str, int]) -> None:
+    root = filled(tmp_path / "street", parts)
+    done = kdpipe("init", root, "--yes", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "3 classes" in done.stdout + done.stderr
+    recipe = read_recipe(tmp_path / "street.yaml")
+    assert recipe.data.task == "segmentation" and recipe.data.source == str(root)
+    assert recipe.student.input.size == recipe.teacher.input.size == 32
+    assert (recipe.teacher.model, recipe.student.model) == ("unet", "unet")
+    images = Chain(tmp_path / "artifacts").data(recipe.data).facts.images
+    assert sum(images.values()) == sum(parts.values()) and images["test"] > 0
+
+
+def test_init_takes_an_input_near_the_images(tmp_path: Path) -> None:
+    root = filled(tmp_path / "street", {"train": 3, "val": 1})
+    for path in root.glob("*/images/*.png"):
+        painted(drawn(1, 360, 480)).save(path)
+    kdpipe("init", root, "--yes", "--model", "resnet10t", "--student", "test_resnet", cwd=tmp_path)
+    recipe = read_recipe(tmp_path / "street.yaml")
+    assert recipe.student.input.size == (256, 352)
+    assert (recipe.teacher.encoder, recipe.student.encoder) == ("resnet10t", "test_resnet")
+
+
+def test_init_of_masks_in_one_line(street: Path, tmp_path: Path) -> None:
+    (tmp_path / "net.pth").write_bytes(b"x")
+    done = kdpipe("init", street, "--yes", "--checkpoint", tmp_path / "net.pth", cwd=tmp_path)
+    assert_one_line(done, 2, "which network draws masks is not told by its tensors")
+    (street / "classes.txt").unlink()
+    assert_one_line(kdpipe("init", street, "--yes", cwd=tmp_path), 2, "nothing names the classes")
