@@ -605,6 +605,8 @@ class Chain:
             raise UserError(f"{file}: wanted an .onnx file; other models are measured as they are: kdpipe bench {file}")
         if not file.is_file():
             raise UserError(f"no file at {file}: wanted an .onnx file")
+        if plan.output != "logits":
+            raise UserError(f"output '{plan.output}': a file gives what it gives, leave it out")
         from .export.adopt import adopt, input_of
         from .export.onnx import NEEDS
 

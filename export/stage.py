@@ -63,7 +63,7 @@ def export(order: Order[ExportConfig], source: Checkpoint | Graph, dataset: Data
                 input=spec,
                 model=source.facts.model,
                 nodes_by_kind=written.nodes_by_kind,
-                output=config.output,
+                output=config.output if written.torch_outputs.dtype.kind == "f" else "classes",
                 runtime=dict(target.runtime),
                 stand_in=target.stand_in,
                 not_built_here=target.not_built_here,
