@@ -30,7 +30,7 @@ layers: install
 
 # What trains runs in a process of its own, as far as it can from the converters' and runtimes' native libraries; what
 # both of them train is made once.
-TRAIN := $(patsubst %,tests/test_%.py,cache cifar_networks data losses methods pixels ranks resume together trackers training unlabeled)
+TRAIN := $(patsubst %,tests/test_%.py,cache cifar_networks data losses methods pixels ranks resume segmenters together trackers training unlabeled)
 unit: install
 ifdef TESTS
 	$(BIN)/pytest -m "not lab" $(TESTS)

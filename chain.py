@@ -605,6 +605,8 @@ class Chain:
             raise UserError(f"{file}: wanted an .onnx file; other models are measured as they are: kdpipe bench {file}")
         if not file.is_file():
             raise UserError(f"no file at {file}: wanted an .onnx file")
+        if plan.output != "logits":
+            raise UserError(f"output '{plan.output}': a file gives what it gives, leave it out")
         from .export.adopt import adopt, input_of
         from .export.onnx import NEEDS
 
@@ -631,6 +633,11 @@ class Chain:
             classes: its outputs; None for those of its pretrained weights.
         """
         require("making networks", TRAIN_NEEDS, "train")
+        if plan.encoder is not None:
+            raise UserError(
+                f"'{plan.model}' draws masks, which random images have none of: wanted a data set of masks; kdpipe "
+                "teacher DATA with the same options, then kdpipe export of what it makes"
+            )
         from .data.random import random_images
         from .networks.models import input_spec, pretrained_classes
 
@@ -1270,7 +1277,30 @@ def train_order(
         usual = CacheSettings()
         if cache is not None and any(cache.settings[name] != getattr(usual, name) for name in ("precision", "top")):
             inputs["cache"] = cache
-    return Order("train", with_code(config), inputs)
+    encoder = encoder_of(config)
+    if encoder is not None:
+        inputs["encoder"] = encoder
+    return Order("train", with_encoder(with_code(config)), inputs)
+
+
+def encoder_of(config: ModelSettings) -> Checkpoint | None:
+    """The checkpoint that the encoder of a segmenter begins as, if it is one. Raises UserError."""
+    if config.encoder_checkpoint is None:
+        return None
+    from .networks.segmenters import given_encoder
+
+    return given_encoder(config)
+
+
+def with_encoder(config: S) -> S:
+    """``config`` with the hash of the file that the encoder's weights are from, if one is. Raises UserError."""
+    path = config.encoder_checkpoint
+    if path is None or not path.is_file():
+        return config
+    sha256 = sha256_file(path)
+    if config.encoder_checkpoint_sha256 not in (None, sha256):
+        raise UserError(f"encoder_checkpoint: {path} has sha256 {sha256}, wanted {config.encoder_checkpoint_sha256}")
+    return config.model_copy(update={"encoder_checkpoint_sha256": sha256})
 
 
 def with_code(config: S) -> S:

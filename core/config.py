@@ -551,15 +551,32 @@ class ParitySettings(Config):
     """On how many images, and how closely, an exported file must agree with torch."""
 
     parity_images: int = Field(64, ge=2, description="real images that torch and the exported file must agree on")
-    parity_tolerance: float = Field(1e-3, gt=0, description="largest logit difference allowed, over the logits' spread")
+    parity_tolerance: float = Field(
+        1e-3, gt=0, description="largest logit difference allowed, over the logits' spread; of classes, share of pixels"
+    )
+
+
+# What a file that draws masks gives: logits as they are, enlarged to the input, or of every pixel its class.
+Output = Literal["logits", "logits-full", "classes"]
 
 
 class GraphConfig(ParitySettings):
     """How a checkpoint becomes ONNX, as torch writes it and simplified."""
 
+    output: Output = Field(
+        "logits",
+        description="of a network that draws masks: logits at its own stride, enlarged to the input, or classes, a "
+        "byte a pixel",
+    )
     hop_images: int = Field(
         256, ge=1, description="test images on which the exported graph's accuracy is told beside torch's"
     )
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual_output(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Logits as they are have the key that they had before there was anything else."""
+        values: dict[str, Any] = serialize(self)
+        return {name: value for name, value in values.items() if name != "output" or value != "logits"}
 
 
 class ExportConfig(GraphConfig):
@@ -676,7 +693,9 @@ class QuantizePlan(QuantizeSettings):
 class PackageConfig(Config):
     """What a bundle holds besides its model."""
 
-    golden_images: int = Field(8, ge=1, description="test inputs shipped with their expected outputs")
+    golden_images: int = Field(
+        8, ge=1, description="test inputs shipped with their expected outputs; of masks fewer, where they are large"
+    )
 
 
 class DeviceSettings(Config):
@@ -1213,7 +1232,19 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
         data = data.model_copy(update={"palette": _absolute(folder, data.palette)})
     if checkpoint is not None:
         teacher = teacher.model_copy(update={"checkpoint": _absolute(folder, checkpoint)})
-    return recipe.model_copy(update={"data": data, "teacher": teacher})
+    students = {name: _encoder_from(folder, change) for name, change in recipe.distill.students.items()}
+    changes: dict[str, Any] = {"distill": recipe.distill.model_copy(update={"students": students})} if students else {}
+    for name, network in (("teacher", teacher), ("student", recipe.student)):
+        if network.encoder_checkpoint is not None:
+            path = _absolute(folder, network.encoder_checkpoint)
+            network = network.model_copy(update={"encoder_checkpoint": path})
+        changes[name] = network
+    return recipe.model_copy(update={"data": data, **changes})
+
+
+def _encoder_from(folder: Path, change: dict[str, Any]) -> dict[str, Any]:
+    path = change.get("encoder_checkpoint")
+    return change if not isinstance(path, str) else {**change, "encoder_checkpoint": str(_absolute(folder, Path(path)))}
 
 
 def _absolute(folder: Path, path: Path) -> Path:

@@ -17,7 +17,16 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator
 
 from .artifact import EVIDENCE, Artifact, Provenance, Record, canonical, find_ancestors
-from .config import AdoptConfig, BenchConfig, CacheConfig, Corruption, GateConfig, ReleaseConfig, TrainConfig
+from .config import (
+    AdoptConfig,
+    BenchConfig,
+    CacheConfig,
+    Corruption,
+    GateConfig,
+    Output,
+    ReleaseConfig,
+    TrainConfig,
+)
 from .errors import UserError
 from .inputs import InputSpec, Side
 from .rules import Counted, Unit
@@ -198,11 +207,15 @@ class Cache(Artifact[CacheFacts]):
 
 
 class ParityFacts(Record):
-    """How far a file's outputs are from torch's on real images."""
+    """How far a file's outputs are from torch's on real images.
+
+    Of logits by the largest difference, and that over their spread; where the file gives classes, by the share of
+    pixels that change, of the worst image and of all of them.
+    """
 
     images: int
     max_difference: float
-    logit_spread: float
+    logit_spread: float  # of classes 1
     relative_difference: float
     agreement: float  # of what both say of an image, 0 to 1
     worst_image: str
@@ -250,7 +263,7 @@ class Graph(Labelled[GraphFacts]):
         Raises:
             UserError: other arrays, or of different lengths.
         """
-        found = self.arrays(self.HOPS, positions=("iu", 1), exported=("f", 2), simplified=("f", 2))
+        found = self.arrays(self.HOPS, positions=("iu", 1), exported=("fu", 2), simplified=("fu", 2))
         for name in ("exported", "simplified"):
             same_length(self.path / self.HOPS, found[name], found["positions"])
         return found
@@ -260,10 +273,13 @@ class Graph(Labelled[GraphFacts]):
 
 
 class Damage(Record):
-    """What a variant changed in its outputs."""
+    """What a variant changed in its outputs: of classes, the noise is that of the logits that they are decided by.
+
+    None where those cannot be seen.
+    """
 
     images: int
-    signal_to_noise_db: float
+    signal_to_noise_db: float | None
     agreement: float  # of what both say of an image, 0 to 1
 
 
@@ -321,6 +337,7 @@ class ModelFacts(Record):
     input: InputSpec
     model: str
     nodes_by_kind: dict[str, int]
+    output: Output = "logits"
     runtime: dict[str, Any]  # settings that the runtime must take
     stand_in: str | None = None  # the runtime that reads the same file where the target's own cannot run
     not_built_here: bool = False
@@ -409,6 +426,7 @@ class BundleFacts(ModelFacts):
 
     size_bytes: int
     golden_images: int
+    golden_step: int = 1  # of outputs that have places every so manieth is kept, in both directions
     golden_tolerance: float
 
 
@@ -435,10 +453,10 @@ def student_of(bundle: Provenance) -> str | None:
 
 
 def float32_by_bundle(bundles: Mapping[str, Provenance]) -> dict[str, str]:
-    """For each bundle the float32 one of its target, student and threads, itself perhaps; none where there is none."""
+    """For each bundle the float32 one of its target, output, student and threads, if any: itself perhaps."""
     facts = {name: Bundle.facts_of(source) for name, source in bundles.items()}
     kinds = {
-        name: (facts[name].target, student_of(source), name.partition(AT_THREADS)[2])
+        name: (facts[name].target, facts[name].output, student_of(source), name.partition(AT_THREADS)[2])
         for name, source in bundles.items()
     }
     whole = {kind: name for name, kind in reversed(kinds.items()) if facts[name].precision == "float32"}

@@ -345,7 +345,9 @@ class Dataset(Artifact[DatasetFacts]):
             return None
         try:
             found = Survey.model_validate(self.json(self.SURVEY))
-            fits = all(len(counts) == len(self.index.classes) for counts in found.by_class.values())
+            rows = [*found.by_class.values(), *([] if found.pixel_shares is None else [found.pixel_shares])]
+            fits = all(len(row) == len(self.index.classes) for row in rows)
+            fits = fits and (found.images is None or found.images.keys() == found.by_class.keys())
         except ValidationError:
             fits = False
         if not fits or "train" not in found.by_class:

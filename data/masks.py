@@ -41,8 +41,9 @@ SPOOL = "masks.all"  # of a draft: the masks of all parts end to end, before it 
 
 
 def table_of(classes: int) -> np.dtype[Any]:
-    """One mask of so many classes: where it lies in a file, a number of its contents, pixels of each class."""
-    return np.dtype([("start", "<i8"), ("size", "<i8"), ("digest", "<u4"), ("pixels", "<u4", (classes,))])
+    """One mask of so many classes: where it lies in a file, a number of its contents, its pixels and those of each."""
+    places = [("start", "<i8"), ("size", "<i8"), ("digest", "<u4"), ("area", "<u4")]
+    return np.dtype([*places, ("pixels", "<u4", (classes,))])
 
 
 # ---- what numbers and colours mean -----------------------------------------------------------------------------
@@ -323,12 +324,12 @@ def _read_all(
     return split_of(names, rows, len(meaning.classes))
 
 
-def row_of(mask: np.ndarray, content: bytes, spool: BinaryIO, classes: int) -> tuple[int, int, int, np.ndarray]:
+def row_of(mask: np.ndarray, content: bytes, spool: BinaryIO, classes: int) -> tuple[Any, ...]:
     """Put a mask behind the others, and say what ``table_of`` holds of it."""
     start = spool.tell()
     spool.write(content)
     pixels = np.bincount(mask.ravel(), minlength=256)[:classes]
-    return start, len(content), zlib.crc32(mask.tobytes()), pixels
+    return start, len(content), zlib.crc32(mask.tobytes()), mask.size, pixels
 
 
 def split_of(names: Sequence[bytes], rows: Sequence[tuple[Any, ...]], classes: int) -> Split:

@@ -143,7 +143,7 @@ def _runs(
     networks: dict[Path, tuple[nn.Module, InputSpec]] = {}
     for out, config in configs.items():
         with seeded(config.seed):
-            networks[out] = models.create(config, len(dataset.classes))
+            networks[out] = models.create(config, len(dataset.classes), dataset.facts.task)
     spec = networks[next(iter(configs))][1]
     copies, wanted = dataset.facts.copies, side_for(spec, first.train.augment)
     if copies is not None and copies.shorter_side < wanted:
@@ -235,7 +235,7 @@ def adopt(order: Order[AdoptConfig], dataset: Dataset, out: Path) -> Checkpoint:
     """
     config = order.config
     with drafting(Checkpoint, order, out) as draft:
-        network, spec = models.create(config, len(dataset.classes))
+        network, spec = models.create(config, len(dataset.classes), dataset.facts.task)
         if config.checkpoint is not None and not isinstance(network, OnnxNetwork):
             load_weights(network, config.checkpoint, config.checkpoint_entry)
         draft.facts = _described(
@@ -249,7 +249,7 @@ def adopt(order: Order[AdoptConfig], dataset: Dataset, out: Path) -> Checkpoint:
 
 def check_run(config: ModelSettings, settings: TrainSettings | None, task: str) -> None:
     """Refuse what training would refuse, without training. Raises UserError."""
-    _, spec = models.create(config.model_copy(update={"pretrained": False}), classes=None)
+    _, spec = models.create(config.model_copy(update={"pretrained": False}), None, task)
     if settings is not None:
         if settings.optimizer not in list_optimizers():
             raise choice("optimiser", settings.optimizer, list_optimizers())
@@ -294,7 +294,7 @@ def _described(
     np.savez(folder / Checkpoint.TEST_OUTPUTS, logits=logits, labels=labels)
     return CheckpointFacts(
         task=task.name,
-        model=as_name(config.model),
+        model=as_name(models.name_of(config)),
         model_args=config.model_args,
         classes=len(dataset.classes),
         input=spec,

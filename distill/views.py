@@ -204,8 +204,8 @@ def _moving_policy(config: AugmentSettings, spec: InputSpec) -> Callable[[Pair],
         return None
     if name.startswith("augmix"):
         raise UserError(
-            f"train.augment.auto_augment: '{name}' lays moved copies of an image over each other, which no mask follows: "
-            "wanted such as rand-m7-mstd0.5"
+            f"train.augment.auto_augment: '{name}' lays moved copies of an image over each other, which no mask "
+            "follows: wanted such as rand-m7-mstd0.5"
         )
     settings = {
         "translate_const": int(0.45 * min(spec.sides)),

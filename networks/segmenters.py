@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from ..core.config import ModelSettings
 from ..core.errors import UserError, did_you_mean
 from ..core.inputs import InputSpec, size_words
+from ..core.kinds import Checkpoint
 from ..core.proc import first_line, require
 from .names import DECODERS
+from .weights import load_encoder
 
 # The parts of each decoder whose outputs are features of their own, from its input to its output.
 BLOCKS: dict[str, tuple[str, ...]] = {
@@ -198,7 +200,9 @@ def input_defaults(config: ModelSettings) -> dict[str, Any]:
         )
     base = timm.models.get_pretrained_cfg(encoder)
     known = base.to_dict() if base else NO_PRETRAINED_CFG
-    return {**known, "crop_pct": 1.0, "resize": "stretch"}
+    given = given_encoder(config)
+    colours = {} if given is None else given.facts.input.model_dump(include={"mean", "std"})  # as its weights know them
+    return {**known, **colours, "crop_pct": 1.0, "resize": "stretch"}
 
 
 def make(config: ModelSettings, spec: InputSpec, classes: int) -> Segmenter:
@@ -210,7 +214,7 @@ def make(config: ModelSettings, spec: InputSpec, classes: int) -> Segmenter:
     require(f"'{config.model}'", ("segmentation-models-pytorch",), "train")
     import segmentation_models_pytorch as library
 
-    encoder, arguments = config.encoder or "", dict(config.model_args)
+    encoder, arguments, given = config.encoder or "", dict(config.model_args), given_encoder(config)
     if taken := sorted(arguments.keys() & OWN_ARGUMENTS):
         raise UserError(
             f"model_args: '{taken[0]}' is not one of the network's own: weights come by the checkpoint alone"
@@ -243,12 +247,36 @@ def make(config: ModelSettings, spec: InputSpec, classes: int) -> Segmenter:
             f"{size_words(spec.size)}: set it to [{height}, {width}]"
         )
     try:
-        return Segmenter(whole, config.model, classes, spec.sides)
+        network = Segmenter(whole, config.model, classes, spec.sides)
     except Exception as error:  # of any of its modules
         raise UserError(
             f"'{config.model}' over '{encoder}' cannot take inputs of {size_words(spec.size)} pixels: "
             f"{first_line(error)}"
         ) from error
+    if config.encoder_checkpoint is not None:
+        weights = config.encoder_checkpoint if given is None else given.file(Checkpoint.WEIGHTS)
+        load_encoder(network.encoder.get_submodule("model"), weights, encoder)
+    return network
+
+
+def given_encoder(config: ModelSettings) -> Checkpoint | None:
+    """The checkpoint that the weights of the encoder are from; None where they are no checkpoint's.
+
+    Raises:
+        UserError: what is no checkpoint, or one of another network.
+    """
+    path = config.encoder_checkpoint
+    if path is None or path.is_file():
+        return None
+    if not path.is_dir():
+        raise UserError(f"encoder_checkpoint: nothing at {path}: wanted a checkpoint's folder, .safetensors or .pth")
+    given = Checkpoint.open(path)
+    known = given.settings.get("encoder") or given.settings["model"]
+    if known.partition(".")[0] != (config.encoder or "").partition(".")[0]:
+        raise UserError(
+            f"encoder_checkpoint: {path} is of '{known}', the encoder is '{config.encoder}': wanted the same network"
+        )
+    return given
 
 
 NO_PRETRAINED_CFG = {"input_size": (3, 224, 224), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

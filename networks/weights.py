@@ -8,7 +8,7 @@ import re
 import struct
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,56 @@ def load_weights(network: nn.Module, path: Path, entry: str | None = None) -> No
             f"{path} is of another architecture than '{type(network).__name__}' "
             f"({len(missing)} tensors missing, {len(unknown)} unknown; it {example}): name the model it was made with"
         )
+    _check_tensors(state, path, wanted, _head(network, wanted))
+    network.load_state_dict(state)
+
+
+def load_encoder(encoder: nn.Module, path: Path, what: str) -> None:
+    """Read a classifier's weights into ``encoder``, what timm makes of the same network for its features alone.
+
+    Every tensor of the encoder must be found; what the classifier has besides, its head, is left out.
+
+    Args:
+        path: of weights as ``load_weights`` takes them; or of a network around such an encoder.
+        what: name of the network.
+
+    Raises:
+        UserError: a missing, broken or unreadable file, another network, or weights that are not finite.
+    """
+    own, states = encoder.state_dict(), read_state_dicts(path)
+    spellings: list[dict[str, str]] = []  # names in the file, by the encoder's own
+    for spell in (str, _unflattened, _unwrapped):
+        if (names := {name: spell(name) for name in own}) not in spellings:
+            spellings.append(names)
+    fitting = [names for names in spellings if any(_whole(state, names.values()) for state in states.values())]
+    names = (fitting or spellings)[0]
+    wanted = {names[name]: tensor for name, tensor in own.items()}
+    state = _fitting(_chosen(states, path, None, wanted), path, None, wanted)
+    if missing := sorted(wanted.keys() - state.keys()):
+        raise UserError(
+            f"{path} is not of '{what}': it lacks {len(missing)} of the {len(wanted)} tensors of that encoder, such as "
+            f"'{missing[0]}'; wanted weights of the same network"
+        )
+    _check_tensors(state, path, wanted, ())
+    encoder.load_state_dict({name: state[names[name]] for name in own})
+
+
+def _unflattened(name: str) -> str:
+    """``stages.0.conv`` of ``stages_0.conv``: timm flattens the first level of the networks that it takes apart."""
+    return re.sub(r"^([a-z]\w*?)_(\d+)\.", r"\1.\2.", name)
+
+
+def _unwrapped(name: str) -> str:
+    """Without the first level, where timm wraps a whole network."""
+    return name.partition(".")[2]
+
+
+def _check_tensors(state: State, path: Path, wanted: State, head: Collection[str]) -> None:
+    """Refuse tensors of other shapes, or with values that are none. Raises UserError."""
     for name, tensor in wanted.items():
         if state[name].shape != tensor.shape:
             found, want = tuple(state[name].shape), tuple(tensor.shape)
-            if found[1:] == want[1:] and name in _head(network, wanted):
+            if found[1:] == want[1:] and name in head:
                 raise UserError(
                     f"{path}: its head '{name}' is of {found[0]} classes, wanted {want[0]} (another class count): "
                     "fine-tune it on these classes, or list its own with data.classes"
@@ -74,7 +120,6 @@ def load_weights(network: nn.Module, path: Path, entry: str | None = None) -> No
             raise UserError(
                 f"{path}: '{name}' has values that are not finite: take a checkpoint from before they broke"
             )
-    network.load_state_dict(state)
 
 
 def read_state_dicts(path: Path) -> dict[str, State]:
@@ -233,7 +278,7 @@ def _prefixes(state: Iterable[str], wanted: Iterable[str]) -> Counter[str]:
     return Counter(dict(sorted(counts.items(), key=lambda item: len(item[0]))))
 
 
-def _whole(state: State, wanted: State) -> list[str]:
+def _whole(state: State, wanted: Iterable[str]) -> list[str]:
     """The prefixes behind which every wanted name stands."""
     needed = {name for name in wanted if not name.endswith(COUNTER)}
     return [prefix for prefix, count in _prefixes(state, needed).items() if count == len(needed)]

@@ -819,7 +819,7 @@ def test_what_is_not_adopted(trained: Trained, files: dict[str, Path], tmp_path:
     )
     assert_one_line(kdpipe("adopt", files["plain"], "--data", data, "--input.mean", "[128, 1, 1]"), 2, "divide by 255")
     other = write(network(7), tmp_path / "seven.onnx", (3, 32, 32))
-    assert_one_line(kdpipe("adopt", other, "--data", data, *size), 2, "seven.onnx gives outputs of shape", "(1, 10)")
+    assert_one_line(kdpipe("adopt", other, "--data", data, *size), 2, "seven.onnx gives outputs of shape", "[1, 10]")
     model = onnx.load(files["plain"])
     model.graph.input.add().CopyFrom(onnx.helper.make_tensor_value_info("more", onnx.TensorProto.FLOAT, [1]))
     onnx.save(model, tmp_path / "two.onnx")
