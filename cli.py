@@ -143,7 +143,8 @@ def _root(
 @app.command()
 def init(
     folder: Annotated[
-        Path | None, typer.Argument(help="of images by class, or one that holds it [default: looked for here]")
+        Path | None,
+        typer.Argument(help="of images by class or with masks, or what holds it [default: looked for here]"),
     ] = None,
     checkpoint: Annotated[
         Path | None,
@@ -448,7 +449,13 @@ def status(artifacts: ArtifactsOption = ARTIFACTS, as_json: JsonFlag = False) ->
 @app.command()
 @configured(DataPlan, leave_out=("source", "skip_broken"))
 def data(
-    source: Annotated[str, typer.Argument(help="a folder with train/<class>/* and val/<class>/*, 'digits', hfds/NAME")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="a folder with train/<class>/* and val/<class>/* (masks: train/images/* and train/masks/*), 'digits', "
+            "'masks', hfds/NAME"
+        ),
+    ],
     artifacts: ArtifactsOption = ARTIFACTS,
     out: OutOption = None,
     skip_broken: Annotated[
