@@ -156,13 +156,14 @@ class CachedTeacher(nn.Module):
     def forward(self, view: Tensor, address: Address) -> TeacherOutput:
         """The output for the views [B, 3, H, W] of these numbers, on their device; the pixels are not looked at."""
         views, images = address
-        records = np.empty((len(images), *self._places), self._kind)
+        shards = {int(number): self._shard(int(number)) for number in np.unique(views.numpy())}
+        records = np.empty((len(images), *self._places), self._kind)  # no larger than the files that were looked at
         rows = np.minimum(np.searchsorted(self._images, images.numpy()), len(self._images) - 1)
         if not np.array_equal(self._images[rows], images.numpy()):
             raise UserError(f"{self._cache.path} knows nothing of some of the images: build it again")
-        for number in np.unique(views.numpy()).tolist():
+        for number, shard in shards.items():
             here = views.numpy() == number
-            records[here] = self._shard(int(number))[rows[here]]
+            records[here] = shard[rows[here]]
         if "classes" in (self._kind.names or ()) and (records["classes"] >= self._classes).any():
             raise UserError(f"{self._cache.path} has records of classes that it has not: build it again")
         logits = decode(records.reshape(-1), self._classes)

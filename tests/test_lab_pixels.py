@@ -26,7 +26,7 @@ def test_two_processes_as_one(scenes: Scenes, tmp_path: Path, method: str) -> No
         "model": FPN["model"],
         "encoder": FPN["encoder"],
         "model-args": json.dumps(FPN["model_args"]),
-        **{f"input.{key}": json.dumps(value) for key, value in INPUT.items()},
+        **{f"input.{key}": value if isinstance(value, str) else json.dumps(value) for key, value in INPUT.items()},
         **{f"train.{key}": value for key, value in sgd.items()},
         "train.workers": 0,
         "train.warmup-epochs": 0,

@@ -49,7 +49,7 @@ from kdpipe.runtime.task import TASKS
 
 CLASSES, HEIGHT, WIDTH = ["ground", "disc", "bar"], 32, 64
 TRAIN = {"epochs": 2, "batch_size": 8, "workers": 0, "warmup_epochs": 0, "augment": {"crop": "none", "flip": 0}}
-INPUT = {"size": [HEIGHT, WIDTH], "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25]}
+INPUT = {"size": [HEIGHT, WIDTH], "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25], "interpolation": "bilinear"}
 # Logits of every pixel; of every fourth, and without BatchNorm.
 UNET = {"model": "unet", "encoder": "test_resnet", "model_args": {"decoder_channels": [16, 16, 8, 8, 8]}}
 FPN = {
