@@ -278,7 +278,7 @@ def transparent() -> Image.Image:
 MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     "another size": (put(drawn(3, 20, 36)), "train/masks/2.png (36x20 pixels, its image 36x24)"),
     "turned": (turned, "train/masks/2.png (36x24 pixels, its image 24x36 (turned as its EXIF says, which no mask is))"),
-    "no such class": (put(drawn(3) * 3), "train/masks/2.png (class 3, 6: wanted 0 to 2, or 255 (ignored))"),
+    "no such class": (put(drawn(3) * 3), "train/masks/2.png (class 3, 6: wanted 0 to 2, or 255 (data.ignore_index))"),
     "of 16 bits": (put(drawn(3).astype(np.uint16) + 1000), "(class 1000, 1001, 1002: wanted 0 to 2"),
     "many": (put(np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH) % 200 + 3), "and 197 more"),
     "all ignored": (put(np.full((HEIGHT, WIDTH), 255, np.uint8)), "train/masks/2.png (no pixel of any class)"),
