@@ -383,6 +383,12 @@ def without(name: str) -> Callable[[Path], object]:
             [],
             ["300 classes: wanted at most"],
         ),
+        (lambda root: (root / "classes.txt").write_text("a\nb\x1b[31m\nc\n"), [], ["has control characters: remove"]),
+        (
+            lambda root: [path.unlink() for path in root.glob("test/masks/*")],
+            ["--skip-broken"],
+            ["no test image is left", "3 broken images were left out"],
+        ),
         (lambda root: None, ["--ignore-index", 1], ["ignore_index 1 is class 'left'"]),
         (lambda root: None, ["--ignore-index", -1], ["ignore_index", "greater than or equal to 0"]),
         (lambda root: None, ["--palette", "none.txt"], ["data.palette: no file at none.txt"]),
