@@ -75,13 +75,13 @@ def load_encoder(encoder: nn.Module, path: Path, what: str) -> None:
         UserError: a missing, broken or unreadable file, another network, or weights that are not finite.
     """
     own = encoder.state_dict()
-    spellings = [{name: name for name in own}, {name: name.partition(".")[2] for name in own}]  # the second: unwrapped
-    found = read_state_dicts(path)
-    for names in spellings:
-        wanted = {names[name]: tensor for name, tensor in own.items()}
-        states = {place: _respelled(state, wanted) for place, state in found.items()}
-        if any(_whole(state, wanted) for state in states.values()):
-            break
+    found, names = read_state_dicts(path), {name: name for name in own}
+    if len({name.partition(".")[0] for name in own}) == 1:  # of a network that timm keeps whole, inside of another
+        inside = {name: name.partition(".")[2] for name in own}
+        if any(_whole(_respelled(state, inside.values()), inside.values()) for state in found.values()):
+            names = inside
+    wanted = {names[name]: tensor for name, tensor in own.items()}
+    states = {place: _respelled(state, wanted) for place, state in found.items()}
     state = _fitting(_chosen(states, path, None, wanted), path, None, wanted)
     if missing := sorted(wanted.keys() - state.keys()):
         raise UserError(
