@@ -5,9 +5,9 @@
 The recipe is run once undisturbed. Then it is started, killed with SIGKILL at a random moment, and the same command is
 started again, until it is through: in turns with all that it started (a power cut, as far as processes go) and alone
 (it crashed, and what it had started goes on by itself). The moment is some time after it sealed some more artifacts,
-both drawn, so that all of its stages are met whatever else the machine does. A chain that is through is compared with the undisturbed one,
-key by key and hash by hash of everything that is no measurement and was made from none, and the next begins with
-nothing. What was done is kept in the folder: the same command goes on, also with more kills.
+both drawn, so that all of its stages are met whatever else the machine does. A chain that is through is compared with
+the undisturbed one, key by key and hash by hash of everything that is no measurement and was made from none, and the
+next begins with nothing. What was done is kept in the folder: the same command goes on, also with more kills.
 """
 
 from __future__ import annotations
