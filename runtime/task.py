@@ -189,15 +189,17 @@ class Classification:
     def _confidence(self, outputs: np.ndarray) -> np.ndarray:
         """The probability of each image's class [N]."""
         pieces = [self.likeliest(outputs[at : at + BATCH], 1)[1][:, 0] for at in range(0, len(outputs), BATCH)]
-        return np.minimum(np.concatenate(pieces), 1.0)
+        return np.asarray(np.minimum(np.concatenate(pieces), 1.0))
 
     def summary(self, scores: np.ndarray) -> Estimate:
         """The share that is right, with Wilson's score interval (Wilson 1927)."""
         n = len(scores)
         if n == 0:
             raise ValueError("wanted the score of at least one image")
-        share = scores.mean(keepdims=True)
-        return Estimate(*(float(each[0]) for each in _wilson(share, np.array([n]), CONFIDENCE)), n)
+        [[share], [low], [high]] = (
+            each.tolist() for each in _wilson(scores.mean(keepdims=True), np.array([n]), CONFIDENCE)
+        )
+        return Estimate(share, low, high, n)
 
     def change(self, before: np.ndarray, after: np.ndarray) -> Change:
         """Difference of two shares of the same images.
@@ -440,11 +442,8 @@ class Segmentation:
             its, union = right[seen, each], whole[seen, each]
             value = float(its.sum() / union.sum())
             without = _shares(its.sum() - its, union.sum() - union)
-            labelled = by_class[seen, each, 2]
-            part = labelled[labelled > 0] / labelled.sum()
-            jump = len(its) * math.sqrt(float(np.square(part).mean()))
-            ends = _jackknife(value, without, jump, (0.0, 1.0), confidence)
-            found[each] = Estimate(value, *ends, int((labelled > 0).sum()))
+            shows = int((by_class[:, each, 2] > 0).sum())
+            found[each] = Estimate(value, *_jackknife(value, without, len(its) / shows, (0.0, 1.0), confidence), shows)
         return found
 
     def surety(self, outputs: np.ndarray, labels: np.ndarray, bins: int) -> Surety | None:
@@ -470,7 +469,7 @@ class Segmentation:
         return Surety(np.minimum(confidence, np.arange(1, bins + 1) / bins), right, pixels)
 
     def guessing(self, labels: np.ndarray) -> float:
-        """The mean IoU of the best mask that is the same for every image.
+        """The mean IoU of a mask that is the same for every image, and hard to better.
 
         It begins with the commonest class of each place, and goes on with the class by which the mean IoU gains most
         there, as the classes stand, for as long as it does gain; 0 where no pixel is labelled.
@@ -495,8 +494,8 @@ class Segmentation:
                 break
             best = found
             # What a place adds to a class's IoU: its pixels of the class to both sums, the others to the union alone.
-            each, sums = shares[:, None, None], whole[:, None, None]
-            gains = np.where(labelled[:, None, None] > 0, (counts - each * (shown - counts)) / np.maximum(sums, 1), -1)
+            now, sums = shares[:, None, None], np.maximum(whole, 1)[:, None, None]
+            gains = np.where(labelled[:, None, None] > 0, (counts - now * (shown - counts)) / sums, -np.inf)
         return best
 
     def agreement(self, first: np.ndarray, second: np.ndarray) -> float:
@@ -601,7 +600,9 @@ def _labelled(scores: np.ndarray) -> np.ndarray:
 
 
 def _as_many_classes(*scores: np.ndarray) -> list[np.ndarray]:
-    """Filled up with classes that are nowhere: class maps show as many as they have."""
+    """Filled up with classes that are nowhere: class maps have as many as can be. Raises ValueError."""
+    if any(each.ndim != 3 for each in scores):
+        raise ValueError(f"wanted scores [images, classes, 3], found shapes {[each.shape for each in scores]}")
     most = max(each.shape[1] for each in scores)
     return [np.pad(each, ((0, 0), (0, most - each.shape[1]), (0, 0))) for each in scores]
 
@@ -614,7 +615,7 @@ def _overlaps(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _shares(parts: np.ndarray, wholes: np.ndarray) -> np.ndarray:
     """Nothing of nothing is nothing."""
-    return np.divide(parts, wholes, out=np.zeros(np.shape(wholes)), where=np.asarray(wholes) > 0)
+    return np.asarray(np.divide(parts, wholes, out=np.zeros(np.shape(wholes)), where=np.asarray(wholes) > 0))
 
 
 def _of_each(scores: np.ndarray) -> np.ndarray:
@@ -624,14 +625,11 @@ def _of_each(scores: np.ndarray) -> np.ndarray:
 
 
 def _one_class(scores: np.ndarray) -> float:
-    """By how much, times the number of images, the mean IoU typically drops if one image loses one of its classes.
-
-    The root of the mean square over the images and the classes that each of them has.
-    """
+    """By how much, times the number of images, the mean IoU drops on average if one image loses one of its classes."""
     labelled = scores[..., 2].astype(np.float64)
     known, shown = labelled.sum(0) > 0, labelled > 0
     part = len(scores) * labelled[:, known] / labelled.sum(0)[known] / int(known.sum())
-    return math.sqrt(float((np.square(part).sum(1) / shown.sum(1)).mean()))
+    return float((part.sum(1) / shown.sum(1)).mean())
 
 
 def _jackknife(
@@ -727,7 +725,7 @@ def _students_quantile(freedom: int, confidence: float) -> float:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
-    return z + sum(term / freedom ** (at + 1) for at, term in enumerate(terms))
+    return z + math.fsum(term / freedom ** (at + 1) for at, term in enumerate(terms))
 
 
 def _normal_quantile(confidence: float = CONFIDENCE) -> float:
