@@ -94,7 +94,7 @@ def session_of(model: Model | Bundle) -> runtime.Session:
 def test_float32_computes_what_torch_computes(drawn: Drawn, target: str) -> None:
     model, images = drawn.whole(target), drawn.images()
     expected, actual = drawn.torch_outputs(images), predict(session_of(model), images)
-    assert actual.shape == (len(images), len(drawn.dataset.classes), SIDES[0] // 4, SIDES[1] // 4)
+    assert actual.shape == (len(images), len(drawn.dataset.classes), SIDES[0] // 2, SIDES[1] // 2)
     assert np.abs(actual - expected).max() <= 1e-4 * expected.std()
     assert TASK.agreement(expected, actual) > 0.999
     assert model.facts.parity.agreement > 0.999 and model.facts.output == "logits"
