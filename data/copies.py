@@ -168,7 +168,7 @@ def fit_all(orders: Mapping[Path, Order[FittedConfig]], dataset: Dataset) -> dic
                 streams: list[list[BinaryIO]] = []
                 for spec, draft in zip(specs, drafts.values(), strict=True):
                     shape = images_shape(len(samples), spec)
-                    wanted = {Fitted.file_name(part): shape}
+                    wanted: dict[str, tuple[int, ...]] = {Fitted.file_name(part): shape}
                     if samples.masked:
                         wanted[Fitted.masks_name(part)] = shape[:3]
                     streams.append([files.enter_context((draft.path / name).open("wb")) for name in wanted])

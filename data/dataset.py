@@ -430,7 +430,7 @@ class Dataset(Artifact[DatasetFacts]):
         fits = places.shape == (images, 2) and places.dtype == np.int64
         if fits and images:
             starts, sizes = places[:, 0], places[:, 1]
-            fits = starts.min() >= 0 and sizes.min() > 0 and (starts <= len(content) - sizes).all()
+            fits = bool(starts.min() >= 0 and sizes.min() > 0 and (starts <= len(content) - sizes).all())
         if not fits:
             raise UserError(f"{self.path / name} is not what kdpipe writes: make the data again")
         return KeptMasks(content, places, len(self.index.classes))

@@ -62,7 +62,8 @@ class Meaning(NamedTuple):
         """An opened mask as uint8 [H, W], 255 where it is ignored; None and why, where it is no mask."""
         if image.format not in LOSSLESS:
             return None, f"{image.format}, which need not keep every pixel: wanted PNG"
-        spread = SPREAD.get(str(image.tile[0][3]), 1) if image.format == "PNG" and image.tile else 1
+        tiles = getattr(image, "tile", [])  # of one that is not decoded yet
+        spread = SPREAD.get(str(tiles[0][3]), 1) if image.format == "PNG" and tiles else 1
         image.load()
         if image.mode in ("RGBA", "LA", "PA"):
             if image.getchannel(image.getbands()[-1]).getextrema() != (255, 255):
@@ -186,6 +187,7 @@ class Masks:
 
     demo = "masks"
     inside = f"{IMAGES}/* and {MASKS}/*"
+    known_by = "pasted 1"  # another number where the demo's pictures change
     by_timm = False
 
     def completed(self, config: DataPlan) -> tuple[DataPlan, list[str]]:
@@ -254,8 +256,8 @@ class Masks:
                 raise UserError(f"no images in {place / IMAGES}: wanted .jpg, .png or the like{found}")
         splits = {}
         with (out / SPOOL).open("wb") as spool:
-            for split, found in pairs.items():
-                splits[split] = _read_all(root, found, meaning, others, spool, f"reading masks of {split}")
+            for split, named in pairs.items():
+                splits[split] = _read_all(root, named, meaning, others, spool, f"reading masks of {split}")
         _check_white(root, meaning, splits)
         return root, meaning.classes, with_rarest(splits, config.train_split)
 
@@ -406,8 +408,10 @@ def with_rarest(splits: Mapping[str, Split], train: str) -> dict[str, Split]:
 
     So that a cut of each class, or a choice that is even over the classes, spreads over what the images show.
     """
-    shown = splits[train].images_by_class(0)
-    order = np.argsort(shown, kind="stable")  # the rarest first, of equal ones the first
+    learned = splits[train]
+    assert learned.masks is not None
+    pixels = learned.masks["pixels"].sum(0, dtype=np.int64)
+    order = np.lexsort((pixels, learned.images_by_class(len(pixels))))  # the rarest first, by images and then by pixels
 
     def numbers(split: Split) -> np.ndarray:
         assert split.masks is not None
@@ -446,7 +450,7 @@ def decode(content: bytes, classes: int) -> np.ndarray:
 def resized(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A mask [H, W] for its image at ``size`` (width, height), by nearest neighbour."""
     rows, columns = nearest(mask.shape[0], size[1]), nearest(mask.shape[1], size[0])
-    return mask[np.ix_(rows, columns)]
+    return np.asarray(mask[np.ix_(rows, columns)])
 
 
 class KeptMasks:
