@@ -866,8 +866,13 @@ class Measurement(Artifact[MeasurementFacts]):
 
     @property
     def labels(self) -> np.ndarray:
-        """Of the test part, in its order."""
+        """Of the test part [N, ...], in its order."""
         return np.asarray(self.array(self.LABELS, "iu", 1))
+
+    @cached_property
+    def worked_out(self) -> dict[str, np.ndarray]:
+        """What was worked out of its arrays, by name: what takes seconds is asked for again and again."""
+        return {}
 
     @property
     def images(self) -> np.ndarray | None:
@@ -878,9 +883,9 @@ class Measurement(Artifact[MeasurementFacts]):
         return same_length(self.path / self.IMAGES, images, self.labels)[0]
 
     def outputs(self, bundle: str, corruption: Corruption | None = None) -> np.ndarray:
-        """What a bundle said of the test part, float32 [N, ...]; of the images with a fault, where one is named."""
+        """What a bundle said of the test part [N, ...]; of the images with a fault, where one is named."""
         name = self.outputs_name(bundle, corruption)
-        outputs = np.asarray(self.array(name, "f", 2))
+        outputs = np.asarray(self.array(name, "fu", 2))
         return same_length(self.path / name, outputs, self.labels)[0]
 
     def all_outputs(self, bundles: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:

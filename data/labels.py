@@ -146,14 +146,16 @@ IMAGES_A_CLASS = 5  # at least, for a matching of classes to say anything
 
 
 def other_order(task: Task, outputs: np.ndarray, labels: np.ndarray) -> None:
-    """Tell where the outputs [N, K] of somebody's network are right for classes in another order than the data's."""
-    said = task.decide(outputs)
-    right = task.summary(task.scores(outputs, labels))
-    if said.ndim != 1 or len(labels) < IMAGES_A_CLASS * outputs.shape[1]:
+    """Tell where outputs [N, ...] of somebody's network are right for classes in another order than the data's."""
+    if len(labels) < IMAGES_A_CLASS * (1 if task.dense else task.class_count(outputs)):
         return
-    matched = matched_share(said, labels)
-    if matched > 0.5 and matched - right.value > 0.3:
+    called = task.confused(outputs, labels)
+    if not called:
+        return
+    right = sum(count for (label, said), count in called.items() if label == said) / sum(called.values())
+    matched = matched_share(called)
+    if matched > 0.5 and matched - right > 0.3:
         note(
-            f"{matched:.0%} of the test images are right if its classes are matched with the data's one to one, and "
-            f"{right.value:.0%} as they are: they stand in another order, list them in its own with data.classes"
+            f"{matched:.0%} of the test {task.counted} are right if its classes are matched with the data's one to "
+            f"one, and {right:.0%} as they are: they stand in another order, list them in its own with data.classes"
         )

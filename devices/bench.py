@@ -39,6 +39,7 @@ from ..runtime.task import TASKS
 from . import find_device, opened
 from .accuracy import (
     ALONE,
+    PIECE,
     SLACK,
     SLACK_SECONDS,
     Asked,
@@ -119,6 +120,7 @@ def bench(
     if dataset is not None:
         for bundle in bundles.values():
             dataset.check_classes_of(bundle, "the bundle")
+        _check_seen_alike(bundles)
     if talk is None:
         with progress("measuring", step_count(config, bundles, dataset)) as advance:
             return bench(order, bundles, dataset, out, Talk(advance), host)
@@ -144,7 +146,10 @@ def bench(
         def all_of_it() -> tuple[dict[str, Result], dict[str, list[str]], dict[str, list[FreshStart]]]:
             with opened(device, Path(scratch)), device.watching() as watch:
                 push(asked)
-                results = _accuracies(run, ask(asked), draft.path, host or {})
+                given_up = ask(asked)
+                if dataset is not None:
+                    _write_labels(run, dataset, draft.path / Measurement.LABELS)
+                results = _accuracies(run, given_up, draft.path, host or {})
                 timed = [name for name, result in results.items() if not result.failed and not asked.stand_in(name)]
                 judged_by = _controls(run, timed)
                 _measure_rounds(run, timed, judged_by, watch)
@@ -156,10 +161,8 @@ def bench(
         if failures and all(result.failed for result in results.values() if result.session or result.failed):
             shutil.rmtree(draft.resume)  # nothing to go on from
             raise UserError(f"no bundle could be run: {failures[0]}")
-        if dataset is not None:
-            np.save(draft.path / Measurement.LABELS, _labels(run, dataset))
-            if (images := dataset.digests("test")) is not None:
-                np.save(draft.path / Measurement.IMAGES, images)
+        if dataset is not None and (images := dataset.digests("test")) is not None:
+            np.save(draft.path / Measurement.IMAGES, images)
         after = device.probe()
         runs = _collect(run, results, judged_by, starts, draft.path, after.cores)
         draft.facts = MeasurementFacts(
@@ -182,6 +185,23 @@ def bench(
             ),
         )
     return draft.artifact
+
+
+def _check_seen_alike(bundles: Mapping[str, Runnable]) -> None:
+    """Refuse networks that say something of each place, and are shown different parts of an image. Raises UserError."""
+    shown: dict[object, str] = {}
+    for name, bundle in bundles.items():
+        spec = bundle.facts.input
+        if TASKS[bundle.facts.task].dense:
+            height, width = spec.sides
+            whole = spec.resize == "stretch" and spec.crop_fraction == 1
+            shown.setdefault("the whole" if whole else (spec.resize, spec.crop_fraction, height / width), name)
+    if len(shown) > 1:
+        first, second, *_ = shown.values()
+        raise UserError(
+            f"'{first}' and '{second}' are shown different parts of an image, so that their masks cannot be compared: "
+            "measure them one after the other, or give all of them the same input.resize and crop_fraction"
+        )
 
 
 def step_count(config: BenchConfig, bundles: Mapping[str, Runnable], dataset: Dataset | None) -> int:
@@ -284,9 +304,15 @@ def _controls(run: _Run, timed: Sequence[str]) -> dict[str, list[str]]:
     return controlled(targets, run.float32, seconds)
 
 
-def _labels(run: _Run, dataset: Dataset) -> np.ndarray:
+def _write_labels(run: _Run, dataset: Dataset, file: Path) -> None:
+    """What is right of the test images, as networks of the first bundle's input are judged, some at a time."""
     spec = next(iter(run.asked.bundles.values())).facts.input.model_dump()
-    return load_labels(dataset.samples("test"), spec)
+    samples = dataset.samples("test")
+    first = load_labels(samples[:1], spec)
+    whole = np.lib.format.open_memmap(file, "w+", first.dtype, (len(samples), *first.shape[1:]))
+    for at in range(0, len(samples), PIECE):
+        whole[at : at + PIECE] = load_labels(samples[at : at + PIECE], spec)
+    whole.flush()
 
 
 def _accuracies(
@@ -310,7 +336,8 @@ def _accuracies(
         for file in (Measurement.outputs_name(name), Measurement.mismatches_name(name), *said):
             (folder / file).parent.mkdir(exist_ok=True)
         outputs = gather(asked, name, folder / Measurement.outputs_name(name))
-        labels = load_labels(asked.dataset.samples("test"), bundle.facts.input.model_dump())
+        # In one size for all bundles: what they say is enlarged to it, so that they are compared pixel by pixel.
+        labels = np.load(folder / Measurement.LABELS, mmap_mode="r", allow_pickle=False)
         apart, answer = batch_one(asked, name, outputs), asked.journal.answer(name, part(0))
         assert answer is not None  # outputs were gathered
         if not apart.within_tolerance:
@@ -320,7 +347,7 @@ def _accuracies(
             )
         compared = None
         if bundle.key in host and host[bundle.key].outputs.shape == outputs.shape:
-            compared, rows = against_host(bundle, asked.dataset, outputs, host[bundle.key])
+            compared, rows = against_host(bundle, asked.dataset, labels, outputs, host[bundle.key])
             write_json(folder / Measurement.mismatches_name(name), [row.model_dump() for row in rows])
         found[name] = Result(
             status="not built here" if stand_in else "measured",

@@ -499,8 +499,8 @@ def answers_lines(numbers: Mapping[str, Any]) -> list[str]:
             f"of {least['test_images']:,} images"
         )
     if answers["confusions"]:
-        most = answers["confusions"][0]
-        text += f"; most often '{most['label']}' is called '{most['said']}' ({most['images']:,} images)"
+        most, counted = answers["confusions"][0], task.get("counted", "images")
+        text += f"; most often '{most['label']}' is called '{most['said']}' ({most[counted]:,} {counted})"
     lines = [text]
     if (found := row["calibration"]) is not None:
         before = "" if float32 is None else f" (float32 {calibration(float32['calibration'])} %)"

@@ -6,6 +6,7 @@ Needs numpy and the standard library alone, because a device judges too.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from statistics import NormalDist
 from typing import NamedTuple, Protocol
@@ -52,6 +53,7 @@ class Task(Protocol):
     metric: str  # name of the figure that ``summary`` gives
     unit: str  # in which a person reads it; the figure itself is a share
     dense: bool  # whether an answer has a place for every pixel
+    counted: str  # what its answers are: "images" or "pixels"
     summary_note: str  # how its interval is made, for the foot of a table
     change_note: str  # what ``lost`` and ``won`` count, and how interval and p-value of a change are made
 
@@ -83,6 +85,12 @@ class Task(Protocol):
 
     def scores(self, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """How right outputs [N, ...] are about images with these labels: one score an image [N, ...]."""
+
+    def confused(self, outputs: np.ndarray, labels: np.ndarray) -> dict[tuple[int, int], int]:
+        """How often each class (first) was called each (second), of the pairs that are met at all."""
+
+    def mistaken(self, outputs: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """Positions of the images that finite outputs [N, ...] are wrong about, the worst first."""
 
     def summary(self, scores: np.ndarray) -> Estimate:
         """The figure of all images. Raises ValueError for none."""
@@ -127,6 +135,7 @@ class Classification:
     metric: str = "top-1"
     unit: str = "%"
     dense: bool = False
+    counted: str = "images"
     summary_note: str = "by Wilson over the test images"
     change_note: str = (
         "Lost: right before, wrong after. Intervals of the difference by Agresti and Min, p by McNemar's exact test."
@@ -168,13 +177,29 @@ class Classification:
         """Whether the class is right, bool [N], for logits [N, K] and classes [N]."""
         return np.asarray(self.decide(outputs) == labels)
 
+    def confused(self, outputs: np.ndarray, labels: np.ndarray) -> dict[tuple[int, int], int]:
+        """Images, in the order in which the pairs are met."""
+        return dict(Counter(zip(labels.tolist(), self.decide(outputs).tolist())))
+
+    def mistaken(self, outputs: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """Those that are called something else, those first of which it is surest."""
+        wrong = np.flatnonzero(~scores)
+        return wrong[np.argsort(-self._confidence(outputs)[wrong], kind="stable")]
+
+    def _confidence(self, outputs: np.ndarray) -> np.ndarray:
+        """The probability of each image's class [N]."""
+        pieces = [self.likeliest(outputs[at : at + BATCH], 1)[1][:, 0] for at in range(0, len(outputs), BATCH)]
+        return np.asarray(np.minimum(np.concatenate(pieces), 1.0))
+
     def summary(self, scores: np.ndarray) -> Estimate:
         """The share that is right, with Wilson's score interval (Wilson 1927)."""
         n = len(scores)
         if n == 0:
             raise ValueError("wanted the score of at least one image")
-        share = scores.mean(keepdims=True)
-        return Estimate(*(float(each[0]) for each in _wilson(share, np.array([n]), CONFIDENCE)), n)
+        [[share], [low], [high]] = (
+            each.tolist() for each in _wilson(scores.mean(keepdims=True), np.array([n]), CONFIDENCE)
+        )
+        return Estimate(share, low, high, n)
 
     def change(self, before: np.ndarray, after: np.ndarray) -> Change:
         """Difference of two shares of the same images.
@@ -205,9 +230,8 @@ class Classification:
 
     def surety(self, outputs: np.ndarray, labels: np.ndarray, bins: int) -> Surety | None:
         """One value an image [N]: the probability of its class, and whether that is right."""
-        pieces = [self.likeliest(outputs[at : at + BATCH], 1)[1][:, 0] for at in range(0, len(outputs), BATCH)]
         right = self.scores(outputs, labels).astype(np.float64)
-        return Surety(np.minimum(np.concatenate(pieces), 1.0), right, np.ones(len(right)))
+        return Surety(self._confidence(outputs), right, np.ones(len(right)))
 
     def guessing(self, labels: np.ndarray) -> float:
         """The share of the commonest class."""
@@ -230,7 +254,7 @@ class Segmentation:
     """One class of K a pixel: the largest of its logits decides, once they are enlarged to the labels' size.
 
     Outputs are logits float [N, K, h, w], at the network's own stride or at full size, or class maps of unsigned
-    integers [N, h, w], at most 256 classes. Labels are integers [N, H, W], -1 where nobody knows.
+    integers, uint8 [N, h, w]. Labels are integers [N, H, W], -1 where nobody knows.
 
     The figure is the mean, over the classes that the labels have, of intersection over union, both summed over all
     images. Pixels of an image go together, so the image is the unit of everything: intervals are jackknife ones over
@@ -243,6 +267,7 @@ class Segmentation:
     metric: str = "mIoU"
     unit: str = "%"
     dense: bool = True
+    counted: str = "pixels"
     summary_note: str = "by a jackknife over the test images"
     change_note: str = (
         "Lost: the mean IoU of the image's own classes is lower after. Intervals of the difference by a jackknife over "
@@ -256,7 +281,7 @@ class Segmentation:
             return wanted
         if outputs.ndim == 4 and outputs.dtype == np.float32:
             return None if outputs.shape[1] == classes else wanted
-        if outputs.ndim != 3 or outputs.dtype.kind != "u":
+        if outputs.ndim != 3 or outputs.dtype != np.uint8:
             return wanted
         largest = int(outputs.max())
         return None if largest < classes else f"class numbers of 0 to {classes - 1} alone, not {largest}"
@@ -264,7 +289,7 @@ class Segmentation:
     def mislabeled(self, labels: np.ndarray, outputs: np.ndarray) -> str | None:
         """Classes [N, H, W], -1 where nobody knows."""
         logits = outputs.ndim == 4 and outputs.dtype.kind == "f"
-        if not (logits or (outputs.ndim == 3 and outputs.dtype.kind == "u")) or 0 in outputs.shape:
+        if not (logits or (outputs.ndim == 3 and outputs.dtype == np.uint8)) or 0 in outputs.shape:
             return "one class a pixel, with float outputs [images, classes, height, width] or class maps of uint8"
         highest = (outputs.shape[1] if logits else MOST_MAPPED) - 1
         wanted = f"integers [{len(outputs)}, height, width] of -1 to {highest}"
@@ -290,7 +315,7 @@ class Segmentation:
         return np.asarray(np.matmul(down, np.matmul(np.asarray(outputs, np.float32), across.T)))
 
     def decide(self, outputs: np.ndarray) -> np.ndarray:
-        """Class maps of unsigned integers [N, h, w], of logits in their own size."""
+        """Class maps uint8 [N, h, w] in the outputs' own size; uint16 of more than 256 classes."""
         if outputs.ndim == 3:
             return outputs
         found = np.empty((len(outputs), *outputs.shape[2:]), np.min_scalar_type(max(0, outputs.shape[1] - 1)))
@@ -314,28 +339,39 @@ class Segmentation:
     def scores(self, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Pixels of each class of each image, int64 [N, K, 3]: those that are right, that were said, that are labelled.
 
-        Of labelled pixels alone, at the labels' size. K of class maps is what they and the labels show.
+        Of labelled pixels alone, at the labels' size. K of class maps is 256, whatever they show.
 
         Raises:
             ValueError: other numbers of images, or a label that no output has.
         """
+        tables = self._tables(outputs, labels)
+        found = [np.stack([table.diagonal(), table.sum(0), table.sum(1)], axis=1) for table in tables]
+        return np.array(found, np.int64).reshape(len(labels), _columns(outputs), 3)
+
+    def confused(self, outputs: np.ndarray, labels: np.ndarray) -> dict[tuple[int, int], int]:
+        """Pixels, as ``scores`` judges them."""
+        table = sum(self._tables(outputs, labels), start=np.zeros((), np.int64))
+        return {(int(label), int(said)): int(table[label, said]) for label, said in np.argwhere(table)}
+
+    def mistaken(self, outputs: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """Those with a wrong pixel, those first of which the mean IoU of their own classes is lowest."""
+        order = np.argsort(_of_each(scores), kind="stable")
+        return order[(scores[order, :, 0] < scores[order, :, 2]).any(1)]
+
+    def _tables(self, outputs: np.ndarray, labels: np.ndarray) -> Iterator[np.ndarray]:
+        """Of each image its labelled pixels by label and by what is said of them, [K, K]. Raises as ``scores``."""
         if labels.ndim != 3 or len(labels) != len(outputs):
             raise ValueError(f"wanted labels [{len(outputs)}, height, width], found shape {labels.shape}")
-        highest, classes = int(labels.max(initial=UNKNOWN)), self.class_count(outputs)
-        if outputs.ndim == 3:
-            classes = max(classes, highest + 1)
-        if highest >= classes or labels.min(initial=UNKNOWN) < UNKNOWN:
-            raise ValueError(f"wanted labels of -1 to {classes - 1}, found {labels.min()} to {highest}")
-        found = np.empty((len(labels), classes, 3), np.int64)
-        at = 0
+        classes, at = _columns(outputs), 0
         for said in self._maps(outputs, labels.shape[1:]):
             for each in said:
+                its = labels[at].astype(np.intp)
+                if its.min() < UNKNOWN or its.max() >= classes:
+                    raise ValueError(f"wanted labels of -1 to {classes - 1}, found {its.min()} to {its.max()}")
                 # Rows are labels, the first of them what nobody knows; columns are what was said.
-                cells = (labels[at].astype(np.intp) + 1) * classes + each
-                table = np.bincount(cells.ravel(), minlength=(classes + 1) * classes).reshape(-1, classes)[1:]
-                found[at] = np.stack([table.diagonal(), table.sum(0), table.sum(1)], axis=1)
+                cells = (its + 1) * classes + each
+                yield np.bincount(cells.ravel(), minlength=(classes + 1) * classes).reshape(-1, classes)[1:]
                 at += 1
-        return found
 
     def _maps(self, outputs: np.ndarray, sides: Sequence[int]) -> Iterator[np.ndarray]:
         """What is said, in another size, some images at a time; class maps by the nearest pixel."""
@@ -358,7 +394,8 @@ class Segmentation:
         right, whole = _overlaps(scores)
         known = scores[..., 2].sum(0) > 0
         value = float(_shares(right.sum(0), whole.sum(0))[known].mean())
-        without = _shares(right.sum(0) - right, whole.sum(0) - whole)[:, known].mean(1)
+        right, whole = right[:, known], whole[:, known]
+        without = _shares(right.sum(0) - right, whole.sum(0) - whole).mean(1)
         return Estimate(value, *_jackknife(value, without, _one_class(scores), (0.0, 1.0)), len(scores))
 
     def change(self, before: np.ndarray, after: np.ndarray) -> Change:
@@ -405,11 +442,8 @@ class Segmentation:
             its, union = right[seen, each], whole[seen, each]
             value = float(its.sum() / union.sum())
             without = _shares(its.sum() - its, union.sum() - union)
-            labelled = by_class[seen, each, 2]
-            part = labelled[labelled > 0] / labelled.sum()
-            jump = len(its) * math.sqrt(float(np.square(part).mean()))
-            ends = _jackknife(value, without, jump, (0.0, 1.0), confidence)
-            found[each] = Estimate(value, *ends, int((labelled > 0).sum()))
+            shows = int((by_class[:, each, 2] > 0).sum())
+            found[each] = Estimate(value, *_jackknife(value, without, len(its) / shows, (0.0, 1.0), confidence), shows)
         return found
 
     def surety(self, outputs: np.ndarray, labels: np.ndarray, bins: int) -> Surety | None:
@@ -435,7 +469,7 @@ class Segmentation:
         return Surety(np.minimum(confidence, np.arange(1, bins + 1) / bins), right, pixels)
 
     def guessing(self, labels: np.ndarray) -> float:
-        """The mean IoU of the best mask that is the same for every image.
+        """The mean IoU of a mask that is the same for every image, and hard to better.
 
         It begins with the commonest class of each place, and goes on with the class by which the mean IoU gains most
         there, as the classes stand, for as long as it does gain; 0 where no pixel is labelled.
@@ -460,8 +494,8 @@ class Segmentation:
                 break
             best = found
             # What a place adds to a class's IoU: its pixels of the class to both sums, the others to the union alone.
-            each, sums = shares[:, None, None], whole[:, None, None]
-            gains = np.where(labelled[:, None, None] > 0, (counts - each * (shown - counts)) / np.maximum(sums, 1), -1)
+            now, sums = shares[:, None, None], np.maximum(whole, 1)[:, None, None]
+            gains = np.where(labelled[:, None, None] > 0, (counts - now * (shown - counts)) / sums, -np.inf)
         return best
 
     def agreement(self, first: np.ndarray, second: np.ndarray) -> float:
@@ -503,6 +537,11 @@ TOLD = 3  # classes of one image
 EXACT_IMAGES = 12  # of so many that changed every swap is tried
 SWAPS = 9999
 SWAPPED_BYTES = 32 * 2**20
+
+
+def _columns(outputs: np.ndarray) -> int:
+    """How many classes the scores of outputs have."""
+    return MOST_MAPPED if outputs.ndim == 3 else int(outputs.shape[1])
 
 
 def _per_cent(share: float) -> str:
@@ -561,7 +600,9 @@ def _labelled(scores: np.ndarray) -> np.ndarray:
 
 
 def _as_many_classes(*scores: np.ndarray) -> list[np.ndarray]:
-    """Filled up with classes that are nowhere: class maps show as many as they have."""
+    """Filled up with classes that are nowhere: class maps have as many as can be. Raises ValueError."""
+    if any(each.ndim != 3 for each in scores):
+        raise ValueError(f"wanted scores [images, classes, 3], found shapes {[each.shape for each in scores]}")
     most = max(each.shape[1] for each in scores)
     return [np.pad(each, ((0, 0), (0, most - each.shape[1]), (0, 0))) for each in scores]
 
@@ -574,30 +615,30 @@ def _overlaps(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _shares(parts: np.ndarray, wholes: np.ndarray) -> np.ndarray:
     """Nothing of nothing is nothing."""
-    return np.divide(parts, wholes, out=np.zeros(np.shape(wholes)), where=np.asarray(wholes) > 0)
+    return np.asarray(np.divide(parts, wholes, out=np.zeros(np.shape(wholes)), where=np.asarray(wholes) > 0))
 
 
 def _of_each(scores: np.ndarray) -> np.ndarray:
     """The mean IoU of each image's own classes [N]."""
     shown = scores[..., 2] > 0
-    return np.asarray(_shares(*_overlaps(scores)).sum(1, where=shown) / shown.sum(1))
+    return np.asarray(_shares(*_overlaps(scores)).sum(1, where=shown) / np.maximum(shown.sum(1), 1))
 
 
 def _one_class(scores: np.ndarray) -> float:
-    """By how much, times the number of images, the mean IoU typically drops if one image loses one of its classes.
-
-    The root of the mean square over the images and the classes that each of them has.
-    """
+    """By how much, times the number of images, the mean IoU drops on average if one image loses one of its classes."""
     labelled = scores[..., 2].astype(np.float64)
     known, shown = labelled.sum(0) > 0, labelled > 0
     part = len(scores) * labelled[:, known] / labelled.sum(0)[known] / int(known.sum())
-    return math.sqrt(float((np.square(part).sum(1) / shown.sum(1)).mean()))
+    return float((part.sum(1) / shown.sum(1)).mean())
 
 
 def _jackknife(
     value: float, without: np.ndarray, jump: float, bounds: tuple[float, float], confidence: float = CONFIDENCE
 ) -> tuple[float, float]:
     """Both ends of the interval of a figure.
+
+    Each arm is Student's, or the longer one of Hall's (1992) where what the images add is skewed: of losses, most of
+    them little and few of them large, the lower arm of Student's is too short.
 
     Args:
         without: the figure without each image [N].
@@ -607,14 +648,20 @@ def _jackknife(
     n = len(without)
     if n < 2:
         return bounds
-    apart = (n - 1) * (without - without.mean())
-    z = _normal_quantile(confidence)
-    half = (
-        _students_quantile(n - 1, confidence)
-        * math.sqrt(float(np.square(apart).sum()) * n / (n - 1) + (z * jump) ** 2)
-        / n
-    )
-    return min(value, max(bounds[0], value - half)), max(value, min(bounds[1], value + half))
+    apart = (n - 1) * (without.mean() - without)  # of each image, what it adds
+    error = math.sqrt(float(np.square(apart).sum()) * n / (n - 1) + (_normal_quantile(confidence) * jump) ** 2)
+    if error == 0:
+        return value, value
+    skewness, quantile = float((apart**3).sum()) / error**3, _students_quantile(n - 1, confidence)
+    low, high = (max(quantile, sign * _unskewed(sign * quantile, skewness)) * error / n for sign in (1, -1))
+    return min(value, max(bounds[0], value - low)), max(value, min(bounds[1], value + high))
+
+
+def _unskewed(quantile: float, skewness: float) -> float:
+    """The quantile of a mean over its standard error whose skewness is known: the inverse of Hall's cubic (1992)."""
+    if abs(skewness) < 1e-6:
+        return quantile
+    return 3 / skewness * (float(np.cbrt(1 + skewness * (quantile - skewness / 6))) - 1)
 
 
 def _by_swapping(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> float:
@@ -678,7 +725,7 @@ def _students_quantile(freedom: int, confidence: float) -> float:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
-    return z + sum(term / freedom ** (at + 1) for at, term in enumerate(terms))
+    return z + math.fsum(term / freedom ** (at + 1) for at, term in enumerate(terms))
 
 
 def _normal_quantile(confidence: float = CONFIDENCE) -> float:
