@@ -40,7 +40,6 @@ from kdpipe.runtime.task import TASKS
 
 TASK = TASKS["segmentation"]
 SIDES = (32, 48)
-FORMS = ("logits", "logits-full", "classes")
 DEVICE = find_device("local").probe()
 INT8 = {"calibrate": {"images": 8}, "check_images": 8}
 
@@ -102,16 +101,15 @@ def test_float32_computes_what_torch_computes(drawn: Drawn, target: str) -> None
     assert model.facts.input.layout == TARGETS[target].layout and model.facts.input.resize == "stretch"
 
 
-@pytest.mark.parametrize("output", FORMS[1:])
 @pytest.mark.parametrize("target", [name for name in TARGETS if name != "tflite"])
+def test_classes_are_what_torch_says(drawn: Drawn, target: str) -> None:
+    check_form(drawn, target, "classes")
+
+
+@pytest.mark.lab  # for the seconds of further exports
+@pytest.mark.parametrize(("target", "output"), [*((name, "logits-full") for name in TARGETS), ("tflite", "classes")])
 def test_other_forms_compute_what_torch_computes(drawn: Drawn, target: str, output: str) -> None:
     check_form(drawn, target, output)
-
-
-@pytest.mark.lab  # for the seconds of its converter
-@pytest.mark.parametrize("output", FORMS[1:])
-def test_other_forms_of_tflite(drawn: Drawn, output: str) -> None:
-    check_form(drawn, "tflite", output)
 
 
 def check_form(drawn: Drawn, target: str, output: str) -> None:
@@ -130,7 +128,7 @@ def check_form(drawn: Drawn, target: str, output: str) -> None:
 
 def test_a_graphs_accuracy_is_that_of_the_checkpoint(drawn: Drawn) -> None:
     """Whatever it gives: what is kept of its outputs is judged as torch's are."""
-    for output in FORMS:
+    for output in ("logits", "classes"):
         model = drawn.whole("onnxruntime", output)
         graph = drawn.chain._graph_of(model)
         test = drawn.dataset.samples("test")
@@ -174,7 +172,7 @@ def test_int8_of_tflite_that_decides(drawn: Drawn) -> None:
 def check_deciding_int8(drawn: Drawn, target: str) -> None:
     small = drawn.small(target, "classes")
     assert small.facts.output == "classes"
-    found, logits = small.facts.against_float32, drawn.small(target, "logits-full").facts.against_float32
+    found, logits = small.facts.against_float32, drawn.small(target).facts.against_float32
     assert found.signal_to_noise_db == pytest.approx(logits.signal_to_noise_db, abs=6)
     assert found.agreement == pytest.approx(logits.agreement, abs=0.1)
     actual = predict(session_of(small), drawn.images())
@@ -245,7 +243,7 @@ def test_a_bundle_replays_its_masks(drawn: Drawn, target: str) -> None:
     assert found["golden_images"] >= 2 and found["max_difference"] <= found["tolerance"]
 
 
-@pytest.mark.parametrize("output", FORMS)
+@pytest.mark.parametrize("output", ["logits", "classes"])
 def test_a_bundles_golden_outputs_stay_small(drawn: Drawn, output: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However large they are: of many pixels only some are kept, of images at least two."""
     image_bytes = 3 * SIDES[0] * SIDES[1]
@@ -256,7 +254,7 @@ def test_a_bundles_golden_outputs_stay_small(drawn: Drawn, output: str, monkeypa
     bundle = drawn.chain.package(PackageConfig(golden_images=7), model, drawn.dataset, out)
     assert bundle.facts.golden_images == 2
     assert bundle.file("golden.npz").stat().st_size < 2 * image_bytes + 3000
-    assert bundle.facts.golden_step > 1 or output == "logits"
+    assert bundle.facts.golden_step > 1
     replay_golden(bundle.path, read_facts(bundle.path))
     shutil.rmtree(out)
 
@@ -348,7 +346,7 @@ def test_random_images_have_no_masks(tmp_path: Path) -> None:
 
 
 def test_onnx_takes_any_number_of_images(drawn: Drawn) -> None:
-    for output in FORMS:
+    for output in ("logits", "classes"):
         entry = drawn.whole("onnxruntime", output).entry
         graph = onnx.load(entry).graph
         assert graph.input[0].type.tensor_type.shape.dim[0].dim_param
