@@ -83,13 +83,13 @@ from .core.rules import Rule, parse_rules
 from .data.copies import are_photographs
 from .data.dataset import RANDOM, Dataset, Fitted, geometry
 from .data.fingerprints import Fingerprint, fingerprint_folder
+from .data.labels import LABELS, check_source, completed
 from .data.listing import REMEMBERED
-from .data.sources import check_source, names_of, usual_splits
 from .data.survey import findings
 from .deploy import strange
 from .deploy.bundle import check_known, check_task, try_model
 from .devices.lock import making
-from .networks.names import check_name
+from .networks.names import check_network
 from .runtime.preprocess import DECODING
 from .runtime.task import TASKS
 
@@ -322,7 +322,8 @@ class Chain:
         side = order.config.copies_side
 
         def make(path: Path) -> Dataset:
-            wanted = (*TRAIN_NEEDS, *(("scikit-learn",) if plan.source == "digits" else ()))
+            made_here = plan.source == LABELS[plan.task].demo
+            wanted = (*TRAIN_NEEDS, *(("scikit-learn",) if made_here else ()))
             require("reading data", wanted, "train")
             from .data.prepare import prepare
 
@@ -340,18 +341,24 @@ class Chain:
         check_source(plan)
         if plan.classes is not None and not plan.classes.is_file():
             raise UserError(f"data.classes: no file at {plan.classes}: wanted a text file with one class a line")
+        if plan.palette is not None and not plan.palette.is_file():
+            raise UserError(
+                f"data.palette: no file at {plan.palette}: wanted a text file with a colour and a class a line"
+            )
         if plan.skip_broken and plan.check != "all":
             raise UserError("data.skip_broken wants data.check all: what is not looked at cannot be left out")
-        fingerprint, unlabeled = Fingerprint("by name", 0, ()), None  # named sources are known by their names
+        fingerprint, unlabeled = Fingerprint(LABELS[plan.task].known_by, 0, ()), None  # a named source, by its name
         if is_folder := Path(plan.source).is_dir():
             plan = plan.model_copy(update={"source": str(Path(plan.source).absolute())})
-        plan, lines = usual_splits(plan)
+        plan, lines = completed(plan)
         for line in lines:  # once, however often the same is asked
             if line not in self._told:
                 self._told.add(line)
                 note(line)
         if is_folder:
-            fingerprint = fingerprint_folder(Path(plan.source), self._memory(plan.source), names_of(plan))
+            fingerprint = fingerprint_folder(
+                Path(plan.source), self._memory(plan.source), LABELS[plan.task].names(plan)
+            )
         if plan.unlabeled is not None and plan.unlabeled.is_dir():
             unlabeled = fingerprint_folder(plan.unlabeled, self._memory(str(plan.unlabeled)))
         may_be_copies = [fingerprint.digests, *([] if unlabeled is None else [unlabeled.digests])]
@@ -364,6 +371,7 @@ class Chain:
             fingerprint=fingerprint.sha256,
             unlabeled_fingerprint=None if unlabeled is None else unlabeled.sha256,
             classes_fingerprint=sha256_file(plan.classes) if plan.classes is not None else None,
+            palette_fingerprint=sha256_file(plan.palette) if plan.palette is not None else None,
             held_out_copies=_held_out_copies(plan.duplicates, may_be_copies if is_folder else None),
         )
         return Order("data", config, {})
@@ -474,7 +482,7 @@ class Chain:
         cache: Cache | None = None,
     ) -> Checkpoint:
         """A network under this name; with ``cache`` from that one, which lies elsewhere than among the artifacts."""
-        check_name(config.model)
+        check_network(config)
         order = train_order(config, dataset, teacher, cache)
 
         def make(path: Path) -> Checkpoint:
@@ -541,7 +549,7 @@ class Chain:
         self, plan: TeacherPlan, dataset: Dataset, out: Path | None = None, name: str = "teacher"
     ) -> Checkpoint:
         """The user's weights, timm's, or a network trained here on all training images."""
-        check_name(plan.model)
+        check_network(plan)
         if plan.is_trained:
             return self.train("teacher", TrainConfig.of(plan, method="labels"), dataset, None, out)
         order = Order("adopt", adopt_config(plan), {"data": dataset})
@@ -597,6 +605,8 @@ class Chain:
             raise UserError(f"{file}: wanted an .onnx file; other models are measured as they are: kdpipe bench {file}")
         if not file.is_file():
             raise UserError(f"no file at {file}: wanted an .onnx file")
+        if plan.output != "logits":
+            raise UserError(f"output '{plan.output}': a file gives what it gives, leave it out")
         from .export.adopt import adopt, input_of
         from .export.onnx import NEEDS
 
@@ -623,6 +633,11 @@ class Chain:
             classes: its outputs; None for those of its pretrained weights.
         """
         require("making networks", TRAIN_NEEDS, "train")
+        if plan.encoder is not None:
+            raise UserError(
+                f"'{plan.model}' draws masks, which random images have none of: wanted a data set of masks; kdpipe "
+                "teacher DATA with the same options, then kdpipe export of what it makes"
+            )
         from .data.random import random_images
         from .networks.models import input_spec, pretrained_classes
 
@@ -1262,7 +1277,30 @@ def train_order(
         usual = CacheSettings()
         if cache is not None and any(cache.settings[name] != getattr(usual, name) for name in ("precision", "top")):
             inputs["cache"] = cache
-    return Order("train", with_code(config), inputs)
+    encoder = encoder_of(config)
+    if encoder is not None:
+        inputs["encoder"] = encoder
+    return Order("train", with_encoder(with_code(config)), inputs)
+
+
+def encoder_of(config: ModelSettings) -> Checkpoint | None:
+    """The checkpoint that the encoder of a segmenter begins as, if it is one. Raises UserError."""
+    if config.encoder_checkpoint is None:
+        return None
+    from .networks.segmenters import given_encoder
+
+    return given_encoder(config)
+
+
+def with_encoder(config: S) -> S:
+    """``config`` with the hash of the file that the encoder's weights are from, if one is. Raises UserError."""
+    path = config.encoder_checkpoint
+    if path is None or not path.is_file():
+        return config
+    sha256 = sha256_file(path)
+    if config.encoder_checkpoint_sha256 not in (None, sha256):
+        raise UserError(f"encoder_checkpoint: {path} has sha256 {sha256}, wanted {config.encoder_checkpoint_sha256}")
+    return config.model_copy(update={"encoder_checkpoint_sha256": sha256})
 
 
 def with_code(config: S) -> S:

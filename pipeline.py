@@ -57,8 +57,8 @@ from .core.proc import require
 from .core.progress import note
 from .core.sealed import NAME
 from .data.dataset import Dataset
+from .data.labels import check_source
 from .data.listing import list_images
-from .data.sources import check_source
 from .devices.session import bench_config, swept
 from .export import TARGETS
 from .forecast import Cost, Forecast, Work
@@ -79,7 +79,7 @@ if TYPE_CHECKING:
 def check_names(recipe: Recipe) -> None:
     """Refuse what can be told in a second, without PyTorch: names and files. Raises UserError."""
     from .devices import find_device
-    from .networks.names import check_name
+    from .networks.names import check_network
 
     checkpoint = recipe.teacher.checkpoint
     check_source(recipe.data)
@@ -87,9 +87,9 @@ def check_names(recipe: Recipe) -> None:
         raise UserError(f"teacher.checkpoint: no file at {checkpoint}: wanted .safetensors or .pth")
     for device in recipe.bench.devices:
         find_device(device)
-    check_name(recipe.teacher.model)
+    check_network(recipe.teacher)
     for config in student_runs(recipe.student, recipe.distill, recipe.data.unlabeled is not None).values():
-        check_name(config.model)
+        check_network(config)
     exported_runs(recipe)
     for target in recipe.export.targets:
         if target not in TARGETS:
@@ -130,10 +130,10 @@ def check_recipe(recipe: Recipe) -> None:
     check_packages(recipe)
     from .distill.train import check_run
 
-    check_run(recipe.teacher, None if recipe.teacher.checkpoint else recipe.teacher.train)
+    check_run(recipe.teacher, None if recipe.teacher.checkpoint else recipe.teacher.train, recipe.data.task)
     of_one_seed = recipe.distill.model_copy(update={"seeds": recipe.distill.seeds[:1]})  # the others are like it
     for config in student_runs(recipe.student, of_one_seed, recipe.data.unlabeled is not None).values():
-        check_run(config, config.train)
+        check_run(config, config.train, recipe.data.task)
 
 
 def student_runs(student: ModelSettings, plan: DistillPlan, unlabeled: bool = False) -> dict[str, TrainConfig]:

@@ -2,12 +2,14 @@
 
     nice -n 10 python benchmarks/coverage.py docs/coverage.md PHOTOS --results RUNS     every family, in hours
     python benchmarks/coverage.py table.md PHOTOS --model resnet18                      some
+    python benchmarks/coverage.py docs/coverage-masks.md MASKS --masks                  decoders over encoders
 
-PHOTOS is any folder of a few hundred photographs. Weights are random but not degenerate: timm starts the last BatchNorm
-of a residual block at zero and LayerScale at a millionth, where an export could be wrong unseen and outputs differ from
-image to image by hardly more than rounding; so scales are drawn and statistics are taken from the photographs. Each
-model has a process of its own with limits on time and memory, so that a converter that crashes is a row of the table
-and not the end of it. What lies in RUNS is not run again; the page is written after every model.
+MASKS is a folder of images and masks, as data.task segmentation takes it; PHOTOS is any folder of a few hundred
+photographs. Weights are random but not degenerate: timm starts the last BatchNorm of a residual block at zero and
+LayerScale at a millionth, where an export could be wrong unseen and outputs differ from image to image by hardly more
+than rounding; so scales are drawn and statistics are taken from the photographs. Each model has a process of its own
+with limits on time and memory, so that a converter that crashes is a row of the table and not the end of it. What lies
+in RUNS is not run again; the page is written after every model.
 """
 
 from __future__ import annotations
@@ -71,6 +73,15 @@ mixer_s32_224 resmlp_12_224 gmlp_ti16_224 inception_v4 beit_base_patch16_224 vgg
 naflexvit_base_patch16_gap mobilenetv5_base
 """
 FAMILIES = _FAMILIES.split()
+# Every decoder at least once, over encoders of several kinds.
+_PAIRS = """
+unet+test_resnet unet+mobilenetv4_conv_small unet+mobileone_s0 unet+convnext_atto unetplusplus+resnet10t
+manet+efficientnet_lite0 linknet+regnetx_002 linknet+efficientnet_lite0 fpn+mobilenetv3_small_100 fpn+vgg11_bn
+fpn+edgenext_xx_small pspnet+mobilenetv2_100 pan+mobilenetv3_small_050 deeplabv3+lcnet_050
+deeplabv3plus+mobilenetv4_conv_small upernet+mobilenetv4_conv_small upernet+swin_tiny_patch4_window7_224
+segformer+pvt_v2_b0 segformer+mobilenetv4_conv_small
+"""
+PAIRS = _PAIRS.split()
 CLASSES, CALIBRATING, CHECKED = 10, 32, 64
 LIMIT_SECONDS, LIMIT_BYTES = 900, 8 * 2**30  # of processor time, and resident
 LIMIT_WALL_SECONDS = 4 * 3600  # for one that hangs
@@ -84,10 +95,16 @@ signal to noise of its logits against float32's on {CHECKED} photographs that se
 and on how many of them both name the same class; since the weights are random, the decibels count and agreement is an
 aside. A failure says why below. TensorRT: the graph and its lint, not built here.
 """
+EXPLAINED_MASKS = f"""
+Decoders of segmentation-models-pytorch over encoders of timm; random but not degenerate weights; logits at the
+decoder's stride; 128 pixels where the encoder can take them. Figures are as in coverage.md, of CamVid's images:
+agreement is the share of pixels of which both say the same, on {CHECKED} images that set no range. A failure says why
+below. TensorRT: the graph and its lint, not built here.
+"""
 
 
-def dealt(photos: Path, folder: Path) -> list[Path]:
-    """``photos`` dealt over ten classes, for networks that know nothing; the training images."""
+def dealt(photos: Path, folder: Path) -> None:
+    """``photos`` dealt over ten classes, for networks that know nothing."""
     files = sorted(path for path in photos.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
     counts = {"train": CALIBRATING + CHECKED + CLASSES, "val": 2 * CLASSES}
     if len(files) < sum(counts.values()):
@@ -99,10 +116,15 @@ def dealt(photos: Path, folder: Path) -> list[Path]:
             place = folder / part / str(at % CLASSES)
             place.mkdir(parents=True, exist_ok=True)
             (place / f"{at}{file.suffix}").symlink_to(file.absolute())
-    return sorted((folder / "train").rglob("*.*"))
 
 
-def prepared(model: str, path: Path, size: int, images: list[Path]) -> tuple[int, int]:
+def settings_of(model: str) -> dict[str, Any]:
+    """A network by its name here: of a decoder over an encoder both."""
+    decoder, _, encoder = model.partition("+")
+    return {"model": decoder, "encoder": encoder or None}
+
+
+def prepared(model: str, path: Path, size: int, images: list[Path], classes: int) -> tuple[Any, int]:
     """Weights of ``model`` as trained ones could be: every scale drawn, BatchNorm's statistics those of ``images``.
 
     Returns:
@@ -117,7 +139,7 @@ def prepared(model: str, path: Path, size: int, images: list[Path]) -> tuple[int
 
     def created(settings: InputSettings) -> tuple[nn.Module, Any]:
         torch.manual_seed(0)
-        return models.create(AdoptConfig(model=model, input=settings), CLASSES)
+        return models.create(AdoptConfig(**settings_of(model), input=settings), classes)
 
     try:
         network, spec = created(InputSettings(size=size))
@@ -166,13 +188,19 @@ def one(model: str, photos: Path, size: int, tell: Callable[[dict[str, Any]], No
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        images = dealt(photos, folder / "photos")
+        chain = Chain(folder / "artifacts")
+        if "+" in model:
+            plan = DataPlan(task="segmentation", source=str(photos), most_images=CALIBRATING + CHECKED + CLASSES)
+        else:
+            dealt(photos, folder / "photos")
+            plan = DataPlan(source=str(folder / "photos"), val_fraction=0)
+        dataset = chain.data(plan)
+        images = sorted(sample.path for sample in dataset.samples("train"))
         weights = folder / f"{model}.safetensors"
         tell(told)
-        told["size"], told["parameters"] = prepared(model, weights, size, images[:CALIBRATING])
-        chain = Chain(folder / "artifacts")
-        dataset = chain.data(DataPlan(source=str(folder / "photos"), val_fraction=0))
-        adopted = TeacherPlan(model=model, checkpoint=weights, input=InputSettings(size=told["size"]))
+        found = prepared(model, weights, size, images[:CALIBRATING], len(dataset.classes))
+        told["size"], told["parameters"] = found
+        adopted = TeacherPlan(**settings_of(model), checkpoint=weights, input=InputSettings(size=told["size"]))
         network = chain.teacher(adopted, dataset)
         device = find_device("local").probe()
         # Weights are random: what they say of an image hangs by a thread.
@@ -229,17 +257,20 @@ def table(found: list[dict[str, Any]]) -> str:
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}"
         for name in (
-            *("torch", "timm", "onnx", "onnxslim", "onnxruntime", "openvino", "nncf"),
+            *("torch", "timm", "segmentation-models-pytorch", "onnx", "onnxslim", "onnxruntime", "openvino", "nncf"),
             *("litert-torch", "ai-edge-litert", "ai-edge-quantizer"),
         )
     )
+    masks = any("+" in row["model"] for row in found)
+    made_by = "docs/coverage-masks.md MASKS --masks" if masks else "docs/coverage.md PHOTOS"
+    shown = "" if masks else "; the photographs are 1,000 of ImageNet"
     lines = [
-        "# Coverage",
+        f"# Coverage{' of networks that draw masks' if masks else ''}",
         "",
-        "Made by `python benchmarks/coverage.py docs/coverage.md PHOTOS` on "
-        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d} with {versions}; the photographs are 1,000 of ImageNet.",
+        f"Made by `python benchmarks/coverage.py {made_by}` on "
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d} with {versions}{shown}.",
         "",
-        " ".join(EXPLAINED.split()),
+        " ".join((EXPLAINED_MASKS if masks else EXPLAINED).split()),
         "",
         f"| model | million parameters | pixels | {' | '.join(f'{target} | INT8' for target in TARGETS)} |",
         "|---|---|---|" + "---|---|" * len(TARGETS),
@@ -285,6 +316,7 @@ def main(
     out: Annotated[Path, typer.Argument(help="the page to write")],
     photos: Annotated[Path, typer.Argument(help="folder of photographs, at any depth")],
     model: Annotated[list[str] | None, typer.Option(help="only this one (repeatable)")] = None,
+    masks: Annotated[bool, typer.Option("--masks", help="decoders over encoders; PHOTOS has images and masks")] = False,
     size: Annotated[int, typer.Option(help="pixels, where the network can take them; else its own")] = 128,
     results: Annotated[
         Path | None, typer.Option(help="folder of raw results: a model that is there is not run again")
@@ -301,7 +333,7 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         kept = results or Path(scratch)
         kept.mkdir(parents=True, exist_ok=True)
-        for name in model or FAMILIES:
+        for name in model or (PAIRS if masks else FAMILIES):
             answer, draft = kept / f"{name}.json", kept / f"{name}.part"
             if not answer.is_file():
                 _write(draft, {"model": name, "doing": "starting", "targets": {}})

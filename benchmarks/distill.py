@@ -1,10 +1,12 @@
 """One step of distillation here against the same step as a bare PyTorch loop, timm's task and torchdistill.
 
     python benchmarks/distill.py --threads 1 --model resnet8 --teacher resnet20 --size 32 --batch 64
+    python benchmarks/distill.py --model fpn --encoder mobilenetv3_small_100 --teacher unet --size 128 --batch 16
 
 Same networks, weights, batch, loss (0.5 cross-entropy + 0.5 KL at T = 4), AdamW and threads, one process. The
 contenders take turns in a shuffled order; a ratio is of two neighbours of one round. Before timing, all four must
-give the same loss. torchdistill is compared where it is installed; it is no dependency.
+give the same loss. torchdistill is compared where it is installed; it is no dependency. With an encoder the networks
+draw masks of 11 classes, both losses are means over places, and nobody else's loop takes part.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kdpipe.chain import Chain
-from kdpipe.core.config import DataPlan, TrainConfig, validated
+from kdpipe.core.config import DataPlan, InputSettings, ModelSettings, TrainConfig, validated
 from kdpipe.core.inputs import InputSpec
 from kdpipe.core.stats import ratio_interval
 from kdpipe.distill.loop import Batch, Run
@@ -34,6 +36,7 @@ from kdpipe.distill.ranks import Ranks
 from kdpipe.distill.teacher import Teacher
 from kdpipe.distill.trackers import Nothing
 from kdpipe.distill.views import TrainingView
+from kdpipe.networks import models
 
 TEMPERATURE, LEARNING_RATE, WEIGHT_DECAY = 4.0, 1e-3, 0.05
 Step = Callable[[], float]  # one training step; its loss
@@ -61,6 +64,35 @@ def bare(student: nn.Module, teacher: nn.Module, image: Tensor, label: Tensor, b
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         return loss.item()
+
+    return step
+
+
+def bare_masks(student: nn.Module, teacher: nn.Module, image: Tensor, label: Tensor, bf16: bool) -> Step:
+    """What one writes by hand for masks [B, H, W]."""
+    optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    student.train()
+    teacher.eval()
+
+    def step() -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.no_grad():
+                taught = teacher(image)
+            logits = student(image)
+        logits, taught = logits.float(), taught.float()
+        taught = functional.interpolate(taught, logits.shape[2:], mode="bilinear", align_corners=False)
+        divergence = functional.kl_div(
+            functional.log_softmax(logits / TEMPERATURE, 1),
+            functional.softmax(taught / TEMPERATURE, 1),
+            reduction="sum",
+        ) / (len(logits) * logits.shape[2:].numel())
+        whole = functional.interpolate(logits, label.shape[1:], mode="bilinear", align_corners=False)
+        hard = functional.cross_entropy(whole, label, ignore_index=-1)
+        loss = 0.5 * hard + 0.5 * TEMPERATURE**2 * divergence
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return float(loss.item())
 
     return step
 
@@ -138,8 +170,11 @@ def ours(student: nn.Module, teacher: nn.Module, image: Tensor, label: Tensor, b
     config = validated(TrainConfig, values, "the benchmark")
     size = image.shape[-1]
     spec = InputSpec(size=size, mean=(0, 0, 0), std=(1, 1, 1), crop_fraction=1.0, interpolation="bilinear")
+    plan = DataPlan(source="digits", test_split=None, val_fraction=0.1)
+    if label.ndim > 1:
+        plan = DataPlan(task="segmentation", source="masks", most_images=24)
     with tempfile.TemporaryDirectory() as folder:
-        dataset = Chain(Path(folder)).data(DataPlan(source="digits", test_split=None, val_fraction=0.1))
+        dataset = Chain(Path(folder)).data(plan)
         asked = Teacher(teacher, spec, spec)
         method = METHODS["kd"](config, student, spec, asked, task=dataset.facts.task)
         run = Run(config, method, dataset, spec, 10**6, 10**6, Ranks(), None, Nothing())
@@ -162,17 +197,28 @@ def main(
     model: Annotated[str, typer.Option()] = "resnet8",
     size: Annotated[int, typer.Option(help="pixels")] = 32,
     batch: Annotated[int, typer.Option(help="images")] = 64,
+    encoder: Annotated[str | None, typer.Option(help="of a model that draws masks")] = None,
+    teacher_encoder: Annotated[str, typer.Option(help="of its teacher")] = "mobilenetv2_100",
     threads: Annotated[int, typer.Option()] = 1,
     rounds: Annotated[int, typer.Option()] = 30,
     bf16: Annotated[bool, typer.Option()] = False,
 ) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    networks = [timm.create_model(name, num_classes=10) for name in (model, teacher)]
-    image, label = torch.randn(batch, 3, size, size), torch.randint(0, 10, (batch,))
-    contenders: dict[str, Any] = {"bare loop": bare, "the bare loop again": bare, "kdpipe": ours, "timm": timms}
-    if importlib.util.find_spec("torchdistill"):
-        contenders["torchdistill"] = torchdistills
+    image = torch.randn(batch, 3, size, size)
+    contenders: dict[str, Any]
+    if encoder is None:
+        networks = [timm.create_model(name, num_classes=10) for name in (model, teacher)]
+        label = torch.randint(0, 10, (batch,))
+        contenders = {"bare loop": bare, "the bare loop again": bare, "kdpipe": ours, "timm": timms}
+        if importlib.util.find_spec("torchdistill"):
+            contenders["torchdistill"] = torchdistills
+    else:
+        pairs, given = ((model, encoder), (teacher, teacher_encoder)), InputSettings(size=size)
+        settings = [ModelSettings(model=name, encoder=below, input=given) for name, below in pairs]
+        networks = [models.create(each, 11)[0] for each in settings]
+        label = torch.randint(0, 11, (batch, size, size))
+        contenders = {"bare loop": bare_masks, "the bare loop again": bare_masks, "kdpipe": ours}
     steps = {name: make(*copy.deepcopy(networks), image, label, bf16) for name, make in contenders.items()}
     first = {name: step() for name, step in steps.items()}
     assert max(first.values()) - min(first.values()) < (0.02 if bf16 else 1e-4) * first["bare loop"], first

@@ -32,14 +32,26 @@ from pydantic import (
 )
 
 from .errors import UserError, did_you_mean
-from .inputs import InputSpec, Mean, Size, Std, sides
+from .inputs import InputSpec, Mean, Resize, Side, Size, Std, sides
 from .rules import parse_rules
 from .sealed import LONGEST_NUMBER, MOST_LEVELS, NAME, printable
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 ONNX_MODEL = "onnx"  # the model of every network that is a file
 Method = Literal[
-    "labels", "hard", "kd", "bkd", "logit_mse", "dkd", "dist", "hint", "at", "rkd", "deep_supervision", "stagewise"
+    "labels",
+    "hard",
+    "kd",
+    "bkd",
+    "logit_mse",
+    "dkd",
+    "dist",
+    "cwd",
+    "hint",
+    "at",
+    "rkd",
+    "deep_supervision",
+    "stagewise",
 ]
 
 
@@ -88,7 +100,8 @@ class DataPlan(Config):
 
     task: str = Field("classification", description="what a network is to say of an image, such as classification")
     source: str = Field(
-        description="'digits', an image folder, or a name of timm's dataset factory (hfds/..., wds/..., tfds/...)"
+        description="'digits' (or 'masks', for segmentation), an image folder, or a name of timm's dataset factory "
+        "(hfds/..., wds/..., tfds/...)"
     )
     root: str | None = Field(None, description="root folder of a wds/ or tfds/ source, or cache folder of an hfds/ one")
     train_split: str = Field("train", description="name of the part to learn from")
@@ -117,7 +130,16 @@ class DataPlan(Config):
         None,
         exclude=True,  # known by its fingerprint
         description="text file with one class a line, in the order of the checkpoint's outputs; some may have no "
-        "training image. Left out, the training folders in name order",
+        "training image. Left out, the training folders in name order; of masks classes.txt beside its parts",
+    )
+    palette: Path | None = Field(
+        None,
+        exclude=True,  # known by its fingerprint
+        description="segmentation: text file with a colour and its class a line, such as 128 64 128 road, where masks "
+        "are of colours; a colour without a name is not judged. Left out, masks hold numbers of classes",
+    )
+    ignore_index: int | None = Field(
+        None, ge=0, le=65535, description="segmentation: number in masks that is no class; left out, 255"
     )
     check: Literal["all", "sample", "none"] = Field(
         "all", exclude=True, description="which images are decoded beforehand, so that a broken one is named early"
@@ -164,6 +186,7 @@ class DataConfig(DataPlan):
     fingerprint: str
     unlabeled_fingerprint: str | None = None
     classes_fingerprint: str | None = None
+    palette_fingerprint: str | None = None
     held_out_copies: Literal["drop", "allow"] | None = Field(
         None, description="what became of copies of held-out images; nothing where no two images are the same"
     )
@@ -172,7 +195,7 @@ class DataConfig(DataPlan):
     def _without_what_is_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Neither what would become of copies that are not there nor what is not asked for makes another key."""
         values: dict[str, Any] = serialize(self)
-        later = ("held_out_copies", "val_split", "most_images")
+        later = ("held_out_copies", "val_split", "most_images", "ignore_index", "palette_fingerprint")
         return {name: value for name, value in values.items() if name not in later or value is not None}
 
 
@@ -182,9 +205,16 @@ class FittedConfig(Config):
     size: Size
     crop_fraction: float
     interpolation: str
+    resize: Resize = "cover"
     antialias: bool
     decoding: int
     versions: dict[str, str] = Field(description="of the libraries that make the pixels")
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As of an InputSpec."""
+        values: dict[str, Any] = serialize(self)
+        return {name: value for name, value in values.items() if name != "resize" or value != "cover"}
 
 
 SMALLEST_SIDE = 8  # pixels, of what a network is trained on
@@ -200,6 +230,17 @@ class InputSettings(Config):
     interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] | None = Field(
         None, description="resizing filter"
     )
+    resize: Resize | None = Field(
+        None,
+        description="what becomes of other proportions: the image covers the input and the rest is cut off, it is "
+        "stretched, or it is put in whole with grey borders; left out, cover, of masks stretch",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_unsaid(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """``resize`` came later: as long as it says nothing it is in no key."""
+        values: dict[str, Any] = serialize(self)
+        return {name: value for name, value in values.items() if name != "resize" or value is not None}
 
     @field_validator("size")
     @classmethod
@@ -265,10 +306,22 @@ class ModelSettings(Config):
     """A network by its name, and the input it takes."""
 
     # What came later: as long as it says nothing it is in no key, so that what was made before is found again.
-    LATER: ClassVar[tuple[str, ...]] = ("code_sha256", "checkpoint_entry")
+    LATER: ClassVar[tuple[str, ...]] = ("code_sha256", "checkpoint_entry", "encoder", "encoder_checkpoint_sha256")
 
     model: str = Field(
-        description="a name of timm, torchvision/NAME, or MODULE:FUNCTION of your own code (with --allow-code)"
+        description="a name of timm, torchvision/NAME, MODULE:FUNCTION of your own code (with --allow-code), or a "
+        "decoder that draws masks (unet, fpn, deeplabv3plus, segformer and others) over an encoder"
+    )
+    encoder: str | None = Field(None, description="a name of timm: what lies below a decoder, where model names one")
+    # Weights are known by their hash, a checkpoint by its key among the inputs.
+    encoder_checkpoint: Path | None = Field(
+        None,
+        exclude=True,
+        description="what the encoder's weights are from: the folder of a checkpoint of the same network, such as a "
+        "distilled classifier, or weights as a file",
+    )
+    encoder_checkpoint_sha256: str | None = Field(
+        None, description="hash of the encoder's weights, if they are a file; worked out where it is left out"
     )
     model_args: dict[str, Any] = Field({}, description="further arguments of what makes the network")
     pretrained: bool = Field(
@@ -315,8 +368,8 @@ class TeacherPlan(AdoptConfig):
 
     @property
     def is_trained(self) -> bool:
-        """Whether it is trained here: no weights are given."""
-        return self.checkpoint is None and not self.pretrained
+        """Whether it is trained here: no weights are given, or those of an encoder alone."""
+        return self.checkpoint is None and (not self.pretrained or self.encoder is not None)
 
 
 class DkdSettings(Config):
@@ -368,6 +421,11 @@ class DistillSettings(Config):
     shuffled_teacher: bool = Field(
         False, description="control: the teacher's non-maximal logits change places, so that only its top-1 is left"
     )
+    cwd_on: Literal["logits", "features"] | None = Field(
+        None,
+        description="method cwd: what is compared channel by channel; left out, the logits, or where a network gives "
+        "one answer an image the features",
+    )
     dkd: DkdSettings = DkdSettings()
     dist: DistSettings = DistSettings()
     rkd: RkdSettings = RkdSettings()
@@ -394,6 +452,8 @@ class DistillSettings(Config):
 
 class TrainConfig(DistillSettings, ModelSettings):
     """One training run: a network and how it learns."""
+
+    LATER: ClassVar[tuple[str, ...]] = (*ModelSettings.LATER, "cwd_on")
 
     seed: int = Field(0, description="seed of weights, order, views and of the drawn fraction")
 
@@ -430,7 +490,10 @@ class CacheSettings(Config):
     label_fraction: Annotated[float, Field(ge=0, le=1)] = Field(1.0, description="share of the training images")
     seed: int = Field(0, description="seed of the drawn fraction")
     top: int | None = Field(
-        None, ge=1, description="how many of the largest logits are kept; left out, all up to 256 classes, else 100"
+        None,
+        ge=1,
+        description="how many of the largest logits are kept; left out, all up to 256 classes, else 100; of masks all "
+        "up to 32 classes, else 16 a place",
     )
     precision: Literal["float32", "bf16"] = Field("float32", description="in which the teacher is asked")
     augment: AugmentSettings = AugmentSettings()
@@ -447,7 +510,15 @@ class CacheConfig(CacheSettings):
     """A cache as its stage is told: for every student of this input, with these versions of the libraries."""
 
     input: InputSpec
+    grid: tuple[Side, Side] | None = Field(
+        None, description="height and width of the logits of masks: the student's; left out, the teacher's own"
+    )
     versions: dict[str, str] = Field(description="of the libraries that can change a view")
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_unsaid(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        return {name: value for name, value in values.items() if name != "grid" or value is not None}
 
     def view_settings(self) -> TrainSettings:
         """What of a training run decides what a view shows."""
@@ -480,15 +551,32 @@ class ParitySettings(Config):
     """On how many images, and how closely, an exported file must agree with torch."""
 
     parity_images: int = Field(64, ge=2, description="real images that torch and the exported file must agree on")
-    parity_tolerance: float = Field(1e-3, gt=0, description="largest logit difference allowed, over the logits' spread")
+    parity_tolerance: float = Field(
+        1e-3, gt=0, description="largest logit difference allowed, over the logits' spread; of classes, share of pixels"
+    )
+
+
+# What a file that draws masks gives: logits as they are, enlarged to the input, or of every pixel its class.
+Output = Literal["logits", "logits-full", "classes"]
 
 
 class GraphConfig(ParitySettings):
     """How a checkpoint becomes ONNX, as torch writes it and simplified."""
 
+    output: Output = Field(
+        "logits",
+        description="of a network that draws masks: logits at its own stride, enlarged to the input, or classes, a "
+        "byte a pixel",
+    )
     hop_images: int = Field(
         256, ge=1, description="test images on which the exported graph's accuracy is told beside torch's"
     )
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual_output(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Logits as they are have the key that they had before there was anything else."""
+        values: dict[str, Any] = serialize(self)
+        return {name: value for name, value in values.items() if name != "output" or value != "logits"}
 
 
 class ExportConfig(GraphConfig):
@@ -605,7 +693,9 @@ class QuantizePlan(QuantizeSettings):
 class PackageConfig(Config):
     """What a bundle holds besides its model."""
 
-    golden_images: int = Field(8, ge=1, description="test inputs shipped with their expected outputs")
+    golden_images: int = Field(
+        8, ge=1, description="test inputs shipped with their expected outputs; of masks fewer, where they are large"
+    )
 
 
 class DeviceSettings(Config):
@@ -1138,9 +1228,23 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
         data = data.model_copy(update={"unlabeled": _absolute(folder, data.unlabeled)})
     if data.classes is not None:
         data = data.model_copy(update={"classes": _absolute(folder, data.classes)})
+    if data.palette is not None:
+        data = data.model_copy(update={"palette": _absolute(folder, data.palette)})
     if checkpoint is not None:
         teacher = teacher.model_copy(update={"checkpoint": _absolute(folder, checkpoint)})
-    return recipe.model_copy(update={"data": data, "teacher": teacher})
+    students = {name: _encoder_from(folder, change) for name, change in recipe.distill.students.items()}
+    changes: dict[str, Any] = {"distill": recipe.distill.model_copy(update={"students": students})} if students else {}
+    for name, network in (("teacher", teacher), ("student", recipe.student)):
+        if network.encoder_checkpoint is not None:
+            path = _absolute(folder, network.encoder_checkpoint)
+            network = network.model_copy(update={"encoder_checkpoint": path})
+        changes[name] = network
+    return recipe.model_copy(update={"data": data, **changes})
+
+
+def _encoder_from(folder: Path, change: dict[str, Any]) -> dict[str, Any]:
+    path = change.get("encoder_checkpoint")
+    return change if not isinstance(path, str) else {**change, "encoder_checkpoint": str(_absolute(folder, Path(path)))}
 
 
 def _absolute(folder: Path, path: Path) -> Path:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_serializer,
+)
 
 from .artifact import Record
 
@@ -45,6 +53,11 @@ Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
 Size = Annotated[Side | tuple[Side, Side], WrapValidator(_in_one_spelling)]
 
 
+# How an image of other proportions becomes the input: it is covered and the rest of the image cut off, the image is
+# stretched, or it is put into the input whole, with grey borders.
+Resize = Literal["cover", "stretch", "letterbox"]
+
+
 def sides(size: Size) -> tuple[int, int]:
     """Height and width of an input of this size, in pixels."""
     return (size, size) if isinstance(size, int) else size
@@ -66,10 +79,17 @@ class InputSpec(Record):
     std: Std
     crop_fraction: float = Field(gt=0, le=1)
     interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"]
+    resize: Resize = "cover"
     antialias: Literal[True] = True
     colour_order: Literal["RGB"] = "RGB"
     layout: Literal["NCHW", "NHWC"] = "NCHW"
     dtype: Literal["float32"] = "float32"
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """``resize`` came later: as long as it is the usual one it is in no key and no manifest."""
+        values: dict[str, Any] = serialize(self)
+        return {name: value for name, value in values.items() if name != "resize" or value != "cover"}
 
     @property
     def sides(self) -> tuple[int, int]:

@@ -17,9 +17,18 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator
 
 from .artifact import EVIDENCE, Artifact, Provenance, Record, canonical, find_ancestors
-from .config import AdoptConfig, BenchConfig, CacheConfig, Corruption, GateConfig, ReleaseConfig, TrainConfig
+from .config import (
+    AdoptConfig,
+    BenchConfig,
+    CacheConfig,
+    Corruption,
+    GateConfig,
+    Output,
+    ReleaseConfig,
+    TrainConfig,
+)
 from .errors import UserError
-from .inputs import InputSpec
+from .inputs import InputSpec, Side
 from .rules import Counted, Unit
 from .sealed import LARGEST_MODEL_BYTES, NAME
 from .stats import Interval, NoWorse, no_worse
@@ -142,12 +151,13 @@ class Checkpoint(Labelled[CheckpointFacts]):
     ONNX = "model.onnx"  # in place of weights, of a network that is a file
     HISTORY = "history.jsonl"  # one row an epoch
     IMAGES = "images.npy"  # which training images it learned from: positions in the training part, ascending
-    TEST_OUTPUTS = "test_logits.npz"  # ``logits`` [N, K] and ``labels`` [N] of the test part
+    # Of the test part: ``logits`` [N, K], or class maps [N, H, W] of every place, and ``labels`` [N, ...].
+    TEST_OUTPUTS = "test_logits.npz"
 
     @property
     def tested(self) -> tuple[np.ndarray, np.ndarray]:
         """Outputs [N, ...] and labels [N, ...] of the test part. Raises UserError."""
-        found = self.arrays(self.TEST_OUTPUTS, logits=("f", 2), labels=("iu", 1))
+        found = self.arrays(self.TEST_OUTPUTS, logits=("fu", 2), labels=("iu", 1))
         return same_length(self.path / self.TEST_OUTPUTS, found["logits"], found["labels"])
 
     @property
@@ -160,14 +170,18 @@ class Checkpoint(Labelled[CheckpointFacts]):
 
 
 class CacheFacts(Record):
-    """How much a teacher was asked, and how its outputs are stored (``top`` None: all of them)."""
+    """How much a teacher was asked, and how its outputs are stored.
+
+    ``top`` None: all of them. ``grid``: height and width of those that say something of every place.
+    """
 
     views: int = Field(ge=1)
     images: int = Field(ge=1)
     classes: int = Field(ge=1, le=MOST_CLASSES)
     top: int | None = Field(ge=1, le=MOST_CLASSES)
     bytes: int = Field(ge=0)
-    record_bytes: int = Field(ge=1)
+    record_bytes: int = Field(ge=1)  # of an image
+    grid: tuple[Side, Side] | None = None
 
 
 class Cache(Artifact[CacheFacts]):
@@ -193,11 +207,15 @@ class Cache(Artifact[CacheFacts]):
 
 
 class ParityFacts(Record):
-    """How far a file's outputs are from torch's on real images."""
+    """How far a file's outputs are from torch's on real images.
+
+    Of logits by the largest difference, and that over their spread; where the file gives classes, by the share of
+    pixels that change, of the worst image and of all of them.
+    """
 
     images: int
     max_difference: float
-    logit_spread: float
+    logit_spread: float  # of classes 1
     relative_difference: float
     agreement: float  # of what both say of an image, 0 to 1
     worst_image: str
@@ -245,7 +263,7 @@ class Graph(Labelled[GraphFacts]):
         Raises:
             UserError: other arrays, or of different lengths.
         """
-        found = self.arrays(self.HOPS, positions=("iu", 1), exported=("f", 2), simplified=("f", 2))
+        found = self.arrays(self.HOPS, positions=("iu", 1), exported=("fu", 2), simplified=("fu", 2))
         for name in ("exported", "simplified"):
             same_length(self.path / self.HOPS, found[name], found["positions"])
         return found
@@ -255,10 +273,13 @@ class Graph(Labelled[GraphFacts]):
 
 
 class Damage(Record):
-    """What a variant changed in its outputs."""
+    """What a variant changed in its outputs: of classes, the noise is that of the logits that they are decided by.
+
+    None where those cannot be seen.
+    """
 
     images: int
-    signal_to_noise_db: float
+    signal_to_noise_db: float | None
     agreement: float  # of what both say of an image, 0 to 1
 
 
@@ -316,6 +337,7 @@ class ModelFacts(Record):
     input: InputSpec
     model: str
     nodes_by_kind: dict[str, int]
+    output: Output = "logits"
     runtime: dict[str, Any]  # settings that the runtime must take
     stand_in: str | None = None  # the runtime that reads the same file where the target's own cannot run
     not_built_here: bool = False
@@ -404,6 +426,7 @@ class BundleFacts(ModelFacts):
 
     size_bytes: int
     golden_images: int
+    golden_step: int = 1  # of outputs that have places every so manieth is kept, in both directions
     golden_tolerance: float
 
 
@@ -430,10 +453,10 @@ def student_of(bundle: Provenance) -> str | None:
 
 
 def float32_by_bundle(bundles: Mapping[str, Provenance]) -> dict[str, str]:
-    """For each bundle the float32 one of its target, student and threads, itself perhaps; none where there is none."""
+    """For each bundle the float32 one of its target, output, student and threads, if any: itself perhaps."""
     facts = {name: Bundle.facts_of(source) for name, source in bundles.items()}
     kinds = {
-        name: (facts[name].target, student_of(source), name.partition(AT_THREADS)[2])
+        name: (facts[name].target, facts[name].output, student_of(source), name.partition(AT_THREADS)[2])
         for name, source in bundles.items()
     }
     whole = {kind: name for name, kind in reversed(kinds.items()) if facts[name].precision == "float32"}
@@ -595,6 +618,19 @@ class Sustained(Record):
     slowed_after_seconds: float | None
 
 
+class FrameSamples(Record):
+    """Whole frames in one process, in nanoseconds: from a decoded picture at its own size to what a person is shown.
+
+    ``alone_ns``: after each of them the network alone, on the same picture. ``steps_ns``: of each its steps, by name.
+    ``sizes``: height and width of the pictures that were rotated through.
+    """
+
+    sizes: list[tuple[int, int]] = Field(min_length=1)
+    whole_ns: list[Annotated[int, Field(gt=0)]] = Field(min_length=1)
+    alone_ns: list[Annotated[int, Field(gt=0)]] = Field(min_length=1)
+    steps_ns: dict[str, Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]]
+
+
 class Samples(StartUp):
     """One measurement in one process: durations in nanoseconds, nothing trimmed.
 
@@ -607,6 +643,7 @@ class Samples(StartUp):
     warm_up: WarmUp
     latency_ns: list[Annotated[int, Field(gt=0)]] = Field(min_length=1)
     end_to_end_ns: list[int] = Field([])
+    frames: FrameSamples | None = None  # None where no pictures were given, or nothing could resize them
     p50_known_within: float | None = None
     stable: bool = True
     steady: Phase | None = None  # the timed inferences, first to last
@@ -743,6 +780,23 @@ class Comparison(Record):
     left_open: float | None  # None where a control bounds nothing
 
 
+class WholeFrame(Record):
+    """What a whole frame takes, from the decoded picture at its own size to the answer that a person is shown.
+
+    Medians of each process, over processes. ``over_network`` is over the network alone, which took turns with it,
+    paired by process; ``steps_ms`` is the median of each step over all processes. ``sizes``: height and width of the
+    pictures. It has a trust of its own: by its own width and A/A controls, and what else the machine did.
+    """
+
+    latency_ms: Interval
+    latency_by_process_ms: list[PositiveFloat]
+    network_ms: Interval
+    over_network: Interval
+    steps_ms: dict[str, float]
+    sizes: list[tuple[int, int]]
+    trust: Trust | None = None
+
+
 class Result(Record):
     """What was measured of one bundle; None where it was not.
 
@@ -769,6 +823,7 @@ class Result(Record):
     inferences: int | None = None
     end_to_end_ms: Interval | None = None  # from the decoded image to the outputs
     prepare_ms: float | None = None
+    whole_frame: WholeFrame | None = None
     page_cache: Literal["warm", "dropped"] | None = None  # of the processes that only started; None: those that timed
     start_ms: Interval | None = None  # from the start of a process to its first outputs, of those that only started
     import_ms: list[float] | None = None
@@ -843,8 +898,13 @@ class Measurement(Artifact[MeasurementFacts]):
 
     @property
     def labels(self) -> np.ndarray:
-        """Of the test part, in its order."""
+        """Of the test part [N, ...], in its order."""
         return np.asarray(self.array(self.LABELS, "iu", 1))
+
+    @cached_property
+    def worked_out(self) -> dict[str, np.ndarray]:
+        """What was worked out of its arrays, by name: what takes seconds is asked for again and again."""
+        return {}
 
     @property
     def images(self) -> np.ndarray | None:
@@ -855,9 +915,9 @@ class Measurement(Artifact[MeasurementFacts]):
         return same_length(self.path / self.IMAGES, images, self.labels)[0]
 
     def outputs(self, bundle: str, corruption: Corruption | None = None) -> np.ndarray:
-        """What a bundle said of the test part, float32 [N, ...]; of the images with a fault, where one is named."""
+        """What a bundle said of the test part [N, ...]; of the images with a fault, where one is named."""
         name = self.outputs_name(bundle, corruption)
-        outputs = np.asarray(self.array(name, "f", 2))
+        outputs = np.asarray(self.array(name, "fu", 2))
         return same_length(self.path / name, outputs, self.labels)[0]
 
     def all_outputs(self, bundles: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:

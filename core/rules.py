@@ -46,6 +46,8 @@ OTHER_NAMES = {
     "top-1": "accuracy",
     "top1": "accuracy",
     "acc": "accuracy",
+    "miou": "accuracy",
+    "mean iou": "accuracy",
     "ece": "calibration error",
 }
 UNITS: dict[Unit, dict[str, float]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Literal
@@ -218,22 +218,22 @@ def geometric_interval(values: Sequence[float] | np.ndarray) -> Interval:
     return _exponential(mean_interval(np.log(numbers)))
 
 
-def matched_share(said: np.ndarray, labels: np.ndarray) -> float:
+def matched_share(called: Mapping[tuple[int, int], int]) -> float:
     """The share that is right once each class that is said is called as the label that suits it best, one to one.
 
     Far above the share that is right as it is, the classes are the same ones in another order; of few images a class it
     is high by chance. The best assignment is Kuhn and Munkres's.
 
     Args:
-        said: classes [N], from 0 on.
-        labels: classes [N], from 0 on.
+        called: how often each class (first) was called each (second), by number.
     """
     from scipy.optimize import linear_sum_assignment
 
-    count = 1 + int(max(said.max(), labels.max()))
+    count = 1 + max(map(max, called))
     together = np.zeros((count, count), np.int64)
-    np.add.at(together, (said, labels), 1)
-    return float(together[linear_sum_assignment(together, maximize=True)].sum() / len(labels))
+    for pair, times in called.items():
+        together[pair] = times
+    return float(together[linear_sum_assignment(together, maximize=True)].sum() / together.sum())
 
 
 def mean_of_shares(shares: Sequence[Interval]) -> Interval:
@@ -282,82 +282,66 @@ class Calibration:
         return asdict(self)
 
 
-def calibration_error(confidence: np.ndarray, right: np.ndarray, seed: int = 0) -> Calibration:
+def calibration_error(
+    confidence: np.ndarray, right: np.ndarray, seed: int = 0, weight: np.ndarray | None = None
+) -> Calibration:
     """The expected calibration error, over 15 bins of equal width (Guo et al. 2017, on modern neural networks).
 
     The images are binned by confidence; the error is the mean over the images of the distance between the share of
     their bin that is right and its mean confidence. Images that are right by chance, each with its own confidence, have
-    one too, the larger the fewer they are: it is drawn 200 times (as Broecker and Smith 2007 do for diagrams).
+    one too, the larger the fewer they are: it is drawn 200 times (as Broecker and Smith 2007 do for diagrams). Many
+    answers about one image go together: of those each draw turns the differences of whole images around (the wild
+    bootstrap, Davison and Hinkley 1997, 6.2.6).
 
     Args:
-        confidence: [N], 0 to 1, of the answer that was given.
-        right: [N], whether it was right, or how right, 0 to 1.
+        confidence: [N], 0 to 1, of the answer that was given; [N, B] where an image has several.
+        right: of the same shape, whether it was right, or how right, 0 to 1.
         seed: of the draws.
+        weight: how many answers each is of, where an image has several, of the same shape.
 
     Raises:
         ValueError: different lengths, none, or a confidence outside 0 to 1.
     """
     sure, scores = np.asarray(confidence, np.float64), np.asarray(right, np.float64)
-    n = len(sure)
-    if sure.shape != scores.shape or sure.ndim != 1 or n == 0 or not ((sure >= 0) & (sure <= 1)).all():
+    n, dimensions = len(sure), 1 if weight is None else 2
+    if sure.shape != scores.shape or sure.ndim != dimensions or n == 0 or not ((sure >= 0) & (sure <= 1)).all():
         raise ValueError(f"wanted two equally long vectors of 0 to 1, found shapes {sure.shape} and {scores.shape}")
     draws = np.random.default_rng(seed)
-    chance = [expected_calibration_error(sure, draws.random(n) < sure) for _ in range(CHANCE_DRAWS)]
-    error = expected_calibration_error(sure, scores)
+    if weight is None:
+        chance = [expected_calibration_error(sure, draws.random(n) < sure) for _ in range(CHANCE_DRAWS)]
+    else:
+        bins = _bins(sure)
+        sums = [
+            np.bincount(bins.ravel(), each.ravel(), CALIBRATION_BINS) for each in (weight * (scores - sure), weight)
+        ]
+        by_luck = scores - sure - (sums[0] / np.maximum(sums[1], 1e-12))[bins]  # beyond what its bin is off by
+        turned = ((2 * draws.integers(0, 2, (n, 1)) - 1) * by_luck for _ in range(CHANCE_DRAWS))
+        chance = [expected_calibration_error(sure, sure + each, weight) for each in turned]
+    error = expected_calibration_error(sure, scores, weight)
     return Calibration(error, float(np.quantile(chance, CONFIDENCE)), CALIBRATION_BINS, n)
 
 
-def expected_calibration_error(sure: np.ndarray, right: np.ndarray) -> float:
-    """The error alone, for confidences [N] of 0 to 1 and whether the answers were right [N]."""
-    bins = np.clip(np.ceil(sure * CALIBRATION_BINS).astype(np.int64) - 1, 0, CALIBRATION_BINS - 1)
-    # A bin's share of the images times its distance is the sum of its differences over all images.
-    return float(np.abs(np.bincount(bins, right - sure, CALIBRATION_BINS)).sum() / len(sure))
+def _bins(sure: np.ndarray) -> np.ndarray:
+    return np.clip(np.ceil(sure * CALIBRATION_BINS).astype(np.int64) - 1, 0, CALIBRATION_BINS - 1)
 
 
-def worst_share(right: np.ndarray, groups: np.ndarray) -> tuple[int, Interval]:
-    """The group with the smallest share that is right; of equal ones that with the most members.
-
-    Which group did worst was chosen by what it showed, so its own interval would be too narrow for the share of the
-    group that truly does worst. That lies below the upper bounds of all groups, each at Bonferroni's level over them;
-    and above the lowest of their lower bounds, each at its own level, since the group that truly does worst has one of
-    them. The bounds are Wilson's (1927).
-
-    Args:
-        right: [N], whether it was right, or how right, 0 to 1.
-        groups: [N], of each its group.
-
-    Returns:
-        The group, and its share with that interval; ``n`` counts its members.
-
-    Raises:
-        ValueError: none, or different lengths.
-    """
-    scores = np.asarray(right, np.float64)
-    if scores.shape != groups.shape or scores.ndim != 1 or len(scores) == 0:
-        raise ValueError(f"wanted two equally long vectors, found shapes {scores.shape} and {groups.shape}")
-    known, place, counts = np.unique(groups, return_inverse=True, return_counts=True)
-    shares = np.bincount(place, scores) / counts
-    low, _ = _wilson(shares, counts, 1 - CONFIDENCE)
-    _, high = _wilson(shares, counts, (1 - CONFIDENCE) / len(known))
-    worst = int(np.lexsort((-counts, shares))[0])
-    share = float(shares[worst])
-    bounds = min(share, float(low.min())), max(share, float(high.min()))
-    return int(known[worst]), Interval(share, *bounds, int(counts[worst]))
-
-
-def _wilson(shares: np.ndarray, counts: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
-    """Both ends of the two-sided score interval of each share; ``level`` is what it may miss."""
-    z = NormalDist().inv_cdf(1 - level / 2)
-    centre = (shares + z * z / (2 * counts)) / (1 + z * z / counts)
-    half = z * np.sqrt(shares * (1 - shares) / counts + z * z / (4 * counts**2)) / (1 + z * z / counts)
-    return np.maximum(0.0, centre - half), np.minimum(1.0, centre + half)
+def expected_calibration_error(sure: np.ndarray, right: np.ndarray, weight: np.ndarray | None = None) -> float:
+    """The error alone, for confidences of 0 to 1 and whether the answers were right; as in ``calibration_error``."""
+    bins = _bins(sure)
+    apart, answers = right - sure, float(len(sure))
+    if weight is not None:
+        apart, answers = apart * weight, float(weight.sum())
+    # A bin's share of the answers times its distance is the sum of its differences over all of them.
+    return float(np.abs(np.bincount(bins.ravel(), apart.ravel(), CALIBRATION_BINS)).sum() / max(1.0, answers))
 
 
 LEAST_IMAGES = 30  # fewer say too little of the spread of what is drawn from them
 CALIBRATION_DRAWS = 400
 
 
-def calibration_interval(confidence: np.ndarray, right: np.ndarray, seed: int = 0) -> Interval:
+def calibration_interval(
+    confidence: np.ndarray, right: np.ndarray, seed: int = 0, weight: np.ndarray | None = None
+) -> Interval:
     """The expected calibration error with a 95 % interval, images drawn with replacement.
 
     Few images show an error by chance alone, and images that are drawn from them show one more. So the interval reaches
@@ -366,20 +350,20 @@ def calibration_interval(confidence: np.ndarray, right: np.ndarray, seed: int = 
     and the normal one. Of 100 simulated cases each (100 to 2,000 images) it held the truth in 88 to 98, 94 on average.
 
     Args:
-        confidence: [N], 0 to 1; of fewer than 30 images there is no interval.
-        right: [N], whether the answers were right, or how right, 0 to 1.
-        seed: of the draws.
+        confidence, right, seed, weight: as in ``calibration_error``; of fewer than 30 images there is no interval.
 
     Raises:
         ValueError: as ``calibration_error``.
     """
-    found, images = calibration_error(confidence, right, seed), len(confidence)
+    found, images = calibration_error(confidence, right, seed, weight), len(confidence)
     if images < LEAST_IMAGES:
         return Interval(found.error, None, None, images)
     sure, scores = np.asarray(confidence, np.float64), np.asarray(right, np.float64)
     generator = np.random.default_rng(seed)
     places = (generator.integers(0, images, images) for _ in range(CALIBRATION_DRAWS))
-    drawn = np.array([expected_calibration_error(sure[at], scores[at]) for at in places])
+    drawn = np.array(
+        [expected_calibration_error(sure[at], scores[at], None if weight is None else weight[at]) for at in places]
+    )
     below, above = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
     low = 0.0 if found.error <= found.by_chance else max(0.0, 2 * found.error - above)
     normal = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * float(drawn.std(ddof=1))

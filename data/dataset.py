@@ -23,10 +23,11 @@ from ..core.kinds import Labelled
 from ..core.proc import first_line, in_order
 from ..runtime import Session, predict
 from ..runtime.layout import sides
-from ..runtime.preprocess import fit
+from ..runtime.preprocess import fit, fit_mask
 from .corrupt import corrupt
 from .formats import decode
 from .labels import LABELS
+from .masks import KeptMasks
 from .splits import stratified_count
 from .survey import Survey
 
@@ -38,7 +39,7 @@ RANDOM = "random images"  # the source of what only stands in for a data set
 Part = Literal["train", "val", "test", "unlabeled"]
 PARTS: tuple[Part, ...] = ("train", "val", "test", "unlabeled")
 # What decides which pixels a network is shown; the rest of an InputSpec is arithmetic on them.
-GEOMETRY = ("size", "crop_fraction", "interpolation", "antialias")
+GEOMETRY = ("size", "crop_fraction", "interpolation", "antialias", "resize")
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,19 @@ class Sample:
 
     def truth(self, spec: Mapping[str, Any]) -> np.ndarray | np.integer[Any]:
         """What is right of it, as its task judges what a network of this InputSpec says. Raises UserError."""
-        return LABELS[self.part.task].read(self.path, self.label, spec)
+        return LABELS[self.part.task].read(self, spec)
+
+    def mask(self) -> np.ndarray | None:
+        """The class of each pixel of ``image()``, uint8 [H, W], 255 where nobody judges; None without a mask.
+
+        Raises:
+            UserError: what was kept is none.
+        """
+        return self.part.mask(self.position)
+
+    def fitted_mask(self, spec: Mapping[str, Any]) -> np.ndarray | None:
+        """The class of each pixel of ``fitted(spec)``, uint8 [height, width], as ``mask``. Raises UserError."""
+        return self.part.fitted_mask(self.position, spec)
 
 
 class Samples(Sequence[Sample]):
@@ -77,21 +90,30 @@ class Samples(Sequence[Sample]):
         records: np.ndarray,
         copies: np.ndarray | None = None,
         fitted: Mapping[str, np.ndarray] | None = None,
+        masks: KeptMasks | None = None,
+        fitted_masks: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         """``records`` as ``index_records`` makes them, of files below ``root``.
 
         Args:
             copies: uint8 [bytes], where the records say where in it the copies lie.
             fitted: uint8 [N, height, width, 3] by ``geometry``.
+            fitted_masks: uint8 [N, height, width] by ``geometry``.
         """
-        self.task, self._root, self._records, self._copies = task, root, records, copies
+        self.task, self._root, self._records, self._copies, self._masks = task, root, records, copies, masks
         self._fitted = {} if fitted is None else fitted
+        self._fitted_masks = {} if fitted_masks is None else fitted_masks
 
     @property
     def labels(self) -> np.ndarray:
         """Of every image, int32 [N]."""
         labels: np.ndarray = self._records["label"]
         return labels
+
+    @property
+    def masked(self) -> bool:
+        """Whether there are masks."""
+        return self._masks is not None
 
     def __len__(self) -> int:
         return len(self._records)
@@ -124,6 +146,23 @@ class Samples(Sequence[Sample]):
                 f"cannot read image {self.path(at)} ({first_line(error)}): the data changed while in use"
             ) from None
 
+    def mask(self, at: int) -> np.ndarray | None:
+        """As ``Sample.mask``."""
+        try:
+            return None if self._masks is None else self._masks[at]
+        except ValueError as error:
+            raise UserError(
+                f"the mask of {self.path(at)} is not what kdpipe writes ({error}): make the data again"
+            ) from None
+
+    def fitted_mask(self, at: int, spec: Mapping[str, Any]) -> np.ndarray | None:
+        """As ``Sample.fitted_mask``."""
+        kept = self._fitted_masks.get(geometry(spec))
+        if kept is not None:
+            return np.asarray(kept[at])
+        mask = self.mask(at)
+        return None if mask is None else fit_mask(mask, spec)
+
     def digest(self, at: int) -> bytes:
         """sha256 of the user's file of one image. Raises UserError."""
         try:
@@ -144,7 +183,7 @@ class Samples(Sequence[Sample]):
 
 def geometry(spec: Mapping[str, Any]) -> str:
     """The part of an InputSpec that decides the pixels, as text."""
-    return json.dumps([spec[name] for name in GEOMETRY])
+    return json.dumps([spec.get(name) for name in GEOMETRY])
 
 
 def load_images(samples: Iterable[Sample], spec: Mapping[str, Any]) -> np.ndarray:
@@ -242,7 +281,10 @@ class FittedFacts(Record):
 
 
 class Fitted(Artifact[FittedFacts]):
-    """What networks of one input are shown of the held-out images: exactly what ``Sample.fitted`` gives."""
+    """What networks of one input are shown of the held-out images: exactly what ``Sample.fitted`` gives.
+
+    And of their masks, where they have any, what ``Sample.fitted_mask`` gives.
+    """
 
     kind = "fitted"
     Facts = FittedFacts
@@ -254,13 +296,25 @@ class Fitted(Artifact[FittedFacts]):
         """The file of one part: uint8 [N, height, width, 3]."""
         return f"{part}.npy"
 
+    @staticmethod
+    def masks_name(part: Part) -> str:
+        """The file of the masks of one part: uint8 [N, height, width]."""
+        return f"{part}.masks.npy"
+
     def pixels(self, part: Part, images: int) -> np.ndarray:
         """Those of one part, memory-mapped. Raises UserError unless there are so many ``images``."""
-        if not images:
-            return np.zeros(images_shape(0, {"size": self.facts.size}), np.uint8)
-        array = self.array(self.file_name(part), "u", 4)
-        if array.shape != images_shape(images, {"size": self.facts.size}) or array.dtype != np.uint8:
-            raise UserError(f"{self.path} holds '{part}' as {array.dtype} {array.shape}: make it again")
+        shape = images_shape(images, {"size": self.facts.size})
+        return self._mapped(self.file_name(part), shape) if images else np.zeros(shape, np.uint8)
+
+    def masks(self, part: Part, images: int) -> np.ndarray | None:
+        """The masks of one part, memory-mapped; None where there are none. Raises UserError as ``pixels`` does."""
+        name, shape = self.masks_name(part), images_shape(images, {"size": self.facts.size})[:3]
+        return self._mapped(name, shape) if images and name in self.manifest.files else None
+
+    def _mapped(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        array = self.array(name, "u", len(shape))
+        if array.shape != shape or array.dtype != np.uint8:
+            raise UserError(f"{self.path} holds '{name}' as {array.dtype} {array.shape}: make it again")
         return array
 
 
@@ -269,7 +323,9 @@ class Dataset(Artifact[DatasetFacts]):
     """Images by reference (a user's folder) or by value (everything else), split once and for all.
 
     ``index.json`` holds an ``Index``, ``PART.npy`` what ``index_records`` makes; ``PART.copies``, where there are any,
-    resized copies end to end; ``test.digests.npy`` what tells the test images from others.
+    resized copies end to end; ``PART.masks``, where there are any, the masks of its images (or of their copies) end to
+    end as PNG, and ``PART.masks.npy`` where each begins and how long it is, int64 [N, 2]; ``test.digests.npy``
+    what tells the test images from others.
     """
 
     kind = "dataset"
@@ -288,6 +344,16 @@ class Dataset(Artifact[DatasetFacts]):
     def copies_name(part: Part) -> str:
         """The file of one part's copies."""
         return f"{part}.copies"
+
+    @staticmethod
+    def masks_name(part: Part) -> str:
+        """The file of one part's masks."""
+        return f"{part}.masks"
+
+    @staticmethod
+    def places_name(part: Part) -> str:
+        """The file of where the masks of one part lie."""
+        return f"{part}.masks.npy"
 
     @staticmethod
     def digests_name(part: Part) -> str:
@@ -314,7 +380,9 @@ class Dataset(Artifact[DatasetFacts]):
             return None
         try:
             found = Survey.model_validate(self.json(self.SURVEY))
-            fits = all(len(counts) == len(self.index.classes) for counts in found.by_class.values())
+            rows = [*found.by_class.values(), *([] if found.pixel_shares is None else [found.pixel_shares])]
+            fits = all(len(row) == len(self.index.classes) for row in rows)
+            fits = fits and (found.images is None or found.images.keys() == found.by_class.keys())
         except ValidationError:
             fits = False
         if not fits or "train" not in found.by_class:
@@ -342,12 +410,30 @@ class Dataset(Artifact[DatasetFacts]):
             copies = np.memmap(self.file(self.copies_name(part)), np.uint8, "r")
         records = self._records(name, copies)
         folder = self.index.roots.get(part)
-        fitted = {}
+        fitted, fitted_masks = {}, {}
         for shown, kept in self.fitted.items():
             if part in kept.facts.images:
                 fitted[shown] = kept.pixels(part, len(records))
+                if (found := kept.masks(part, len(records))) is not None:
+                    fitted_masks[shown] = found
         root = self.path if folder is None else Path(folder)
-        return Samples(self.facts.task, root, records, copies, fitted)
+        masks = self._masks(part, len(records))
+        return Samples(self.facts.task, root, records, copies, fitted, masks, fitted_masks)
+
+    def _masks(self, part: Part, images: int) -> KeptMasks | None:
+        """The masks of one part, if there are any, checked as a stranger's. Raises UserError."""
+        name = self.places_name(part)
+        if name not in self.manifest.files:
+            return None
+        places, file = np.asarray(self.array(name, "i", 2)), self.file(self.masks_name(part))
+        content = np.memmap(file, np.uint8, "r") if file.stat().st_size else np.zeros(0, np.uint8)
+        fits = places.shape == (images, 2) and places.dtype == np.int64
+        if fits and images:
+            starts, sizes = places[:, 0], places[:, 1]
+            fits = bool(starts.min() >= 0 and sizes.min() > 0 and (starts <= len(content) - sizes).all())
+        if not fits:
+            raise UserError(f"{self.path / name} is not what kdpipe writes: make the data again")
+        return KeptMasks(content, places, len(self.index.classes))
 
     def digests(self, part: Part) -> np.ndarray | None:
         """The first 64 bits of the hash of every image's file, uint64 [N], in the order of ``samples``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,7 +26,9 @@ class Together:
         lengths = [len(split.names) for split in parts.values()]
         self._ends = np.cumsum(lengths)
         self.sides = np.repeat(np.array([SIDES[part] for part in parts], int), lengths)
-        self.labels = np.concatenate([np.zeros(0, np.int32), *(split.labels for split in parts.values())])
+        self.labels = np.concatenate([np.zeros(0, np.int64), *map(_answers, parts.values())])
+        # Two pictures of one scene look alike, and their masks differ all the same.
+        self._comparable = all(split.masks is None for split in parts.values())
         self.digests = np.concatenate([np.zeros(0, np.uint64), *(split.digests for split in parts.values())])
 
     def copies(self) -> tuple[Twice, int]:
@@ -35,7 +37,8 @@ class Together:
 
     def look_alikes(self, hashes: np.ndarray) -> Twice:
         """As ``find_look_alikes``."""
-        return find_look_alikes(hashes, self.digests, self.sides, self.labels)
+        labels = self.labels if self._comparable else np.full(len(self.labels), UNLABELED)
+        return find_look_alikes(hashes, self.digests, self.sides, labels)
 
     def in_two_parts(self, found: Twice) -> Twins:
         """Those that lie on two sides, in words."""
@@ -70,6 +73,11 @@ class Together:
         inside = at - (int(self._ends[number]) - len(split.names))
         label = int(split.labels[inside])
         return file_name(split.names[inside]), part, "" if label == UNLABELED else printable(self._classes[label], 200)
+
+
+def _answers(split: Split) -> np.ndarray:
+    """A number for each image, equal where what is right of two is the same, int64 [N]."""
+    return np.asarray(split.labels if split.masks is None else split.masks["digest"], np.int64)
 
 
 class Leaks(NamedTuple):
@@ -114,10 +122,11 @@ def survey_of(
         check=config.check,
         seen=len(seen),
         by_class={
-            part: tuple(np.bincount(split.labels, minlength=len(classes)).tolist())
+            part: tuple(split.images_by_class(len(classes)).tolist())
             for part, split in parts.items()
             if part != "unlabeled"
         },
+        **_of_masks(parts),
         formats={(*NAMES, "others")[at]: int(formats[at]) for at in by_count if formats[at]},
         shorter_side=_range(np.minimum(seen["width"], seen["height"])),
         longer_side=_range(np.maximum(seen["width"], seen["height"])),
@@ -135,6 +144,20 @@ def survey_of(
         look_alikes=together.in_two_parts(alike),
         look_alikes_of_two_labels=together.under_two_labels(alike),
     )
+
+
+def _of_masks(parts: Mapping[Part, Split]) -> dict[str, Any]:
+    """What a survey says of masks beside images; nothing where there are none."""
+    masks = parts["train"].masks
+    if masks is None:
+        return {}
+    pixels, area = masks["pixels"].sum(0, dtype=np.int64), int(masks["area"].sum(dtype=np.int64))
+    judged = int(pixels.sum())
+    return {
+        "images": {part: len(split.names) for part, split in parts.items() if part != "unlabeled"},
+        "pixel_shares": tuple((pixels / max(1, judged)).tolist()),
+        "unjudged": 1 - judged / max(1, area),
+    }
 
 
 def _range(sides: np.ndarray) -> Range | None:

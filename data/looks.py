@@ -77,10 +77,11 @@ def look(path: Path, quick: bool = False) -> tuple[Image.Image | None, Look]:
             pixels = as_rgb(image)
         return pixels, Look(kind, *size, _small(pixels))
     except (OSError, MemoryError) as error:
-        return None, Look(fault=_reason(error))
+        return None, Look(fault=reason(error))
 
 
-def _reason(error: OSError | MemoryError) -> str:
+def reason(error: OSError | MemoryError) -> str:
+    """Why an image cannot be read, in a few words."""
     from PIL import UnidentifiedImageError
 
     if isinstance(error, MemoryError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,17 +13,18 @@ import numpy as np
 from ..core.artifact import Draft, Order, drafting, write_json
 from ..core.config import DataConfig
 from ..core.errors import UserError
-from .copies import HELD_OUT, write_copies
+from .copies import HELD_OUT, copy_size, write_copies
 from .dataset import UNLABELED, CopyFacts, Dataset, DatasetFacts, Index, Part, Samples, index_records
 from .fingerprints import digests
 from .found import Leaks, Together, Unreadable, file_name, survey_of
-from .labels import LABELS
+from .labels import LABELS, check_source
 from .leaks import SIDES
 from .listing import MOST_NAMED, Others, list_images
 from .looks import Looks, examine
+from .masks import SPOOL, KeptMasks, write_masks
 from .sheet import write_sheet
-from .sources import Split, digits, reader
-from .splits import stratified_count, stratified_fraction
+from .sources import Split, reader
+from .splits import spread_fraction, stratified_count, stratified_fraction
 from .survey import Broken, counted
 
 LONGEST_LIST = 1200  # characters of a message that names images
@@ -53,7 +55,8 @@ def prepare(
     with drafting(Dataset, order, out) as draft:
         source = _read_source(draft, config, others)
         classes, roots = source.classes, source.roots
-        _check_classes(config, source.parts["train"], source, "all are held out")
+        if not others.missing:  # what is wrong with files is told first, all of it
+            _check_classes(config, source.parts["train"], source, "all are held out")
 
         parts = dict(source.parts)
         in_copies = tuple(part for part in parts if part not in HELD_OUT and config.copies_side is not None)
@@ -86,7 +89,10 @@ def prepare(
         )
         survey = survey_of(config, parts, classes, looks, others, broken, leaks)
         write_json(draft.path / Dataset.SURVEY, survey.model_dump(mode="json"))
-        shown = Samples(config.task, roots["train"], records["train"])
+        masks = {part: _write_masks(draft, part, split, config, part in in_copies, len(classes))
+                 for part, split in parts.items() if split.masks is not None}  # fmt: skip
+        (draft.path / SPOOL).unlink(missing_ok=True)
+        shown = Samples(config.task, roots["train"], records["train"], masks=masks.get("train"))
         write_sheet(shown, classes, config.seed, draft.path / Dataset.SHEET)
         draft.facts = DatasetFacts(
             task=config.task,
@@ -111,12 +117,14 @@ class Source(NamedTuple):
 
 def _read_source(draft: Draft[Dataset], config: DataConfig, others: Others) -> Source:
     """Read or list the images of a source, and cut it. Raises UserError."""
-    if config.source == "digits":
-        root, classes, splits = digits(draft, config)
-    elif Path(config.source).is_dir():
-        root, classes, splits = LABELS[config.task].folder(config, others)
+    check_source(config)
+    root, labels = None, LABELS[config.task]
+    if Path(config.source).is_dir():
+        root, classes, splits = labels.folder(config, others, draft.path)
+    elif config.source == labels.demo:
+        classes, splits = labels.make(draft.path, config)
     else:
-        root, classes, splits = reader(draft, config)
+        classes, splits = reader(draft.path, config)
     whole = splits[config.train_split]
     if config.test_split is None:
         learn, test = _cut(whole, config.test_fraction, config.seed)
@@ -138,9 +146,10 @@ def _read_source(draft: Draft[Dataset], config: DataConfig, others: Others) -> S
 
 
 def _cut(samples: Split, fraction: float, seed: int) -> tuple[Split, Split]:
-    """(the rest, a seeded stratified fraction), both in the given order."""
+    """(the rest, a seeded fraction that is even over the classes), both in the given order."""
+    drawn = stratified_fraction if samples.masks is None else spread_fraction
     taken = np.zeros(len(samples.names), bool)
-    taken[stratified_fraction(samples.labels, fraction, seed)] = True
+    taken[drawn(samples.labels, fraction, seed)] = True
     return samples.at(~taken), samples.at(taken)
 
 
@@ -166,11 +175,11 @@ def _check_classes(config: DataConfig, train: Split, source: Source, gone: str) 
     classes = source.classes
     if len(classes) < 2:
         raise UserError(f"wanted at least two classes, found {len(classes)}: {', '.join(classes)}")
-    counts = np.bincount(train.labels, minlength=len(classes))
-    if counts.all() or (config.classes is not None and counts.any()):
+    counts = train.images_by_class(len(classes))
+    if counts.all() or (LABELS[config.task].may_lack_classes(config) and counts.any()):
         return
     empty = int(np.argmin(counts))
-    before = int(np.bincount(source.whole.labels, minlength=len(classes))[empty])
+    before = int(source.whole.images_by_class(len(classes))[empty])
     name, cut = classes[empty], config.val_split is None and config.val_fraction > 0
     if not before:
         raise UserError(f"class '{name}' has no training image: add some, or remove the class")
@@ -255,6 +264,19 @@ def _write_copies(
     out = draft.path / Dataset.copies_name(part)
     records["start"], records["size"], facts = write_copies(samples, config.copies_side, out, looks)
     return facts
+
+
+def _write_masks(
+    draft: Draft[Dataset], part: Part, split: Split, config: DataConfig, copied: bool, classes: int
+) -> KeptMasks:
+    """Write the masks of a part, of the size of their images' copies where there are any, and where they lie."""
+    assert split.masks is not None
+    side = config.copies_side if copied else None
+    size = None if side is None else functools.partial(copy_size, shorter_side=side)
+    content = draft.path / Dataset.masks_name(part)
+    places = write_masks(draft.path / SPOOL, split.masks, size, content)
+    np.save(draft.path / Dataset.places_name(part), places)
+    return KeptMasks(np.memmap(content, np.uint8, "r") if len(places) else np.zeros(0, np.uint8), places, classes)
 
 
 def _broken(

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..core.artifact import Draft
 from ..core.config import DataPlan
 from ..core.errors import UserError
 from ..core.proc import first_line
 from ..core.progress import track
 from .listing import REMEMBERED, Others, is_hidden, kind_of, list_images
-
-if TYPE_CHECKING:
-    from .dataset import Dataset
-
 
 AUTO = "auto"  # of a part: what it is usually called
 
@@ -30,6 +25,7 @@ class Split(NamedTuple):
     names: np.ndarray  # of the files below the root, bytes [N]
     labels: np.ndarray  # int32 [N]
     digests: np.ndarray  # of their contents, uint64 [N]; 0 where nobody has asked
+    masks: np.ndarray | None = None  # as ``masks.table_of`` has them [N]; None where a number is all there is
 
     @classmethod
     def of(cls, names: Sequence[bytes] | np.ndarray, labels: Sequence[int] | np.ndarray) -> Split:
@@ -37,41 +33,36 @@ class Split(NamedTuple):
 
     def at(self, positions: np.ndarray) -> Split:
         """Those at ``positions`` [M], or where a mask [N] is true."""
-        return Split(self.names[positions], self.labels[positions], self.digests[positions])
+        masks = None if self.masks is None else self.masks[positions]
+        return Split(self.names[positions], self.labels[positions], self.digests[positions], masks)
+
+    def images_by_class(self, classes: int) -> np.ndarray:
+        """How many images show each class, int64 [classes]."""
+        if self.masks is not None:
+            return np.asarray((self.masks["pixels"] > 0).sum(0, dtype=np.int64))
+        return np.bincount(self.labels, minlength=classes)
 
 
-def check_source(config: DataPlan) -> None:
-    """Refuse a source that is none, before anything is loaded to read it. Raises UserError."""
-    is_timms = config.source.partition("/")[0].lower() in ("hfds", "hfids", "wds", "tfds") and "/" in config.source
-    if config.source != "digits" and not Path(config.source).is_dir() and not is_timms:
-        raise UserError(
-            f"no data at '{config.source}': wanted 'digits', a folder with {config.train_split}/<class>/*, "
-            "or a name of timm such as hfds/NAME, wds/PATTERN, tfds/NAME"
-        )
-    if config.source == "digits" and config.test_split is not None:
-        raise UserError(
-            "data.test_split: the digits have no test split, wanted null (it is cut from the training part)"
-        )
-    if config.source == "digits" and config.val_split not in (None, AUTO):
-        raise UserError("data.val_split: the digits have no such part, wanted null (it is cut from the training part)")
+def is_of_timm(source: str) -> bool:
+    """Whether timm's dataset factory reads it."""
+    return source.partition("/")[0].lower() in ("hfds", "hfids", "wds", "tfds") and "/" in source
 
 
-def digits(draft: Draft[Dataset], config: DataPlan) -> tuple[None, list[str], dict[str, Split]]:
+def digits(out: Path, config: DataPlan) -> tuple[list[str], dict[str, Split]]:
     """The 1,797 handwritten digits (8x8, 17 grey levels) that scikit-learn ships."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    check_source(config)
     digits = load_digits()
     names, labels = [], []
     for index, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         name = f"images/{label}/{index:04d}.png"
-        path = draft.path / name
+        path = out / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8)).save(path)
         names.append(name.encode())
         labels.append(int(label))
-    return None, [str(digit) for digit in range(10)], {config.train_split: Split.of(names, labels)}
+    return [str(digit) for digit in range(10)], {config.train_split: Split.of(names, labels)}
 
 
 # What parts are usually called, in any case of letters. The rule, for `data`, `run` and `init`: held out is what is
@@ -107,10 +98,15 @@ def _part_called(root: Path, names: Sequence[str], train: str) -> str | None:
     return None
 
 
-def usual_splits(config: DataPlan) -> tuple[DataPlan, list[str]]:
+def usual_splits(
+    config: DataPlan, flat: Callable[[Collection[str]], str | None] = lambda _: None
+) -> tuple[DataPlan, list[str]]:
     """``config`` with its parts by name, those of a folder as they are called there, and lines that say so.
 
-    Where there are no parts at all but folders of images, these are the classes, and the held-out part is cut.
+    Where there are no parts at all but folders of images, the held-out part is cut from these.
+
+    Args:
+        flat: says in words what such folders are, by their names; None where they are none of a source.
     """
     root = Path(config.source)
     if not root.is_dir():
@@ -124,8 +120,9 @@ def usual_splits(config: DataPlan) -> tuple[DataPlan, list[str]]:
     usual = usual_parts(root, train)
     named = next((there[name] for name in (*VAL_NAMES, *TEST_NAMES) if name in there and there[name] != train), "val")
     test = (usual.test or named) if config.test_split == AUTO else config.test_split
-    if train == "train" and test in ("val", None) and _holds_classes(root, there):
-        line = f"{root} has no parts: its {len(there)} folders are the classes, and test images are cut from them"
+    told = flat(there.values()) if train == "train" and test in ("val", None) and _holds_images(root, there) else None
+    if told is not None:
+        line = f"{root} has no parts: {told}, and test images are cut from them"
         return config.model_copy(update={"train_split": ".", "test_split": None, "val_split": None}), [line]
     val = config.val_split
     if val == AUTO:
@@ -152,8 +149,8 @@ def _check_apart(parts: Mapping[str, str | None]) -> None:
             )
 
 
-def _holds_classes(root: Path, there: Mapping[str, str]) -> bool:
-    """Whether the folders of a source are its classes: several, none called as a part is, with images in all."""
+def _holds_images(root: Path, there: Mapping[str, str]) -> bool:
+    """Whether the folders of a source hold its images: several, none called as a part is, with images in all."""
     if len(there) < 2 or {*TRAIN_NAMES, *TEST_NAMES, *VAL_NAMES} & there.keys():
         return False
     return all(any(True for _ in list_images(root / name)) for name in there.values())
@@ -162,15 +159,16 @@ def _holds_classes(root: Path, there: Mapping[str, str]) -> bool:
 def _folders(place: Path) -> list[str]:
     """The folders in ``place`` that may be parts or classes, by name."""
     there = (path for path in place.iterdir() if path.is_dir() and not is_hidden(os.fsencode(path.name)))
-    return sorted(path.name for path in there if not _holds_artifacts(path))
+    return sorted(path.name for path in there if not holds_artifacts(path))
 
 
-def _holds_artifacts(folder: Path) -> bool:
+def holds_artifacts(folder: Path) -> bool:
     """Whether what kdpipe makes goes there: it may have been started in the folder of the images."""
     return (folder / REMEMBERED).is_dir()
 
 
-def _wanted_splits(config: DataPlan) -> list[str]:
+def parts_of(config: DataPlan) -> list[str]:
+    """The parts that are read, that to learn from first."""
     return [split for split in (config.train_split, config.test_split, config.val_split) if split]
 
 
@@ -180,21 +178,21 @@ def names_of(config: DataPlan) -> Iterator[bytes]:
     Raises:
         UserError: a part that is not there.
     """
-    places = {split: _part(config, split) for split in sorted(_wanted_splits(config))}
+    places = {split: part_folder(config, split) for split in sorted(parts_of(config))}
     for split, place in places.items():
         for name in _folders(place):
             yield from list_images(place / name, below=os.fsencode(os.path.normpath(f"{split}/{name}") + "/"))
 
 
-def _part(config: DataPlan, split: str) -> Path:
-    """The folder of one part. Raises UserError."""
+def part_folder(config: DataPlan, split: str, inside: str = "<class>/*") -> Path:
+    """The folder of one part, in which there is to be what ``inside`` says. Raises UserError."""
     root = Path(config.source)
     place = root / split
     if not place.is_dir():
         there = ", ".join(_folders(root)) or "no folders"
         own = next((name for name in ("test_split", "val_split") if getattr(config, name) == split), None)
         cure = "or another data.train_split" if own is None else f"or data.{own}: null to cut one"
-        raise UserError(f"no folder {place}: wanted {root}/{split}/<class>/*, found {there}; make it, {cure}")
+        raise UserError(f"no folder {place}: wanted {root}/{split}/{inside}, found {there}; make it, {cure}")
     return place
 
 
@@ -206,9 +204,9 @@ def folder(config: DataPlan, others: Others) -> tuple[Path, list[str], dict[str,
     """
     root = Path(config.source)
     splits: dict[str, Split] = {}
-    classes: list[str] = [] if config.classes is None else _listed(config.classes)
-    wanted = _wanted_splits(config)
-    places = {split: _part(config, split) for split in wanted}
+    classes: list[str] = [] if config.classes is None else listed(config.classes)
+    wanted = parts_of(config)
+    places = {split: part_folder(config, split) for split in wanted}
     for place in (root, *(place for split, place in places.items() if split != ".")):
         _tell_others(place, root, None if place != root or "." in wanted else wanted, others)
     for split, place in places.items():
@@ -240,7 +238,7 @@ def _tell_others(place: Path, root: Path, parts: list[str] | None, others: Other
                 others.add("files that lie in no class folder", name)
             elif is_hidden(entry.name):
                 others.add("hidden folders", name)
-            elif parts is not None and path.name not in read and not _holds_artifacts(path):
+            elif parts is not None and path.name not in read and not holds_artifacts(path):
                 others.add("folders that no part is read from", name)
 
 
@@ -250,22 +248,31 @@ def _images_of(place: Path, split: str, name: str, others: Others) -> np.ndarray
     return np.array(list(there), bytes)
 
 
-def _listed(path: Path) -> list[str]:
-    names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+def text_lines(path: Path, field: str) -> list[str]:
+    """The lines of a text file of the user's that are not empty, without what stands around them. Raises UserError."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{field}: cannot read {path} ({first_line(error)}): wanted a text file") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def listed(path: Path) -> list[str]:
+    """The classes of a text file, one a line. Raises UserError."""
+    names = text_lines(path, "data.classes")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"{path} lists '{twice}' twice: wanted every class once, in the order of the outputs")
     return names
 
 
-def reader(draft: Draft[Dataset], config: DataPlan) -> tuple[None, list[str], dict[str, Split]]:
+def reader(out: Path, config: DataPlan) -> tuple[list[str], dict[str, Split]]:
     """Anything else that timm's dataset factory reads, copied into the artifact image by image."""
     from timm.data import create_dataset
 
-    check_source(config)
     splits: dict[str, Split] = {}
     names: dict[int, str] = {}
-    for split in _wanted_splits(config):
+    for split in parts_of(config):
         try:
             dataset = create_dataset(config.source, root=config.root, split=split, input_img_mode="RGB")
         except ImportError as error:
@@ -280,14 +287,14 @@ def reader(draft: Draft[Dataset], config: DataPlan) -> tuple[None, list[str], di
         for index, (image, label) in enumerate(track(items, f"copying {split}", len(dataset))):
             content, suffix = _encoded(image)
             name = f"images/{split}/{index:07d}{suffix}"
-            path = draft.path / name
+            path = out / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
             written.append(name.encode())
             labels.append(int(label))
         splits[split] = Split.of(written, labels)
     count = 1 + max(int(split.labels.max()) for split in splits.values())
-    return None, [names.get(label, str(label)) for label in range(count)], splits
+    return [names.get(label, str(label)) for label in range(count)], splits
 
 
 def _raw_items(dataset: Any) -> Iterator[tuple[Any, int]]:

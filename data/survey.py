@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from ..core.artifact import Record
 from ..core.sealed import printable
 
 NAMED = 3  # images or classes that a line names
 HELD_OUT = ("val", "test")
+MOST_SHARES = 12  # classes whose share of the pixels a line names
 
 
 class Range(Record):
@@ -55,12 +56,20 @@ class Broken(Record):
     reason: str
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
 class Survey(Record):
     """What was found of the images: of those that were ``seen`` (decoded), where it takes decoding."""
 
     check: Literal["all", "sample", "none"]
     seen: int = Field(ge=0)
     by_class: dict[str, tuple[int, ...]]  # of each part with labels, images by class in the order of the outputs
+    # Of masks alone: the images of each such part, since one may show several classes; the share of the pixels of
+    # training masks that each class has, and of those that nobody judges.
+    images: dict[str, Annotated[int, Field(ge=0)]] | None = None
+    pixel_shares: tuple[Share, ...] | None = None
+    unjudged: Share | None = None
     formats: dict[str, int]  # the commonest first
     shorter_side: Range | None  # pixels
     longer_side: Range | None
@@ -76,13 +85,27 @@ class Survey(Record):
     look_alikes: Twins = Twins()  # in two parts
     look_alikes_of_two_labels: Twins = Twins()
 
+    @model_serializer(mode="wrap")
+    def _without_masks(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What is of masks alone is left out where there are none."""
+        values: dict[str, Any] = serialize(self)
+        of_masks = ("images", "pixel_shares", "unjudged")
+        return {name: value for name, value in values.items() if value is not None or name not in of_masks}
+
 
 def summary(survey: Survey, classes: Sequence[str]) -> list[str]:
     """What a data set is made of, a few lines."""
-    counts = {part: sum(each) for part, each in survey.by_class.items()}
+    counts = survey.images or {part: sum(each) for part, each in survey.by_class.items()}
     parts = ", ".join(f"{part} {count}" for part, count in counts.items())
     lines = [f"{sum(counts.values())} images of {len(classes)} classes: {parts}"]
     training = survey.by_class["train"]
+    if survey.pixel_shares is not None:
+        by_share = sorted(zip(survey.pixel_shares, classes, strict=True), key=lambda each: -each[0])
+        shown = [f"{printable(name, 60)} {_share(share)}" for share, name in by_share]
+        middle = ["…"] * (len(shown) > MOST_SHARES)
+        shown = shown[: MOST_SHARES - 1] + middle + shown[-1:] if middle else shown
+        left = f"; {_share(survey.unjudged)} not judged" if survey.unjudged else ""
+        lines.append(f"training pixels: {', '.join(shown)}{left}")
     fewest, most = training.index(min(training)), training.index(max(training))
     if training[fewest] == training[most]:
         lines.append(f"{training[most]} training images of each class")
@@ -137,6 +160,10 @@ def findings(survey: Survey, classes: Sequence[str]) -> list[str]:
             lacking = [name for name, count, taught in pairs if taught and not count]
             if lacking:
                 lines.append(f"'{part}' has no image of {_listed(lacking, len(lacking))}")
+    if survey.pixel_shares is not None:
+        missing = [name for name, count in zip(classes, training, strict=True) if not count]
+        if missing:
+            lines.append(f"no training mask shows {_listed(missing, len(missing))}")
     alone = [name for name, count in zip(classes, training, strict=True) if count == 1]
     if alone:
         lines.append(f"a single training image: {_listed(alone, len(alone))}")
@@ -144,6 +171,11 @@ def findings(survey: Survey, classes: Sequence[str]) -> list[str]:
         kinds = [f"{each.kind}: {each.count} (such as {each.example})" for each in survey.not_read]
         lines.append("not read: " + "; ".join(kinds))
     return lines
+
+
+def _share(share: float) -> str:
+    """As a percentage; what is there is never told as nothing."""
+    return "< 0.01 %" if 0 < share < 5e-5 else f"{100 * share:.3g} %"
 
 
 def counted(count: int) -> str:

@@ -18,11 +18,12 @@ from ..core.kinds import Bundle, BundleFacts, Model
 from ..core.proc import RUNNER_SECONDS, ask_runner, quiet
 from ..data.dataset import Dataset, Sample, images_shape, load_images
 from ..devices.runner import copy_runner
-from ..runtime.bundle import GOLDEN, TOLERANCES
+from ..runtime.bundle import GOLDEN, LARGEST_STEP, TOLERANCES, spread, thinned
 from ..runtime.layout import to_input
 from ..runtime.preprocess import decode, fit
 from ..runtime.task import TASKS
 
+MOST_GOLDEN_BYTES = 4 * 2**20  # of inputs and outputs that have places
 LARGEST_KIT_SIDE = 1024  # pixels: a bundle is no place for a whole photograph
 
 
@@ -43,25 +44,47 @@ def package(order: Order[PackageConfig], model: Model, dataset: Dataset, out: Pa
         images = load_images(samples, facts.input.model_dump())
         with quiet():
             session = runtime.open_session(draft.path, facts.for_runtime(), stand_in=facts.stand_in is not None)
-            logits = runtime.predict(session, images)
-        tolerance = TOLERANCES[facts.precision] * logits.std()
-        np.savez(draft.path / GOLDEN, images=images, logits=logits)
+            count, step = _golden(images, runtime.predict(session, images[:1]))
+            images = images[:count]
+            outputs = thinned(runtime.predict(session, images), step)
+        tolerance = TOLERANCES[facts.precision] * spread(outputs)
+        np.savez(draft.path / GOLDEN, images=images, logits=outputs)
         write_conformance(draft.path / Bundle.CONFORMANCE, samples[0], model, session, float(tolerance))
         draft.facts = BundleFacts(
             **facts.model_dump(),
             size_bytes=model.size_bytes,
             golden_images=len(images),
+            golden_step=step,
             golden_tolerance=float(tolerance),
         )
     return draft.artifact
+
+
+def _golden(images: np.ndarray, output: np.ndarray) -> tuple[int, int]:
+    """How many of these images to ship, and every so manieth place of outputs like this one.
+
+    Of outputs without places all. Else what is shipped stays below a bound, as far as one place and two images allow.
+    """
+    if output.ndim < 3:
+        return len(images), 1
+    least = min(len(images), 2)
+    for step in range(1, LARGEST_STEP + 1):
+        count = int(MOST_GOLDEN_BYTES // (images[0].nbytes + thinned(output, step).nbytes))
+        if count >= least:
+            break
+    return min(len(images), max(least, count)), step
 
 
 def write_conformance(folder: Path, sample: Sample, model: Model, session: runtime.Session, tolerance: float) -> None:
     """What an integration written from scratch is checked against, in files that any language reads.
 
     ``image.jpg``: one test image; ``input.bin``: what the model is to be fed for it, a byte a value, in the model's
-    layout; ``outputs.bin``: what it answers, little-endian float32; ``expected.json``: shapes, tolerance, the answer.
+    layout; ``outputs.bin``: what it answers, little-endian float32, or a byte a pixel where it gives classes;
+    ``expected.json``: shapes, type of the outputs, tolerance, the answer. Of a network that draws masks ``mask.png``
+    too: the class of every pixel of its input.
     """
+    from PIL import Image
+
     folder.mkdir()
     image, spec = sample.image(), model.facts.input.model_dump()
     image.thumbnail((LARGEST_KIT_SIDE, LARGEST_KIT_SIDE))
@@ -71,12 +94,16 @@ def write_conformance(folder: Path, sample: Sample, model: Model, session: runti
     (folder / "input.bin").write_bytes(stored.tobytes())
     with quiet():
         outputs = runtime.predict(session, pixels)
-    (folder / "outputs.bin").write_bytes(outputs.astype("<f4").tobytes())
+    kind = "<f4" if outputs.dtype.kind == "f" else "u1"
+    (folder / "outputs.bin").write_bytes(outputs.astype(kind).tobytes())
     task = TASKS[model.facts.task]
-    decided = task.decide(outputs)[0]
+    decided = task.decide_at(outputs, model.facts.input.sides)[0]
+    if decided.ndim == 2:
+        Image.fromarray(decided).save(folder / "mask.png")
     expected = {
         "input_shape": list(stored.shape),
         "outputs_shape": list(outputs.shape),
+        "outputs_type": "float32" if outputs.dtype.kind == "f" else "uint8",
         "tolerance": tolerance,
         "says": task.tell(decided, model.labels),
         "class": int(decided) if decided.ndim == 0 else None,
@@ -130,9 +157,12 @@ def try_model(model: Model) -> None:
         images, outputs = Path(scratch) / "images.npy", Path(scratch) / "outputs.npy"
         np.save(images, np.zeros(shape, np.uint8))
         _ask("predict", model, ("--images", str(images), "--logits", str(outputs)))
-        found, wanted = np.load(outputs, allow_pickle=False), (1, len(model.labels))
-    if found.shape[:2] != wanted or not np.isfinite(found).all():
-        raise GateFailed(f"{model.path} gives outputs of shape {found.shape}: wanted {wanted}, of finite numbers")
+        found = np.load(outputs, allow_pickle=False)
+    wanted = TASKS[model.facts.task].misfit(found, 1, len(model.labels))
+    if wanted is not None or not np.isfinite(found).all():
+        raise GateFailed(
+            f"{model.path} gives outputs of shape {found.shape}, {found.dtype}: wanted {wanted or 'finite numbers'}"
+        )
 
 
 def _ask(what: str, model: Model | Bundle, more: Sequence[str], seconds: float = RUNNER_SECONDS) -> dict[str, Any]:

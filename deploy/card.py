@@ -11,11 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from ..core.kinds import UNKNOWN_LICENCE, CheckpointFacts, Release
 from ..core.sealed import printable
 from ..report.words import NOTHING, interval, percent, shares
+from ..runtime.task import Task
 from .licences import called
 from .told import Estimate, Numbers, Row, Told, accuracies
 
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~&$:@])")
 MOST_CLASSES = 1000  # rows of the table
+METRICS = {"top-1": "accuracy", "mIoU": "mean_iou"}  # as the Hub calls them
 
 
 def markdown(text: str) -> str:
@@ -39,11 +41,11 @@ def head(told: Told, numbers: Numbers | None) -> str:
     source = "data" if data is None else called(data.source)
     results = [
         EvalResult(
-            task_type=f"image-{task.name}" if task.name == "classification" else task.name,
+            task_type=f"image-{task.name}",
             dataset_type=_identifier(source),
             dataset_name=source,
             dataset_split="test",
-            metric_type="accuracy" if task.metric == "top-1" else _identifier(task.metric),  # as the Hub calls it
+            metric_type=METRICS.get(task.metric, _identifier(task.metric)),
             metric_name=f"{task.metric} of {row.bundle}",
             metric_value=round(row.accuracy.value, 6),
         )
@@ -56,7 +58,7 @@ def head(told: Told, numbers: Numbers | None) -> str:
         model_name=told.facts.name,
         library_name="kdpipe",
         license=(told.license or UNKNOWN_LICENCE).lower(),
-        pipeline_tag="image-classification" if task.name == "classification" else None,
+        pipeline_tag=f"image-{task.name}",
         tags=sorted({"knowledge-distillation", "edge", *targets, *precisions}),
         version=told.facts.version,
         eval_results=results or None,
@@ -90,7 +92,8 @@ def sections(told: Told, numbers: Numbers | None) -> Iterator[str]:
             for name, bundle in told.bundles.items()
         ),
     )
-    yield f"A bundle takes RGB of 0 to 255 and says one of {len(next(iter(told.bundles.values())).labels)} classes.\n"
+    classes, where = len(next(iter(told.bundles.values())).labels), " of each pixel" if told.task.dense else ""
+    yield f"A bundle takes RGB of 0 to 255 and says one of {classes} classes{where}.\n"
     yield from made_of(told)
     yield from accuracy(told, numbers)
     yield from latency(numbers)
@@ -122,13 +125,13 @@ def made_of(told: Told) -> Iterator[str]:
         yield f"- Data: {markdown(called(data.source))}, {data.classes} classes, images: {images}."
     teachers = told.teachers
     for _, teacher in teachers:
-        yield f"- Teacher: {markdown(teacher.model)}, {network(teacher)}."
+        yield f"- Teacher: {markdown(teacher.model)}, {network(teacher, told.task)}."
     for source, student in told.students:
         method = markdown(student.method)
         learned = f"method {method}, {student.epochs} epochs, {student.training_images} labelled images"
         more = f" and {student.unlabeled_images} without labels" if student.unlabeled_images else ""
         seed = f", seed {source.config['seed']}" if isinstance(source.config.get("seed"), int) else ""
-        yield f"- Network: {markdown(student.model)}, {network(student)}; {learned}{more}{seed}."
+        yield f"- Network: {markdown(student.model)}, {network(student, told.task)}; {learned}{more}{seed}."
     if not told.students:
         yield "- Network: somebody's file, adopted as it was."
     elif not teachers:
@@ -136,11 +139,11 @@ def made_of(told: Told) -> Iterator[str]:
     yield ""
 
 
-def network(facts: CheckpointFacts) -> str:
+def network(facts: CheckpointFacts, task: Task) -> str:
     """A network's size and how right it is, in words."""
     found = facts.test_interval
     right = f"{percent(facts.test_accuracy)} %" if found is None else f"{shares(found.as_dict())} %"
-    return f"{facts.parameters / 1e6:.3g} M parameters, {right} right on {facts.test_images} test images"
+    return f"{facts.parameters / 1e6:.3g} M parameters, {task.metric} {right} on {facts.test_images} test images"
 
 
 def accuracy(told: Told, numbers: Numbers | None) -> Iterator[str]:

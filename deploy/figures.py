@@ -19,16 +19,17 @@ from ..core.config import Corruption
 from ..core.errors import UserError
 from ..core.kinds import Bundle, FreshStart, Measurement, Result, Samples, Trust
 from ..core.stats import (
+    CALIBRATION_BINS,
+    CONFIDENCE,
     Interval,
     calibration_interval,
     expected_calibration_error,
     median_interval,
     percentile_interval,
     percentile_within,
-    worst_share,
 )
-from ..report.answers import confidence
-from ..runtime.task import TASKS, Task
+from ..report.answers import is_finite, scores, weight_of
+from ..runtime.task import TASKS, Change, Task
 
 ACCURACY, WORST_CLASS, CALIBRATION = "accuracy", "worst class", "calibration error"
 SIZE, MEMORY, COLD_START, END_TO_END = "size", "memory", "cold start", "end to end"
@@ -66,6 +67,8 @@ class Figure:
         why: why it is not trusted; empty where it is.
         of_images: of a figure made of images, itself for those at some positions [M] of the test part, which may repeat
             themselves: what a bootstrap by image draws.
+        change: of two networks' scores of the same images, how the figure changes from the first to the second, where
+            its task knows that better than such a bootstrap.
         where: which class the figure is of, where it is of one.
     """
 
@@ -77,6 +80,7 @@ class Figure:
     trusted: bool
     why: str
     of_images: Callable[[np.ndarray], float] | None = None
+    change: Callable[[np.ndarray, np.ndarray], Change] | None = None
     where: str = ""
 
 
@@ -87,7 +91,7 @@ def figures(measurement: Measurement, name: str, classes: Sequence[str] = ()) ->
         classes: names of the outputs, to say which class did worst; its number is told without them.
 
     Raises:
-        UserError: no such bundle in it, or labels that are none of its outputs.
+        UserError: no such bundle in it, or labels and outputs that do not fit each other.
     """
     source, result = measurement.manifest.inputs.get(name), measurement.facts.results.get(name)
     if source is None or result is None:
@@ -135,15 +139,13 @@ def _of_images(
     task, labels, outputs = TASKS[measurement.facts.task], measurement.labels, measurement.outputs(name)
     if len(labels) == 0:
         return {}
-    if labels.min() < 0 or labels.max() >= outputs.shape[1]:
-        raise UserError(f"{measurement.path} has labels beyond its {outputs.shape[1]} outputs: measure again")
-    trust = _trust_of_outputs(result, str(source.facts.get("target", "")))
-    found = {ACCURACY: _accuracy(task, outputs, labels, trust)}
+    trust, its = _trust_of_outputs(result, str(source.facts.get("target", ""))), scores(measurement, name)
+    found = {ACCURACY: _accuracy(task, its, trust)}
     for corruption in CORRUPTIONS:
         if measurement.outputs_name(name, corruption) in measurement.manifest.files:
-            corrupted = measurement.outputs(name, corruption)
-            found[accuracy_of(corruption)] = _accuracy(task, corrupted, labels, trust)
-    found[WORST_CLASS] = _worst_class(task, outputs, labels, trust, classes)
+            found[accuracy_of(corruption)] = _accuracy(task, scores(measurement, name, corruption), trust)
+    known = max(task.class_count(outputs), len(classes))
+    found[WORST_CLASS] = _worst_class(task, task.by_class(its, labels), known, trust, classes)
     found[CALIBRATION] = _calibration(task, outputs, labels, trust)
     return found
 
@@ -172,36 +174,53 @@ def _share(
     trust: Trust,
     *,
     lower_is_better: bool = False,
+    change: Callable[[np.ndarray, np.ndarray], Change] | None = None,
 ) -> Figure:
     believed = trust.word == "trusted"
     return Figure(
-        SHARE, scores, (interval.value,), interval, lower_is_better, believed, trust.reason, of_images=of_images
+        SHARE, scores, (interval.value,), interval, lower_is_better, believed, trust.reason, of_images, change
     )
 
 
-def _accuracy(task: Task, outputs: np.ndarray, labels: np.ndarray, trust: Trust) -> Figure:
-    scores = task.scores(outputs, labels)
-
+def _accuracy(task: Task, scores: np.ndarray, trust: Trust) -> Figure:
     def of_images(positions: np.ndarray) -> float:
         return task.summary(scores[positions]).value
 
-    return _share(scores, Interval(*task.summary(scores)), of_images, trust)
+    return _share(scores, Interval(*task.summary(scores)), of_images, trust, change=task.change)
 
 
-def _worst_class(task: Task, outputs: np.ndarray, labels: np.ndarray, trust: Trust, classes: Sequence[str]) -> Figure:
-    """The accuracy of the class that did worst. One without test images may be worse still: then nothing is known."""
-    scores, count = task.scores(outputs, labels), outputs.shape[1]
-    worst, interval = worst_share(scores, labels)
+def _worst_class(task: Task, by_class: np.ndarray, count: int, trust: Trust, classes: Sequence[str]) -> Figure:
+    """The figure of the class that did worst. One without test images may be worse still: then nothing is known."""
+    worst, interval = worst_of(task, by_class)
 
     def of_images(positions: np.ndarray) -> float:
-        return worst_share(scores[positions], labels[positions])[1].value
+        return min(each.value for each in task.of_classes(by_class[positions]).values())
 
-    absent = np.setdiff1d(np.arange(count), labels)
+    absent = np.setdiff1d(np.arange(count), list(task.of_classes(by_class)))
     if len(absent) and trust.word == "trusted":
         told = ", ".join(_class_name(int(each), classes) for each in absent[:3])
         more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
         trust = Trust(word="invalid", reason=f"no test image of {told}{more}: nothing is known of how that class does")
-    return replace(_share(scores, interval, of_images, trust), where=_class_name(worst, classes))
+    return replace(_share(by_class, interval, of_images, trust), where=_class_name(worst, classes))
+
+
+def worst_of(task: Task, by_class: np.ndarray) -> tuple[int, Interval]:
+    """The class that does worst; of equal ones that with the most images.
+
+    Which class did worst was chosen by what it showed, so its own interval would be too narrow for the figure of the
+    class that truly does worst. That lies below the upper bounds of all classes, each at Bonferroni's level over them;
+    and above the lowest of their lower bounds, each at its own level, since the class that truly does worst has one of
+    them.
+
+    Returns:
+        The class, and its figure with that interval; ``n`` counts the images that show it.
+    """
+    own = task.of_classes(by_class)
+    together = task.of_classes(by_class, 1 - (1 - CONFIDENCE) / len(own))
+    worst = min(own, key=lambda each: (own[each].value, -own[each].n, each))
+    value = own[worst].value
+    low, high = min(each.low for each in own.values()), min(each.high for each in together.values())
+    return worst, Interval(value, min(value, low), max(value, high), own[worst].n)
 
 
 def _class_name(at: int, classes: Sequence[str]) -> str:
@@ -209,12 +228,18 @@ def _class_name(at: int, classes: Sequence[str]) -> str:
 
 
 def _calibration(task: Task, outputs: np.ndarray, labels: np.ndarray, trust: Trust) -> Figure:
-    sure, right = confidence(task, outputs).ravel(), task.scores(outputs, labels).ravel().astype(np.float64)
+    surety = task.surety(outputs, labels, CALIBRATION_BINS) if is_finite(outputs) else None
+    if surety is None:
+        why = "its outputs are not all finite" if outputs.dtype.kind == "f" else "it says classes, not how sure it is"
+        return _lacking(CALIBRATION, why)
+    (sure, right, _), weight = surety, weight_of(surety)
 
     def of_images(positions: np.ndarray) -> float:
-        return expected_calibration_error(sure[positions], right[positions])
+        drawn = None if weight is None else weight[positions]
+        return expected_calibration_error(sure[positions], right[positions], drawn)
 
-    return _share(np.abs(right - sure), calibration_interval(sure, right), of_images, trust, lower_is_better=True)
+    interval = calibration_interval(sure, right, weight=weight)
+    return _share(np.abs(right - sure), interval, of_images, trust, lower_is_better=True)
 
 
 # ---- of processes ------------------------------------------------------------------------------------------------

@@ -261,15 +261,19 @@ def _of_images(question: Question, level: float) -> _Told:
     if question.same:
         return replace(told, stand=_signed(rule, lambda sign: exactly_above(0.0, sign * rule.offset)))
     first, second = theirs.scores, mine.scores
-    if first is None or second is None or first.shape != second.shape or len(first) == 0:
-        return replace(told, why="the two were not measured on the same images")
+    others = replace(told, why="the two were not measured on the same images")
+    if first is None or second is None or len(first) != len(second) or len(first) == 0:
+        return others
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         return replace(told, why="some of its scores are no numbers")
-    return replace(told, stand=_paired(rule, theirs, mine, level), count=len(first))
+    try:
+        return replace(told, stand=_paired(rule, theirs, mine, level), count=len(first))
+    except ValueError:  # scores that no pair can be made of
+        return others
 
 
 def _paired(rule: Rule, before: Figure, after: Figure, level: float) -> Stand:
-    """Two networks on the same images: of right and wrong by Tango, of any other figure by a bootstrap by image."""
+    """Two networks on the same images: of right and wrong by Tango, else by the task, else by a bootstrap by image."""
     first, second = before.scores, after.scores
     assert first is not None and second is not None
     margin = rule.offset if rule.kind.lower_is_better else -rule.offset  # how much worse it may be
@@ -277,7 +281,9 @@ def _paired(rule: Rule, before: Figure, after: Figure, level: float) -> Stand:
     if rule.figure == "accuracy" and first.dtype == second.dtype == np.bool_ and first.ndim == 1:
         return paired_shares(first, second, rule.offset, level)
     one, other = before.of_images, after.of_images
-    if one is not None and other is not None:  # the same images are drawn for both
+    if after.change is not None:
+        apart = Interval(*after.change(first, second)[:3], len(first))
+    elif one is not None and other is not None:  # the same images are drawn for both
         apart = bootstrap_by_image(lambda at: other(at) - one(at), len(first), 0, DRAWS, (-1.0, 1.0))
     else:
         by_image = (second.astype(np.float64) - first.astype(np.float64)).reshape(len(first), -1).mean(axis=1)

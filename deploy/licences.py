@@ -60,7 +60,8 @@ def is_teacher(network: Provenance, of: Provenance) -> bool:
 
 def begins_elsewhere(network: Provenance) -> bool:
     """Whether a network's weights were brought, or began as somebody's pretrained ones."""
-    return network.stage == "adopt" or bool(network.config.get("pretrained"))
+    given = ("pretrained", "encoder_checkpoint_sha256")
+    return network.stage == "adopt" or any(network.config.get(name) for name in given)
 
 
 def called(source: str) -> str:

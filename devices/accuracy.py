@@ -19,17 +19,20 @@ from ..core.kinds import AgainstHost, BatchOne, Bundle, Mismatch, Prediction, Ru
 from ..core.proc import first_line
 from ..core.sealed import printable
 from ..core.stats import Interval
-from ..data.dataset import Dataset, images_shape, load_labels, write_images
-from ..runtime.bundle import TOLERANCES
+from ..data.dataset import Dataset, images_shape, write_images
+from ..runtime.bundle import TOLERANCES, apart, spread
 from ..runtime.task import TASKS
 from . import Device, find_device, opened
 from .journal import Journal
 from .session import threads_of
 from .talk import Talk
 
-BLOCK_BYTES = 128 * 2**20  # of images that lie on a device at a time
+BLOCK_BYTES = 128 * 2**20  # of images, or of what is said of them, that lie on a device at a time
+LEAST_BLOCK, LEAST_DENSE_BLOCK = 64, 8  # images
 SLACK, SLACK_SECONDS = 10, 60.0  # a process that takes so many times what it should, and a minute, hangs
 FIRST_SECONDS = 3600.0  # of the first process of a bundle, of which nothing is known
+FRAMES_FILE, MOST_FRAMES, FRAMES_BYTES = "frames.npz", 8, 64 * 2**20  # pictures of whole frames that are pushed
+PIECE = 64  # images whose outputs are looked at together
 ALONE = "alone"  # the part of a bundle's outputs that is of the timing images, one at a time
 
 P = ParamSpec("P")
@@ -91,7 +94,14 @@ class Asked:
 
 def block_images(bundle: Runnable) -> int:
     """How many images of its input are sent at a time."""
-    return max(64, BLOCK_BYTES // int(np.prod(images_shape(1, bundle.facts.input.model_dump()))))
+    facts, image_bytes = bundle.facts, int(np.prod(images_shape(1, bundle.facts.input.model_dump())))
+    if not TASKS[facts.task].dense:
+        return max(LEAST_BLOCK, BLOCK_BYTES // image_bytes)
+    # Logits of four bytes, at a stride of two at least where they are not of every pixel.
+    said_bytes = (
+        {"logits": 1, "logits-full": 4}.get(facts.output, 0) * len(bundle.labels) * int(np.prod(facts.input.sides))
+    )
+    return max(LEAST_DENSE_BLOCK, BLOCK_BYTES // max(image_bytes, said_bytes))
 
 
 def block_count(bundles: Mapping[str, Runnable], dataset: Dataset | None) -> int:
@@ -116,6 +126,30 @@ def push(asked: Asked) -> None:
         asked.device.push(file, file.name)
     for name, bundle in asked.bundles.items():
         asked.device.push(bundle.path, name)
+
+
+def push_frames(asked: Asked) -> str | None:
+    """Put some of the timed images, decoded, at their own size, onto the device; returns what they are called there.
+
+    None where there are none, or their files cannot be read any more.
+    """
+    if asked.dataset is None:
+        return None
+    samples, frames, left = asked.dataset.samples("test"), list[np.ndarray](), FRAMES_BYTES
+    try:
+        for at in asked.positions[:MOST_FRAMES]:
+            frame = np.asarray(samples[int(at)].image())
+            left -= frame.nbytes
+            if frames and left < 0:
+                break
+            frames.append(frame)
+    except UserError as error:  # what the networks are shown may be kept where the images are gone
+        asked.talk.note(f"whole frames are not timed: {error}")
+        return None
+    file = asked.scratch / FRAMES_FILE
+    np.savez(file, *frames)
+    asked.device.push(file, file.name)
+    return file.name
 
 
 def ask(asked: Asked) -> dict[str, str]:
@@ -218,15 +252,15 @@ def twice(talk: Talk, what: str, call: Callable[P, T], *arguments: P.args, **opt
 
 
 def read_outputs(path: Path, name: str, count: int, bundle: Runnable) -> np.ndarray:
-    """Outputs [N, ...] as a device wrote them. Raises UserError for anything else."""
+    """Outputs [N, ...] as a device wrote them, mapped. Raises UserError for anything else."""
     try:
         outputs = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise UserError(f"the outputs of {name} are no array ({first_line(error)})") from None
-    if len(outputs.shape) < 2 or outputs.shape[:2] != (count, len(bundle.labels)) or outputs.dtype != np.float32:
-        wanted = f"float32 [{count}, {len(bundle.labels)}, ...]"
+    wanted = TASKS[bundle.facts.task].misfit(outputs, count, len(bundle.labels))
+    if wanted is not None:
         raise UserError(f"the outputs of {name} are {outputs.dtype} {list(outputs.shape)}, wanted {wanted}")
-    if not np.isfinite(outputs).all():
+    if not all(np.isfinite(outputs[at : at + PIECE]).all() for at in range(0, count, PIECE)):
         raise UserError(f"the outputs of {name} are not all finite")
     return np.asarray(outputs)
 
@@ -239,9 +273,9 @@ def gather(asked: Asked, name: str, out: Path, corruption: Corruption | None = N
     """
     parts = [read_outputs(asked.journal.outputs(name, part(at, corruption)), name, stop - at, asked.bundles[name])
              for at, stop in asked.blocks(name)]  # fmt: skip
-    if len({found.shape[1:] for found in parts}) > 1:
+    if len({(found.shape[1:], found.dtype) for found in parts}) > 1:
         raise UserError(f"the outputs of {name} are of several shapes")
-    whole = np.lib.format.open_memmap(out, "w+", np.float32, (asked.count, *parts[0].shape[1:]))
+    whole = np.lib.format.open_memmap(out, "w+", parts[0].dtype, (asked.count, *parts[0].shape[1:]))
     for (start, stop), found in zip(asked.blocks(name), parts, strict=True):
         whole[start:stop] = found
     whole.flush()
@@ -255,11 +289,13 @@ def batch_one(asked: Asked, name: str, outputs: np.ndarray) -> BatchOne:
         read_outputs(asked.journal.outputs(name, ALONE), name, count, bundle),
         outputs[asked.positions],
     )
-    difference = float(np.abs(one_by_one - batched).max())
+    if one_by_one.shape != batched.shape or one_by_one.dtype != batched.dtype:
+        raise UserError(f"the outputs of {name} are of another shape in batches than one image at a time")
+    difference = _farthest(one_by_one, batched)
     if isinstance(bundle, Bundle):
         tolerance = bundle.facts.golden_tolerance
     else:  # as a bundle's is set when it is packed
-        tolerance = float(TOLERANCES[bundle.facts.precision] * batched.std())
+        tolerance = float(TOLERANCES[bundle.facts.precision] * spread(batched))
     return BatchOne(
         images=count,
         max_difference=difference,
@@ -267,6 +303,12 @@ def batch_one(asked: Asked, name: str, outputs: np.ndarray) -> BatchOne:
         agreement=TASKS[bundle.facts.task].agreement(one_by_one, batched),
         within_tolerance=difference <= tolerance,
     )
+
+
+def _farthest(first: np.ndarray, second: np.ndarray) -> float:
+    """How far apart two mapped outputs of the same images are where they are farthest."""
+    starts = range(0, len(first), PIECE)
+    return max(float(apart(first[at : at + PIECE], second[at : at + PIECE]).max()) for at in starts)
 
 
 # ---- against the host ------------------------------------------------------------------------------------------
@@ -302,28 +344,27 @@ def on_host(bundles: Mapping[str, Runnable], dataset: Dataset, folder: Path, tal
 
 
 def against_host(
-    bundle: Runnable, dataset: Dataset, outputs: np.ndarray, host: HostOutputs
+    bundle: Runnable, dataset: Dataset, labels: np.ndarray, outputs: np.ndarray, host: HostOutputs
 ) -> tuple[AgainstHost, list[Mismatch]]:
     """How far ``outputs`` [N, ...] are from those of the host, and the images that the two call something else."""
     task, samples = TASKS[bundle.facts.task], dataset.samples("test")
-    labels = load_labels(samples, bundle.facts.input.model_dump())
     change = task.change(task.scores(host.outputs, labels), task.scores(outputs, labels))
     classes = [printable(name) for name in dataset.classes]
-    differing = task.differing(host.outputs, outputs)
-    here, there = (task.decide(each) for each in (host.outputs, outputs))
-    rows = [
-        Mismatch(
-            position=int(at),
-            image=printable(samples[int(at)].path.name),
-            label=task.tell(labels[at], classes),
-            host=task.tell(here[at], classes),
-            device=task.tell(there[at], classes),
+    rows = []
+    for at in task.differing(host.outputs, outputs).tolist():
+        here, there = (task.decide(each[at : at + 1])[0] for each in (host.outputs, outputs))
+        rows.append(
+            Mismatch(
+                position=at,
+                image=printable(samples[at].path.name),
+                label=task.tell(labels[at], classes),
+                host=task.tell(here, classes),
+                device=task.tell(there, classes),
+            )
         )
-        for at in differing
-    ]
     found = AgainstHost(
         by=host.by,
-        max_difference=float(np.abs(host.outputs - outputs).max()),
+        max_difference=_farthest(host.outputs, outputs),
         mismatches=len(rows),
         lost=change.lost,
         won=change.won,

@@ -28,17 +28,26 @@ from ..core.kinds import (
     Runnable,
     Samples,
     StartUp,
+    WholeFrame,
     float32_by_bundle,
 )
 from ..core.proc import end_groups
 from ..core.progress import progress
-from ..core.stats import Interval, early_stopping, median_interval, percentile_interval, percentile_within
+from ..core.stats import (
+    Interval,
+    early_stopping,
+    median_interval,
+    percentile_interval,
+    percentile_within,
+    ratio_interval,
+)
 from ..data.dataset import Dataset, load_labels
 from ..runtime.measure import longest_seconds
 from ..runtime.task import TASKS
 from . import find_device, opened
 from .accuracy import (
     ALONE,
+    PIECE,
     SLACK,
     SLACK_SECONDS,
     Asked,
@@ -52,6 +61,7 @@ from .accuracy import (
     on_host,
     part,
     push,
+    push_frames,
     twice,
 )
 from .conditions import conditions, seen_around
@@ -119,6 +129,7 @@ def bench(
     if dataset is not None:
         for bundle in bundles.values():
             dataset.check_classes_of(bundle, "the bundle")
+        _check_seen_alike(bundles)
     if talk is None:
         with progress("measuring", step_count(config, bundles, dataset)) as advance:
             return bench(order, bundles, dataset, out, Talk(advance), host)
@@ -144,10 +155,21 @@ def bench(
         def all_of_it() -> tuple[dict[str, Result], dict[str, list[str]], dict[str, list[FreshStart]]]:
             with opened(device, Path(scratch)), device.watching() as watch:
                 push(asked)
-                results = _accuracies(run, ask(asked), draft.path, host or {})
+                given_up = ask(asked)
+                if dataset is not None:
+                    _write_labels(run, dataset, draft.path / Measurement.LABELS)
+                results = _accuracies(run, given_up, draft.path, host or {})
                 timed = [name for name, result in results.items() if not result.failed and not asked.stand_in(name)]
                 judged_by = _controls(run, timed)
-                _measure_rounds(run, timed, judged_by, watch)
+                frames = push_frames(asked) if timed else None
+                _measure_rounds(run, timed, judged_by, watch, frames)
+                if (
+                    frames
+                    and journal.runs
+                    and not device.emulated
+                    and all(each.frames is None for each in journal.runs.values())
+                ):
+                    talk.note(f"whole frames are not timed on '{config.device}': that takes Pillow there")
                 starts = _start_fresh(run, timed)
             return results, judged_by, starts
 
@@ -156,10 +178,8 @@ def bench(
         if failures and all(result.failed for result in results.values() if result.session or result.failed):
             shutil.rmtree(draft.resume)  # nothing to go on from
             raise UserError(f"no bundle could be run: {failures[0]}")
-        if dataset is not None:
-            np.save(draft.path / Measurement.LABELS, _labels(run, dataset))
-            if (images := dataset.digests("test")) is not None:
-                np.save(draft.path / Measurement.IMAGES, images)
+        if dataset is not None and (images := dataset.digests("test")) is not None:
+            np.save(draft.path / Measurement.IMAGES, images)
         after = device.probe()
         runs = _collect(run, results, judged_by, starts, draft.path, after.cores)
         draft.facts = MeasurementFacts(
@@ -176,12 +196,30 @@ def bench(
                 judged_by,
                 run.float32,
                 config.resolution,
+                frames=frames_by_round(runs),
                 emulated=device.emulated,
                 cores=after.usable_cores,
                 pauses_seconds=journal.pauses_seconds,
             ),
         )
     return draft.artifact
+
+
+def _check_seen_alike(bundles: Mapping[str, Runnable]) -> None:
+    """Refuse networks that say something of each place, and are shown different parts of an image. Raises UserError."""
+    shown: dict[object, str] = {}
+    for name, bundle in bundles.items():
+        spec = bundle.facts.input
+        if TASKS[bundle.facts.task].dense:
+            height, width = spec.sides
+            whole = spec.resize == "stretch" and spec.crop_fraction == 1
+            shown.setdefault("the whole" if whole else (spec.resize, spec.crop_fraction, height / width), name)
+    if len(shown) > 1:
+        first, second, *_ = shown.values()
+        raise UserError(
+            f"'{first}' and '{second}' are shown different parts of an image, so that their masks cannot be compared: "
+            "measure them one after the other, or give all of them the same input.resize and crop_fraction"
+        )
 
 
 def step_count(config: BenchConfig, bundles: Mapping[str, Runnable], dataset: Dataset | None) -> int:
@@ -284,9 +322,15 @@ def _controls(run: _Run, timed: Sequence[str]) -> dict[str, list[str]]:
     return controlled(targets, run.float32, seconds)
 
 
-def _labels(run: _Run, dataset: Dataset) -> np.ndarray:
+def _write_labels(run: _Run, dataset: Dataset, file: Path) -> None:
+    """What is right of the test images, as networks of the first bundle's input are judged, some at a time."""
     spec = next(iter(run.asked.bundles.values())).facts.input.model_dump()
-    return load_labels(dataset.samples("test"), spec)
+    samples = dataset.samples("test")
+    first = load_labels(samples[:1], spec)
+    whole = np.lib.format.open_memmap(file, "w+", first.dtype, (len(samples), *first.shape[1:]))
+    for at in range(0, len(samples), PIECE):
+        whole[at : at + PIECE] = load_labels(samples[at : at + PIECE], spec)
+    whole.flush()
 
 
 def _accuracies(
@@ -310,7 +354,8 @@ def _accuracies(
         for file in (Measurement.outputs_name(name), Measurement.mismatches_name(name), *said):
             (folder / file).parent.mkdir(exist_ok=True)
         outputs = gather(asked, name, folder / Measurement.outputs_name(name))
-        labels = load_labels(asked.dataset.samples("test"), bundle.facts.input.model_dump())
+        # In one size for all bundles: what they say is enlarged to it, so that they are compared pixel by pixel.
+        labels = np.load(folder / Measurement.LABELS, mmap_mode="r", allow_pickle=False)
         apart, answer = batch_one(asked, name, outputs), asked.journal.answer(name, part(0))
         assert answer is not None  # outputs were gathered
         if not apart.within_tolerance:
@@ -320,7 +365,7 @@ def _accuracies(
             )
         compared = None
         if bundle.key in host and host[bundle.key].outputs.shape == outputs.shape:
-            compared, rows = against_host(bundle, asked.dataset, outputs, host[bundle.key])
+            compared, rows = against_host(bundle, asked.dataset, labels, outputs, host[bundle.key])
             write_json(folder / Measurement.mismatches_name(name), [row.model_dump() for row in rows])
         found[name] = Result(
             status="not built here" if stand_in else "measured",
@@ -345,11 +390,18 @@ def _corrupted(run: _Run, name: str, labels: np.ndarray, folder: Path) -> dict[C
 
 
 def _measure_rounds(
-    run: _Run, timed: Sequence[str], judged_by: Mapping[str, Sequence[str]], watch: Watch | None
+    run: _Run,
+    timed: Sequence[str],
+    judged_by: Mapping[str, Sequence[str]],
+    watch: Watch | None,
+    frames: str | None = None,
 ) -> None:
     """Measure what the journal lacks of every round, each process into the journal as it ends.
 
     Long runs are one more round after the others, without controls: they heat the device.
+
+    Args:
+        frames: what the pictures of whole frames are called on the device.
     """
     journal, talk, asked = run.journal, run.asked.talk, run.asked
     repeated = _repeated(judged_by)
@@ -373,7 +425,8 @@ def _measure_rounds(
                     settings = settings.model_copy(update={"sustained": 0.0})
                 look = None if watch is None else watch.look()
                 try:
-                    samples = twice(talk, name, asked.device.measure, measured, asked.timing[measured], settings, limit)
+                    call = partial(asked.device.measure, measured, asked.timing[measured], settings, limit)
+                    samples = twice(talk, name, call, frames=frames)
                 except DeviceLost:
                     raise
                 except KdpipeError as error:
@@ -519,6 +572,7 @@ def summary(
         "inferences": sum(map(len, milliseconds)),
         "end_to_end_ms": median_interval(end_to_end) if end_to_end else None,
         "prepare_ms": float(np.median(np.concatenate([samples.prepare_ns for samples in repeats]))) / 1e6,
+        "whole_frame": whole_frame(repeats),
         "page_cache": starts[0].page_cache if starts else None,
         "start_ms": median_interval(since_start) if since_start else None,
         "import_ms": [start.import_ns / 1e6 for start in began],
@@ -536,6 +590,37 @@ def summary(
         "p50_known_within_by_process": [samples.p50_known_within for samples in repeats],
         "sustained": None if long is None else long.sustained,
         "session": repeats[0].session,
+    }
+
+
+def whole_frame(repeats: Sequence[Samples]) -> WholeFrame | None:
+    """What whole frames took over the processes of one bundle; None where some process has none."""
+    timed = [samples.frames for samples in repeats if samples.frames is not None]
+    if not timed or len(timed) < len(repeats):
+        return None
+    whole, alone = (
+        [float(np.median(nanoseconds)) / 1e6 for nanoseconds in each]
+        for each in ([frames.whole_ns for frames in timed], [frames.alone_ns for frames in timed])
+    )
+    steps = {
+        step: float(np.median(np.concatenate([frames.steps_ns.get(step, [0]) for frames in timed]))) / 1e6
+        for step in timed[0].steps_ns
+    }
+    return WholeFrame(
+        latency_ms=median_interval(whole),
+        latency_by_process_ms=whole,
+        network_ms=median_interval(alone),
+        over_network=ratio_interval(whole, alone),
+        steps_ms=steps,
+        sizes=timed[0].sizes,
+    )
+
+
+def frames_by_round(runs: Mapping[str, Sequence[Samples]]) -> dict[str, list[float | None]]:
+    """The median whole frame of every process in ms, of bundles and controls; None where a process has none."""
+    return {
+        name: [None if each.frames is None else float(np.median(each.frames.whole_ns)) / 1e6 for each in repeats]
+        for name, repeats in runs.items()
     }
 
 

@@ -76,12 +76,14 @@ class NullDevice:
         batch: int = 64,
         threads: int = 0,
     ) -> Prediction:
-        golden = Bundle.open(self._found(bundle)).arrays(GOLDEN, images=("u", 4), logits=("f", 2))["logits"]
+        golden = Bundle.open(self._found(bundle)).arrays(GOLDEN, images=("u", 4), logits=("fu", 2))["logits"]
         count = len(np.load(self._found(images), mmap_mode="r", allow_pickle=False))
-        np.save(outputs, np.zeros((count, *golden.shape[1:]), np.float32))
+        np.save(outputs, np.zeros((count, *golden.shape[1:]), golden.dtype))
         return Prediction(images=count, open_seconds=0, predict_seconds=0, session=SESSION)
 
-    def measure(self, bundle: str, images: str, settings: MeasureSettings, timeout_seconds: float) -> Samples:
+    def measure(
+        self, bundle: str, images: str, settings: MeasureSettings, timeout_seconds: float, *, frames: str | None = None
+    ) -> Samples:
         self._found(bundle)
         plan = Plan(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Plan)})
         timed = time_calls(lambda _: None, plan)

@@ -1,12 +1,14 @@
 """What a teacher says of every view, stored once: students then learn from it without asking the teacher.
 
 A cache holds one file a view number: a record of fixed size for each image, in the order of ``images.npy``. A
-view is a function of (seed, view number, image), so what was stored for it is what the student will see.
+view is a function of (seed, view number, image), so what was stored for it is what the student will see. Of a teacher
+that says something of every place an image has a record a place, row by row, at the grid of the student's outputs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import tempfile
@@ -29,7 +31,7 @@ from ..core.artifact import (
     sha256_file,
     tool_versions,
 )
-from ..core.config import CacheConfig, CachePlan, TrainConfig
+from ..core.config import CacheConfig, CachePlan, ModelSettings, TrainConfig
 from ..core.errors import GateFailed, UserError
 from ..core.inputs import InputSpec
 from ..core.kinds import Cache, CacheFacts, Checkpoint
@@ -37,38 +39,49 @@ from ..core.proc import children_signal_kept
 from ..core.progress import note, progress
 from ..core.remote import RemoteFolder, is_url
 from ..data.dataset import Dataset
-from ..networks.models import input_spec
+from ..networks.models import create, input_spec
 from ..runtime.task import TASKS
+from .features import by_place, in_places, output_grid, resized
 from .precision import Precision
 from .ranks import Ranks, join
 from .teacher import Address, Teacher, TeacherOutput, open_teacher
-from .views import TrainingViews, training_images
+from .views import TrainingViews, seeded, training_images
 
 BATCH = 64
+PLACES_BATCH = 16  # images, of a teacher that says something of every place
 ALL_CLASSES = 256  # up to so many classes every logit is stored, above the largest TOP alone
 TOP = 100
+ALL_CLASSES_OF_PLACES, TOP_OF_PLACES = 32, 16  # likewise, of which an image has thousands
 TIMED_BATCHES = 4
 TRANSFORMERS = ("torch", "torchvision", "timm", "pillow", "numpy")  # whose versions can change a view
 AGREES = 4e-3  # float16 has 11 bits; a teacher in another batch differs in the last bits of float32
 
 
-def top_count(config: CacheConfig, classes: int) -> int | None:
-    """How many of the largest logits are stored, or None for all of them."""
-    wanted = config.top or (None if classes <= ALL_CLASSES else TOP)
+def top_count(config: CacheConfig, classes: int, dense: bool = False) -> int | None:
+    """How many of the largest logits are stored, or None for all of them; ``dense``: of every place."""
+    most, usual = (ALL_CLASSES_OF_PLACES, TOP_OF_PLACES) if dense else (ALL_CLASSES, TOP)
+    wanted = config.top or (None if classes <= most else usual)
     return None if wanted is None or wanted >= classes else wanted
 
 
-def record_type(classes: int, top: int | None) -> np.dtype[Any]:
-    """All logits less the largest; or the largest ones' classes, log-probabilities and the mass of the rest."""
+def record_type(classes: int, top: int | None, dense: bool = False) -> np.dtype[Any]:
+    """All logits less the largest; or the largest ones' classes, log-probabilities and the mass of the rest.
+
+    Of a place also the level, what was taken off its logits: ``cwd`` compares a class at one place and another.
+    """
+    level = [("level", "<f4")] if dense else []
     if top is None:
-        return np.dtype([("logits", "<f2", (classes,))])
-    return np.dtype([("classes", "<u4", (top,)), ("below", "<f2", (top,)), ("largest", "<f4"), ("rest", "<f4")])
+        return np.dtype([("logits", "<f2", (classes,)), *level])
+    columns = [("classes", "<u4", (top,)), ("below", "<f2", (top,)), ("largest", "<f4"), ("rest", "<f4")]
+    return np.dtype([*columns, *level])
 
 
 def encode(logits: Tensor, kind: np.dtype[Any]) -> np.ndarray:
-    """Logits [B, K] as records [B]."""
-    records = np.empty(len(logits), kind)
-    if "logits" in (kind.names or ()):
+    """Logits [B, K], of images or of places, as records [B]."""
+    records, names = np.empty(len(logits), kind), kind.names or ()
+    if "level" in names:
+        records["level"] = (logits.amax(1) if "logits" in names else logits.double().logsumexp(1)).cpu().numpy()
+    if "logits" in names:
         below = logits - logits.amax(1, keepdim=True)
         records["logits"] = below.clamp(min=float(np.finfo(np.float16).min)).cpu().numpy()
         return records
@@ -80,15 +93,16 @@ def encode(logits: Tensor, kind: np.dtype[Any]) -> np.ndarray:
 
 
 def decode(records: np.ndarray, classes: int) -> Tensor:
-    """Records [B] as float32 logits [B, K], up to a constant a row; the rest's mass is spread evenly."""
+    """Records [B] as float32 logits [B, K], up to a constant a row without ``level``; the rest's mass spread evenly."""
+    level = records["level"][:, None] if "level" in (records.dtype.names or ()) else np.float32(0)
     if "logits" in (records.dtype.names or ()):
-        return torch.from_numpy(records["logits"].astype(np.float32))
+        return torch.from_numpy(records["logits"].astype(np.float32) + level)
     top = records["classes"].shape[1]
     with np.errstate(invalid="ignore", divide="ignore"):  # of a mass that none can be; whoever decodes looks at it
         logits = np.repeat(np.log(records["rest"] / (classes - top))[:, None], classes, axis=1)
     largest = records["largest"][:, None] + records["below"].astype(np.float32)
     np.put_along_axis(logits, records["classes"].astype(np.int64), largest, axis=1)
-    return torch.from_numpy(logits.astype(np.float32))
+    return torch.from_numpy(logits.astype(np.float32) + level)
 
 
 @dataclass(frozen=True)
@@ -140,7 +154,9 @@ class CachedTeacher(nn.Module):
         super().__init__()
         facts = cache.facts
         self.views = facts.views
-        self._classes, self._kind = facts.classes, record_type(facts.classes, facts.top)
+        self._grid = facts.grid or ()
+        self._classes, self._kind = facts.classes, record_type(facts.classes, facts.top, dense=bool(self._grid))
+        self._places = (math.prod(self._grid),) if self._grid else ()
         self._cache = cache
         self._images = image_numbers(cache)
         self._shards: dict[int, np.memmap[Any, Any]] = {}
@@ -148,38 +164,40 @@ class CachedTeacher(nn.Module):
     def forward(self, view: Tensor, address: Address) -> TeacherOutput:
         """The output for the views [B, 3, H, W] of these numbers, on their device; the pixels are not looked at."""
         views, images = address
-        records = np.empty(len(images), self._kind)
+        shards = {int(number): self._shard(int(number)) for number in np.unique(views.numpy())}
+        records = np.empty((len(images), *self._places), self._kind)  # no larger than the files that were looked at
         rows = np.minimum(np.searchsorted(self._images, images.numpy()), len(self._images) - 1)
         if not np.array_equal(self._images[rows], images.numpy()):
             raise UserError(f"{self._cache.path} knows nothing of some of the images: build it again")
-        for number in np.unique(views.numpy()).tolist():
+        for number, shard in shards.items():
             here = views.numpy() == number
-            records[here] = self._shard(int(number))[rows[here]]
+            records[here] = shard[rows[here]]
         if "classes" in (self._kind.names or ()) and (records["classes"] >= self._classes).any():
             raise UserError(f"{self._cache.path} has records of classes that it has not: build it again")
-        logits = decode(records, self._classes)
+        logits = decode(records.reshape(-1), self._classes)
         if not torch.isfinite(logits).all():
             raise UserError(f"{self._cache.path} has records that are not finite: build it again")
-        return TeacherOutput(logits.to(view.device))
+        return TeacherOutput(in_places(logits, (len(images), *self._grid)).to(view.device))
 
     def _shard(self, view: int) -> np.memmap[Any, Any]:
         if view not in self._shards:
-            path, wanted = self._cache.shard(view), len(self._images) * self._kind.itemsize
-            if path.stat().st_size != wanted:
+            path, shape = self._cache.shard(view), (len(self._images), *self._places)
+            if path.stat().st_size != (wanted := math.prod(shape) * self._kind.itemsize):
                 raise UserError(f"{path} has {path.stat().st_size} bytes, wanted {wanted}: build the cache again")
-            self._shards[view] = np.memmap(path, self._kind, "r", shape=(len(self._images),))
+            self._shards[view] = np.memmap(path, self._kind, "r", shape=shape)
         return self._shards[view]
 
 
 def image_numbers(cache: Cache) -> np.ndarray:
     """The numbers of the images [N], ascending, of which every shard has a record. Raises UserError."""
     facts, images = cache.facts, np.asarray(cache.array(cache.IMAGES, "iu", 1))
-    record_bytes = record_type(facts.classes, facts.top).itemsize
+    dense = facts.grid is not None
+    record_bytes = record_type(facts.classes, facts.top, dense).itemsize * math.prod(facts.grid or ())
     if images.shape != (facts.images,) or (np.diff(images.astype(np.int64)) <= 0).any() or images[0] < 0:
         raise UserError(f"{cache.path / cache.IMAGES} is not the {facts.images} ascending numbers: build it again")
     config = CacheConfig.model_validate(cache.settings)
-    promised = (config.views, top_count(config, facts.classes), record_bytes)
-    if (facts.views, facts.top, facts.record_bytes) != promised:
+    promised = (config.views, top_count(config, facts.classes, dense), record_bytes, config.grid or facts.grid)
+    if (facts.views, facts.top, facts.record_bytes, facts.grid) != promised:
         raise UserError(f"{cache.path} does not hold the views and records that its settings promise: build it again")
     return images
 
@@ -191,15 +209,29 @@ def config_for(run: TrainConfig, spec: InputSpec) -> CacheConfig:
     drawn_by = run.seed if run.label_fraction < 1 else 0  # all images are the same ones for every seed
     return CacheConfig(
         views=run.cache_views, view_seed=run.views_by, label_fraction=run.label_fraction, seed=drawn_by,
-        input=spec, versions=_versions(), augment=train.augment, mixup=train.mixup, cutmix=train.cutmix,
-        workers=train.workers,
+        input=spec, grid=answers_grid(run), versions=_versions(), augment=train.augment, mixup=train.mixup,
+        cutmix=train.cutmix, workers=train.workers,
     )  # fmt: skip
 
 
 def config_of(plan: CachePlan) -> CacheConfig:
     """The cache that a plan means, its network's input spelled out. Raises UserError for an unknown network."""
     drawn_by = plan.seed if plan.label_fraction < 1 else 0  # all images are the same ones for every seed
-    return CacheConfig.of(plan, seed=drawn_by, input=input_spec(plan), versions=_versions())
+    return CacheConfig.of(plan, seed=drawn_by, input=input_spec(plan), grid=answers_grid(plan), versions=_versions())
+
+
+def answers_grid(config: ModelSettings) -> tuple[int, int] | None:
+    """Height and width at which a cache for students like this one holds logits; None: as the teacher gives them.
+
+    Where a decoder is named the network is made to see what it gives. Raises UserError.
+    """
+    if config.encoder is None:
+        return None
+    bare = config.model_copy(update={"pretrained": False, "encoder_checkpoint": None})
+    with seeded(0):
+        network, spec = create(bare, None)
+    height, width = output_grid(network, spec.sides)
+    return height, width
 
 
 def _versions() -> dict[str, str]:
@@ -215,7 +247,7 @@ def check_fit(
     others = [role for role, key in (("teacher", teacher.key), ("data", dataset.key)) if inputs[role].key != key]
     others += [
         f"{name} ({getattr(config, name)}, not {getattr(wanted, name)})"
-        for name in ("views", "view_seed", "input", "augment", "mixup", "cutmix")
+        for name in ("views", "view_seed", "input", "grid", "augment", "mixup", "cutmix")
         if getattr(config, name) != getattr(wanted, name)
     ]
     here, there = wanted.versions, config.versions
@@ -275,7 +307,7 @@ def build(order: Order[CacheConfig], dataset: Dataset, teacher: Checkpoint, out:
             np.save(draft.path / Cache.IMAGES, job.images)
             draft.facts = CacheFacts(
                 views=config.views, images=len(job.images), classes=job.classes, top=job.top, bytes=job.bytes,
-                record_bytes=job.kind.itemsize,
+                record_bytes=job.record_bytes, grid=job.grid or None,
             )  # fmt: skip
     ranks.from_leader(None)  # and sealed
     return draft.artifact if draft else Cache.open(out)
@@ -307,12 +339,13 @@ def verify(cache: Cache, dataset: Dataset, teacher: Checkpoint, share: float, se
     chosen = np.sort(np.random.default_rng(seed).choice(total, count, replace=False))
     addresses = [(int(at) // len(job.images), int(job.images[at % len(job.images)])) for at in chosen]
     cached = CachedTeacher(cache)
-    task, worst, agree = TASKS[teacher.facts.task], 0.0, 0
+    task, worst, agree = TASKS[teacher.facts.task], 0.0, 0.0
     for address, output in job.outputs(addresses, "asking again"):
         stored = cached(output.logits, address).logits
-        again = decode(encode(output.logits, job.kind), job.classes)
+        places = encode(by_place(output.logits), job.kind)
+        again = in_places(decode(places, job.classes), (len(stored), *job.grid))
         worst = max(worst, float(((stored - again).abs() / again.abs().clamp(min=1)).max()))
-        agree += round(task.agreement(stored.numpy(), again.numpy()) * len(again))
+        agree += task.agreement(stored.numpy(), again.numpy()) * len(again)
     found = {"checked": count, "of": total, "largest_relative_difference": worst, "agreement": agree / count}
     if worst > AGREES:
         raise GateFailed(
@@ -328,18 +361,25 @@ class _Job:
     def __init__(self, config: CacheConfig, dataset: Dataset, teacher: Checkpoint, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         self.classes = len(dataset.classes)
-        self.top = top_count(config, self.classes)
-        self.kind = record_type(self.classes, self.top)
         source = training_images(dataset, config.label_fraction, config.seed, with_unlabeled=True)
         self.images = source.numbers
         spec = config.input
         self.views = TrainingViews(source, config.view_settings(), spec, self.classes, config.view_seed)
         self.teacher: Teacher = open_teacher(teacher, dataset, spec).to(ranks.device)
         self.precision = Precision(config.precision)
+        given = tuple(self.teacher(torch.zeros(1, *spec.shape, device=ranks.device)).logits.shape[2:])
+        self.grid: tuple[int, ...] = (config.grid or given) if given else ()
+        self.top = top_count(config, self.classes, dense=bool(given))
+        self.kind = record_type(self.classes, self.top, dense=bool(given))
+        self.batch = PLACES_BATCH if given else BATCH
+
+    @property
+    def record_bytes(self) -> int:
+        return int(self.kind.itemsize) * math.prod(self.grid)
 
     @property
     def bytes(self) -> int:
-        return self.config.views * len(self.images) * int(self.kind.itemsize)
+        return self.config.views * len(self.images) * self.record_bytes
 
     def shards(self, folder: Path) -> list[Path]:
         """The files of all views in ``folder``."""
@@ -354,14 +394,14 @@ class _Job:
             draft = folder / f"{Cache.shard_name(view)}.new"
             with draft.open("wb") as stream:
                 for _, output in self.outputs(addresses, f"asking the teacher, view {done + 1} of {len(missing)}"):
-                    stream.write(encode(output.logits, self.kind).tobytes())
+                    stream.write(encode(by_place(output.logits), self.kind).tobytes())
                 stream.flush()
                 os.fsync(stream.fileno())
             draft.replace(folder / Cache.shard_name(view))
 
     def outputs(self, addresses: Sequence[tuple[int, int]], what: str) -> Iterator[tuple[Address, TeacherOutput]]:
         """The teacher's outputs for these views, batch by batch, with their numbers."""
-        batches = [list(addresses[at : at + BATCH]) for at in range(0, len(addresses), BATCH)]
+        batches = [list(addresses[at : at + self.batch]) for at in range(0, len(addresses), self.batch)]
         loader = DataLoader(self.views, batch_sampler=batches, num_workers=self.config.workers)
         with children_signal_kept(), progress(what, len(addresses)) as advance:
             for image, _, _, (views, images) in loader:
@@ -369,17 +409,17 @@ class _Job:
                 advance(len(images), "")
 
     def ask(self, image: Tensor) -> TeacherOutput:
-        """The teacher's float32 logits [B, K] for views [B, 3, H, W], on the CPU."""
+        """The teacher's float32 logits [B, K, ...] for views [B, 3, H, W], at the grid and on the CPU."""
         with self.precision.context(self.ranks.device_kind):
             output = self.teacher(image.to(self.ranks.device))
-        return TeacherOutput(output.logits.float().cpu())
+        return TeacherOutput(resized(output.logits.float(), self.grid).cpu())
 
     def timed(self) -> tuple[float, float]:
         """Seconds to make a view, and to ask about it."""
         making, asking = [], []
         for at in range(TIMED_BATCHES + 1):
             begun = time.perf_counter()
-            images = self.images[(at * BATCH + np.arange(BATCH)) % len(self.images)]
+            images = self.images[(at * self.batch + np.arange(self.batch)) % len(self.images)]
             batch = torch.stack([self.views[(0, int(image))].image for image in images])
             made = time.perf_counter()
             self.ask(batch)

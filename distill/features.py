@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +14,7 @@ from torch.nn import functional
 from ..core.errors import UserError
 
 STAGES = 4  # most that are compared
+DECODER = "decoder"
 
 
 def stage_indices(network: nn.Module, name: str, with_stem: bool = False) -> list[int]:
@@ -18,6 +22,7 @@ def stage_indices(network: nn.Module, name: str, with_stem: bool = False) -> lis
 
     The last feature of each resolution; where a network has fewer than three resolutions (ViTs), blocks
     evenly spaced up to the last. ``with_stem``: a fifth in front of four, where the network gives one.
+    Of a network that draws masks, the stages of its encoder.
 
     Raises:
         UserError: the network gives no intermediate features.
@@ -25,7 +30,7 @@ def stage_indices(network: nn.Module, name: str, with_stem: bool = False) -> lis
     info = getattr(network, "feature_info", None)
     if not hasattr(network, "forward_intermediates") or not info:
         raise UserError(f"'{name}' gives no intermediate features through timm: choose a method that compares logits")
-    reductions = [entry["reduction"] for entry in info]
+    reductions = [entry["reduction"] for entry in info[: len(info) - len(block_indices(network))]]
     if len(set(reductions)) >= 3:
         ends = [at for at, (here, after) in enumerate(pairwise([*reductions, None])) if here != after]
         return ends[-(STAGES + with_stem) :]
@@ -33,10 +38,19 @@ def stage_indices(network: nn.Module, name: str, with_stem: bool = False) -> lis
     return [round((at + 1) * len(reductions) / count) - 1 for at in range(count)]
 
 
+def block_indices(network: nn.Module) -> list[int]:
+    """Indices, likewise, of the blocks of the decoder of a network that draws masks, the last being what its head sees.
+
+    They follow the encoder's stages and lie in a module of this name; other networks have none.
+    """
+    info: Sequence[dict[str, Any]] = getattr(network, "feature_info", None) or []
+    return [at for at, entry in enumerate(info) if str(entry.get("module")).partition(".")[0] == DECODER]
+
+
 def paired(student: list[int], teacher: list[int]) -> tuple[list[int], list[int]]:
     """As many stages of each as both have, from the deepest up."""
     count = min(len(student), len(teacher))
-    return student[-count:], teacher[-count:]
+    return student[len(student) - count :], teacher[len(teacher) - count :]
 
 
 def maps_and_logits(network: nn.Module, image: Tensor, indices: list[int]) -> tuple[list[Tensor], Tensor]:
@@ -56,12 +70,54 @@ def maps_alone(network: nn.Module, image: Tensor, indices: list[int]) -> list[Te
 
 def map_shapes(network: nn.Module, sides: tuple[int, int], indices: list[int]) -> list[tuple[int, int, int]]:
     """(channels, height, width) of the maps at ``indices`` for one image whose ``sides`` are height and width."""
-    was_training = network.training
-    with torch.no_grad():
-        image = torch.zeros(1, 3, *sides, device=next(network.parameters()).device)  # a teacher is on its own already
-        maps, _ = maps_and_logits(network.eval(), image, indices)
-    network.train(was_training)
+    with _probed(network, sides) as image:
+        maps, _ = maps_and_logits(network, image, indices)
     return [(features.shape[1], features.shape[2], features.shape[3]) for features in maps]
+
+
+def output_grid(network: nn.Module, sides: tuple[int, int]) -> tuple[int, ...]:
+    """Height and width of what ``network`` says of one image of these ``sides``; nothing where that is one answer."""
+    with _probed(network, sides) as image:
+        return tuple(network(image).shape[2:])
+
+
+@contextmanager
+def _probed(network: nn.Module, sides: tuple[int, int]) -> Iterator[Tensor]:
+    """One black image [1, 3, height, width] for ``network``, which is in eval mode meanwhile."""
+    was_training = network.training
+    device = next((parameter.device for parameter in network.parameters()), None)  # a teacher is on its own already
+    network.eval()
+    with torch.no_grad():
+        yield torch.zeros(1, 3, *sides, device=device)
+    network.train(was_training)
+
+
+def by_place(outputs: Tensor) -> Tensor:
+    """Outputs [B, K, ...] as logits [B * ..., K]: each place of an image is a decision of its own."""
+    return outputs.movedim(1, -1).flatten(0, -2)
+
+
+def in_places(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """``by_place`` undone: logits [B * ..., K] as outputs [B, K, ...], where ``shape`` is [B, ...]."""
+    return rows.reshape(*shape, rows.shape[-1]).movedim(-1, 1)
+
+
+def resized(logits: Tensor, grid: Sequence[int]) -> Tensor:
+    """Logits [B, K, h, w] at another height and width, bilinear and in float32; those of whole images [B, K] as is."""
+    if logits.shape[2:] == tuple(grid):
+        return logits
+    return functional.interpolate(logits.float(), tuple(grid), mode="bilinear", align_corners=False)
+
+
+def thinned(places: Tensor, grid: Sequence[int]) -> Tensor:
+    """What stands at every place [..., H, W] at a coarser ``grid``: that of the place in the middle of each new one."""
+    if not grid or places.shape[-2:] == tuple(grid):
+        return places
+    rows, columns = (
+        ((torch.arange(count, device=places.device) + 0.5) * (side / count)).long()
+        for count, side in zip(grid, places.shape[-2:], strict=True)
+    )
+    return places[..., rows[:, None], columns]
 
 
 def same_size(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,6 +153,24 @@ class AuxiliaryHead(nn.Sequential):
                 nn.ReLU(),
             ]
         super().__init__(*steps, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
+class PlacesHead(nn.Sequential):
+    """Logits of every place from an inner stage [B, C, H, W]: one separable convolution, then classes.
+
+    ``grid``: where the map is finer than that it is pooled first, height and width apart.
+    """
+
+    def __init__(self, channels: int, size: tuple[int, int], grid: tuple[int, int], classes: int) -> None:
+        coarse = (min(size[0], grid[0]), min(size[1], grid[1]))
+        super().__init__(
+            nn.Identity() if coarse == size else nn.AdaptiveAvgPool2d(coarse),
+            nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
+            nn.Conv2d(channels, channels, 1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, classes, 1),
+        )
 
 
 def stage_parameters(network: nn.Module, sides: tuple[int, int], indices: list[int]) -> list[list[str]]:

@@ -35,6 +35,7 @@ from ..data.dataset import Dataset, Part
 from ..networks.models import Normalise
 from ..runtime.task import TASKS, Task
 from .cache import CachedTeacher
+from .features import thinned
 from .methods import Method, Phase
 from .precision import Choices, Precision, fastest
 from .ranks import Ranks
@@ -44,6 +45,8 @@ from .views import EpochBatches, EvaluationViews, TrainingView, TrainingViews, s
 
 STATE = "state.pt"
 READ_EVERY = 16  # steps on a device that works on while nobody asks it
+JUDGED_SIDE = 32  # places along each side of a training output that are judged, at most
+EVALUATED, EVALUATED_PLACES = 256, 16  # images at a time, and of those about every place of which something is said
 
 
 class Batch:
@@ -95,7 +98,8 @@ class Batch:
 class Tally:
     """What the last steps gave, left on the device until it is read: reading waits for the device.
 
-    On a CPU every step is read, before its gradient is taken.
+    On a CPU every step is read, before its gradient is taken. Of outputs that say something of every place some
+    places are judged, spread evenly: to judge all of them would take as long as a part of the step.
     """
 
     def __init__(self, task: Task, ranks: Ranks) -> None:
@@ -104,8 +108,11 @@ class Tally:
         self._steps: list[tuple[tuple[int, int], Tensor, Tensor | None, Tensor]] = []
 
     def add(self, at: tuple[int, int], loss: Tensor, outputs: Tensor | None, labels: Tensor) -> None:
-        """One step, by epoch and number: its mean loss, outputs [B, ...] where they mean something, and labels [B]."""
-        self._steps.append((at, loss.detach(), None if outputs is None else outputs.detach(), labels))
+        """One step by epoch and number: its mean loss, outputs [B, ...] where they mean something, labels [B, ...]."""
+        if outputs is not None:
+            grid = [min(side, JUDGED_SIDE) for side in outputs.shape[2:]]
+            outputs, labels = thinned(outputs.detach(), grid), thinned(labels, grid)
+        self._steps.append((at, loss.detach(), outputs, labels))
 
     @property
     def is_empty(self) -> bool:
@@ -613,9 +620,10 @@ def _schedule(settings: TrainSettings, optimizer: torch.optim.Optimizer, phase: 
 
 
 def evaluate(
-    network: nn.Module, spec: InputSpec, dataset: Dataset, part: Part, workers: int, batch_size: int = 256
+    network: nn.Module, spec: InputSpec, dataset: Dataset, part: Part, workers: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Float32 outputs [B, ...] and labels [B] of one part batch by batch, by the preprocessing the device shares."""
+    """Float32 outputs [B, ...] and labels [B, ...] of a part batch by batch, by the preprocessing the device shares."""
+    batch_size = EVALUATED_PLACES if TASKS[dataset.facts.task].dense else EVALUATED
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     was_training = network.training
     normalised = Normalise(network, spec).to(device).eval()

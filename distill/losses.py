@@ -209,6 +209,28 @@ def shuffle_non_maximal(logits: Tensor, generator: torch.Generator) -> Tensor:
     return logits.scatter(1, others, logits.gather(1, others.gather(1, order)))
 
 
+def cwd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Channel-wise distillation: T^2 * mean over B * C of KL(softmax(f_t/T) || softmax(f_s/T)) over the places H x W.
+
+    Each channel is a distribution over the places of one image: it matters where a channel is large and not by how
+    much, so a constant may be added to any channel of either side. Of logits a channel is a class.
+
+    Source: Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction" (ICCV 2021). Its code takes the
+    logarithm of a softmax, which is infinite where probabilities underflow; here both are log-softmaxes.
+
+    Args:
+        student, teacher: maps [B, C, H, W], H * W >= 2.
+        temperature: T > 0.
+
+    Raises:
+        ValueError: shapes that differ or are no maps; a temperature that is not positive and finite.
+    """
+    _check_shapes(student, teacher, "maps [B, C, H, W]", 4)
+    if student[0, 0].numel() < 2:
+        raise ValueError(f"wanted maps of two places at least, found {list(student.shape)}")
+    return kd(student.flatten(2).flatten(0, 1), teacher.flatten(2).flatten(0, 1), temperature)
+
+
 def hint(student_map: Tensor, teacher_map: Tensor) -> Tensor:
     """Matching of features: the mean over all elements of (f_s - f_t)^2. An adapter, where needed, comes before.
 

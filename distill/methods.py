@@ -16,25 +16,34 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from timm.task import TrainingTask
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core import config as configuration
 from ..core.config import DistillSettings
 from ..core.errors import UserError
 from ..core.inputs import InputSpec
+from ..data.dataset import UNLABELED
 from . import losses
 from .cache import CachedTeacher
 from .features import (
     STAGES,
     Adapter,
     AuxiliaryHead,
+    PlacesHead,
+    block_indices,
+    by_place,
+    in_places,
     map_shapes,
     maps_alone,
     maps_and_logits,
+    output_grid,
     paired,
+    resized,
     same_size,
     stage_indices,
     stage_parameters,
+    thinned,
 )
 from .teacher import Teacher, TeacherOutput
 
@@ -53,7 +62,7 @@ class Phase:
 class StudentOutput(NamedTuple):
     """What the student says of a batch.
 
-    Logits [B, K] (None where the deepest stages were left out), feature maps [B, C, H, W] of the stages that the
+    Logits [B, K, ...] (None where the deepest stages were left out), feature maps [B, C, H, W] of the stages that the
     method looks at, and what the auxiliary modules make of those maps.
     """
 
@@ -108,16 +117,48 @@ def label_loss(config: DistillSettings, all_labeled: bool = False) -> Callable[[
     return loss
 
 
+def places_label_loss(config: DistillSettings, _all_labeled: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
+    """As ``label_loss`` at every place of an image: a mean over all places of the batch, known or not.
+
+    Logits [B, K, h, w] are enlarged to the labels' height and width first, bilinear and in float32. The target is
+    classes [B, H, W], or distributions [B, K, H, W] after mixing; a place whose class is ``UNLABELED``, or whose
+    distribution is nothing, adds nothing to the sum over the batch's places. Nobody has to look for such places.
+    """
+    smoothing = config.train.label_smoothing
+
+    def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+        if target.is_floating_point():  # smoothed already, and nothing where nothing is known
+            return functional.cross_entropy(logits, target, reduction="sum")
+        return functional.cross_entropy(
+            logits, target, ignore_index=UNLABELED, reduction="sum", label_smoothing=smoothing
+        )
+
+    def binary(logits: Tensor, target: Tensor) -> Tensor:
+        classes = logits.shape[1]
+        if target.is_floating_point():
+            known, wanted = target.sum(1) > 0, (target * logits).sum(1)
+        else:  # without the targets [B, K, H, W] that it would take
+            known = target != UNLABELED
+            own = logits.gather(1, target.clamp(min=0)[:, None]).squeeze(1)
+            wanted = (1 - smoothing) * own + smoothing / classes * logits.sum(1)
+        # Of every class log(1 + exp(z)) - t * z, which is the binary cross-entropy of logit z and target t.
+        return (functional.softplus(logits).sum(1) - wanted).where(known, 0).sum() / classes
+
+    criterion = binary if config.label_loss == "bce" else cross_entropy
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        sides = target.shape[-2:]
+        return criterion(resized(logits.float(), sides), target) / (len(logits) * sides.numel())
+
+    return loss
+
+
 # By task: the loss between outputs [B, K, ...] and targets, labels or distributions, as a configuration wants it; told
 # whether every image has a label.
 LABEL_LOSSES: dict[str, Callable[[DistillSettings, bool], Callable[[Tensor, Tensor], Tensor]]] = {
     "classification": label_loss,
+    "segmentation": places_label_loss,
 }
-
-
-def by_place(outputs: Tensor) -> Tensor:
-    """Outputs [B, K, ...] as logits [B * ..., K]: each place of an image is a decision of its own."""
-    return outputs.movedim(1, -1).flatten(0, -2)
 
 
 class Method(TrainingTask):  # type: ignore[misc]
@@ -126,7 +167,6 @@ class Method(TrainingTask):  # type: ignore[misc]
     needs_teacher: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = True  # and so learns nothing from images that have none
     teaches_outputs: ClassVar[bool] = False  # rather than features alone
-    looks_at_maps: ClassVar[bool] = False  # of the teacher, so that its logits are not enough
     default_weight: ClassVar[float] = 0.0  # of the method's loss, where the configuration names none
 
     def __init__(
@@ -154,6 +194,8 @@ class Method(TrainingTask):  # type: ignore[misc]
         self.kd_weight = self.default_weight if config.kd_weight is None else config.kd_weight
         self.epoch = 0  # the trainer's, for losses that grow
         self.teacher_indices: list[int] = []  # of the teacher's maps that the method looks at
+        # Of its outputs, where they say something of every place: height and width. Both sides are compared there.
+        self.grid = output_grid(student, spec.sides)
         self._label_loss = LABEL_LOSSES[task](config, all_labeled)
         self.trainable_module: nn.Module = self.with_auxiliaries(student, teacher)
 
@@ -195,11 +237,11 @@ class Method(TrainingTask):  # type: ignore[misc]
         teacher: TeacherOutput | None = None,
         numbers: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """One batch: its losses, and under 'output' the student's logits [B, K].
+        """One batch: its losses, and under 'output' the student's logits [B, K, ...].
 
         Args:
             input: the student's views, float [B, 3, H, W], normalised.
-            target: classes [B], or distributions [B, K] after mixing.
+            target: classes [B, ...], or distributions [B, K, ...] after mixing.
             teacher: what the teacher says of the same views, where ``asks_teacher``.
             numbers: of the images [B], for methods that remember something of each.
         """
@@ -216,12 +258,12 @@ class DistillationMethod(Method, ABC):
 
     @abstractmethod
     def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
-        """The method's own loss, a scalar.
+        """The method's own loss, a scalar; everything at the grid of the student's outputs.
 
         Args:
-            student: its logits by place, [N, K] (``by_place``).
+            student: its logits are [B, K, ...].
             teacher: likewise.
-            target: of the places, classes [N] or distributions [N, K].
+            target: classes [B, ...] or distributions [B, K, ...].
         """
         raise NotImplementedError(f"{type(self).__name__} has no loss of its own")
 
@@ -241,35 +283,34 @@ class DistillationMethod(Method, ABC):
         if self.kd_weight:
             if shown is None:
                 raise ValueError(f"method '{self.config.method}' wants the teacher's output of every batch")
-            decided = output._replace(logits=by_place(output.logits))
-            places = by_place(target) if target.is_floating_point() else target.flatten()
-            result["kd_loss"] = self.distillation_loss(decided, shown, places)
+            result["kd_loss"] = self.distillation_loss(output, shown, thinned(target, self.grid))
             loss = loss + self.kd_weight * result["kd_loss"]
         return {"loss": loss, **result}
 
     def _shown(self, teacher: TeacherOutput) -> TeacherOutput:
-        """The teacher's output as the student gets to see it, by place: shuffled, if that control is asked for."""
-        logits = by_place(teacher.logits)
+        """The teacher's output as the student gets to see it: at its grid; shuffled, if that control is asked for."""
+        logits = resized(teacher.logits, self.grid)
         if self.config.shuffled_teacher:
-            logits = losses.shuffle_non_maximal(logits, torch.default_generator)
+            shuffled = losses.shuffle_non_maximal(by_place(logits), torch.default_generator)
+            logits = in_places(shuffled, (len(logits), *logits.shape[2:]))
         return TeacherOutput(logits, teacher.maps)
 
 
 class LogitMethod(DistillationMethod):
-    """The frame of the methods that compare logits with logits."""
+    """The frame of the methods that compare logits with logits, each place of an image by itself."""
 
     teaches_outputs = True
     default_weight = 1.0
 
     def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
-        logits = student.logits, teacher.logits
+        logits = by_place(student.logits), by_place(teacher.logits)
         if self.config.standardize_logits:
             logits = losses.standardise(logits[0]), losses.standardise(logits[1])
-        return self.logit_loss(*logits, target)
+        return self.logit_loss(*logits, by_place(target) if target.is_floating_point() else target.flatten())
 
     @abstractmethod
     def logit_loss(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-        """The loss between logits [B, K]."""
+        """The loss between logits by place [N, K], whose targets are classes [N] or distributions [N, K]."""
         raise NotImplementedError(f"{type(self).__name__} has no loss of its own")
 
 
@@ -332,9 +373,9 @@ class Dist(LogitMethod):
 class FeatureMethod(DistillationMethod):
     """The frame of the methods that look at stages; the loop is told which of the teacher's maps are wanted."""
 
-    looks_at_maps = True
     stages: ClassVar[slice] = slice(None)  # which of the paired stages
     with_stem: ClassVar[bool] = False  # whether what comes before the first stage counts as one
+    with_decoder: ClassVar[bool] = False  # whether a decoder's blocks follow the stages
 
     def teacher_maps(self, teacher: TeacherOutput) -> list[Tensor]:
         """The teacher's maps [B, C, H, W] at the paired stages."""
@@ -344,13 +385,21 @@ class FeatureMethod(DistillationMethod):
         """Indices of the student's stages; those of the teacher's go to ``teacher_indices``.
 
         Raises:
-            UserError: one network has no stages.
+            UserError: one network has no stages, or the teacher is not asked but remembered.
         """
-        assert isinstance(teacher, Teacher)
+        if isinstance(teacher, CachedTeacher):
+            raise UserError(
+                f"method '{self.config.method}' looks at the teacher's feature maps and a cache holds its logits: "
+                "leave out cache_views, or take a method such as kd"
+            )
+        assert teacher is not None
         students, teachers = paired(
             stage_indices(student, self.name, self.with_stem),
             stage_indices(teacher.network, "the teacher", self.with_stem),
         )
+        if self.with_decoder:
+            blocks, its_blocks = paired(block_indices(student), block_indices(teacher.network))
+            students, teachers = students + blocks, teachers + its_blocks
         self.teacher_indices = teachers[self.stages]
         return students[self.stages]
 
@@ -381,6 +430,47 @@ class Hint(FeatureMethod):
         return losses.hint(*same_size(student.auxiliary[0], self.teacher_maps(teacher)[0]))
 
 
+class ChannelWise(FeatureMethod):
+    """Channel-wise distillation (Shu et al. 2021): where in an image each channel is large.
+
+    Of the logits, a channel being a class; or of the deepest features that have several places, which of a decoder
+    are those that the head sees, through an adapter only where the widths differ. The weight is the one that its
+    authors give logits, at their T = 4.
+    """
+
+    default_weight = 3.0
+    with_decoder = True
+
+    def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
+        on = self.config.cwd_on or ("logits" if self.grid else "features")
+        if on == "logits" and not self.grid:
+            raise UserError(
+                f"method 'cwd' compares where in an image a class is, and '{self.name}' gives one answer an image: "
+                "set cwd_on to features, or take kd"
+            )
+        if on == "logits":
+            return StudentWithAuxiliaries(student)
+        indices = self.pair_stages(student, teacher)
+        assert isinstance(teacher, Teacher)
+        mine = map_shapes(student, self.spec.sides, indices)
+        its = map_shapes(teacher.network, teacher.sides, self.teacher_indices)
+        spread = [
+            at
+            for at, (here, there) in enumerate(zip(mine, its, strict=True))
+            if max(map(min, zip(here[1:], there[1:], strict=True))) > 1
+        ]
+        if not spread:
+            raise UserError(f"method 'cwd': no stage of '{self.name}' has several places: wanted a larger input.size")
+        indices, self.teacher_indices = [indices[spread[-1]]], [self.teacher_indices[spread[-1]]]
+        return StudentWithAuxiliaries(student, indices, self.adapters(student, indices, teacher, where_equal=False))
+
+    def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
+        pair = student.logits, teacher.logits
+        if student.auxiliary:
+            pair = same_size(student.auxiliary[0], self.teacher_maps(teacher)[0])
+        return losses.cwd(*pair, self.config.temperature)
+
+
 class AttentionTransfer(FeatureMethod):
     """Attention transfer (Zagoruyko and Komodakis 2017) over all paired stages."""
 
@@ -409,30 +499,37 @@ class Relational(FeatureMethod):
         return losses.rkd(pooled, teacher_pooled, weights.distance_weight, weights.angle_weight)
 
 
+def _kd_by_place(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """``losses.kd`` of logits [B, K, ...] at the student's grid."""
+    return losses.kd(by_place(student), by_place(resized(teacher, student.shape[2:])), temperature)
+
+
 class DeepSupervision(DistillationMethod):
     """Vanilla distillation of the student's logits and of auxiliary heads on its inner stages.
 
     A design of this project: the idea (more information for the student) is Hao et al.'s (2025), whose own
-    branches are not public. Every head gets the same KL as the last, with equal weight.
+    branches are not public. Every head gets the same KL as the last, with equal weight. Of a network that draws masks
+    the heads sit on the encoder's stages and on the decoder's blocks, and say something of every place.
     """
 
     teaches_outputs = True
     default_weight = 1.0
 
     def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
-        indices = stage_indices(student, self.name)[:-1]
-        classes = student.num_classes
-        heads = nn.ModuleList(
-            AuxiliaryHead(channels, min(len(indices) - at, max(0, min(side).bit_length() - 1)), classes)  # type: ignore[arg-type]
-            for at, (channels, *side) in enumerate(map_shapes(student, self.spec.sides, indices))
-        )
+        indices = [*stage_indices(student, self.name), *block_indices(student)][:-1]
+        classes = cast("int", student.num_classes)
+        heads: list[nn.Module] = []
+        for at, (channels, height, width) in enumerate(map_shapes(student, self.spec.sides, indices)):
+            if self.grid:
+                heads.append(PlacesHead(channels, (height, width), (self.grid[0], self.grid[1]), classes))
+            else:
+                halvings = min(len(indices) - at, max(0, min(height, width).bit_length() - 1))
+                heads.append(AuxiliaryHead(channels, halvings, classes))
         return StudentWithAuxiliaries(student, indices, heads)
 
     def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
-        loss = losses.kd(student.logits, teacher.logits, self.config.temperature)
-        for logits in student.auxiliary:
-            loss = loss + losses.kd(logits, teacher.logits, self.config.temperature)
-        return loss
+        said = [student.logits, *student.auxiliary]
+        return torch.stack([_kd_by_place(logits, teacher.logits, self.config.temperature) for logits in said]).sum()
 
 
 class Stagewise(FeatureMethod):
@@ -440,11 +537,13 @@ class Stagewise(FeatureMethod):
 
     After Kulkarni et al. (2019), without selection on the test set. The stem is the first stage where both networks
     give its map. A stage's loss is the MSE to the teacher's map, through an adapter only where the widths differ.
+    The blocks of a decoder follow the encoder's stages, one by one.
     The head's loss is the labels', and KD's if ``kd_weight`` is given.
     """
 
     teaches_outputs = True  # its head, if kd_weight is given
     with_stem = True
+    with_decoder = True
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -469,11 +568,22 @@ class Stagewise(FeatureMethod):
             )
         ends = [steps * (at + 1) // count for at in range(count)]
         shares = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
-        rate, has_stem = settings.learning_rate or train.learning_rate, len(self.student.indices) > STAGES
-        names = [f"stage {at + 1 - has_stem}" if at or not has_stem else "stem" for at in range(count - 1)]
-        parts = zip(names, shares, strict=False)  # the last share is the head's
+        rate = settings.learning_rate or train.learning_rate
+        parts = zip(self._names, shares, strict=False)  # the last share is the head's
         stages = [Phase(name, share, rate, False, settings.handover) for name, share in parts]
         return [*stages, Phase("head", shares[-1], train.learning_rate)]
+
+    @property
+    def _names(self) -> list[str]:
+        """Of the stages, without the head."""
+        blocks = len(set(self.student.indices) & set(block_indices(self.student.student)))
+        stages = len(self.student.indices) - blocks
+        stem = ["stem"] if stages > STAGES else []
+        return [
+            *stem,
+            *(f"stage {at + 1}" for at in range(stages - len(stem))),
+            *(f"block {at + 1}" for at in range(blocks)),
+        ]
 
     def enter(self, phase: int) -> None:
         self._phase = phase
@@ -523,7 +633,7 @@ class Stagewise(FeatureMethod):
         return {"loss": loss, "kd_loss": loss}
 
     def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
-        return losses.kd(student.logits, teacher.logits, self.config.temperature)
+        return _kd_by_place(student.logits, teacher.logits, self.config.temperature)
 
 
 METHODS: dict[configuration.Method, type[Method]] = {
@@ -534,6 +644,7 @@ METHODS: dict[configuration.Method, type[Method]] = {
     "logit_mse": LogitMse,
     "dkd": Dkd,
     "dist": Dist,
+    "cwd": ChannelWise,
     "hint": Hint,
     "at": AttentionTransfer,
     "rkd": Relational,

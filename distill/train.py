@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from timm.optim import list_optimizers
 from torch import nn
 
@@ -26,15 +27,16 @@ from ..data.labels import other_order
 from ..networks import models
 from ..networks.onnx import OnnxNetwork
 from ..networks.weights import load_weights
-from ..runtime.task import TASKS
-from .cache import CachedTeacher, check_fit, config_for
+from ..runtime.task import TASKS, Task
+from .cache import CachedTeacher, answers_grid, check_fit, config_for
+from .features import resized
 from .loop import Lockstep, Run, evaluate
 from .methods import METHODS
 from .precision import Choices
 from .ranks import Ranks, join
 from .teacher import Teacher, open_teacher
 from .trackers import Nothing, tracker
-from .views import TrainingViews, seeded, training_images, training_transform
+from .views import TrainingViews, moving_transform, seeded, training_images, training_transform
 
 
 def train(
@@ -68,6 +70,7 @@ def companions(orders: Mapping[Path, Order[TrainConfig]], dataset: Dataset) -> l
         )
         sees = [
             *(config.seed, config.label_fraction, settings.batch_size, config.cache_views, config.views_by),
+            config.cache_views is not None and answers_grid(config),  # a cache holds answers for one
             *(unlabeled and METHODS[config.method].needs_labels, settings.repeats, settings.workers, mixing),
             *(settings.augment.model_dump(), models.input_spec(config).model_dump()),
         ]
@@ -140,7 +143,7 @@ def _runs(
     networks: dict[Path, tuple[nn.Module, InputSpec]] = {}
     for out, config in configs.items():
         with seeded(config.seed):
-            networks[out] = models.create(config, len(dataset.classes))
+            networks[out] = models.create(config, len(dataset.classes), dataset.facts.task)
     spec = networks[next(iter(configs))][1]
     copies, wanted = dataset.facts.copies, side_for(spec, first.train.augment)
     if copies is not None and copies.shorter_side < wanted:
@@ -152,7 +155,7 @@ def _runs(
     taught = [config for config in configs.values() if config.needs_teacher]
     if teacher is not None and cache is not None and taught:
         for config in taught:
-            _check_cached(cache, config, spec, source.numbers, dataset, teacher)
+            check_fit(cache, config, spec, source.numbers, dataset, teacher)
         asked = CachedTeacher(cache)
     elif teacher is not None and taught:
         asked = open_teacher(teacher, dataset, spec).to(ranks.device)
@@ -182,17 +185,6 @@ def _runs(
             np.save(draft.path / Checkpoint.IMAGES, source.numbers[: source.labeled])
     lockstep.train(list(runs.values()))
     return runs
-
-
-def _check_cached(
-    cache: Cache, config: TrainConfig, spec: InputSpec, images: np.ndarray, dataset: Dataset, teacher: Checkpoint
-) -> None:
-    if METHODS[config.method].looks_at_maps:
-        raise UserError(
-            f"method '{config.method}' looks at the teacher's feature maps and a cache holds its logits: "
-            "leave out cache_views, or take a method such as kd"
-        )
-    check_fit(cache, config, spec, images, dataset, teacher)
 
 
 def _check_labels(config: TrainConfig, labeled: int, unlabeled: int) -> None:
@@ -243,7 +235,7 @@ def adopt(order: Order[AdoptConfig], dataset: Dataset, out: Path) -> Checkpoint:
     """
     config = order.config
     with drafting(Checkpoint, order, out) as draft:
-        network, spec = models.create(config, len(dataset.classes))
+        network, spec = models.create(config, len(dataset.classes), dataset.facts.task)
         if config.checkpoint is not None and not isinstance(network, OnnxNetwork):
             load_weights(network, config.checkpoint, config.checkpoint_entry)
         draft.facts = _described(
@@ -255,13 +247,21 @@ def adopt(order: Order[AdoptConfig], dataset: Dataset, out: Path) -> Checkpoint:
     return draft.artifact
 
 
-def check_run(config: ModelSettings, settings: TrainSettings | None) -> None:
+def check_run(config: ModelSettings, settings: TrainSettings | None, task: str) -> None:
     """Refuse what training would refuse, without training. Raises UserError."""
-    _, spec = models.create(config.model_copy(update={"pretrained": False}), classes=None)
+    _, spec = models.create(config.model_copy(update={"pretrained": False}), None, task)
     if settings is not None:
         if settings.optimizer not in list_optimizers():
             raise choice("optimiser", settings.optimizer, list_optimizers())
-        training_transform(settings.augment, spec)
+        (moving_transform if TASKS[task].dense else training_transform)(settings.augment, spec)
+
+
+def _worth_keeping(task: Task, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Logits of whole images; of every place what they decide at the labels' size, in a fraction of the bytes."""
+    if not task.dense:
+        return outputs
+    sides = labels.shape[-2:]
+    return np.concatenate([task.decide(resized(torch.from_numpy(each[None]), sides).numpy()) for each in outputs])
 
 
 def _described(
@@ -278,21 +278,23 @@ def _described(
         models.save_weights(network, folder / Checkpoint.WEIGHTS)
         parameters = sum(parameter.numel() for parameter in network.parameters())
     write_json(folder / Checkpoint.LABELS, dataset.classes)
-    batches = list(evaluate(network, spec, dataset, "test", workers=0))
-    logits, labels = (np.concatenate(each) for each in zip(*batches, strict=True))
-    if broken := int((~np.isfinite(logits.reshape(len(logits), -1)).all(1)).sum()):
+    task, kept, broken = TASKS[dataset.facts.task], [], 0
+    for outputs, truth in evaluate(network, spec, dataset, "test", workers=0):
+        broken += int((~np.isfinite(outputs.reshape(len(outputs), -1)).all(1)).sum())
+        kept.append((_worth_keeping(task, outputs, truth), truth))
+    logits, labels = (np.concatenate(each) for each in zip(*kept, strict=True))
+    if broken:
         trained = training["epochs"] > 0
         cure = "train it again" if trained else "look at its weights, input.mean and input.std"
         raise UserError(
             f"'{config.model}' gives outputs that are not finite (NaN or infinite) on {broken} of {len(logits)} test "
             f"images: {cure}"
         )
-    task = TASKS[dataset.facts.task]
     accuracy = task.summary(task.scores(logits, labels))
     np.savez(folder / Checkpoint.TEST_OUTPUTS, logits=logits, labels=labels)
     return CheckpointFacts(
         task=task.name,
-        model=as_name(config.model),
+        model=as_name(models.name_of(config)),
         model_args=config.model_args,
         classes=len(dataset.classes),
         input=spec,

@@ -4,10 +4,12 @@ else, and evaluation images by the definition that the device shares.
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,8 +28,10 @@ from ..core.errors import UserError
 from ..core.inputs import InputSpec
 from ..core.proc import first_line
 from ..data.dataset import UNLABELED, Dataset, Sample
-from ..data.splits import stratified_fraction
-from ..runtime.preprocess import fit
+from ..data.masks import IGNORED, resized
+from ..data.splits import spread_fraction, stratified_fraction
+from ..runtime.preprocess import fit, fit_mask
+from ..runtime.task import TASKS
 
 
 @contextmanager
@@ -51,11 +55,18 @@ def seeded(*identity: int) -> Iterator[None]:
 
 def training_transform(config: AugmentSettings, spec: InputSpec) -> Callable[[Image.Image], torch.Tensor]:
     """RGB picture to float32 [3, height, width], augmented and normalised. Raises UserError."""
-    try:
+    with _known_policy(config.auto_augment):
         return _imagenet_style(config, spec) if config.crop == "resized" else _small_image_style(config, spec)
-    except (AssertionError, ValueError, KeyError) as error:  # what timm says of a policy it can't read
+
+
+@contextmanager
+def _known_policy(name: str | None) -> Iterator[None]:
+    """Say of what timm cannot read in one line that it is no policy. Raises UserError."""
+    try:
+        yield
+    except (AssertionError, ValueError, KeyError) as error:
         raise UserError(
-            f"train.augment.auto_augment: '{config.auto_augment}' is no policy of timm ({first_line(error)}), "
+            f"train.augment.auto_augment: '{name}' is no policy of timm ({first_line(error)}), "
             "wanted such as rand-m7-mstd0.5"
         ) from None
 
@@ -97,6 +108,121 @@ def _small_image_style(config: AugmentSettings, spec: InputSpec) -> Callable[[Im
     return transform
 
 
+class Pair(NamedTuple):
+    """An image and its mask of the same size, on their way through what moves both."""
+
+    image: Image.Image  # RGB
+    mask: np.ndarray  # uint8 [H, W], 255 where nobody judges
+
+
+def moving_transform(
+    config: AugmentSettings, spec: InputSpec
+) -> Callable[[Image.Image, np.ndarray], tuple[torch.Tensor, torch.Tensor]]:
+    """RGB picture and its mask uint8 [H, W] to float32 [3, height, width] and the class of each pixel of that.
+
+    What is drawn for the image is drawn for its mask: both are cut, flipped, turned and sheared by the same amount, the
+    mask by nearest neighbour. Where there is no image any more (padding, what was turned away, erased) nobody judges.
+    The classes are int64 [height, width], ``UNLABELED`` where nobody judges.
+
+    Raises:
+        UserError: a policy that timm does not know, or that mixes an image with itself.
+    """
+    policy = _moving_policy(config, spec)
+    normalise = transforms.Compose([transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)])
+    erase = RandomErasing(config.erase, device="cpu") if config.erase else None
+    cut = partial(_cut, config=config, spec=spec)
+
+    def transform(image: Image.Image, mask: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        pair = cut(Pair(image, mask))
+        if config.flip and random.random() < config.flip:
+            pair = Pair(pair.image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), pair.mask[:, ::-1])
+        pair = pair if policy is None else policy(pair)
+        view, label = normalise(pair.image), _judged(pair.mask)
+        if erase is not None:
+            # Beside the colours, one above its class so that what is erased is UNLABELED.
+            both = erase(torch.cat([view, (label - UNLABELED).to(view.dtype)[None]]))
+            view, label = both[:3].contiguous(), both[3].long() + UNLABELED
+        return view, label
+
+    return transform
+
+
+def _judged(mask: np.ndarray) -> torch.Tensor:
+    """A mask uint8 [H, W] as classes int64 [H, W]."""
+    label = torch.from_numpy(mask.astype(np.int64))
+    return torch.where(label == IGNORED, UNLABELED, label)
+
+
+def _cut(pair: Pair, config: AugmentSettings, spec: InputSpec) -> Pair:
+    """The part of an image that a view shows, at the size of the input."""
+    height, width = spec.sides
+    if config.crop == "resized":
+        aspect = width / height
+        top, left, high, wide = transforms.RandomResizedCrop.get_params(
+            pair.image, [config.min_scale, 1.0], [3 / 4 * aspect, 4 / 3 * aspect]
+        )
+        cropped = pair.image.crop((left, top, left + wide, top + high))
+        image = cropped.resize((width, height), Image.Resampling[spec.interpolation.upper()])
+        return Pair(image, resized(pair.mask[top : top + high, left : left + wide], (width, height)))
+    fitting = spec.model_dump()
+    image, mask = Image.fromarray(fit(pair.image, fitting)), fit_mask(pair.mask, fitting)
+    if config.crop == "none":
+        return Pair(image, mask)
+    across, down = (round(side * config.pad_fraction) for side in (width, height))
+    left, top = random.randint(-across, across), random.randint(-down, down)
+    padded = np.pad(mask, ((down, down), (across, across)), constant_values=IGNORED)
+    moved = padded[down + top :, across + left :][:height, :width]
+    return Pair(image.crop((left, top, left + width, top + height)), moved)
+
+
+# timm's operations that move pixels; all others change colours in place.
+SPATIAL = frozenset({"Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel"})
+
+
+class _Moved:
+    """An operation of timm on an image, and on its mask too if it moves pixels."""
+
+    def __init__(self, operation: Any) -> None:
+        self._operation, self._of_mask = operation, None
+        if operation.name in SPATIAL:
+            self._of_mask = copy.copy(operation)
+            self._of_mask.kwargs = {"fillcolor": IGNORED, "resample": Image.Resampling.NEAREST}
+
+    def __call__(self, pair: Pair) -> Pair:
+        before = random.getstate()
+        image = self._operation(pair.image)
+        if self._of_mask is None:
+            return Pair(image, pair.mask)
+        random.setstate(before)  # the same is drawn again
+        return Pair(image, np.asarray(self._of_mask(Image.fromarray(np.ascontiguousarray(pair.mask)))))
+
+
+def _moving_policy(config: AugmentSettings, spec: InputSpec) -> Callable[[Pair], Pair] | None:
+    """The policy of timm, each operation of which is done to both. Raises UserError."""
+    name = config.auto_augment
+    if not name:
+        return None
+    if name.startswith("augmix"):
+        raise UserError(
+            f"train.augment.auto_augment: '{name}' lays moved copies of an image over each other, which no mask "
+            "follows: wanted such as rand-m7-mstd0.5"
+        )
+    settings = {
+        "translate_const": int(0.45 * min(spec.sides)),
+        "img_mean": tuple(round(255 * value) for value in spec.mean),
+        "interpolation": Image.Resampling[spec.interpolation.upper()],  # one, so that nothing is drawn for it
+    }
+    with _known_policy(name):
+        if name.startswith("rand"):
+            policy = rand_augment_transform(name, settings)
+            policy.ops = [_Moved(operation) for operation in policy.ops]
+        else:
+            policy = auto_augment_transform(name, settings)
+            policy.policy = [[_Moved(operation) for operation in group] for group in policy.policy]
+    moving: Callable[[Pair], Pair] = policy  # hands on whatever its operations take
+    return moving
+
+
 class TrainingImages(NamedTuple):
     """The images to learn from. An image's number is its place in the training part, or behind it without label."""
 
@@ -104,15 +230,17 @@ class TrainingImages(NamedTuple):
     numbers: np.ndarray  # of those that are taken
     labeled: int  # of the taken
     unlabeled: int
+    dense: bool = False  # whether a label has a place for every pixel, which moves with it
 
 
 def training_images(dataset: Dataset, fraction: float, seed: int, with_unlabeled: bool) -> TrainingImages:
     """A seeded, stratified ``fraction`` of the training part, and all images without labels if wanted."""
+    dense = TASKS[dataset.facts.task].dense
     labeled, unlabeled = dataset.samples("train"), dataset.samples("unlabeled") if with_unlabeled else ()
-    chosen = stratified_fraction(labeled.labels, fraction, seed)
+    chosen = (spread_fraction if dense else stratified_fraction)(labeled.labels, fraction, seed)
     others = np.arange(len(labeled), len(labeled) + len(unlabeled))
     numbers = np.concatenate([chosen, others])
-    return TrainingImages(Joined(labeled, unlabeled), numbers, len(chosen), len(unlabeled))
+    return TrainingImages(Joined(labeled, unlabeled), numbers, len(chosen), len(unlabeled), dense)
 
 
 class Joined(Sequence[Sample]):
@@ -132,7 +260,7 @@ class TrainingView(NamedTuple):
     """One random view; in a batch, a batch of each."""
 
     image: torch.Tensor  # float32 [3, height, width], normalised
-    label: torch.Tensor  # what is right of the image itself; UNLABELED where nobody knows
+    label: torch.Tensor  # what is right of the image itself, of each pixel as it moved; UNLABELED where nobody knows
     target: torch.Tensor  # the label, or after mixing distributions [K, ...], nothing where there is no label
     address: tuple[int, int] | list[torch.Tensor]  # view number and image number
 
@@ -147,18 +275,16 @@ class TrainingViews(TorchDataset[TrainingView]):
     def __init__(self, source: TrainingImages, config: TrainSettings, spec: InputSpec, classes: int, seed: int) -> None:
         self.images = source.numbers
         self._samples, self._config, self._classes, self._seed = source.samples, config, classes, seed
-        self._fitting = spec.model_dump()
-        self._transform = training_transform(config.augment, spec)
+        self._plain = self._moving(config, spec) if source.dense else self._still(config, spec)
 
     def __getitem__(self, address: tuple[int, int]) -> TrainingView:
         view, index = address
-        sample = self._samples[index]
-        label = torch.as_tensor(sample.truth(self._fitting))
+        image, label = self._plain(view, index)
         if not (self._config.mixup or self._config.cutmix):
-            return TrainingView(self._plain(view, index), label, label, address)
+            return TrainingView(image, label, label, address)
         generator = np.random.default_rng((self._seed, view, index))
         partner = int(generator.choice(self.images))
-        image, other = self._plain(view, index), self._plain(view, partner)
+        other, other_label = self._plain(view, partner)
         cut = bool(self._config.cutmix) and (not self._config.mixup or generator.random() < 0.5)
         alpha = self._config.cutmix if cut else self._config.mixup
         drawn = float(generator.beta(alpha, alpha))
@@ -169,16 +295,39 @@ class TrainingViews(TorchDataset[TrainingView]):
             share = kept if label.shape == kept.shape else float(kept.double().mean())
         else:
             image.mul_(drawn).add_(other, alpha=1 - drawn)
-        other_label = torch.as_tensor(self._samples[partner].truth(self._fitting))
         target = share * self._distribution(label) + (1 - share) * self._distribution(other_label)
         return TrainingView(image, label, target, address)
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def _plain(self, view: int, index: int) -> torch.Tensor:
-        with seeded(self._seed, view, index):
-            return self._transform(self._samples[index].image())
+    def _still(self, config: TrainSettings, spec: InputSpec) -> Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]:
+        """What of a view number and an image number makes an image with the label that it has whatever is shown."""
+        transform, fitting = training_transform(config.augment, spec), spec.model_dump()
+
+        def plain(view: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+            sample = self._samples[index]
+            with seeded(self._seed, view, index):
+                return transform(sample.image()), torch.as_tensor(sample.truth(fitting))
+
+        return plain
+
+    def _moving(
+        self, config: TrainSettings, spec: InputSpec
+    ) -> Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]:
+        """The same with a label whose every place moves with its pixel."""
+        transform = moving_transform(config.augment, spec)
+
+        def plain(view: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+            image, mask = self._samples[index].image(), self._samples[index].mask()
+            if mask is None:
+                mask = np.full((image.height, image.width), IGNORED, np.uint8)
+            elif mask.shape != (image.height, image.width):
+                raise UserError(f"{self._samples[index].path} changed its size while in use: make the data again")
+            with seeded(self._seed, view, index):
+                return transform(image, mask)
+
+        return plain
 
     def _distribution(self, label: torch.Tensor) -> torch.Tensor:
         """Smoothed labels [...] as distributions [K, ...]; nothing where there is none."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..core.artifact import AnyArtifact
+    from ..core.config import Output
     from ..core.inputs import InputSpec
 
 
@@ -30,13 +31,14 @@ class Target(Protocol):
     stand_in: str | None  # the runtime that reads the same file where the target's own cannot run
     not_built_here: bool  # whether the device itself makes what it runs
 
-    def write(self, source: Any, spec: InputSpec, images: np.ndarray, folder: Path) -> Written:
+    def write(self, source: Any, spec: InputSpec, images: np.ndarray, output: Output, folder: Path) -> Written:
         """Write ``entry`` (and what belongs to it) into ``folder``.
 
         Args:
             source: an artifact of the type ``self.source``.
             spec: in the target's own layout.
             images: uint8 [N, H, W, 3], the parity images.
+            output: what the file is to give, if the source is no graph, which says so itself.
         """
 
     @staticmethod

@@ -20,7 +20,7 @@ from ..core.stats import Interval
 from ..data.dataset import Dataset, load_images, load_labels
 from ..data.labels import other_order
 from ..runtime import open_session, predict
-from ..runtime.task import TASKS
+from ..runtime.task import TASKS, Task
 from ..runtime.weights import ModelFileError, refuse_files_elsewhere
 from .graph import AS_WRITTEN, Wanted, compare_hops, nodes_by_kind
 from .onnx import INPUT, NEEDS, OPSET, OUTPUT, simplify
@@ -61,6 +61,7 @@ def input_of(path: Path, settings: InputSettings) -> InputSpec:
         std=settings.std or RAW["std"],
         crop_fraction=settings.crop_fraction or 1.0,
         interpolation=settings.interpolation or "bicubic",
+        resize=settings.resize or "cover",
         layout="NHWC" if channels_last else "NCHW",
     )
 
@@ -83,7 +84,7 @@ def adopt(order: Order[AdoptFileConfig], path: Path, dataset: Dataset, out: Path
         with progress("adopting", 4) as advance:
             samples = dataset.balanced("train", config.parity_images, seed=0)
             images = load_images(samples, spec.model_dump())
-            expected = _said(path, spec, images, len(dataset.classes))
+            expected = _said(path, spec, images, task, len(dataset.classes))
             advance(1, "folding")
             raw_spec = spec.model_copy(update={"layout": "NCHW", **RAW})
             fold_seconds, simplify_seconds = _write(path, spec, raw_spec, images[:2], draft.path)
@@ -278,19 +279,19 @@ def _facts(entry: str, spec: InputSpec, **settings: Any) -> dict[str, Any]:
     return {"target": "onnxruntime", "entry": entry, "input": spec.model_dump(mode="json"), "runtime": settings}
 
 
-def _said(path: Path, spec: InputSpec, images: np.ndarray, classes: int) -> np.ndarray:
-    """What the file says as it came, float32 [N, K], one image at a time. Raises UserError."""
+def _said(path: Path, spec: InputSpec, images: np.ndarray, task: Task, classes: int) -> np.ndarray:
+    """What the file says as it came, [N, ...], one image at a time. Raises UserError."""
     with quiet():
         session = open_session(path.parent, _facts(path.name, spec, normalised_input=True))
         try:
             said = predict(session, images, batch=1)
         except Exception as error:  # of C++
             raise UserError(f"ONNX Runtime cannot run {path}: {first_line(error)}") from None
-    if said.shape != (len(images), classes):
-        raise UserError(f"{path} gives {list(said.shape[1:])} for an image: wanted one output a class, of {classes}")
+    if (wanted := task.misfit(said, len(images), classes)) is not None:
+        raise UserError(f"{path} gives {said.dtype} {list(said.shape)} for {len(images)} images: wanted {wanted}")
     if not np.isfinite(said).all():
         raise UserError(f"{path}: its outputs are not finite on real images: look at input.mean and input.std")
-    return said.astype(np.float32)
+    return said
 
 
 def _name_nodes(path: Path) -> None:

@@ -14,20 +14,22 @@ from typing import Any
 import numpy as np
 
 from ..core.artifact import EVIDENCE, Order, drafting
-from ..core.config import GraphConfig
+from ..core.config import GraphConfig, Output
 from ..core.errors import UserError
 from ..core.inputs import InputSpec
 from ..core.kinds import Checkpoint, Graph, GraphFacts, HopParity
 from ..core.proc import first_line, quiet, require
 from ..core.progress import progress
-from ..data.dataset import Dataset, load_images, predict_samples
-from ..runtime import open_session, predict
-from ..runtime.task import TASKS, Task
+from ..data.dataset import Dataset, Sample, load_images, predict_samples
+from ..runtime import Session, open_session, predict
+from ..runtime.task import TASKS, Segmentation, Task
 from .onnx import NEEDS, simplify, write_onnx
 from .parity import check, compare, float32_error, keep_worst, torch_outputs
 from .written import Written
 
 AS_WRITTEN = "raw.onnx"  # the file before it is simplified
+DECIDED_IMAGES = 16  # whose logits are in memory together
+MOST_CLASSES_A_BYTE = 256
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ def trace(order: Order[GraphConfig], student: Checkpoint, dataset: Dataset, out:
     require("ONNX", NEEDS, "onnxruntime")
     dataset.check_classes_of(student, "the checkpoint")
     config = order.config
+    check_output(config.output, student)
     with drafting(Graph, order, out) as draft:
         with progress("exporting to ONNX", 4) as advance:
             import torch
@@ -60,17 +63,18 @@ def trace(order: Order[GraphConfig], student: Checkpoint, dataset: Dataset, out:
             from .rewrites import FOR_ONNX, AsTorchComputes, deployed
 
             network, spec = models.restore(student)
-            whole = models.Normalise(network, spec).eval()
+            whole = models.Normalise(network, spec, config.output).eval()
             samples = dataset.balanced("train", config.parity_images, seed=0)
             paths = [sample.path for sample in samples]
             images = load_images(samples, spec.model_dump())
             expected = torch_outputs(whole, images, str(student.path))
+            images, paths = images[: len(expected)], paths[: len(expected)]
             error_of_torch = cache(partial(float32_error, whole, images, expected))
             raw = draft.path / AS_WRITTEN
             seconds, begun = {}, time.monotonic()
             with quiet(), torch.no_grad(), AsTorchComputes(FOR_ONNX):
                 try:
-                    write_onnx(models.Normalise(deployed(network), spec).eval(), spec, raw)
+                    write_onnx(models.Normalise(deployed(network), spec, config.output).eval(), spec, raw)
                 except Exception as error:  # the exporter raises its own
                     reason = first_line(error)
                     raise UserError(f"{student.facts.model} cannot be exported to ONNX: {reason}") from error
@@ -109,26 +113,53 @@ def compare_hops(
     hops = dataset.positions("test", config.hop_images, seed=0)
     test = dataset.samples("test")
     tested = [test[at] for at in hops]
-    parity, logits = {}, {}
+    parity, said = {}, {}
     for hop, name in (("exported", AS_WRITTEN), ("simplified", Graph.ONNX)):
         with quiet():
             session = open_session(folder, _as_model(name, wanted.spec), threads=0)
             actual = predict(session, wanted.images)
-            logits[hop] = predict_samples(session, tested, wanted.spec.model_dump())
+            said[hop] = _said(session, tested, wanted)
         found = compare(wanted.task, wanted.outputs, actual, wanted.paths)
         parity[hop] = check(found, config, f"{hop} ONNX graph", wanted.error_of_torch).facts()
         keep_worst(found, folder / EVIDENCE / hop)
         advance(1, "")
     (folder / AS_WRITTEN).unlink()
     np.save(folder / Graph.PARITY_OUTPUTS, wanted.outputs)
-    np.savez(folder / Graph.HOPS, positions=hops, exported=logits["exported"], simplified=logits["simplified"])
+    np.savez(folder / Graph.HOPS, positions=hops, exported=said["exported"], simplified=said["simplified"])
     return HopParity(**parity)
+
+
+def _said(session: Session, samples: Sequence[Sample], wanted: Wanted) -> np.ndarray:
+    """Outputs [N, ...]; of masks what they come to at the size of the input, a few images at a time.
+
+    As logits, those of every pixel of so many images would be gigabytes.
+    """
+    spec, task = wanted.spec.model_dump(), wanted.task
+    if not task.dense:
+        return predict_samples(session, samples, spec)
+    starts = range(0, len(samples), DECIDED_IMAGES)
+    parts = (predict_samples(session, samples[at : at + DECIDED_IMAGES], spec) for at in starts)
+    sides = wanted.spec.sides
+    whole = (Segmentation.enlarged(part, sides) if part.ndim == 4 else part for part in parts)
+    return np.concatenate([task.decide(part) for part in whole])
+
+
+def check_output(output: Output, source: Checkpoint | Graph) -> None:
+    """Refuse what a network cannot give. Raises UserError."""
+    if output == "logits":
+        return
+    if not TASKS[source.facts.task].dense:
+        raise UserError(
+            f"output '{output}' is of networks that draw masks, {source.path} is for {source.facts.task}: leave it out"
+        )
+    if output == "classes" and (count := len(source.labels)) > MOST_CLASSES_A_BYTE:
+        raise UserError(f"output 'classes' is a byte a pixel, {source.path} tells {count} classes apart: wanted logits")
 
 
 def of_graph(graph: Graph) -> Written:
     """What is known of every model that is made from ``graph``."""
     error = graph.facts.parity.simplified.float32_error
-    return Written(np.asarray(graph.array(graph.PARITY_OUTPUTS, "f", 2)), graph.facts.nodes_by_kind, lambda: error)
+    return Written(np.asarray(graph.array(graph.PARITY_OUTPUTS, "fu", 2)), graph.facts.nodes_by_kind, lambda: error)
 
 
 def _as_model(entry: str, spec: InputSpec) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from .graph import of_graph
 from .written import Written
 
 if TYPE_CHECKING:
+    from ..core.config import Output
     from ..core.inputs import InputSpec
 
 
@@ -28,7 +29,7 @@ class OnnxRuntimeTarget:
     stand_in: str | None = None
     not_built_here: bool = False
 
-    def write(self, source: Graph, spec: InputSpec, images: np.ndarray, folder: Path) -> Written:
+    def write(self, source: Graph, spec: InputSpec, images: np.ndarray, output: Output, folder: Path) -> Written:
         shutil.copyfile(source.file(source.ONNX), folder / self.entry)
         return of_graph(source)
 

@@ -16,6 +16,7 @@ from .graph import of_graph
 from .written import Written
 
 if TYPE_CHECKING:
+    from ..core.config import Output
     from ..core.inputs import InputSpec
 
 
@@ -29,7 +30,7 @@ class OpenVinoTarget:
     stand_in: str | None = None
     not_built_here: bool = False
 
-    def write(self, source: Graph, spec: InputSpec, images: np.ndarray, folder: Path) -> Written:
+    def write(self, source: Graph, spec: InputSpec, images: np.ndarray, output: Output, folder: Path) -> Written:
         import openvino
 
         ir.save(openvino.convert_model(source.file(source.ONNX)), folder / self.entry)

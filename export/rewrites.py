@@ -93,6 +93,25 @@ def _pooled(image: Tensor, output_size: int | tuple[int, int]) -> Tensor:
     return _resized(image, sizes, mode="area")
 
 
+def _averaged(
+    image: Tensor,
+    size: int | tuple[int, int] | None = None,
+    scale_factor: float | Sequence[float] | None = None,
+    mode: str = "nearest",
+    *settings: Any,
+    **more: Any,
+) -> Tensor:
+    """``torch.nn.functional.interpolate``; by areas it is ``_pooled``."""
+    if mode == "area" and size is not None:
+        return _pooled(image, size)
+    return interpolate(image, size, scale_factor, mode, *settings, **more)
+
+
+def _joined(tensors: Sequence[Tensor], dim: int = 0, **more: Any) -> Tensor:
+    """``torch.cat`` without what is empty: a decoder is given no channels where its encoder has no such stage."""
+    return torch.cat([each for each in tensors if each.shape[dim] != 0] or list(tensors), dim, **more)
+
+
 def _convolved(signal: Tensor, weight: Tensor, bias: Tensor | None = None, *settings: Any, **more: Any) -> Tensor:
     """``conv1d`` of [B, C, L]; one value wide it is a linear layer, of which the converter makes no rank too many."""
     if weight.shape[1:] != (signal.shape[1], 1) or settings not in ((), ((1,), (0,), (1,), 1)) or more:
@@ -174,7 +193,11 @@ def _matrix(
         return thread.submit(of_unit_vectors).result()
 
 
-FOR_ONNX: dict[Callable[..., Any], Callable[..., Any]] = {adaptive_avg_pool2d: _pooled}
+FOR_ONNX: dict[Callable[..., Any], Callable[..., Any]] = {
+    adaptive_avg_pool2d: _pooled,
+    interpolate: _averaged,
+    torch.cat: _joined,
+}
 FOR_TFLITE: dict[Callable[..., Any], Callable[..., Any]] = {
     **FOR_ONNX,
     conv1d: _convolved,

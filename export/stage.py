@@ -15,6 +15,7 @@ from ..data.dataset import Dataset, load_images
 from ..runtime import open_session, predict
 from ..runtime.task import TASKS
 from . import TARGETS
+from .graph import check_output
 from .parity import check, compare, keep_worst
 
 
@@ -34,6 +35,7 @@ def export(order: Order[ExportConfig], source: Checkpoint | Graph, dataset: Data
     target = TARGETS[config.target]()
     require(f"target '{config.target}'", target.needs, config.target)
     dataset.check_classes_of(source, "the checkpoint")
+    check_output(config.output, source)
     with drafting(Model, order, out) as draft:
         spec = source.facts.input.model_copy(update={"layout": target.layout})
         samples = dataset.balanced("train", config.parity_images, seed=0)
@@ -42,7 +44,7 @@ def export(order: Order[ExportConfig], source: Checkpoint | Graph, dataset: Data
             images = load_images(samples, spec.model_dump())
             with quiet():
                 try:
-                    written = target.write(source, spec, images, draft.path)
+                    written = target.write(source, spec, images, config.output, draft.path)
                     target.check(draft.path / target.entry)
                 except KdpipeError:
                     raise
@@ -50,6 +52,7 @@ def export(order: Order[ExportConfig], source: Checkpoint | Graph, dataset: Data
                     raise UserError(
                         f"{source.facts.model} cannot be exported to {config.target}: {first_line(error)}"
                     ) from error
+            images = images[: len(written.torch_outputs)]
             advance(1, "parity")
             facts = ModelFacts(
                 task=source.facts.task,
@@ -60,6 +63,7 @@ def export(order: Order[ExportConfig], source: Checkpoint | Graph, dataset: Data
                 input=spec,
                 model=source.facts.model,
                 nodes_by_kind=written.nodes_by_kind,
+                output=config.output if written.torch_outputs.dtype.kind == "f" else "classes",
                 runtime=dict(target.runtime),
                 stand_in=target.stand_in,
                 not_built_here=target.not_built_here,

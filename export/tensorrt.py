@@ -21,6 +21,7 @@ from .lint import check_for_tensorrt
 from .written import Written
 
 if TYPE_CHECKING:
+    from ..core.config import Output
     from ..core.inputs import InputSpec
 
 
@@ -33,7 +34,7 @@ class TensorRtTarget:
     stand_in: str | None = "onnxruntime"
     not_built_here: bool = True
 
-    def write(self, source: Graph, spec: InputSpec, images: np.ndarray, folder: Path) -> Written:
+    def write(self, source: Graph, spec: InputSpec, images: np.ndarray, output: Output, folder: Path) -> Written:
         shutil.copyfile(source.file(source.ONNX), folder / self.entry)
         return of_graph(source)
 

@@ -17,6 +17,7 @@ from .parity import float32_error, torch_outputs
 from .written import Written
 
 if TYPE_CHECKING:
+    from ..core.config import Output
     from ..core.inputs import InputSpec
 
 
@@ -29,7 +30,7 @@ class TfliteTarget:
     stand_in: str | None = None
     not_built_here: bool = False
 
-    def write(self, source: Checkpoint, spec: InputSpec, images: np.ndarray, folder: Path) -> Written:
+    def write(self, source: Checkpoint, spec: InputSpec, images: np.ndarray, output: Output, folder: Path) -> Written:
         import litert_torch
         import torch
         from ai_edge_litert.interpreter import Interpreter
@@ -42,13 +43,13 @@ class TfliteTarget:
         class ChannelsLast(torch.nn.Module):
             def __init__(self, network: torch.nn.Module) -> None:
                 super().__init__()
-                self.network = models.Normalise(network, torch_spec)
+                self.network = models.Normalise(network, torch_spec, output)
 
             def forward(self, image: torch.Tensor) -> torch.Tensor:
-                logits: torch.Tensor = self.network(image.permute(0, 3, 1, 2))
-                return logits
+                outputs: torch.Tensor = self.network(image.permute(0, 3, 1, 2))
+                return outputs
 
-        original = models.Normalise(network, torch_spec).eval()
+        original = models.Normalise(network, torch_spec, output).eval()
         expected = torch_outputs(original, images, str(source.path))
         with torch.no_grad():
             whole = ChannelsLast(for_tflite(deployed(network))).eval()

@@ -1,4 +1,4 @@
-"""Networks by their names: of timm, of torchvision, of the user's own code; or a file that is one."""
+"""Networks by their names: of timm, of torchvision, segmenters, of the user's own code; or a file that is one."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ import torch
 from safetensors.torch import save_file
 from timm.utils.model import reparameterize_model
 from torch import nn
+from torch.nn import functional
 
 from ..core import code
-from ..core.config import ONNX_MODEL, AdoptConfig, InputSettings, ModelSettings
+from ..core.config import ONNX_MODEL, AdoptConfig, InputSettings, ModelSettings, Output
 from ..core.errors import UserError, did_you_mean
 from ..core.inputs import InputSpec, sides, size_words
 from ..core.kinds import Checkpoint
 from ..core.proc import first_line
+from ..runtime.task import TASKS
 from . import (
     cifar,  # noqa: F401 (registers its networks with timm)
     onnx,
     own,
+    segmenters,
     torchvision,
 )
+from .names import DECODERS, check_encoder
 from .onnx import OnnxNetwork
 from .weights import load_weights
 
@@ -32,6 +36,8 @@ def resolve_input(config: InputSettings, pretrained: dict[str, Any]) -> InputSpe
     size = config.size or tuple(pretrained["input_size"][-2:])
     # Cropping away a border is an ImageNet habit: where the user sets a small size, the whole image counts.
     whole = config.size is not None and max(sides(config.size)) <= 64
+    resize = config.resize or pretrained.get("resize") or "cover"
+    whole = whole or resize != "cover"  # nothing is cut off where the image need not cover the input
     crop = config.crop_fraction or (1.0 if whole else pretrained.get("crop_pct") or 0.875)
     interpolation = config.interpolation or pretrained.get("interpolation") or "bicubic"
     return InputSpec(
@@ -40,56 +46,69 @@ def resolve_input(config: InputSettings, pretrained: dict[str, Any]) -> InputSpe
         std=config.std or tuple(pretrained["std"]),
         crop_fraction=crop,
         interpolation=interpolation,
+        resize=resize,
     )
 
 
 def input_spec(config: ModelSettings) -> InputSpec:
     """What the network takes, without making it or running code of its own. Raises UserError for an unknown name."""
+    check_encoder(config)
     if config.model == ONNX_MODEL:
         return resolve_input(config.input, onnx.INPUT)
+    if config.model in DECODERS:
+        return resolve_input(config.input, segmenters.input_defaults(config))
     if code.is_code(config.model):
         return resolve_input(config.input, own.INPUT)
     if config.model.startswith(torchvision.PREFIX):
         return resolve_input(config.input, torchvision.input_defaults(config.model))
     if not timm.is_model(config.model):
-        near = did_you_mean(config.model, timm.list_models())
+        near = did_you_mean(config.model, [*timm.list_models(), *DECODERS])
         others = "" if near else f", {torchvision.PREFIX}NAME or MODULE:FUNCTION of your own"
         if config.model.endswith(".onnx"):
             near = f"; of a file it is '{ONNX_MODEL}', with checkpoint: {config.model}"
         raise UserError(f"unknown model '{config.model}': wanted a name of timm{others}{near}")
     base = timm.models.get_pretrained_cfg(config.model)
-    return resolve_input(config.input, base.to_dict() if base else _NO_PRETRAINED_CFG)
+    return resolve_input(config.input, base.to_dict() if base else segmenters.NO_PRETRAINED_CFG)
 
 
 def license_of(config: ModelSettings) -> str | None:
     """Of the weights that a network begins with: as its user says, else as timm does of those it fetches."""
     said = config.license if isinstance(config, AdoptConfig) else None
-    if said is not None or not config.pretrained or not timm.is_model(config.model):
+    name = config.encoder or config.model
+    if said is not None or not config.pretrained or not timm.is_model(name):
         return said
-    base = timm.models.get_pretrained_cfg(config.model)
+    base = timm.models.get_pretrained_cfg(name)
     return (base.license or None) if base else None
+
+
+def name_of(config: ModelSettings) -> str:
+    """What a network is called: its model, and the encoder below it."""
+    return config.model if config.encoder is None else f"{config.model}-{config.encoder}"
 
 
 def pretrained_classes(name: str) -> int:
     """Outputs of the pretrained weights of a network. Raises UserError where nobody knows them."""
-    if name == ONNX_MODEL or code.is_code(name):
+    if name == ONNX_MODEL or name in DECODERS or code.is_code(name):
         raise UserError(f"how many outputs '{name}' has is not known: say it with --classes")
     base = None if name.startswith(torchvision.PREFIX) else timm.models.get_pretrained_cfg(name)
     return torchvision.CLASSES if base is None else int(base.num_classes)
 
 
-def create(config: ModelSettings, classes: int | None) -> tuple[nn.Module, InputSpec]:
+def create(config: ModelSettings, classes: int | None, task: str | None = None) -> tuple[nn.Module, InputSpec]:
     """A network with ``classes`` outputs (None: not known yet), random or pretrained weights, and its InputSpec.
+
+    Args:
+        task: what the outputs are to be of; None: of any.
 
     Raises:
         UserError: an unknown name or argument, code that is not allowed, a size the network can't take, other
             outputs, weights out of reach.
     """
     spec = input_spec(config)
-    return make(config, spec, classes), spec
+    return make(config, spec, classes, task), spec
 
 
-def make(config: ModelSettings, spec: InputSpec, classes: int | None) -> nn.Module:
+def make(config: ModelSettings, spec: InputSpec, classes: int | None, task: str | None = None) -> nn.Module:
     """The network of ``create`` for images of ``spec``; an ONNX file is the configuration's checkpoint."""
     count = 2 if classes is None else classes
     name, arguments = config.model, dict(config.model_args)
@@ -97,6 +116,8 @@ def make(config: ModelSettings, spec: InputSpec, classes: int | None) -> nn.Modu
         if not isinstance(config, AdoptConfig) or config.checkpoint is None:
             raise UserError(f"model '{ONNX_MODEL}' is a file that is asked, as a teacher: wanted it as checkpoint")
         network: nn.Module = OnnxNetwork(config.checkpoint, spec)
+    elif name in DECODERS:
+        network = segmenters.make(config, spec, count)
     elif code.is_code(name):
         if config.pretrained:
             raise UserError(f"kdpipe knows no pretrained weights of '{name}': give them as checkpoint")
@@ -118,6 +139,11 @@ def make(config: ModelSettings, spec: InputSpec, classes: int | None) -> nn.Modu
     found = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
     if classes is not None and (isinstance(found, str) or found[:2] != (1, classes)):
         raise UserError(f"'{name}' gives {found} for an image, wanted logits {(1, classes)}: one output a class")
+    if task is not None and isinstance(outputs, torch.Tensor) and outputs.ndim > 1:
+        wanted = TASKS[task].misfit(outputs.float().numpy(), 1, outputs.shape[1])
+        if wanted is not None:
+            cure = f": a decoder draws masks, over an encoder such as {name}" if TASKS[task].dense else ""
+            raise UserError(f"'{name}' gives {found} for an image, the data's task is {task}: wanted {wanted}{cure}")
     return network
 
 
@@ -156,7 +182,6 @@ def _of_timm(config: ModelSettings, spec: InputSpec, classes: int) -> nn.Module:
 _OWN_ARGUMENTS = frozenset(
     ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "num_classes")
 )
-_NO_PRETRAINED_CFG = {"input_size": (3, 224, 224), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def save_weights(network: nn.Module, path: Path) -> None:
@@ -171,7 +196,7 @@ def restore(checkpoint: Checkpoint) -> tuple[nn.Module, InputSpec]:
         UserError: it does not fit; it is of code of its maker's own that is not allowed, or was changed since.
     """
     facts, settings = checkpoint.facts, checkpoint.settings
-    config = AdoptConfig(model=settings["model"], model_args=facts.model_args)
+    config = AdoptConfig(model=settings["model"], encoder=settings.get("encoder"), model_args=facts.model_args)
     input_spec(config)  # a name that is known
     if config.model == ONNX_MODEL:
         config = config.model_copy(update={"checkpoint": checkpoint.file(checkpoint.ONNX)})
@@ -179,7 +204,7 @@ def restore(checkpoint: Checkpoint) -> tuple[nn.Module, InputSpec]:
     if code.is_code(config.model):
         code.check_allowed(config.model, str(checkpoint.path))
         code.check_same(config.model, settings.get("code_sha256"), str(checkpoint.path))
-    network = make(config, facts.input, facts.classes)
+    network = make(config, facts.input, facts.classes, facts.task if facts.task in TASKS else None)
     load_weights(network, checkpoint.file(checkpoint.WEIGHTS))
     return network.eval(), facts.input
 
@@ -205,19 +230,27 @@ def multiply_accumulates(network: nn.Module, spec: InputSpec) -> int | None:
 
 
 class Normalise(nn.Module):
-    """A network that takes RGB in 0..255 and normalises by itself: what is evaluated and exported."""
+    """A network that takes RGB in 0..255 and normalises by itself: what is evaluated and exported.
+
+    One that draws masks gives logits at its own stride; by ``output`` they are enlarged to the image's sides (bilinear,
+    corners not aligned), and decided by the largest.
+    """
 
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, network: nn.Module, spec: InputSpec) -> None:
+    def __init__(self, network: nn.Module, spec: InputSpec, output: Output = "logits") -> None:
         super().__init__()
-        self.network = network
+        self.network, self.output, self.sides = network, output, spec.sides
         for name in ("mean", "std"):
             values = torch.tensor(getattr(spec, name)).view(1, 3, 1, 1) * 255
             self.register_buffer(name, values, persistent=False)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """float32 [N, 3, H, W] in 0..255 to logits [N, K]."""
+        """float32 [N, 3, H, W] in 0..255 to logits [N, K, ...], or to classes, uint8 [N, H, W]."""
         logits: torch.Tensor = self.network((image - self.mean) / self.std)
-        return logits
+        if self.output == "logits":
+            return logits
+        if tuple(logits.shape[2:]) != self.sides:
+            logits = functional.interpolate(logits, self.sides, mode="bilinear", align_corners=False)
+        return logits if self.output == "logits-full" else logits.argmax(1).to(torch.uint8)

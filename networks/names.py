@@ -11,10 +11,57 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from ..core.config import ONNX_MODEL
+from ..core.config import ONNX_MODEL, AdoptConfig, ModelSettings
 from ..core.errors import UserError, did_you_mean
 
+# Decoders by name, and what segmentation-models-pytorch calls them.
+DECODERS = {
+    "unet": "Unet",
+    "unetplusplus": "UnetPlusPlus",
+    "manet": "MAnet",
+    "linknet": "Linknet",
+    "fpn": "FPN",
+    "pspnet": "PSPNet",
+    "pan": "PAN",
+    "deeplabv3": "DeepLabV3",
+    "deeplabv3plus": "DeepLabV3Plus",
+    "upernet": "UPerNet",
+    "segformer": "Segformer",
+}
 PLAIN = re.compile(r"\w+(\.\w+)*")  # a name of timm, perhaps with the tag of its weights
+
+
+def check_network(config: ModelSettings) -> None:
+    """Refuse what can be told without making the network: its name, and settings of an encoder that don't belong.
+
+    Raises:
+        UserError: with the name that is nearest.
+    """
+    check_encoder(config)
+    check_name(config.encoder or config.model)
+
+
+def check_encoder(config: ModelSettings) -> None:
+    """Refuse a decoder without an encoder, or what is said of an encoder where there is none. Raises UserError."""
+    if config.model in DECODERS and config.encoder is None:
+        raise UserError(
+            f"model '{config.model}' is a decoder: wanted a network of timm below it too, such as "
+            "encoder: mobilenetv4_conv_small"
+        )
+    if config.encoder is not None and config.model not in DECODERS:
+        near = did_you_mean(config.model, DECODERS)
+        raise UserError(
+            f"encoder '{config.encoder}' has no decoder in model '{config.model}': wanted {', '.join(DECODERS)}, or no "
+            f"encoder{near}"
+        )
+    if config.encoder_checkpoint is None:
+        return
+    if config.encoder is None:
+        raise UserError(f"encoder_checkpoint: '{config.model}' has no encoder: wanted model: unet and the like")
+    if config.pretrained:
+        raise UserError("encoder_checkpoint and pretrained both say where the encoder's weights are from: wanted one")
+    if isinstance(config, AdoptConfig) and config.checkpoint is not None:
+        raise UserError("checkpoint has the weights of the encoder too: leave out encoder_checkpoint")
 
 
 def check_name(model: str) -> None:
@@ -32,7 +79,7 @@ def check_name(model: str) -> None:
 
 def unknown(model: str, names: frozenset[str]) -> UserError:
     """The mistake of naming a network that is not among ``names``."""
-    return UserError(f"unknown model '{model}': wanted a name of timm{did_you_mean(model, names)}")
+    return UserError(f"unknown model '{model}': wanted a name of timm{did_you_mean(model, names | DECODERS.keys())}")
 
 
 @cache

@@ -22,7 +22,7 @@ TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(dou
 
 
 class OnnxNetwork(nn.Module):
-    """Float images [N, 3, H, W], normalised, to logits float32 [N, K].
+    """Float images [N, 3, H, W], normalised, to logits float32 [N, K], or [N, K, h, w] of one that draws masks.
 
     A file that ends in probabilities is asked for their logarithms, which are logits as good as those before a softmax.
     """
@@ -73,8 +73,10 @@ class OnnxNetwork(nn.Module):
             said = self(torch.from_numpy(noise)).numpy()
         except Exception as error:  # the runtime has many of its own
             raise UserError(f"ONNX Runtime cannot run {self.path}: {first_line(error)}") from None
-        if said.ndim != 2:
-            raise UserError(f"{self.path} gives outputs of shape {list(said.shape)}: wanted [N, classes]")
+        if said.ndim not in (2, 4):
+            raise UserError(
+                f"{self.path} gives outputs of shape {list(said.shape)}: wanted [N, classes], or [N, classes, H, W]"
+            )
         return bool((said >= 0).all() and np.allclose(said.sum(1), 1, atol=1e-3) and said.shape[1] > 1)
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ import re
 import struct
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,61 @@ def load_weights(network: nn.Module, path: Path, entry: str | None = None) -> No
             f"{path} is of another architecture than '{type(network).__name__}' "
             f"({len(missing)} tensors missing, {len(unknown)} unknown; it {example}): name the model it was made with"
         )
+    _check_tensors(state, path, wanted, _head(network, wanted))
+    network.load_state_dict(state)
+
+
+def load_encoder(encoder: nn.Module, path: Path, what: str) -> None:
+    """Read a classifier's weights into ``encoder``, what timm makes of the same network for its features alone.
+
+    Every tensor of the encoder must be found; what the classifier has besides, its head, is left out.
+
+    Args:
+        path: of weights as ``load_weights`` takes them; or of a network around such an encoder.
+        what: name of the network.
+
+    Raises:
+        UserError: a missing, broken or unreadable file, another network, or weights that are not finite.
+    """
+    own = encoder.state_dict()
+    found, names = read_state_dicts(path), {name: name for name in own}
+    if len({name.partition(".")[0] for name in own}) == 1:  # of a network that timm keeps whole, inside of another
+        inside = {name: name.partition(".")[2] for name in own}
+        if any(_whole(_respelled(state, inside.values()), inside.values()) for state in found.values()):
+            names = inside
+    wanted = {names[name]: tensor for name, tensor in own.items()}
+    states = {place: _respelled(state, wanted) for place, state in found.items()}
+    state = _fitting(_chosen(states, path, None, wanted), path, None, wanted)
+    if missing := sorted(wanted.keys() - state.keys()):
+        raise UserError(
+            f"{path} is not of '{what}': it lacks {len(missing)} of the {len(wanted)} tensors of that encoder, such as "
+            f"'{missing[0]}'; wanted weights of the same network"
+        )
+    _check_tensors(state, path, wanted, ())
+    encoder.load_state_dict({name: state[names[name]] for name in own})
+
+
+def _respelled(state: State, wanted: Iterable[str]) -> dict[str, Tensor]:
+    """With the names of ``wanted`` where they differ by a point in the place of a line.
+
+    timm joins the first two levels of a network that it takes apart: ``stages.0.conv`` is ``stages_0.conv`` there.
+    """
+    known = {name.replace(".", "_"): name for name in wanted}
+
+    def spelled(name: str) -> str:
+        ends = [0, *(at + 1 for at, letter in enumerate(name) if letter == ".")]
+        at = next((at for at in ends if name[at:].replace(".", "_") in known), None)
+        return name if at is None else name[:at] + known[name[at:].replace(".", "_")]
+
+    return {spelled(name): tensor for name, tensor in state.items()}
+
+
+def _check_tensors(state: State, path: Path, wanted: State, head: Collection[str]) -> None:
+    """Refuse tensors of other shapes, or with values that are none. Raises UserError."""
     for name, tensor in wanted.items():
         if state[name].shape != tensor.shape:
             found, want = tuple(state[name].shape), tuple(tensor.shape)
-            if found[1:] == want[1:] and name in _head(network, wanted):
+            if found[1:] == want[1:] and name in head:
                 raise UserError(
                     f"{path}: its head '{name}' is of {found[0]} classes, wanted {want[0]} (another class count): "
                     "fine-tune it on these classes, or list its own with data.classes"
@@ -74,7 +125,6 @@ def load_weights(network: nn.Module, path: Path, entry: str | None = None) -> No
             raise UserError(
                 f"{path}: '{name}' has values that are not finite: take a checkpoint from before they broke"
             )
-    network.load_state_dict(state)
 
 
 def read_state_dicts(path: Path) -> dict[str, State]:
@@ -233,7 +283,7 @@ def _prefixes(state: Iterable[str], wanted: Iterable[str]) -> Counter[str]:
     return Counter(dict(sorted(counts.items(), key=lambda item: len(item[0]))))
 
 
-def _whole(state: State, wanted: State) -> list[str]:
+def _whole(state: State, wanted: Iterable[str]) -> list[str]:
     """The prefixes behind which every wanted name stands."""
     needed = {name for name in wanted if not name.endswith(COUNTER)}
     return [prefix for prefix, count in _prefixes(state, needed).items() if count == len(needed)]

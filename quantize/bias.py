@@ -61,9 +61,8 @@ def correct(float32: Activations, make: Callable[[Shifts], Activations], images:
     # Shuffled: classes take turns in what a stage calibrates on, so that every second image would be of every second.
     order = np.random.default_rng(0).permutation(min(IMAGES, len(images)))
     moving, judging = ([images[int(at)] for at in half] for half in np.array_split(order, 2))
-    expected_outputs = _outputs(float32, float32, judging)
     quantized = make({})
-    before, without_mean = _decibels(expected_outputs, _outputs(quantized, float32, judging))
+    before, without_mean = decibels(float32, quantized, judging)
     if without_mean - before < WORTH_DB:
         return Correction({}, before, without_mean)
     expected = _Means.of(float32, moving)
@@ -75,7 +74,7 @@ def correct(float32: Activations, make: Callable[[Shifts], Activations], images:
             if shift is not None:
                 shifts[layer.name] = shift.astype(np.float32)
         quantized = make(shifts)
-    after, _ = _decibels(expected_outputs, _outputs(quantized, float32, judging))
+    after, _ = decibels(float32, quantized, judging)
     return Correction(shifts if after > before else {}, before, without_mean, after)
 
 
@@ -113,14 +112,14 @@ def _shift(layer: Layer, float32: Activations, expected: _Means, found: _Means) 
     return np.asarray(missing / np.maximum(expected.share[merged], LEAST_SHARE))
 
 
-def _outputs(activations: Activations, float32: Activations, images: Sequence[np.ndarray]) -> np.ndarray:
+def decibels(float32: Activations, quantized: Activations, images: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Signal to noise of the logits [N, ...], as they are and without the mean of the noise.
+
+    Those are the last numbers of a graph, whether it gives them or decides by them.
+    """
     name = float32.layers[-1].output
-    return np.concatenate([activations(image)[name] for image in images])
-
-
-def _decibels(expected: np.ndarray, found: np.ndarray) -> tuple[float, float]:
-    """Signal to noise of logits [N, K], as they are and without the mean of the noise."""
-    noise = found - expected
+    expected = np.concatenate([float32(image)[name] for image in images])
+    noise = np.concatenate([quantized(image)[name] for image in images]) - expected
     # Of N values a variance is N / (N - 1) times what their own mean leaves.
     centred = (noise - noise.mean(0)) * np.sqrt(len(noise) / (len(noise) - 1))
     return signal_to_noise_db(expected, noise), signal_to_noise_db(expected, centred)

@@ -15,6 +15,8 @@ from ..runtime.layout import to_input
 
 # Outputs [N, K, ...] of samples: the float model's, or the teacher's for its own InputSpec.
 Predict = Callable[[Sequence[Sample]], np.ndarray]
+BATCH = 32  # images whose outputs are in memory together
+CLASSES = 256  # that a byte tells apart
 
 
 class CalibrationInputs(Sequence[np.ndarray]):
@@ -68,14 +70,34 @@ def choose(config: CalibrateSettings, dataset: Dataset, model: Predict, teacher:
         return [samples[at] for at in order[: config.images]]
     pool = dataset.balanced("train", max(config.pool, config.images), config.seed)
     if config.select == "coverage":
-        chosen = farthest(model(pool), config.images)
+        chosen = farthest(_by_image(model, pool, shown), config.images)
     else:
         if teacher is None:
             raise UserError(
                 "calibrate.select teacher: the student's teacher is not beside it: put it there, or balanced"
             )
-        chosen = spread(entropy(teacher(pool)), config.images)
+        chosen = spread(_by_image(teacher, pool, entropy), config.images)
     return [pool[at] for at in chosen]
+
+
+def _by_image(predict: Predict, pool: Sequence[Sample], of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """What ``of`` makes of the outputs for ``pool`` [N, ...], which are in memory a batch at a time."""
+    return np.concatenate([of(predict(pool[at : at + BATCH])) for at in range(0, len(pool), BATCH)])
+
+
+def shown(outputs: np.ndarray) -> np.ndarray:
+    """What an image shows by the outputs for it, [N, K]: logits as they are; of masks, how much there is of each class.
+
+    Args:
+        outputs: logits [N, K], logits of places [N, K, h, w] or classes of places, bytes [N, H, W].
+    """
+    if outputs.ndim == 2:
+        return outputs
+    if outputs.dtype.kind == "u":
+        return np.stack([np.bincount(each.ravel(), minlength=CLASSES) / each.size for each in outputs])
+    shifted = np.exp(outputs.astype(np.float64) - outputs.max(1, keepdims=True))
+    shares = shifted / shifted.sum(1, keepdims=True)
+    return np.asarray(shares.reshape(*shares.shape[:2], -1).mean(2))
 
 
 def farthest(points: np.ndarray, count: int) -> np.ndarray:

@@ -21,6 +21,7 @@ from ..core.stats import Interval, NoWorse, no_worse
 from ..data.dataset import Sample, load_images, load_labels, predict_samples
 from ..data.splits import stratified_fraction
 from ..runtime import open_session, predict
+from ..runtime.bundle import apart
 from ..runtime.task import TASKS, Change, Task
 from .calibrate import CalibrationInputs
 from .layers import noise_by_layer, own_noise
@@ -31,6 +32,7 @@ from .work import TRACED_IMAGES, open_checked
 SETTINGS = "settings.json"
 # Of the layers that add most noise of their own each is tried alone, on so many images.
 RANKED, RANKING_IMAGES = 32, 64
+DENSE_IMAGES = 16  # whose outputs are in memory together where they have a place for every pixel
 TIMED_ROUNDS, TIMED_INFERENCES = 5, 20  # of a mix's latency ratio: for the curve, not for a verdict
 
 
@@ -54,14 +56,19 @@ def guarded(
     resume, facts = draft.resume, model.facts
     spec, task = facts.input.model_dump(), TASKS[facts.task]
     searching, confirming = parted(held_out)
-    few = load_images(searching[:RANKING_IMAGES], spec)
+    step = DENSE_IMAGES if task.dense else RANKING_IMAGES
+    few = load_images(searching[:step], spec)
 
     def scores(folder: Path, as_run: ModelFacts, samples: Sequence[Sample]) -> np.ndarray:
+        found = []
         with quiet():
-            outputs = predict_samples(open_checked(folder, as_run), samples, spec)
-        if not np.isfinite(outputs).all():
-            raise GateFailed("the variant's outputs are not finite: it is not sealed")
-        return task.scores(outputs, load_labels(samples, spec))
+            session = open_checked(folder, as_run)
+            for at in range(0, len(samples), step):
+                outputs = predict_samples(session, samples[at : at + step], spec)
+                if not np.isfinite(outputs).all():
+                    raise GateFailed("the variant's outputs are not finite: it is not sealed")
+                found.append(task.scores(outputs, load_labels(samples[at : at + step], spec)))
+        return np.concatenate(found)
 
     before = scores(model.path, facts, searching)
 
@@ -117,7 +124,7 @@ def guarded(
                 advance(1, name)
                 variant.write([other for other in names if other != name], Path(scratch))
                 with quiet():
-                    error[name] = float(np.square(predict(open_checked(Path(scratch), facts), few) - expected).mean())
+                    error[name] = _error(expected, predict(open_checked(Path(scratch), facts), few))
         return [*sorted(tried, key=lambda name: -error[name]), *names[RANKED:]]
 
     can_show = enough_to_show(task, before[: min(len(searching), len(confirming))], max_drop)
@@ -167,6 +174,11 @@ def _told(confirmed: NoWorse, target: str) -> str:
         f"which can tell a drop of {confirmed.detectable_points:.2f})"
     )
     return text if confirmed.answer == "holds" else f"{text}; not shown to lose at most {confirmed.max_drop_points:g}"
+
+
+def _error(expected: np.ndarray, actual: np.ndarray) -> float:
+    """The mean square of what was added to logits; of classes the share of the places that changed."""
+    return float((np.square(actual - expected) if expected.dtype.kind == "f" else apart(expected, actual)).mean())
 
 
 def _taken(folder: Path) -> Taken:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,18 +17,23 @@ from ..core.kinds import Checkpoint, Damage, Graph, Model, ModelFacts, Refusal, 
 from ..core.proc import quiet, require
 from ..core.sealed import printable
 from ..data.dataset import Dataset, Sample, load_images, predict_samples
-from ..runtime import predict
+from ..runtime import Session, predict
 from ..runtime.task import TASKS, Task
 from . import VARIANTS
+from .bias import decibels
 from .calibrate import CalibrationInputs, choose
 from .guard import guarded
 from .layers import noise_by_layer, signal_to_noise_db
 from .variant import Variant
 from .work import TRACED_IMAGES, Work, open_checked
 
+if TYPE_CHECKING:
+    from torch import nn
+
 # Below it a variant is another network more often than not. Measured on digits and on networks of random weights: 0.75
 # and more at 4.5 dB and more, 0.55 at 4.4 dB, 0.27 and less at 0.4 dB and less.
 LEAST_AGREEMENT, JUDGING_IMAGES = 0.5, 8  # fewer images than that judge nobody
+MOST_OUTPUT_BYTES = 2**28  # of one model's outputs that are compared at once
 
 
 def quantize(
@@ -126,25 +133,30 @@ def _calibration(
 ) -> Sequence[Sample]:
     spec = model.facts.input.model_dump()
 
+    @cache
+    def opened() -> Session:
+        return open_checked(model.path, model.facts)
+
     def by_model(samples: Sequence[Sample]) -> np.ndarray:
         with quiet():
-            session = open_checked(model.path, model.facts)
-            return predict_samples(session, samples, spec)
+            return predict_samples(opened(), samples, spec)
 
-    def by_teacher(samples: Sequence[Sample]) -> np.ndarray:
-        import torch
-
+    @cache
+    def restored() -> tuple[nn.Module, dict[str, Any]]:
         from ..networks import models
 
         assert teacher is not None  # choose() asks only where there is one
         network, its_spec = models.restore(teacher)
-        whole = models.Normalise(network, its_spec).eval()
-        found = []
+        return models.Normalise(network, its_spec).eval(), its_spec.model_dump()
+
+    def by_teacher(samples: Sequence[Sample]) -> np.ndarray:
+        import torch
+
+        whole, its_spec = restored()
         with torch.inference_mode():
-            for at in range(0, len(samples), 64):
-                images = load_images(samples[at : at + 64], its_spec.model_dump())
-                found.append(whole(torch.from_numpy(images).permute(0, 3, 1, 2).float()).numpy())
-        return np.concatenate(found)
+            batch = torch.from_numpy(load_images(samples, its_spec)).permute(0, 3, 1, 2).float()
+            said: np.ndarray = whole(batch).numpy()
+        return said
 
     return choose(config.calibrate, dataset, by_model, None if teacher is None else by_teacher)
 
@@ -166,36 +178,51 @@ def _compare(
         return None
     images = load_images(checked, spec)
     with quiet():
-        before = predict(open_checked(model.path, model.facts), images)
-        after = predict(open_checked(folder, facts), images)
+        whole = open_checked(model.path, model.facts)
+        images = images[: most_images(predict(whole, images[:1]), len(images))]
+        before, after = predict(whole, images), predict(open_checked(folder, facts), images)
+        float32 = variant.activations(model.entry)
+        quantized = variant.activations(folder / facts.entry)
     found = damage(TASKS[facts.task], before, after)
+    traced = CalibrationInputs(checked[:TRACED_IMAGES], spec, "comparing layers")
+    if found.signal_to_noise_db is None and float32 is not None and quantized is not None:
+        with quiet():
+            found = found.model_copy(update={"signal_to_noise_db": decibels(float32, quantized, traced)[0]})
     damaged = found.agreement < LEAST_AGREEMENT and found.images >= JUDGING_IMAGES
     if damaged and not config.allow_damage:
         raise GateFailed(
             f"{config.variant} of {facts.model} for {facts.target} agrees with float32 on {found.agreement:.1%} of "
-            f"{found.images} images, {found.signal_to_noise_db:g} dB (wanted {LEAST_AGREEMENT:.0%}): not sealed; "
+            f"{found.images} images, {_words(found)} (wanted {LEAST_AGREEMENT:.0%}): not sealed; "
             "keep layers in float by --max-drop, choose another variant, or seal it all the same by --allow-damage true"
         )
-    with quiet():
-        float32 = variant.activations(model.entry)
-        quantized = variant.activations(folder / facts.entry)
-        if float32 is not None and quantized is not None:
-            traced = CalibrationInputs(checked[:TRACED_IMAGES], spec, "comparing layers")
+    if float32 is not None and quantized is not None:
+        with quiet():
             layers = noise_by_layer(float32, quantized, traced)
             write_json(folder / Model.NOISE_BY_LAYER, [layer.model_dump() for layer in layers])
     return found
 
 
+def most_images(output: np.ndarray, count: int) -> int:
+    """How many of ``count`` images to look at, of outputs like this one: eight at least, and no more than fit."""
+    return min(count, max(JUDGING_IMAGES, MOST_OUTPUT_BYTES // output.nbytes))
+
+
 def damage(task: Task, before: np.ndarray, after: np.ndarray) -> Damage:
     """What a variant changed in outputs [N, ...]: signal-to-noise ratio in dB, and how far both say the same.
+
+    The ratio is None where the outputs are classes, which no difference can be taken of.
 
     Raises:
         GateFailed: outputs that are not finite or the same for every image.
     """
-    if not np.isfinite(after).all() or (len(after) > 1 and not after.std(axis=0).any()):
+    if not np.isfinite(after).all() or (len(after) > 1 and (after == after[0]).all()):
         raise GateFailed("the variant's outputs are not finite or do not depend on the image: it is not sealed")
     return Damage(
         images=len(before),
-        signal_to_noise_db=signal_to_noise_db(before, after - before),
+        signal_to_noise_db=signal_to_noise_db(before, after - before) if before.dtype.kind == "f" else None,
         agreement=task.agreement(before, after),
     )
+
+
+def _words(found: Damage) -> str:
+    return "of unknown noise" if found.signal_to_noise_db is None else f"{found.signal_to_noise_db:g} dB"

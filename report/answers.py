@@ -8,41 +8,69 @@ from typing import Any
 
 import numpy as np
 
+from ..core.config import Corruption
 from ..core.errors import UserError
 from ..core.kinds import Measurement
 from ..core.sealed import printable
-from ..core.stats import Interval, calibration_error, mean_of_shares
-from ..runtime.task import Task
+from ..core.stats import CALIBRATION_BINS, Calibration, Interval, calibration_error, mean_of_shares
+from ..runtime.task import TASKS, Surety, Task
 from .compression import Sources
 
 Numbers = dict[str, Any]
 MISTAKES = 16  # pictures
-BATCH = 4096  # images whose probabilities are in memory
 CONFUSIONS = 2000  # pairs of classes that are written down, the most frequent ones
+PIECE = 64  # images that are looked at together
 
 
-def judged(task: Task, outputs: np.ndarray, labels: np.ndarray) -> Numbers:
-    """The mean accuracy of the classes, and how far confidence is from being right; None where nothing can be said."""
-    scores = task.scores(outputs, labels)
-    classes = list(of_classes(task, scores, labels).values())
-    calibration = None
-    if np.isfinite(outputs).all():
-        calibration = calibration_error(confidence(task, outputs).ravel(), scores.ravel()).as_dict()
-    return {"balanced": mean_of_shares(classes).as_dict(), "calibration": calibration}
+def scores(measurement: Measurement, bundle: str, corruption: Corruption | None = None) -> np.ndarray:
+    """How right a bundle is about each test image [N, ...], as they are or with a fault, as its task scores them.
+
+    Raises:
+        UserError: outputs and labels that do not fit each other.
+    """
+    kept, name = measurement.worked_out, measurement.outputs_name(bundle, corruption)
+    if name not in kept:
+        outputs = measurement.outputs(bundle, corruption)
+        check_labels(measurement, outputs)
+        kept[name] = TASKS[measurement.facts.task].scores(outputs, measurement.labels)
+        kept[name].flags.writeable = False  # whoever asks next is given the same
+    return np.asarray(kept[name])
 
 
-def confidence(task: Task, outputs: np.ndarray) -> np.ndarray:
-    """How likely a network takes what it says of each image to be, 0 to 1 [N, ...], for finite outputs [N, ...]."""
-    parts = [task.likeliest(outputs[at : at + BATCH], 1)[1][:, 0] for at in range(0, len(outputs), BATCH)]
-    return np.asarray(np.minimum(np.concatenate(parts), 1.0))
+def check_labels(measurement: Measurement, outputs: np.ndarray) -> None:
+    """Refuse outputs that are none of the measurement's task, or that its labels do not fit. Raises UserError."""
+    if (wanted := TASKS[measurement.facts.task].mislabeled(measurement.labels, outputs)) is not None:
+        raise UserError(f"{measurement.path} has labels beyond its outputs: wanted {wanted}; measure again")
 
 
-def of_classes(task: Task, scores: np.ndarray, labels: np.ndarray) -> dict[int, Interval]:
-    """The task's figure of the images of each class that has any, by class."""
-    order = np.argsort(labels, kind="stable")
-    known, starts = np.unique(labels[order], return_index=True)
-    parts = np.split(scores[order], starts[1:])
-    return {int(label): Interval(*task.summary(part)) for label, part in zip(known, parts, strict=True)}
+def is_finite(outputs: np.ndarray) -> bool:
+    """Whether all numbers of outputs [N, ...] are, however many they are."""
+    return all(np.isfinite(outputs[at : at + PIECE]).all() for at in range(0, len(outputs), PIECE))
+
+
+def judged(task: Task, outputs: np.ndarray, labels: np.ndarray, found: np.ndarray | None = None) -> Numbers:
+    """The mean accuracy of the classes, and how far confidence is from being right; None where nothing can be said.
+
+    Args:
+        found: the scores of these outputs, where they are known already.
+    """
+    found = task.scores(outputs, labels) if found is None else found
+    classes = task.of_classes(task.by_class(found, labels)).values()
+    # Of a figure that is a mean over the classes itself, its own interval.
+    balanced = Interval(*task.summary(found)) if task.dense else mean_of_shares([Interval(*each) for each in classes])
+    surety = task.surety(outputs, labels, CALIBRATION_BINS) if is_finite(outputs) else None
+    calibration = None if surety is None else calibration_of(surety).as_dict()
+    return {"balanced": balanced.as_dict(), "calibration": calibration}
+
+
+def calibration_of(surety: Surety) -> Calibration:
+    """The calibration error of what a network says."""
+    return calibration_error(surety.confidence, surety.right, weight=weight_of(surety))
+
+
+def weight_of(surety: Surety) -> np.ndarray | None:
+    """How many answers each confidence is of, where an image has several."""
+    return surety.weight if surety.confidence.ndim > 1 else None
 
 
 def answers(task: Task, measurement: Measurement, bundle: str, float32: str | None, sources: Sources) -> Numbers:
@@ -53,66 +81,86 @@ def answers(task: Task, measurement: Measurement, bundle: str, float32: str | No
     """
     labels, outputs = measurement.labels, measurement.outputs(bundle)
     names = _names(measurement, labels, outputs, sources)
-    said, scores = task.decide(outputs), task.scores(outputs, labels)
-    mine = of_classes(task, scores, labels)
-    before = {} if float32 is None else of_classes(task, task.scores(measurement.outputs(float32), labels), labels)
-    learned = _counts(sources, len(names))
+    before, mine = (
+        {} if each is None else task.of_classes(task.by_class(scores(measurement, each), labels))
+        for each in (float32, bundle)
+    )
+    # Of an image that shows several classes the index knows one.
+    learned = None if task.dense else _counts(sources, len(names))
+    called = task.confused(outputs, labels)
+    totals = Counter[int]()
+    for (label, _), count in called.items():
+        totals[label] += count
     classes = [
         {
             "class": names[label],
             "training_images": None if learned is None else learned[label],
             "test_images": found.n if (found := mine.get(label)) else 0,
-            "accuracy": found.as_dict() if found else None,
-            "float32": before[label].as_dict() if label in before else None,
+            "answers": totals[label],
+            "accuracy": found._asdict() if found else None,
+            "float32": before[label]._asdict() if label in before else None,
         }
         for label in range(len(names))
     ]
-    wrong = np.flatnonzero(said != labels)
-    confused = Counter(zip(labels[wrong].tolist(), said[wrong].tolist(), strict=True)).most_common()
+    wrong = {pair: count for pair, count in called.items() if pair[0] != pair[1]}
+    confused = Counter(wrong).most_common()
     return {
         "device": measurement.facts.device,
         "bundle": bundle,
         "float32": float32,
         "classes": classes,
         "confusions": [
-            {"classes": [label, other], "label": names[label], "said": names[other], "images": count}
+            {
+                "classes": [label, other],
+                "label": names[label],
+                "said": names[other],
+                task.counted: count,
+                "share": count / totals[label],  # of all answers about that class
+            }
             for (label, other), count in confused[:CONFUSIONS]
         ],
         "confusions_left_out": max(0, len(confused) - CONFUSIONS),
-        "mistakes": _mistakes(task, outputs, labels, names, sources),
+        "mistakes": _mistakes(task, outputs, scores(measurement, bundle), labels, names, sources),
     }
 
 
 def _mistakes(
-    task: Task, outputs: np.ndarray, labels: np.ndarray, names: Sequence[str], sources: Sources
+    task: Task,
+    outputs: np.ndarray,
+    found: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str],
+    sources: Sources,
 ) -> list[Numbers]:
-    """Up to 16 test images that are called something else, those first of which that is surest."""
-    if sources.dataset is None or not np.isfinite(outputs).all():
+    """Up to 16 test images that are called something else, the worst mistakes first, as the task sees them."""
+    if sources.dataset is None or not is_finite(outputs):
         return []
-    said, sure, samples = task.decide(outputs), confidence(task, outputs), sources.dataset.samples("test")
-    wrong = np.flatnonzero(said != labels)
-    worst = wrong[np.argsort(-sure[wrong], kind="stable")][:MISTAKES]
-    return [
-        {
-            "image": printable(samples[at].path.name),
-            "position": int(at),
-            "label": task.tell(labels[at], names),
-            "said": task.tell(said[at], names),
-            "confidence": float(sure[at]),
-        }
-        for at in worst
-    ]
+    samples, rows = sources.dataset.samples("test"), list[Numbers]()
+    for at in task.mistaken(outputs, found)[:MISTAKES].tolist():
+        [[said]], [[sure]] = task.likeliest(np.asarray(outputs[at : at + 1]), 1)
+        rows.append(
+            {
+                "image": printable(samples[at].path.name),
+                "position": at,
+                "label": task.tell(labels[at], names),
+                "said": task.tell(said, names),
+                # Class maps do not say how sure they are of themselves.
+                "confidence": min(1.0, float(sure)) if np.isfinite(sure) else None,
+                "score": task.summary(found[at : at + 1]).value,  # of this image alone
+            }
+        )
+    return rows
 
 
 def _names(measurement: Measurement, labels: np.ndarray, outputs: np.ndarray, sources: Sources) -> list[str]:
     """Of the classes; their numbers where the dataset is not at hand. Raises UserError."""
-    count = outputs.shape[1]
-    if labels.min() < 0 or labels.max() >= count:
-        raise UserError(f"{measurement.path} has labels beyond its {count} outputs: measure again")
+    check_labels(measurement, outputs)
+    task = TASKS[measurement.facts.task]
     if sources.dataset is None:
-        return [str(at) for at in range(count)]
+        return [str(at) for at in range(max(task.class_count(outputs), 1 + int(labels.max())))]
     names = [printable(name) for name in sources.dataset.classes]
-    if len(names) != count or len(sources.dataset.samples("test")) != len(labels):
+    wanted = task.misfit(outputs, len(sources.dataset.samples("test")), len(names))
+    if wanted is not None or int(labels.max()) >= len(names):
         raise UserError(f"{measurement.path} measured other images or classes than those of {sources.dataset.path}")
     return names
 

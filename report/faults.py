@@ -10,6 +10,7 @@ from ..core.sealed import printable
 from ..data.corrupt import CORRUPTING, SEVERITIES
 from ..runtime.task import TASKS
 from . import words
+from .answers import scores
 from .compression import Packed
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def faults(measurement: Measurement, bundles: Mapping[str, Packed]) -> Numbers |
     asked: list[Any] = list(measurement.settings.get("corruptions", ()))
     if not asked:
         return None
-    task, labels = TASKS[measurement.facts.task], measurement.labels
+    task = TASKS[measurement.facts.task]
     float32 = float32_by_bundle({name: bundle.source for name, bundle in bundles.items()})
     rows = []
     for name in bundles:
@@ -35,13 +36,13 @@ def faults(measurement: Measurement, bundles: Mapping[str, Packed]) -> Numbers |
         base = float32.get(name)
         found = {}
         for corruption in asked:
-            scores = task.scores(measurement.outputs(name, corruption), labels)
+            mine = scores(measurement, name, corruption)
             difference = None
             other = None if base in (None, name) else measurement.outputs_name(str(base), corruption)
             if base is not None and other in measurement.manifest.files:
-                change = task.change(task.scores(measurement.outputs(base, corruption), labels), scores)
+                change = task.change(scores(measurement, base, corruption), mine)
                 difference = {"value": change.difference, "low": change.low, "high": change.high, "n": change.n}
-            found[corruption] = {"accuracy": task.summary(scores)._asdict(), "difference": difference}
+            found[corruption] = {"accuracy": task.summary(mine)._asdict(), "difference": difference}
         rows.append({"name": name, "faults": found})
     severities = SEVERITIES if measurement.settings.get("corrupting") == CORRUPTING else {}
     return {"asked": {corruption: severities.get(corruption, "") for corruption in asked}, "rows": rows}

@@ -80,7 +80,7 @@ def figures(numbers: Numbers) -> dict[str, Figure]:
         if len(compared) > 1:
             found["accuracy"] = accuracy_of_each(compared, task)
         if numbers["answers"] and 1 < len(numbers["answers"]["classes"]) <= LARGEST_MATRIX:
-            found["confusion"] = confusion(numbers["answers"])
+            found["confusion"] = confusion(numbers["answers"], task.get("counted", "images"))
         for name, gain in zip(gain_names(numbers["gains"]), numbers["gains"], strict=True):
             if gain["gain_points"]:
                 found[name] = gain_by_seed(gain, task)
@@ -360,17 +360,21 @@ def accuracy_of_each(rows: Sequence[Numbers], task: Numbers) -> Figure:
     return _drawn(figure, "Accuracy of every network and bundle", "accuracy", told)
 
 
-def confusion(answers: Numbers) -> Figure:
-    """How many images of each class (a row) are called what (a column), the darker the larger the share of the row."""
+def confusion(answers: Numbers, counted: str = "images") -> Figure:
+    """How many answers about each class (a row) are what (a column), the darker the larger the share of the row.
+
+    Args:
+        counted: what its answers are, images or pixels.
+    """
     from matplotlib.patches import Rectangle
 
     names = [row["class"] for row in answers["classes"]]
     counts = [[0] * len(names) for _ in names]
     for each in answers["confusions"]:
         label, said = each["classes"]
-        counts[label][said] = each["images"]
+        counts[label][said] = each[counted]
     for at, row in enumerate(answers["classes"]):
-        counts[at][at] = row["test_images"] - sum(counts[at])
+        counts[at][at] = row.get("answers", row["test_images"]) - sum(counts[at])
     shown, inches = [shortened(name, 18) for name in names], 72 * WIDTH
     longest, cell = max(map(extent, shown)), max(15.0, min(26.0, 420 / len(names)))
     height = (cell * len(names) + longest + 50) / 72
@@ -382,18 +386,19 @@ def confusion(answers: Numbers) -> Figure:
     axes.grid(visible=False)
     told = {}
     for row, (name, line) in enumerate(zip(names, counts, strict=True)):
-        for column, images in enumerate(line):
-            if not images:
+        for column, count in enumerate(line):
+            if not count:
                 continue
             colour = PALETTE[2] if row == column else PALETTE[1]
-            share = images / sum(line)
+            share = count / sum(line)
             cell_name = f"confusion-{row}-{column}"
             axes.add_patch(
                 Rectangle((column - 0.5, row - 0.5), 1, 1, color=colour, alpha=0.15 + 0.75 * share, gid=cell_name, lw=0)
             )
-            told[cell_name] = f"'{name}' called '{names[column]}': {images:,} of {sum(line):,} images"
+            told[cell_name] = f"'{name}' called '{names[column]}': {count:,} of {sum(line):,} {counted}"
             if len(names) <= LARGEST_COUNTED:
-                told_count = str(images) if images < 10_000 else f"{images / 1000:.0f}k"
+                thousands = f"{count / 1000:.0f}k" if count < 10_000_000 else f"{count / 1e6:.0f}M"
+                told_count = str(count) if count < 10_000 else thousands
                 axes.text(column, row, told_count, ha="center", va="center", fontsize=8)
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set_ylim(len(names) - 0.5, -0.5)

@@ -35,7 +35,7 @@ from ..core.stats import Interval, holm_levels, mean_interval
 from ..data.dataset import Dataset
 from ..runtime.task import TASKS, Task
 from . import words
-from .answers import answers, judged
+from .answers import answers, judged, scores
 from .compression import Packed, Sources, advice, flips, guards, noise_by_layer
 from .decision import decision
 from .faults import faults, faults_table
@@ -45,6 +45,8 @@ from .pooled import Pooled, pool
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+TASK_FIELDS = ("name", "metric", "unit", "counted", "summary_note", "change_note")
 
 Numbers = dict[str, Any]
 Checkpoints = Mapping[str, Checkpoint]
@@ -77,7 +79,7 @@ def collect(
         "title": config.title,
         "smoke": config.smoke,
         "missing": list(config.missing),
-        "task": {name: getattr(task, name) for name in ("name", "metric", "unit", "summary_note", "change_note")},
+        "task": {name: getattr(task, name) for name in TASK_FIELDS},
         "measured_utc": max(measurement.manifest.created_utc for measurement in shown.values()),
         "chain": chain(shown.values(), checkpoints),
         "devices": told,
@@ -261,7 +263,14 @@ def network(name: str, checkpoint: Checkpoint) -> Numbers:
 
 def _torch_accuracy(checkpoint: Checkpoint) -> Numbers:
     task = TASKS[checkpoint.facts.task]
-    return task.summary(task.scores(*checkpoint.tested))._asdict()
+    outputs, labels = checkpoint.tested
+    return task.summary(_tested_scores(task, checkpoint, outputs, labels))._asdict()
+
+
+def _tested_scores(task: Task, checkpoint: Checkpoint, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    if (wanted := task.mislabeled(labels, outputs)) is not None:
+        raise UserError(f"{checkpoint.path} was tested on labels beyond its outputs: wanted {wanted}; make it again")
+    return task.scores(outputs, labels)
 
 
 def trust(pooled: Pooled) -> Numbers:
@@ -289,7 +298,9 @@ def trust(pooled: Pooled) -> Numbers:
 def bundle_rows(pooled: Pooled) -> list[Numbers]:
     rows, shown = [], pooled.shown
     task, bundles = TASKS[shown.facts.task], bundles_of(shown)
-    said = {name: judged(task, outputs, shown.labels) for name, outputs in shown.all_outputs(bundles)}
+    said = {
+        name: judged(task, outputs, shown.labels, scores(shown, name)) for name, outputs in shown.all_outputs(bundles)
+    }
     for name, bundle in bundles.items():
         result = pooled.facts.results[name]
         student = next(iter(find_ancestors(bundle.source, Checkpoint)), None)
@@ -315,6 +326,7 @@ def bundle_rows(pooled: Pooled) -> list[Numbers]:
                 "latency_over_float32": _plain(result.over_float32),
                 "end_to_end_ms": _plain(result.end_to_end_ms),
                 "prepare_ms": result.prepare_ms,
+                "whole_frame": None if result.whole_frame is None else result.whole_frame.model_dump(mode="json"),
                 "size_bytes": bundle.facts.size_bytes,
                 "start_ms": _plain(result.start_ms),
                 "import_ms": _median(result.import_ms),
@@ -362,17 +374,17 @@ def surely_faster(comparisons: Sequence[Comparison]) -> Shown:
 
 def surely_better(measurement: Measurement, names: Sequence[str]) -> Shown:
     """Whether the first of two bundles of ``names`` is shown to be more accurate, corrected for all pairs (Holm)."""
-    task, labels = TASKS[measurement.facts.task], measurement.labels
-    scores = {name: task.scores(outputs, labels) for name, outputs in measurement.all_outputs(names)}
-    pairs = list(itertools.combinations(scores, 2))
-    changes = [task.change(scores[first], scores[second]) for first, second in pairs]
+    task = TASKS[measurement.facts.task]
+    found = {name: scores(measurement, name) for name, _ in measurement.all_outputs(names)}
+    pairs = list(itertools.combinations(found, 2))
+    changes = [task.change(found[first], found[second]) for first, second in pairs]
     differ, _ = holm_levels([change.p_value for change in changes])
-    found = {
+    better = {
         pair[::-1] if change.difference > 0 else pair
         for pair, change, shown in zip(pairs, changes, differ, strict=True)
         if shown
     }
-    return lambda first, second: (first, second) in found
+    return lambda first, second: (first, second) in better
 
 
 def pareto_front(rows: Sequence[Numbers], faster: Shown, better: Shown) -> list[list[str]]:
@@ -410,9 +422,9 @@ def accuracy_hops(measurement: Measurement, checkpoints: Checkpoints, graphs: Ma
     tested on fewer images.
     """
     task, bundles, labels = TASKS[measurement.facts.task], bundles_of(measurement), measurement.labels
-    scores = {name: task.scores(outputs, labels) for name, outputs in measurement.all_outputs(bundles)}
+    found = {name: scores(measurement, name) for name, _ in measurement.all_outputs(bundles)}
     chains: dict[tuple[str, str | None], list[str]] = {}
-    for name in sorted(scores, key=lambda name: bundles[name].facts.precision != "float32"):
+    for name in sorted(found, key=lambda name: bundles[name].facts.precision != "float32"):
         chains.setdefault((bundles[name].facts.target, bundles[name].student_key), []).append(name)
     hops = []
     for (target, key), names in chains.items():
@@ -425,9 +437,9 @@ def accuracy_hops(measurement: Measurement, checkpoints: Checkpoints, graphs: Ma
             steps += _graph_steps(task, graph, torch_scores, labels)
         for name in names:
             base, facts = float32_of(name, bundles), bundles[name].facts
-            before = scores[base] if base in scores and base != name else torch_scores
-            step = _step(task, facts.variant, before, scores[name], facts.parity, facts.against_float32)
-            steps.append({**step, "bundle": name, "variant": base in scores and base != name})
+            before = found[base] if base in found and base != name else torch_scores
+            step = _step(task, facts.variant, before, found[name], facts.parity, facts.against_float32)
+            steps.append({**step, "bundle": name, "variant": base in found and base != name})
         ran = _where_run(measurement, names[0], bundles[names[0]])
         hops.append({"target": target, "student": key or "", "ran": ran, "steps": steps})
     return hops
@@ -449,11 +461,13 @@ def _graph_steps(task: Task, graph: Graph, torch_scores: np.ndarray, labels: np.
 
 def _torch_scores(task: Task, student: Checkpoint, labels: np.ndarray) -> np.ndarray:
     outputs, tested = student.tested
-    if not np.array_equal(tested, labels):
+    # Labels of every pixel come in the size of a network's input: in another size their images are known by number.
+    comparable = tested.shape == labels.shape or not task.dense or tested.ndim != labels.ndim
+    if len(tested) != len(labels) or (comparable and not np.array_equal(tested, labels)):
         raise UserError(
             f"{student.path} was tested on other images than the bundles: give the measurement's own student"
         )
-    return task.scores(outputs, labels)
+    return _tested_scores(task, student, outputs, labels)
 
 
 def _where_run(measurement: Measurement, name: str, bundle: Packed) -> str:
@@ -687,6 +701,7 @@ def device_lines(device: Numbers) -> Iterator[str]:
     for hop in device["hops"]:
         yield from words.hop_lines(hop)
     yield from words.host_lines(device["bundles"])
+    yield from words.frame_lines(device)
     for advised in device["advice"]:
         yield words.advice_sentence(advised)
     yield words.trust_sentence(device["trust"])

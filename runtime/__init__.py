@@ -38,7 +38,10 @@ class Session(Protocol):
         """uint8 [N, H, W, 3] in RGB to the model's own input (layout, dtype, scale) as the runtime holds it."""
 
     def infer(self, prepared: Any) -> np.ndarray:
-        """The model's own input to float32 logits [N, K], which stand until the next call."""
+        """The model's own input to its outputs, which stand until the next call.
+
+        Float32 logits [N, K, ...], or where the graph decides of every pixel its class, uint8 [N, H, W].
+        """
 
     def random(self, generator: np.random.Generator) -> Any:
         """What ``infer`` takes, of every input's own shape and type, at random. Raises ValueError for open ones."""
@@ -98,7 +101,7 @@ def open_session(folder: Path, facts: dict[str, Any], threads: int = 1, stand_in
 
 
 def predict(session: Session, images: np.ndarray, batch: int = 64) -> np.ndarray:
-    """Float32 logits [N, K] for uint8 images [N, H, W, 3], in batches where the model takes them."""
+    """Outputs [N, ...], as ``infer`` has them, for uint8 images [N, H, W, 3], in batches where the model takes them."""
     step = batch if session.batched else 1
     return np.concatenate(
         [np.array(session.infer(session.prepare(images[at : at + step]))) for at in range(0, len(images), step)]

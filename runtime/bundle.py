@@ -9,12 +9,16 @@ import numpy as np
 
 from . import RUNTIMES, open_session, predict, sealed
 from .layout import sides
+from .preprocess import RESIZES
 from .weights import refuse_files_elsewhere
 
-GOLDEN = "golden.npz"  # ``images`` uint8 [N, H, W, 3] and the ``logits`` that they gave where the bundle was packed
+# ``images`` uint8 [N, H, W, 3] and the ``logits`` (or classes) that they gave where the bundle was packed; of outputs
+# that have places perhaps every second or third of them, as ``golden_step`` says.
+GOLDEN = "golden.npz"
+LARGEST_STEP = 64
 LARGEST_SIDE = 8192  # pixels
-# Largest difference of a golden output, over the spread of the logits. INT8 kernels differ between
-# instruction sets by a few steps of 1/256 of the range.
+# Largest difference of a golden output, over the spread of the logits; of classes the share of an image's pixels that
+# change. INT8 kernels differ between instruction sets by a few steps of 1/256 of the range.
 TOLERANCES = {"float32": 1e-3, "float16": 0.01, "bf16": 0.05, "int8": 0.05}
 # What opening a model reads of its facts, and of what type.
 WANTED: dict[str, Any] = {
@@ -54,7 +58,8 @@ def read_facts(folder: Path, *, hashed: bool = True) -> dict[str, Any]:
     if facts["precision"] not in TOLERANCES:
         raise BundleError(f"unknown precision '{facts['precision']}', wanted {', '.join(TOLERANCES)}")
     given = facts["input"]
-    if not _is_size(given.get("size")) or given["layout"] not in ("NCHW", "NHWC") or given["dtype"] != "float32":
+    known = given["layout"] in ("NCHW", "NHWC") and given["dtype"] == "float32"
+    if not _is_size(given.get("size")) or not known or given.get("resize", "cover") not in RESIZES:
         raise BundleError(f"no input is like that: {sealed.printable(repr(given), 200)}")
     if facts["entry"] not in manifest["files"]:
         raise BundleError(f"bundle {folder} has no file '{facts['entry']}' to open")
@@ -81,20 +86,47 @@ def check_facts(facts: Any, wanted: dict[str, Any], where: str) -> None:
 
 
 def read_golden(folder: Path, facts: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """The golden images uint8 [N, H, W, 3] and the outputs float32 [N, ...] that they gave. Raises BundleError."""
+    """The golden images uint8 [N, H, W, 3] and what is kept of the outputs [N, ...] that they gave.
+
+    Raises BundleError.
+    """
     try:
-        golden = sealed.load_arrays(folder / GOLDEN, {"images": ("u", 4), "logits": ("f", 2)})
+        golden = sealed.load_arrays(folder / GOLDEN, {"images": ("u", 4), "logits": ("fu", 2)})
     except sealed.Unsound as error:
         raise BundleError(str(error)) from None
     images, outputs = golden["images"], golden["logits"]
     (height, width), count = sides(facts["input"]), facts.get("golden_images")
     whole = images.shape == (count, height, width, 3) and len(outputs) == count
-    if not whole or images.dtype != np.uint8 or outputs.dtype != np.float32:
+    kinds = (np.float32, np.uint8) if outputs.ndim == 3 else (np.float32,)
+    if not whole or images.dtype != np.uint8 or outputs.dtype not in kinds:
         raise BundleError(
             f"golden images of shape {images.shape} with outputs of shape {outputs.shape} are not the {count} "
             f"of {height}x{width} pixels that the manifest promises"
         )
     return images, outputs
+
+
+def apart(expected: np.ndarray, actual: np.ndarray) -> np.ndarray:
+    """How far outputs of the same images are apart [N], float64.
+
+    Of logits [N, ...] the largest difference, beyond all where one is not finite; of classes of places, unsigned
+    integers [N, ...], the share of places that are of another.
+    """
+    if expected.dtype.kind == "u":
+        different = expected != actual
+        return np.asarray(different.reshape(len(different), -1).mean(1))
+    difference = np.where(np.isfinite(actual), np.abs(expected - actual), np.finfo(np.float32).max)
+    return np.asarray(difference.reshape(len(difference), -1).max(1), np.float64)
+
+
+def spread(outputs: np.ndarray) -> float:
+    """The scale of what ``apart`` gives of outputs [N, ...]: shares are what they are."""
+    return 1.0 if outputs.dtype.kind == "u" else float(outputs.std(dtype=np.float64))
+
+
+def thinned(outputs: np.ndarray, step: int) -> np.ndarray:
+    """Every so manieth place of outputs [N, ..., h, w], in both directions; of outputs without places all."""
+    return outputs if outputs.ndim < 3 else outputs[..., ::step, ::step]
 
 
 def replay_golden(folder: Path, facts: dict[str, Any], threads: int = 1, stand_in: bool = False) -> dict[str, Any]:
@@ -108,16 +140,21 @@ def replay_golden(folder: Path, facts: dict[str, Any], threads: int = 1, stand_i
             than the precision's own.
     """
     images, expected = read_golden(folder, facts)
-    spread = float(expected.std(dtype=np.float64))
-    tolerance, widest = facts.get("golden_tolerance"), TOLERANCES[facts["precision"]] * spread
+    tolerance, widest = facts.get("golden_tolerance"), TOLERANCES[facts["precision"]] * spread(expected)
     # The narrowest comparison that a stranger cannot widen: "not <=" is also true of what is no number.
     if not isinstance(tolerance, (int, float)) or not 0 < tolerance <= widest * (1 + 1e-5):
         raise BundleError(f"a tolerance of {tolerance} for {facts['precision']}: wanted at most {widest:.3g}")
+    step = facts.get("golden_step", 1)
+    if type(step) is not int or not 1 <= step <= LARGEST_STEP:
+        raise BundleError(f"a golden step of {sealed.printable(repr(step), 80)}: wanted 1 to {LARGEST_STEP}")
     session = open_session(folder, facts, threads, stand_in)
-    actual = predict(session, images)
-    if actual.shape != expected.shape:
-        raise BundleError(f"golden outputs are of shape {expected.shape}, the model gives {actual.shape}")
-    difference = float(np.abs(actual - expected).max())
+    actual = thinned(predict(session, images), step)
+    if actual.shape != expected.shape or actual.dtype.kind != expected.dtype.kind:
+        raise BundleError(
+            f"golden outputs are {expected.dtype} of shape {expected.shape}, the model gives {actual.dtype} "
+            f"{actual.shape}"
+        )
+    difference = float(apart(expected, actual).max())
     if not difference <= tolerance:
         raise BundleError(f"golden outputs are off by {difference:.3g}, tolerance {tolerance:.3g}")
     return {

@@ -1,4 +1,4 @@
-"""From raw uint8 images to the array a graph takes."""
+"""From raw uint8 images to the array a graph takes, and from the array it gives to outputs."""
 
 from __future__ import annotations
 
@@ -23,3 +23,12 @@ def to_input(images: np.ndarray, spec: Mapping[str, Any]) -> np.ndarray:
     if spec.get("normalised"):
         values = (values / np.float32(255) - np.float32(spec["mean"])) / np.float32(spec["std"])
     return np.ascontiguousarray(values.transpose(0, 3, 1, 2)) if spec["layout"] == "NCHW" else values
+
+
+def as_outputs(values: np.ndarray) -> np.ndarray:
+    """What a graph gives as float32; of every pixel a class, integers [N, H, W], as unsigned ones where they can be."""
+    if values.ndim != 3 or values.dtype.kind not in "iu":
+        return np.asarray(values, dtype=np.float32)
+    if values.dtype.kind == "u" or values.min(initial=0) < 0:
+        return values
+    return values.astype(np.min_scalar_type(int(values.max(initial=0))))

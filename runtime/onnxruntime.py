@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .layout import to_input
+from .layout import as_outputs, to_input
 from .strange import random_values
 
 # From 1.29 on its builds for Linux tell Microsoft of every model that is opened, and keep a file of their own for it in
@@ -60,7 +60,7 @@ class OnnxRuntimeSession:
         return to_input(images, self._spec)
 
     def infer(self, prepared: Any) -> np.ndarray:
-        return np.asarray(self._session.run(None, self._fed(prepared))[0])
+        return as_outputs(np.asarray(self._session.run(None, self._fed(prepared))[0]))
 
     def random(self, generator: np.random.Generator) -> dict[str, np.ndarray]:
         return {

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .layout import to_input
+from .layout import as_outputs, to_input
 from .strange import random_values
 
 LAYERS = ("Convolution", "FullyConnected", "MatMul", "Deconvolution")
@@ -62,11 +62,11 @@ class OpenVinoSession:
         if isinstance(prepared, list):
             for at, tensor in enumerate(prepared):
                 self._one.set_input_tensor(at, tensor)
-            return np.asarray(self._one.infer(share_outputs=True).to_tuple()[0], dtype=np.float32)
+            return as_outputs(self._one.infer(share_outputs=True).to_tuple()[0])
         request = self._one if prepared.size == self._size_of_one else self._any_batch()
         request.set_input_tensor(prepared)
         # Shared: else every output is copied into an array of its own.
-        return np.asarray(request.infer(share_outputs=True).to_tuple()[0], dtype=np.float32)
+        return as_outputs(request.infer(share_outputs=True).to_tuple()[0])
 
     def random(self, generator: np.random.Generator) -> list[Any]:
         found = []

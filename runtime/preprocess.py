@@ -2,7 +2,9 @@
 and the device share.
 
 Resize with Pillow's filter (antialiased, on uint8) until the image covers ``round(height / crop_fraction)`` by
-``round(width / crop_fraction)``, then crop the centre. Normalisation is not here: it is inside every exported graph.
+``round(width / crop_fraction)``, is stretched to it, or fits into it (``resize``: cover, stretch, letterbox); then take
+the centre, grey where there is no image. A mask goes the same way, by nearest neighbour. Normalisation is not here: it
+is inside every exported graph.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import contextlib
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -94,19 +96,72 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.round(values.clip(0, 1) * 255).astype(np.uint8)).convert("RGB")
 
 
+RESIZES = ("cover", "stretch", "letterbox")
+GREY = 114  # of 255: what letterbox puts around an image, near the mean colour of photographs
+
+
+class Placement(NamedTuple):
+    """Where an image lies that an input is cut from, in pixels of the input."""
+
+    width: int  # of the whole image, resized
+    height: int
+    left: int  # of the input within it; negative where the input begins before the image
+    top: int
+
+
+def placement(size: tuple[int, int], spec: Mapping[str, Any]) -> Placement:
+    """Where an image of ``size`` (width, height) lies for an InputSpec as ``fit`` takes it."""
+    height, width = sides(spec)
+    whole = round(width / spec["crop_fraction"]), round(height / spec["crop_fraction"])
+    resize = spec.get("resize", "cover")
+    if resize == "stretch":
+        target = whole
+    else:
+        scales = [wanted / found for wanted, found in zip(whole, size)]
+        scale = max(scales) if resize == "cover" else min(scales)
+        bound = max if resize == "cover" else min
+        target = bound(whole[0], max(1, round(size[0] * scale))), bound(whole[1], max(1, round(size[1] * scale)))
+    return Placement(*target, (target[0] - width) // 2, (target[1] - height) // 2)
+
+
 def fit(image: Image.Image, spec: Mapping[str, Any]) -> np.ndarray:
     """An RGB image to uint8 [height, width, 3].
 
     Args:
-        spec: an InputSpec as a mapping: size, crop_fraction, interpolation.
+        spec: an InputSpec as a mapping: size, crop_fraction, interpolation, and resize unless it is cover.
     """
     from PIL import Image
 
-    height, width = sides(spec)
-    covered = round(width / spec["crop_fraction"]), round(height / spec["crop_fraction"])
-    scale = max(covered[0] / image.width, covered[1] / image.height)
-    target = max(covered[0], round(image.width * scale)), max(covered[1], round(image.height * scale))
-    if target != image.size:
-        image = image.resize(target, Image.Resampling[spec["interpolation"].upper()])
-    left, top = (target[0] - width) // 2, (target[1] - height) // 2
-    return np.asarray(image.crop((left, top, left + width, top + height)), dtype=np.uint8)
+    (height, width), place = sides(spec), placement(image.size, spec)
+    if (place.width, place.height) != image.size:
+        image = image.resize((place.width, place.height), Image.Resampling[spec["interpolation"].upper()])
+    if place.left < 0 or place.top < 0:
+        shown = Image.new("RGB", (width, height), (GREY, GREY, GREY))
+        shown.paste(image, (-place.left, -place.top))
+        return np.asarray(shown, dtype=np.uint8)
+    box = (place.left, place.top, place.left + width, place.top + height)
+    return np.asarray(image.crop(box), dtype=np.uint8)
+
+
+def fit_mask(mask: np.ndarray, spec: Mapping[str, Any]) -> np.ndarray:
+    """A mask [H, W] of an image as ``fit`` shows it, [height, width] of the same integers, by nearest neighbour.
+
+    Where there is no image, the largest of unsigned integers, -1 of others.
+    """
+    (height, width), place = sides(spec), placement((mask.shape[1], mask.shape[0]), spec)
+    rows = nearest(mask.shape[0], place.height)
+    columns = nearest(mask.shape[1], place.width)
+    top, left = max(0, -place.top), max(0, -place.left)
+    rows = rows[max(0, place.top) :][: height - top]
+    columns = columns[max(0, place.left) :][: width - left]
+    shown = np.full((height, width), -1).astype(mask.dtype)
+    shown[top : top + len(rows), left : left + len(columns)] = mask[np.ix_(rows, columns)]
+    return shown
+
+
+def nearest(found: int, wanted: int) -> np.ndarray:
+    """Which of so many pixels in a row is nearest to the middle of each of so many others, int64 [wanted].
+
+    As Pillow's filters lie: the outer edges of both rows are the same.
+    """
+    return (2 * np.arange(wanted) + 1) * found // (2 * wanted)

@@ -228,11 +228,12 @@ class TensorRtSession:
         self._stream = self._checked(cuda.cudaStreamCreate())
         height, width = sides(self._spec)
         self._context.set_input_shape(self._input, (1, 3, height, width))
-        self._logits = np.empty(tuple(self._context.get_tensor_shape(self._output)), np.float32)
+        kind = tensorrt.nptype(self._engine.get_tensor_dtype(self._output))  # float32; of classes uint8, never run here
+        self._outputs = np.empty(tuple(self._context.get_tensor_shape(self._output)), kind)
         self._device_image = self._checked(cuda.cudaMalloc(4 * 3 * height * width))
-        self._device_logits = self._checked(cuda.cudaMalloc(self._logits.nbytes))
+        self._device_outputs = self._checked(cuda.cudaMalloc(self._outputs.nbytes))
         self._context.set_tensor_address(self._input, self._device_image)
-        self._context.set_tensor_address(self._output, self._device_logits)
+        self._context.set_tensor_address(self._output, self._device_outputs)
 
     def _checked(self, answer: tuple[Any, ...]) -> Any:
         return checked(self._cuda, answer)
@@ -245,10 +246,10 @@ class TensorRtSession:
         to_device = (prepared.ctypes.data, prepared.nbytes, kinds.cudaMemcpyHostToDevice)
         self._checked(copy(self._device_image, *to_device, self._stream))
         self._context.execute_async_v3(self._stream)
-        to_host = (self._device_logits, self._logits.nbytes, kinds.cudaMemcpyDeviceToHost)
-        self._checked(copy(self._logits.ctypes.data, *to_host, self._stream))
+        to_host = (self._device_outputs, self._outputs.nbytes, kinds.cudaMemcpyDeviceToHost)
+        self._checked(copy(self._outputs.ctypes.data, *to_host, self._stream))
         self._checked(self._cuda.cudaStreamSynchronize(self._stream))
-        return self._logits
+        return self._outputs
 
     def random(self, generator: np.random.Generator) -> np.ndarray:
         shape = tuple(self._context.get_tensor_shape(self._input))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .installed import installed
-from .layout import to_input
+from .layout import as_outputs, to_input
 from .strange import random_values
 
 LAYERS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV", "BATCH_MATMUL")
@@ -59,9 +59,9 @@ class TfliteSession:
             self._interpreter.set_tensor(each["index"], values)
         self._interpreter.invoke()
         values = np.asarray(self._interpreter.get_tensor(self._output["index"]))
-        if np.issubdtype(values.dtype, np.floating):
-            return values
         scale, zero_point = self._output["quantization"]
+        if np.issubdtype(values.dtype, np.floating) or scale == 0:  # logits, or classes that stand for themselves
+            return as_outputs(values)
         return np.asarray((values.astype(np.float32) - zero_point) * scale, dtype=np.float32)
 
     def executed(self, prepared: Any) -> dict[str, int] | None:
@@ -79,7 +79,7 @@ class TfliteSession:
         return list(listed()) if listed is not None else []
 
     def describe(self) -> dict[str, Any]:
-        quantised = not np.issubdtype(self._output["dtype"], np.floating)
+        quantised = not np.issubdtype(self._output["dtype"], np.floating) and self._output["quantization"][0] != 0
         return {
             "runtime": self._distribution,
             "version": importlib.metadata.version(self._distribution),

@@ -25,10 +25,10 @@ from kdpipe.core.config import ReportConfig, TrainConfig
 from kdpipe.core.errors import UserError
 from kdpipe.core.inputs import InputSpec
 from kdpipe.core.kinds import Checkpoint, CheckpointFacts
-from kdpipe.core.stats import lost_or_won, no_worse
+from kdpipe.core.stats import CALIBRATION_BINS, lost_or_won, no_worse
 from kdpipe.networks.models import multiply_accumulates
 from kdpipe.report import plots, words
-from kdpipe.report.answers import MISTAKES, answers, confidence, judged, of_classes
+from kdpipe.report.answers import MISTAKES, answers, judged
 from kdpipe.report.compression import Sources, advice
 from kdpipe.report.decision import decision
 from kdpipe.report.page import render
@@ -257,7 +257,7 @@ def test_the_worst_mistakes_are_those_it_is_surest_of(made: Made) -> None:
     found = answers(TASK, made.measurement, "tflite-int8", None, Sources(dataset=made.dataset))["mistakes"]
     wrong = np.flatnonzero(TASK.decide(outputs) != labels)
     assert 0 < len(found) == min(len(wrong), MISTAKES)
-    sure = confidence(TASK, outputs)
+    sure = TASK.surety(outputs, labels, CALIBRATION_BINS).confidence
     assert [each["confidence"] for each in found] == pytest.approx(sorted(sure[wrong], reverse=True)[: len(found)])
     for each in found:
         at = each["position"]
@@ -273,7 +273,7 @@ def test_answers_of_other_images_are_refused(made: Made, monkeypatch: pytest.Mon
     measurement, sources = made.measurement, Sources(dataset=made.dataset)
     outputs = np.array(measurement.outputs("tflite-int8"))
     monkeypatch.setattr(type(measurement), "outputs", lambda self, name: outputs[:, :9])
-    with pytest.raises(UserError, match="labels beyond its 9 outputs"):
+    with pytest.raises(UserError, match="labels beyond its outputs: wanted one class of 0 to 8"):
         answers(TASK, measurement, "tflite-int8", None, sources)
     monkeypatch.setattr(type(measurement), "outputs", lambda self, name: np.c_[outputs, outputs[:, :1]])
     with pytest.raises(UserError, match="measured other images or classes than those of"):
@@ -282,7 +282,7 @@ def test_answers_of_other_images_are_refused(made: Made, monkeypatch: pytest.Mon
 
 def test_classes_without_images_and_outputs_without_a_value() -> None:
     outputs, labels = np.eye(4)[[0, 1, 1, 3]] * 5, np.array([0, 1, 3, 3])
-    assert set(of_classes(TASK, TASK.scores(outputs, labels), labels)) == {0, 1, 3}
+    assert set(TASK.of_classes(TASK.by_class(TASK.scores(outputs, labels), labels))) == {0, 1, 3}
     assert judged(TASK, outputs, labels)["balanced"]["value"] == pytest.approx((1 + 1 + 0.5) / 3)
     outputs[2, 0] = np.nan
     found = judged(TASK, outputs, labels)

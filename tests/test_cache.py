@@ -47,12 +47,12 @@ from kdpipe.distill.cache import (
     record_type,
     verify,
 )
-from kdpipe.distill.methods import METHODS
+from kdpipe.distill.methods import METHODS, FeatureMethod
 from kdpipe.distill.teacher import Teacher
 from kdpipe.distill.train import cache_config
 
 AUGMENT = {"crop": "pad", "flip": 0, "auto_augment": "rand-m5-mstd0.5"}
-FROM_LOGITS = [name for name in METHODS if METHODS[name].needs_teacher and not METHODS[name].looks_at_maps]
+FROM_LOGITS = [name for name in METHODS if METHODS[name].needs_teacher and not issubclass(METHODS[name], FeatureMethod)]
 
 
 @pytest.fixture(scope="module")

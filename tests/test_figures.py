@@ -14,8 +14,9 @@ from conftest import Made, replace_file, rewrite_manifest
 
 from kdpipe.core.errors import UserError
 from kdpipe.core.kinds import Measurement, Samples
-from kdpipe.core.stats import calibration_interval, worst_share
-from kdpipe.deploy.figures import LATENCIES, NAMES, figures
+from kdpipe.core.stats import calibration_interval
+from kdpipe.deploy.figures import LATENCIES, NAMES, figures, worst_of
+from kdpipe.runtime.task import TASKS
 
 
 def changed(made: Made, folder: Path, **arrays: np.ndarray) -> Measurement:
@@ -73,7 +74,7 @@ def test_a_class_without_test_images_is_not_known(made: Made, tmp_path: Path) ->
 def test_labels_that_are_no_class_are_one_line(made: Made, tmp_path: Path, label: int) -> None:
     labels = made.measurement.labels.copy()
     labels[0] = label
-    with pytest.raises(UserError, match="labels beyond its 10 outputs"):
+    with pytest.raises(UserError, match="labels beyond its outputs: wanted one class of 0 to 9"):
         figures(changed(made, tmp_path / "m", labels=labels), "onnxruntime-int8")
 
 
@@ -165,7 +166,8 @@ def test_the_interval_of_the_worst_class_holds_the_truth(shares: tuple[float, ..
     groups = np.repeat(np.arange(len(shares)), 60)
 
     def trial(generator: np.random.Generator) -> tuple[float | None, float | None]:
-        found = worst_share(generator.random(len(groups)) < np.asarray(shares)[groups], groups)[1]
+        right = generator.random(len(groups)) < np.asarray(shares)[groups]
+        found = worst_of(TASKS["classification"], TASKS["classification"].by_class(right, groups))[1]
         return found.low, found.high
 
     assert covered(min(shares), trial, 200) >= 184  # of a correct 95 % procedure: 98 times of 100
@@ -184,7 +186,5 @@ def test_the_interval_of_the_calibration_error_holds_the_truth(gap: float) -> No
 
 
 def test_ties_of_the_worst_class_go_to_the_one_with_most_images() -> None:
-    label, found = worst_share(np.array([0, 0, 0, 1, 1]), np.array([4, 4, 2, 9, 9]))
+    label, found = worst_of(TASKS["classification"], np.array([[4, 0], [4, 0], [2, 0], [9, 1], [9, 1]]))
     assert (label, found.value, found.n) == (4, 0.0, 2)
-    with pytest.raises(ValueError, match="equally long"):
-        worst_share(np.zeros(0), np.zeros(0, int))

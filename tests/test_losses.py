@@ -40,6 +40,7 @@ LOGIT_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 # Every loss of features [B, C, H, W].
 FEATURE_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "hint": losses.hint,
+    "cwd": lambda s, t: losses.cwd(s, t, 4),
     "attention": lambda s, t: losses.attention([s], [t]),
     "rkd": lambda s, t: losses.rkd(s.flatten(1), t.flatten(1)),
 }
@@ -139,6 +140,11 @@ def test_standardised_kd_golden() -> None:
 
 def test_hint_golden() -> None:
     assert losses.hint(STUDENT_MAP, TEACHER_MAP).item() == pytest.approx(1.2078112666, abs=1e-6)
+
+
+@pytest.mark.parametrize(("temperature", "expected"), [(1, 0.0896353105), (4, 0.0911959829)])
+def test_channel_wise_golden(temperature: float, expected: float) -> None:
+    assert losses.cwd(STUDENT_MAP, TEACHER_MAP, temperature).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_attention_golden() -> None:
@@ -616,6 +622,37 @@ def test_attention_is_the_sum_over_pairs() -> None:
     students, teachers = [STUDENT_MAP, normal(2, 3, 4, 4)], [TEACHER_MAP, normal(2, 5, 4, 4, seed=1)]
     each = [losses.attention([s], [t]) for s, t in zip(students, teachers, strict=True)]
     close(losses.attention(students, teachers), sum(each, torch.zeros(())))
+
+
+def test_cwd_ignores_shifts_of_a_channel_and_vanishes_at_the_teacher_only() -> None:
+    student, teacher = normal(2, 3, 4, 5), normal(2, 3, 4, 5, seed=1)
+    shifted = student + normal(2, 3, 1, 1, seed=2)
+    close(losses.cwd(shifted, teacher, 2), losses.cwd(student, teacher, 2))
+    close(losses.cwd(teacher + normal(2, 3, 1, 1, seed=2), teacher, 2), 0.0, 1e-6)
+    assert losses.cwd(student, teacher, 2) > 0.01
+
+
+def test_cwd_is_finite_and_right_where_probabilities_underflow() -> None:
+    """The logarithm of a softmax would be minus infinity there."""
+    student, teacher = torch.zeros(1, 1, 1, 2), torch.tensor([[[[0.0, 200.0]]]])
+    close(losses.cwd(student, teacher, 1), math.log(2))
+    close(losses.cwd(teacher, student, 1), 100 - math.log(2), 1e-4)
+
+
+def test_cwd_is_a_mean_over_images_and_channels() -> None:
+    student, teacher = normal(2, 3, 4, 5), normal(2, 3, 4, 5, seed=1)
+    twice = losses.cwd(torch.cat([student, student]), torch.cat([teacher, teacher]), 3)
+    close(twice, losses.cwd(student, teacher, 3))
+    close(losses.cwd(student.repeat(1, 2, 1, 1), teacher.repeat(1, 2, 1, 1), 3), losses.cwd(student, teacher, 3))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [(normal(2, 3, 4, 5), normal(2, 4, 4, 5)), (normal(2, 3), normal(2, 3)), (normal(2, 3, 1, 1), normal(2, 3, 1, 1))],
+)
+def test_cwd_refuses(student: Tensor, teacher: Tensor) -> None:
+    with pytest.raises(ValueError, match="wanted maps"):
+        losses.cwd(student, teacher, 1)
 
 
 def test_attention_of_a_map_of_zeros() -> None:

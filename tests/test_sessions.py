@@ -374,7 +374,7 @@ def test_what_another_machine_calls_something_else_is_kept_by_name(made: Made) -
     there[3] = np.roll(here[3], 1)
     there[5] = np.where(np.arange(10) == labels[5], 99.0, here[5])
     here[5] = np.where(np.arange(10) == labels[5], -99.0, here[5])
-    found, rows = accuracy.against_host(bundle, made.dataset, there, accuracy.HostOutputs("onnxruntime", here))
+    found, rows = accuracy.against_host(bundle, made.dataset, labels, there, accuracy.HostOutputs("onnxruntime", here))
     differing = np.flatnonzero(here.argmax(1) != there.argmax(1))
     assert [row.position for row in rows] == differing.tolist() and {3, 5} <= set(differing)
     samples = made.dataset.samples("test")

@@ -167,11 +167,11 @@ def test_a_file_that_differs_is_refused(made: Made, tmp_path: Path, monkeypatch:
     """A target whose file really computes something else: one weight moved."""
 
     class Broken(TARGETS["onnxruntime"]):  # type: ignore[misc]
-        def write(self, source, spec, images, folder):
+        def write(self, source, spec, images, output, folder):
             import onnx
             from onnx import numpy_helper
 
-            written = super().write(source, spec, images, folder)
+            written = super().write(source, spec, images, output, folder)
             model = onnx.load(folder / self.entry)
             weight = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
             moved = numpy_helper.to_array(weight).copy()
@@ -211,7 +211,7 @@ def test_a_new_target_is_one_class_a_room(made: Made, tmp_path: Path, monkeypatc
         stand_in = None
         not_built_here = False
 
-        def write(self, source, spec, images, folder):
+        def write(self, source, spec, images, output, folder):
             logits = torch_logits(made, images)
             np.savez(folder / self.entry, images=images, logits=logits)
             return Written(logits, {"lookup": 1})
