@@ -764,6 +764,13 @@ def test_images_without_masks(street: Path, tmp_path: Path) -> None:
     assert view.image.shape == (3, 16, 24) and (view.label == UNLABELED).all() and view.label.shape == (16, 24)
 
 
+def test_masks_are_no_images_without_labels(street: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has images and masks, which would be taken for images: wanted its folder"):
+        prepared(street, tmp_path / "artifacts", unlabeled=street / "val")
+    dataset, _ = prepared(street, tmp_path / "artifacts", unlabeled=filled(tmp_path / "more") / "train/images")
+    assert dataset.facts.images["unlabeled"] == 6
+
+
 # ---- what is kept ------------------------------------------------------------------------------------------------
 
 
