@@ -29,14 +29,15 @@ layers: install
 	$(BIN)/lint-imports --no-cache
 
 # What trains runs in a process of its own, as far as it can from the converters' and runtimes' native libraries; what
-# both of them train is made once.
+# both of them train is made once. The others wait much, for processes and devices: two files of them side by side.
+TWO := --numprocesses=2 --dist=loadfile
 TRAIN := $(patsubst %,tests/test_%.py,cache cifar_networks data losses methods pixels ranks resume segmenters together trackers training unlabeled)
 unit: install
 ifdef TESTS
 	$(BIN)/pytest -m "not lab" $(TESTS)
 else
 	@made=$$(mktemp -d) && trap 'rm -rf "$$made"' EXIT && export KDPIPE_TEST_ARTIFACTS="$$made/artifacts" && \
-	  $(BIN)/pytest -m "not lab" $(TRAIN) && $(BIN)/pytest -m "not lab" $(addprefix --ignore=,$(TRAIN))
+	  $(BIN)/pytest -m "not lab" $(TRAIN) && $(BIN)/pytest -m "not lab" $(TWO) $(addprefix --ignore=,$(TRAIN))
 endif
 
 # What needs packages of the system, and what takes minutes: fuzzing, devices, the demo. The demo trains on every core,

@@ -347,7 +347,7 @@ class Chain:
             )
         if plan.skip_broken and plan.check != "all":
             raise UserError("data.skip_broken wants data.check all: what is not looked at cannot be left out")
-        fingerprint, unlabeled = Fingerprint("by name", 0, ()), None  # named sources are known by their names
+        fingerprint, unlabeled = Fingerprint(LABELS[plan.task].known_by, 0, ()), None  # a named source, by its name
         if is_folder := Path(plan.source).is_dir():
             plan = plan.model_copy(update={"source": str(Path(plan.source).absolute())})
         plan, lines = completed(plan)

@@ -143,7 +143,8 @@ def _root(
 @app.command()
 def init(
     folder: Annotated[
-        Path | None, typer.Argument(help="of images by class, or one that holds it [default: looked for here]")
+        Path | None,
+        typer.Argument(help="of images by class or with masks, or what holds it [default: looked for here]"),
     ] = None,
     checkpoint: Annotated[
         Path | None,
@@ -448,7 +449,13 @@ def status(artifacts: ArtifactsOption = ARTIFACTS, as_json: JsonFlag = False) ->
 @app.command()
 @configured(DataPlan, leave_out=("source", "skip_broken"))
 def data(
-    source: Annotated[str, typer.Argument(help="a folder with train/<class>/* and val/<class>/*, 'digits', hfds/NAME")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="a folder with train/<class>/* and val/<class>/* (masks: train/images/* and train/masks/*), 'digits', "
+            "'masks', hfds/NAME"
+        ),
+    ],
     artifacts: ArtifactsOption = ARTIFACTS,
     out: OutOption = None,
     skip_broken: Annotated[
@@ -1103,15 +1110,29 @@ def predict(
     device: Annotated[
         str, typer.Option("--device", help="where to ask, as devices.yaml names it", autocompletion=_device_names)
     ] = "local",
-    top: Annotated[int, typer.Option("--top", min=1, help="labels of an image, the likeliest first")] = 1,
+    top: Annotated[
+        int | None,
+        typer.Option(
+            "--top",
+            min=1,
+            help="labels of an image, the likeliest first [default: 1]; of masks the largest classes [default: all]",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="folder for the masks, each drawn over its image as PNG at its own size"),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Say what a bundle sees in images, as CSV: label and probability, --top rows an image.
 
+    Of a model that draws masks: the classes with their share of the image's pixels, and with --out the masks,
+    drawn over the images. Nothing but such an overlay is ever written over.
+
     A probability is how sure the model is, not how often it is right. Images that cannot be read are named, the others
     answered, and then it exits 2.
 
-    Example: kdpipe predict BUNDLE holiday.jpg photos --top 3
+    Examples: kdpipe predict BUNDLE holiday.jpg photos --top 3; kdpipe predict BUNDLE streets --out seen
     """
     import csv
     from contextlib import closing
@@ -1119,27 +1140,30 @@ def predict(
     from .core import progress
     from .core.errors import UserError
     from .core.kinds import Bundle
+    from .deploy import overlays
     from .deploy import predict as asking
     from .devices import find_device
     from .terminal import listener
 
     progress.listen(listener())
     files, rows, faults = asking.find(images), [], []
+    written = None if out is None else overlays.place(files, images, out)
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    with closing(asking.predict(Bundle.open(bundle), files, find_device(device), top)) as answers:
+    with closing(asking.predict(Bundle.open(bundle), files, find_device(device), top, written)) as answers:
         for at, said in enumerate(answers):
-            name = printable(str(said.image))
-            told = [(printable(label), share) for label, share in zip(said.labels, said.probabilities, strict=True)]
+            name, drawn = printable(str(said.image)), printable(str(said.overlay or ""))
+            told = [(printable(label), share) for label, share in zip(said.labels, said.figures, strict=True)]
             if said.fault is not None:
                 progress.note(said.fault)
                 faults.append({"image": name, "reason": printable(said.fault)})
             elif as_json:
-                says = [{"label": label, "probability": round(share, 6)} for label, share in told]
-                rows.append({"image": name, "says": says})
+                says = [{"label": label, said.figure: round(share, 6)} for label, share in told]
+                rows.append({"image": name, "says": says, **({"overlay": drawn} if drawn else {})})
             else:
                 if len(faults) == at:  # the first that is answered
-                    writer.writerow(["image", "label", "probability"])
-                writer.writerows([name, label, f"{share:.6f}"] for label, share in told)
+                    writer.writerow(["image", "label", said.figure, *(["overlay"] if drawn else [])])
+                more = [drawn] if drawn else []
+                writer.writerows([name, label, f"{share:.6f}", *more] for label, share in told)
     if as_json:
         _print_json(bundle=str(bundle), device=device, predictions=rows, unreadable=faults)
     if faults:

@@ -102,7 +102,9 @@ def findings(source: Provenance) -> str:
             return f"{model}, {sum(facts['nodes_by_kind'].values())} nodes"
         case "model" | "bundle":
             against = facts.get("against_float32")
-            same = f"{percent(against['agreement'], 1)} % of {against['images']} images" if against else ""
+            task = TASKS.get(facts["task"])
+            what = "the pixels of " if task is not None and task.dense else ""
+            same = f"{percent(against['agreement'], 1)} % of {what}{against['images']} images" if against else ""
             kept = f", agrees with float32 on {same}" if same else ""
             return f"{model} for {facts['target']}, {facts['variant']}{kept}"
         case Refusal.kind:
@@ -248,6 +250,7 @@ def results(source: Provenance) -> dict[str, Any]:
             "latency_p50_ms": interval(result.latency_p50_ms.as_dict()) if result.latency_p50_ms else None,
             "latency_p90_ms": interval(result.latency_p90_ms.as_dict()) if result.latency_p90_ms else None,
             "trust": result.trust.word if result.trust else None,
+            "whole_frame_ms": interval(result.whole_frame.latency_ms.as_dict()) if result.whole_frame else None,
         }
         rows |= {f"{name}.{field}": value for field, value in found.items() if value is not None}
     return {"device": facts.device, **rows}
@@ -257,7 +260,8 @@ def _paired(first: Checkpoint, second: Checkpoint) -> Change | None:
     """The second network's figure minus the first one's, on the same test images."""
     task = TASKS.get(first.facts.task)
     (before, labels), (after, others) = first.tested, second.tested
-    if task is None or before.shape != after.shape or (labels != others).any():
+    alike = labels.shape == others.shape and (labels == others).all()
+    if task is None or not alike or task.class_count(before) != task.class_count(after):
         return None
     return task.change(task.scores(before, labels), task.scores(after, labels))
 

@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .core.config import InputSettings, ModelSettings, Recipe, read_recipe, validated
+from .core.config import DataPlan, InputSettings, ModelSettings, Recipe, read_recipe, validated
 from .core.errors import DeviceLost, UserError, choice
-from .core.inputs import Size, sides
+from .core.inputs import Size, sides, size_words
 from .core.proc import is_installed
 from .core.progress import note
 from .core.sealed import UNPRINTABLE, printable
 from .data.formats import opened
 from .data.listing import list_images
+from .data.masks import IMAGES, Masks, has_masks, meaning_of
 from .data.sources import TRAIN_NAMES, Parts, usual_parts
 from .devices import DEVICES, book, find_device
 from .export import TARGETS
@@ -34,6 +35,8 @@ NOT_CLASSES = ("artifacts",)  # what kdpipe itself may have left there
 SAMPLE = 64  # images whose size is looked at
 SMALL_SIDE = 128  # pixels: networks for photographs shrink smaller images to nothing
 STEP = 32  # pixels: by which most networks shrink an image
+MASKS_SIDE = 256  # pixels: the shorter side of what masks are drawn on, where images are larger
+MASKS_MODEL = "unet"
 SCHEMA_FILE = "kdpipe.schema.json"
 SCHEMA_ID = "kdpipe-recipe"
 
@@ -60,6 +63,7 @@ class Images(NamedTuple):
     learn: int
     held_out: int
     side: int  # the shorter one of a usual image, pixels
+    masks: Size | None = None  # with masks beside them: the input that is usual for them
 
 
 class Teacher(NamedTuple):
@@ -108,7 +112,8 @@ def look_at(folder: Path | None) -> Images:
     if not named:
         raise UserError(f"no folder with a part 'train' here, found {there}: name the images, kdpipe init FOLDER")
     raise UserError(
-        f"no images by class in {folder}: wanted {folder}/train/<class>/* or {folder}/<class>/*, found {there}"
+        f"no images by class in {folder}: wanted {folder}/train/<class>/* or {folder}/<class>/* (with masks, "
+        f"{folder}/train/images/* and masks/*), found {there}"
     )
 
 
@@ -136,25 +141,43 @@ def _has_classes(place: Path) -> bool:
 
 
 def _counted(root: Path, parts: Parts) -> Images:
+    if has_masks(root / parts.train):
+        return _counted_masks(root, parts)
     classes = [path for path in _folders(root / parts.train) if path.name not in NOT_CLASSES or parts.train != "."]
     counts = [sum(1 for _ in list_images(path)) for path in classes]
     held_out = 0 if parts.test is None else sum(1 for _ in list_images(root / parts.test))
-    sides = list(_sides(classes))
-    if not sides:
+    shorter = [min(size) for size in _sizes(classes)]
+    if not shorter:
         raise UserError(f"none of the first images in {root / parts.train} can be opened: wanted images")
     names = tuple(path.name for path in classes)
-    return Images(root, parts, names, sum(counts), held_out, round(statistics.median(sides)))
+    return Images(root, parts, names, sum(counts), held_out, round(statistics.median(shorter)))
 
 
-def _sides(classes: list[Path]) -> Iterator[int]:
-    """Shorter sides of some images, the classes taking turns."""
-    listed = [(folder, itertools.islice(list_images(folder), SAMPLE)) for folder in classes]
+def _counted_masks(root: Path, parts: Parts) -> Images:
+    plan, _ = Masks().completed(DataPlan(task="segmentation", source=str(root)))
+    classes = tuple(meaning_of(plan).classes)
+    place = root / parts.train / IMAGES
+    learn = sum(1 for _ in list_images(place))
+    held_out = 0 if parts.test is None else sum(1 for _ in list_images(root / parts.test / IMAGES))
+    found = list(_sizes([place]))
+    if not found:
+        raise UserError(f"none of the first images in {place} can be opened: wanted images")
+    width, height = (statistics.median(sides) for sides in zip(*found, strict=True))
+    scale = min(1.0, MASKS_SIDE / min(width, height))
+    size = (max(STEP, round(side * scale / STEP) * STEP) for side in (height, width))
+    usual = validated(InputSettings, {"size": list(size)}, "the size of the input").size
+    return Images(root, parts, classes, learn, held_out, round(min(width, height)), usual)
+
+
+def _sizes(folders: list[Path]) -> Iterator[tuple[int, int]]:
+    """Width and height of some images, the folders taking turns."""
+    listed = [(folder, itertools.islice(list_images(folder), SAMPLE)) for folder in folders]
     turns = itertools.zip_longest(*([folder / os.fsdecode(name) for name in names] for folder, names in listed))
     paths = (path for turn in turns for path in turn if path is not None)
     for path in itertools.islice(paths, SAMPLE):
         # What cannot be opened is named by ``kdpipe data``.
         with suppress(OSError, MemoryError, UserError), opened(path) as image:
-            yield min(image.size)
+            yield image.size
 
 
 def weights_near(folder: Path) -> Path | None:
@@ -199,6 +222,15 @@ def propose(folder: Path | None, wish: Wish, ask: Ask, out: Path | None) -> tupl
 
 def _teacher(images: Images, wish: Wish, ask: Ask) -> Teacher:
     weights = wish.weights
+    if images.masks is not None:
+        if weights is not None:
+            raise UserError(
+                f"{weights}: which network draws masks is not told by its tensors: leave the weights out here, and "
+                "write teacher.model, encoder and checkpoint into the recipe (docs/guide.md)"
+            )
+        encoder = wish.teacher or ask("The encoder of the teacher to train, a name of timm", "resnet18")
+        _check(encoder)
+        return Teacher(encoder, None, None, "its encoder; it is trained here on all training images")
     if weights is None and wish.teacher is None:
         near = weights_near(images.source)
         question = "The teacher's weights, a .pth or .safetensors (none: a teacher is trained here)"
@@ -248,6 +280,10 @@ def _check(model: str) -> None:
 
 def _size(images: Images, teacher: Teacher, wish: Wish, ask: Ask) -> tuple[Size | None, str]:
     """Side of the input, None for the network's usual one; and why."""
+    if images.masks is not None and wish.size is None:
+        answer = ask("Pixels of the input, height x width", size_words(images.masks))
+        size = validated(InputSettings, {"size": _size_of(answer)}, "the size of the input").size
+        return size, f"the images have about {images.side} pixels" if size == images.masks else "as it was named"
     if wish.size is not None:
         return validated(InputSettings, {"size": wish.size}, "--size").size, "as it was named"
     if teacher.size is not None:
@@ -260,10 +296,17 @@ def _size(images: Images, teacher: Teacher, wish: Wish, ask: Ask) -> tuple[Size 
     return size, f"the images have about {images.side} pixels" if size == usual else "as it was named"
 
 
+def _size_of(text: str) -> list[int] | str:
+    """A height and width as a person writes it, or the side of a square."""
+    found = [each.strip() for each in text.lower().split("x")]
+    return [int(each) for each in found] if len(found) == 2 and all(map(str.isdigit, found)) else text
+
+
 def _student(images: Images, size: Size | None, wish: Wish, ask: Ask) -> str:
     small = images.side < SMALL_SIDE and (size is None or max(sides(size)) < SMALL_SIDE)
     usual = "resnet10t" if small else "mobilenetv4_conv_small"
-    student = wish.student or ask("The student, a small network of timm", usual)
+    what = "The student" if images.masks is None else "The student's encoder"
+    student = wish.student or ask(f"{what}, a small network of timm", usual)
     _check(student)
     return student
 
@@ -337,10 +380,12 @@ def _written(
         "# What is left out stands at its default. What a run takes: kdpipe run --dry-run; then: kdpipe run.",
         f"name: {_plain(name)}",
         "data:",
+        *(["  task: segmentation"] if images.masks is not None else []),
         f"  source: {_path_from(path, images.source)}",
     ]
     if parts.train != "train":
-        what = "its folders are the classes" if parts.train == "." else "the part to learn from"
+        flat = "its folders are the classes" if images.masks is None else "its images lie right there"
+        what = flat if parts.train == "." else "the part to learn from"
         lines.append(f"  train_split: {json.dumps(parts.train)}  # {what}")
     if parts.test is None:
         lines.append("  test_split: null  # no held-out part is there: a fifth of the images is cut for testing")
@@ -348,18 +393,20 @@ def _written(
         lines.append(f"  test_split: {_plain(parts.test)}  # nothing trains, selects or calibrates on it")
     if parts.val is not None:
         lines.append(f"  val_split: {_plain(parts.val)}  # for selection: none is cut from the images to learn from")
-    input_line = f"  input: {{size: {size}}}  # {why_size}"
+    spelled = list(size) if isinstance(size, tuple) else size
+    input_line = f"  input: {{size: {spelled}}}  # {why_size}"
     views = ""
     if size is not None and max(sides(size)) <= 64:
         views = "augment: {crop: pad, flip: 0}  # of small pictures; flip: 0.5 where a mirrored one means the same"
-    lines += ["teacher:", f"  model: {_plain(teacher.model)}  # {teacher.reason}"]
+    encoder = "model" if images.masks is None else f"model: {MASKS_MODEL}\n  encoder"
+    lines += ["teacher:", f"  {encoder}: {_plain(teacher.model)}  # {teacher.reason}"]
     if teacher.weights is not None:
         lines.append(f"  checkpoint: {_path_from(path, teacher.weights)}")
     lines += [input_line] if size is not None else []
     if teacher.weights is None and views:
         lines += ["  train:", f"    {views}"]
-    lines += ["student:", f"  model: {_plain(student)}"]
-    lines += [f"  input: {{size: {size}}}"] if size is not None else []
+    lines += ["student:", f"  {encoder}: {_plain(student)}"]
+    lines += [f"  input: {{size: {spelled}}}"] if size is not None else []
     lines += [
         "distill:",
         "  method: kd  # the teacher's softened outputs; docs/guide.md has the others",

@@ -90,9 +90,9 @@ def bare_masks(student: nn.Module, teacher: nn.Module, image: Tensor, label: Ten
         hard = functional.cross_entropy(whole, label, ignore_index=-1)
         loss = 0.5 * hard + 0.5 * TEMPERATURE**2 * divergence
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
-        return loss.item()
+        return float(loss.item())
 
     return step
 

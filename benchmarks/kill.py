@@ -4,9 +4,10 @@
 
 The recipe is run once undisturbed. Then it is started, killed with SIGKILL at a random moment, and the same command is
 started again, until it is through: in turns with all that it started (a power cut, as far as processes go) and alone
-(it crashed, and what it had started goes on by itself). A chain that is through is compared with the undisturbed one,
-key by key and hash by hash of everything that is no measurement and was made from none, and the next begins with
-nothing. What was done is kept in the folder: the same command goes on, also with more kills.
+(it crashed, and what it had started goes on by itself). The moment is some time after it sealed some more artifacts,
+both drawn, so that all of its stages are met whatever else the machine does. A chain that is through is compared with
+the undisturbed one, key by key and hash by hash of everything that is no measurement and was made from none, and the
+next begins with nothing. What was done is kept in the folder: the same command goes on, also with more kills.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
@@ -68,14 +70,16 @@ def end_of(process: subprocess.Popen[bytes]) -> None:
         raise typer.Exit(1)
 
 
-def killed(process: subprocess.Popen[bytes], artifacts: Path, seconds: float, kind: str) -> str | None:
-    """Kill it so many seconds from now; returns what it was making, None where it was through before."""
+def killed(process: subprocess.Popen[bytes], artifacts: Path, steps: int, seconds: float, kind: str) -> str | None:
+    """Kill it so many seconds after it sealed so many more; returns what it was making, None where it was through."""
     assert process.stderr is not None
     os.set_blocking(process.stderr.fileno(), False)  # a full pipe would hold it
-    end = time.monotonic() + seconds
+    awaited, end = len(list(artifacts.glob("*/manifest.json"))) + steps, math.inf
     while process.poll() is None and time.monotonic() < end:
         with contextlib.suppress(BlockingIOError):
             os.read(process.stderr.fileno(), 1 << 16)
+        if end == math.inf and len(list(artifacts.glob("*/manifest.json"))) >= awaited:
+            end = time.monotonic() + seconds
         time.sleep(0.005)
     if process.poll() is not None:
         return None
@@ -101,9 +105,7 @@ def main(
     recipe: Annotated[Path, typer.Argument(help="what is run")],
     folder: Annotated[Path, typer.Option(help="of everything; the same command goes on there")],
     kills: Annotated[int, typer.Option(help="in all")] = 50,
-    share: Annotated[
-        float, typer.Option(help="of the undisturbed time: a run is killed after that at the latest")
-    ] = 0.3,
+    most_steps: Annotated[int, typer.Option(help="artifacts that a run seals before it is killed, at most")] = 4,
     seed: Annotated[int, typer.Option(help="of the moments")] = 0,
 ) -> None:
     """Kill, go on, compare; exits 1 where a start after a kill fails, or a chain is not equal."""
@@ -125,7 +127,8 @@ def main(
     while len(state.kills) < kills:
         moments = random.Random(f"{seed} {len(state.kills)}")
         process = start(recipe, artifacts)
-        making = killed(process, artifacts, moments.uniform(0, share * state.seconds), KINDS[len(state.kills) % 2])
+        steps, seconds = moments.randint(0, most_steps), moments.uniform(0, 2 * state.seconds / len(contents(wanted)))
+        making = killed(process, artifacts, steps, seconds, KINDS[len(state.kills) % 2])
         if making is None:
             if process.returncode not in DONE:
                 end_of(process)

@@ -618,6 +618,19 @@ class Sustained(Record):
     slowed_after_seconds: float | None
 
 
+class FrameSamples(Record):
+    """Whole frames in one process, in nanoseconds: from a decoded picture at its own size to what a person is shown.
+
+    ``alone_ns``: after each of them the network alone, on the same picture. ``steps_ns``: of each its steps, by name.
+    ``sizes``: height and width of the pictures that were rotated through.
+    """
+
+    sizes: list[tuple[int, int]] = Field(min_length=1)
+    whole_ns: list[Annotated[int, Field(gt=0)]] = Field(min_length=1)
+    alone_ns: list[Annotated[int, Field(gt=0)]] = Field(min_length=1)
+    steps_ns: dict[str, Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]]
+
+
 class Samples(StartUp):
     """One measurement in one process: durations in nanoseconds, nothing trimmed.
 
@@ -630,6 +643,7 @@ class Samples(StartUp):
     warm_up: WarmUp
     latency_ns: list[Annotated[int, Field(gt=0)]] = Field(min_length=1)
     end_to_end_ns: list[int] = Field([])
+    frames: FrameSamples | None = None  # None where no pictures were given, or nothing could resize them
     p50_known_within: float | None = None
     stable: bool = True
     steady: Phase | None = None  # the timed inferences, first to last
@@ -766,6 +780,23 @@ class Comparison(Record):
     left_open: float | None  # None where a control bounds nothing
 
 
+class WholeFrame(Record):
+    """What a whole frame takes, from the decoded picture at its own size to the answer that a person is shown.
+
+    Medians of each process, over processes. ``over_network`` is over the network alone, which took turns with it,
+    paired by process; ``steps_ms`` is the median of each step over all processes. ``sizes``: height and width of the
+    pictures. It has a trust of its own: by its own width and A/A controls, and what else the machine did.
+    """
+
+    latency_ms: Interval
+    latency_by_process_ms: list[PositiveFloat]
+    network_ms: Interval
+    over_network: Interval
+    steps_ms: dict[str, float]
+    sizes: list[tuple[int, int]]
+    trust: Trust | None = None
+
+
 class Result(Record):
     """What was measured of one bundle; None where it was not.
 
@@ -792,6 +823,7 @@ class Result(Record):
     inferences: int | None = None
     end_to_end_ms: Interval | None = None  # from the decoded image to the outputs
     prepare_ms: float | None = None
+    whole_frame: WholeFrame | None = None
     page_cache: Literal["warm", "dropped"] | None = None  # of the processes that only started; None: those that timed
     start_ms: Interval | None = None  # from the start of a process to its first outputs, of those that only started
     import_ms: list[float] | None = None

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import math
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from ..core.errors import UserError
 from ..core.inputs import InputSpec, size_words
 from ..core.proc import first_line, in_order
 from ..core.progress import note, track
-from ..runtime.preprocess import as_rgb, fit
+from ..runtime.preprocess import as_rgb, fit, fit_mask
 from .dataset import CopyFacts, Dataset, Fitted, FittedFacts, Part, Samples, images_shape, write_header
 from .formats import decode, opened
 from .looks import Look, Looks, look, perceptual_hashes
@@ -159,17 +160,22 @@ def fit_all(orders: Mapping[Path, Order[FittedConfig]], dataset: Dataset) -> dic
         check_room(sum(math.prod(images_shape(images, spec)) for spec in specs), what, next(iter(orders)).parent)
         for part, samples in parts.items():
 
-            def fitted(at: int, samples: Samples = samples) -> list[np.ndarray]:
-                image = read(samples.path(at))
-                return [fit(image, spec) for spec in specs]
+            def fitted(at: int, samples: Samples = samples) -> list[list[np.ndarray]]:
+                image, mask = read(samples.path(at)), samples.mask(at)
+                return [[fit(image, spec), *([] if mask is None else [fit_mask(mask, spec)])] for spec in specs]
 
             with contextlib.ExitStack() as files:
-                streams = []
+                streams: list[list[BinaryIO]] = []
                 for spec, draft in zip(specs, drafts.values(), strict=True):
-                    streams.append(files.enter_context((draft.path / Fitted.file_name(part)).open("wb")))
-                    write_header(streams[-1], images_shape(len(samples), spec))
+                    shape = images_shape(len(samples), spec)
+                    wanted: dict[str, tuple[int, ...]] = {Fitted.file_name(part): shape}
+                    if samples.masked:
+                        wanted[Fitted.masks_name(part)] = shape[:3]
+                    streams.append([files.enter_context((draft.path / name).open("wb")) for name in wanted])
+                    for stream, each in zip(streams[-1], wanted.values(), strict=True):
+                        write_header(stream, each)
                 for found in track(in_order(fitted, range(len(samples))), f"fitting {part} images", len(samples)):
-                    for stream, pixels in zip(streams, found, strict=True):
+                    for stream, pixels in zip(itertools.chain(*streams), itertools.chain(*found), strict=True):
                         stream.write(pixels.tobytes())
         counts = {part: len(samples) for part, samples in parts.items()}
         for spec, draft in zip(specs, drafts.values(), strict=True):

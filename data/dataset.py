@@ -23,7 +23,7 @@ from ..core.kinds import Labelled
 from ..core.proc import first_line, in_order
 from ..runtime import Session, predict
 from ..runtime.layout import sides
-from ..runtime.preprocess import fit
+from ..runtime.preprocess import fit, fit_mask
 from .corrupt import corrupt
 from .formats import decode
 from .labels import LABELS
@@ -75,6 +75,10 @@ class Sample:
         """
         return self.part.mask(self.position)
 
+    def fitted_mask(self, spec: Mapping[str, Any]) -> np.ndarray | None:
+        """The class of each pixel of ``fitted(spec)``, uint8 [height, width], as ``mask``. Raises UserError."""
+        return self.part.fitted_mask(self.position, spec)
+
 
 class Samples(Sequence[Sample]):
     """The images of one part, in the order of the index; memory does not grow with their number."""
@@ -87,21 +91,29 @@ class Samples(Sequence[Sample]):
         copies: np.ndarray | None = None,
         fitted: Mapping[str, np.ndarray] | None = None,
         masks: KeptMasks | None = None,
+        fitted_masks: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         """``records`` as ``index_records`` makes them, of files below ``root``.
 
         Args:
             copies: uint8 [bytes], where the records say where in it the copies lie.
             fitted: uint8 [N, height, width, 3] by ``geometry``.
+            fitted_masks: uint8 [N, height, width] by ``geometry``.
         """
         self.task, self._root, self._records, self._copies, self._masks = task, root, records, copies, masks
         self._fitted = {} if fitted is None else fitted
+        self._fitted_masks = {} if fitted_masks is None else fitted_masks
 
     @property
     def labels(self) -> np.ndarray:
         """Of every image, int32 [N]."""
         labels: np.ndarray = self._records["label"]
         return labels
+
+    @property
+    def masked(self) -> bool:
+        """Whether there are masks."""
+        return self._masks is not None
 
     def __len__(self) -> int:
         return len(self._records)
@@ -142,6 +154,14 @@ class Samples(Sequence[Sample]):
             raise UserError(
                 f"the mask of {self.path(at)} is not what kdpipe writes ({error}): make the data again"
             ) from None
+
+    def fitted_mask(self, at: int, spec: Mapping[str, Any]) -> np.ndarray | None:
+        """As ``Sample.fitted_mask``."""
+        kept = self._fitted_masks.get(geometry(spec))
+        if kept is not None:
+            return np.asarray(kept[at])
+        mask = self.mask(at)
+        return None if mask is None else fit_mask(mask, spec)
 
     def digest(self, at: int) -> bytes:
         """sha256 of the user's file of one image. Raises UserError."""
@@ -261,7 +281,10 @@ class FittedFacts(Record):
 
 
 class Fitted(Artifact[FittedFacts]):
-    """What networks of one input are shown of the held-out images: exactly what ``Sample.fitted`` gives."""
+    """What networks of one input are shown of the held-out images: exactly what ``Sample.fitted`` gives.
+
+    And of their masks, where they have any, what ``Sample.fitted_mask`` gives.
+    """
 
     kind = "fitted"
     Facts = FittedFacts
@@ -273,13 +296,25 @@ class Fitted(Artifact[FittedFacts]):
         """The file of one part: uint8 [N, height, width, 3]."""
         return f"{part}.npy"
 
+    @staticmethod
+    def masks_name(part: Part) -> str:
+        """The file of the masks of one part: uint8 [N, height, width]."""
+        return f"{part}.masks.npy"
+
     def pixels(self, part: Part, images: int) -> np.ndarray:
         """Those of one part, memory-mapped. Raises UserError unless there are so many ``images``."""
-        if not images:
-            return np.zeros(images_shape(0, {"size": self.facts.size}), np.uint8)
-        array = self.array(self.file_name(part), "u", 4)
-        if array.shape != images_shape(images, {"size": self.facts.size}) or array.dtype != np.uint8:
-            raise UserError(f"{self.path} holds '{part}' as {array.dtype} {array.shape}: make it again")
+        shape = images_shape(images, {"size": self.facts.size})
+        return self._mapped(self.file_name(part), shape) if images else np.zeros(shape, np.uint8)
+
+    def masks(self, part: Part, images: int) -> np.ndarray | None:
+        """The masks of one part, memory-mapped; None where there are none. Raises UserError as ``pixels`` does."""
+        name, shape = self.masks_name(part), images_shape(images, {"size": self.facts.size})[:3]
+        return self._mapped(name, shape) if images and name in self.manifest.files else None
+
+    def _mapped(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        array = self.array(name, "u", len(shape))
+        if array.shape != shape or array.dtype != np.uint8:
+            raise UserError(f"{self.path} holds '{name}' as {array.dtype} {array.shape}: make it again")
         return array
 
 
@@ -375,12 +410,15 @@ class Dataset(Artifact[DatasetFacts]):
             copies = np.memmap(self.file(self.copies_name(part)), np.uint8, "r")
         records = self._records(name, copies)
         folder = self.index.roots.get(part)
-        fitted = {}
+        fitted, fitted_masks = {}, {}
         for shown, kept in self.fitted.items():
             if part in kept.facts.images:
                 fitted[shown] = kept.pixels(part, len(records))
+                if (found := kept.masks(part, len(records))) is not None:
+                    fitted_masks[shown] = found
         root = self.path if folder is None else Path(folder)
-        return Samples(self.facts.task, root, records, copies, fitted, self._masks(part, len(records)))
+        masks = self._masks(part, len(records))
+        return Samples(self.facts.task, root, records, copies, fitted, masks, fitted_masks)
 
     def _masks(self, part: Part, images: int) -> KeptMasks | None:
         """The masks of one part, if there are any, checked as a stranger's. Raises UserError."""
@@ -392,7 +430,7 @@ class Dataset(Artifact[DatasetFacts]):
         fits = places.shape == (images, 2) and places.dtype == np.int64
         if fits and images:
             starts, sizes = places[:, 0], places[:, 1]
-            fits = starts.min() >= 0 and sizes.min() > 0 and (starts <= len(content) - sizes).all()
+            fits = bool(starts.min() >= 0 and sizes.min() > 0 and (starts <= len(content) - sizes).all())
         if not fits:
             raise UserError(f"{self.path / name} is not what kdpipe writes: make the data again")
         return KeptMasks(content, places, len(self.index.classes))

@@ -26,6 +26,7 @@ class Labels(Protocol):
 
     demo: str  # name of the source that is made here
     inside: str  # what lies in the folder of a part, for a person
+    known_by: str  # what stands in a key for the contents of a source that is known by its name
     by_timm: bool  # whether timm's dataset factory reads such labels
 
     def completed(self, config: DataPlan) -> tuple[DataPlan, list[str]]:
@@ -64,6 +65,7 @@ class ClassNumbers:
 
     demo = "digits"
     inside = "<class>/*"
+    known_by = "by name"
     by_timm = True
 
     def completed(self, config: DataPlan) -> tuple[DataPlan, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import re
 import zlib
@@ -18,10 +19,10 @@ from ..core.proc import in_order
 from ..core.progress import track
 from ..core.sealed import printable
 from ..runtime.layout import sides
-from ..runtime.preprocess import fit_mask, nearest
+from ..runtime.preprocess import nearest
 from .formats import opened
 from .listing import Others, is_hidden, kind_of, list_images
-from .sources import AUTO, Split, listed, part_folder, parts_of, text_lines
+from .sources import AUTO, Split, holds_artifacts, listed, part_folder, parts_of, text_lines
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,26 +62,25 @@ class Meaning(NamedTuple):
         """An opened mask as uint8 [H, W], 255 where it is ignored; None and why, where it is no mask."""
         if image.format not in LOSSLESS:
             return None, f"{image.format}, which need not keep every pixel: wanted PNG"
-        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        tiles = getattr(image, "tile", [])  # of one that is not decoded yet
+        spread = SPREAD.get(str(tiles[0][3]), 1) if image.format == "PNG" and tiles else 1
+        image.load()
+        if image.mode in ("RGBA", "LA", "PA"):
             if image.getchannel(image.getbands()[-1]).getextrema() != (255, 255):
                 return None, "pixels that are partly transparent: wanted every pixel of a class"
-            image = image.convert("L" if image.mode.startswith(("L", "l")) else "RGB")
-        return self._numbers(image) if self.colours is None else self._of_colours(image)
+            image = image.convert("L" if image.mode == "LA" else "RGB")
+        return self._numbers(image, spread) if self.colours is None else self._of_colours(image)
 
-    def _numbers(self, image: Image.Image) -> tuple[np.ndarray | None, str]:
+    def _numbers(self, image: Image.Image, spread: int) -> tuple[np.ndarray | None, str]:
         if image.mode not in NUMBERS:
             return None, f"colours ({image.mode}): wanted a number of a class for each pixel, or data.palette"
-        spread = SPREAD.get(str(image.tile[0][3]), 1) if image.format == "PNG" and image.tile else 1
         values = np.asarray(image).astype(np.int64) // spread
         wrong = ((values < 0) | (values >= len(self.classes))) & (values != self.ignored)
         if wrong.any():
             found = sorted(set(values[wrong].tolist()))
             many = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            last = len(self.classes) - 1
-            return (
-                None,
-                f"class {', '.join(map(str, found[:3]))}{many}: wanted 0 to {last}, or {self.ignored} (ignored)",
-            )
+            wanted = f"wanted 0 to {len(self.classes) - 1}, or {self.ignored} (data.ignore_index)"
+            return None, f"class {', '.join(map(str, found[:3]))}{many}: {wanted}"
         return _judged(np.where(values == self.ignored, IGNORED, values).astype(np.uint8))
 
     def _of_colours(self, image: Image.Image) -> tuple[np.ndarray | None, str]:
@@ -144,7 +144,7 @@ def read_palette(path: Path) -> list[tuple[tuple[int, int, int], str]]:
             continue  # the heading of a table
         first = COLOUR_FIRST.fullmatch(line)
         last = None if first else NAME_FIRST.fullmatch(line)
-        if not (first or last):
+        if not (first or last) or (first and re.match(r"\d+[\s,;]", first.group(4) or "")):
             raise UserError(
                 f"{path}: wanted a colour and a name such as 128 64 128 road, found {printable(line, 80)!r}"
             )
@@ -184,6 +184,7 @@ class Masks:
 
     demo = "masks"
     inside = f"{IMAGES}/* and {MASKS}/*"
+    known_by = "pasted 1"  # another number where the demo's pictures change
     by_timm = False
 
     def completed(self, config: DataPlan) -> tuple[DataPlan, list[str]]:
@@ -194,12 +195,17 @@ class Masks:
                     raise UserError(f"data.{field}: the demo's masks have a part '{name}' of digits of its own, wanted "
                                     f"{name}, found {getattr(config, field)}")  # fmt: skip
             return config.model_copy(update={"test_split": "test", "val_split": "val"}), []
-        if config.classes is None and config.palette is None:
-            for field, name in (("palette", PALETTE_FILE), ("classes", CLASSES_FILE)):
-                path = Path(config.source) / name
-                if path.is_file():
-                    return config.model_copy(update={field: path}), [f"{path} names the classes"]
-        return config, []
+        usual = (
+            ("palette", PALETTE_FILE, "has the colours of the masks"),
+            ("classes", CLASSES_FILE, "names the classes"),
+        )
+        lines = []
+        for field, name, words in usual:
+            path = Path(config.source) / name
+            if getattr(config, field) is None and path.is_file():
+                config = config.model_copy(update={field: path})
+                lines.append(f"{path} {words}")
+        return config, lines
 
     def flat(self, folders: Collection[str]) -> str | None:
         """In words what the folders of a source without parts are."""
@@ -228,6 +234,8 @@ class Masks:
         """``source/<split>/images/*`` and ``source/<split>/masks/*``; masks are checked and kept in ``out``."""
         root, meaning = Path(config.source), meaning_of(config)
         pairs: dict[str, list[tuple[bytes, bytes]]] = {}
+        parts = [(IMAGES, MASKS) if split == "." else Path(split).parts[:1] for split in parts_of(config)]
+        _tell_others(root, root, {CLASSES_FILE, PALETTE_FILE, *itertools.chain(*parts)}, others)
         for split in parts_of(config):
             place = part_folder(config, split, self.inside)
             for name in (IMAGES, MASKS):
@@ -237,40 +245,63 @@ class Masks:
                     )
                     raise UserError(f"no folder {place / name}: wanted {place}/{IMAGES}/* and {place}/{MASKS}/*, "
                                     f"found {there}")  # fmt: skip
-            _tell_others(place, root, others)
+            if place != root:
+                _tell_others(place, root, (IMAGES, MASKS), others)
             pairs[split] = list(_paired(place, split, others))
             if not pairs[split] and not others.missing:
                 found = f", found {others.words()}" if others.counts else ""
                 raise UserError(f"no images in {place / IMAGES}: wanted .jpg, .png or the like{found}")
         splits = {}
         with (out / SPOOL).open("wb") as spool:
-            for split, found in pairs.items():
-                splits[split] = _read_all(root, found, meaning, others, spool, f"reading masks of {split}")
+            for split, named in pairs.items():
+                splits[split] = _read_all(root, named, meaning, others, spool, f"reading masks of {split}")
+        _check_white(root, meaning, splits)
         return root, meaning.classes, with_rarest(splits, config.train_split)
 
     def read(self, sample: Sample, spec: Mapping[str, Any]) -> np.ndarray:
         """The class of each pixel that a network is shown, int16 [height, width]; -1 where nobody judges it."""
-        mask = sample.mask()
-        if mask is None:
+        fitted = sample.fitted_mask(spec)
+        if fitted is None:
             return np.full(sides(spec), -1, np.int16)
-        fitted = fit_mask(mask, spec)
         return np.where(fitted == IGNORED, np.int16(-1), fitted.astype(np.int16))
+
+
+def _check_white(root: Path, meaning: Meaning, splits: Mapping[str, Split]) -> None:
+    """Refuse masks of black and white, as programs write them that know two classes. Raises UserError."""
+    tables = [split.masks for split in splits.values() if split.masks is not None]
+    pixels = sum(table["pixels"].sum(0, dtype=np.int64) for table in tables)
+    white = sum(int(table["area"].sum(dtype=np.int64)) for table in tables) - int(np.sum(pixels))
+    if len(meaning.classes) == 2 and meaning.ignored == IGNORED and white and not pixels[1]:
+        first, second = meaning.classes
+        raise UserError(
+            f"the masks in {root} have 0 and 255 alone, and 255 is what nobody judges: where it is '{second}', write "
+            f"{PALETTE_FILE} there with the lines '0 0 0 {first}' and '255 255 255 {second}'"
+        )
+
+
+def has_masks(part: Path) -> bool:
+    """Whether images and masks lie in the folder of a part."""
+    return all((part / name).is_dir() and any(True for _ in list_images(part / name)) for name in (IMAGES, MASKS))
 
 
 def _below(split: str, place: str) -> bytes:
     return os.fsencode(os.path.normpath(f"{split}/{place}") + "/")
 
 
-def _tell_others(place: Path, root: Path, others: Others) -> None:
-    """Tell what lies beside the two folders of a part."""
+def _tell_others(place: Path, root: Path, known: Collection[str], others: Others) -> None:
+    """Tell what lies in a folder of a source and is not ``known``."""
     with os.scandir(os.fsencode(place)) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            name = os.fsdecode(entry.name)
-            known = (IMAGES, MASKS) if place != root else (IMAGES, MASKS, CLASSES_FILE, PALETTE_FILE)
-            if name not in known:
-                kind = kind_of(entry)
-                told = "hidden folders" if is_hidden(entry.name) and kind == "folder" else f"a {kind} beside the images"
-                others.add(told, os.fsencode((place / name).relative_to(root)))
+            path = place / os.fsdecode(entry.name)
+            if path.name in known or holds_artifacts(path):
+                continue
+            kind = kind_of(entry)
+            told = (
+                f"{kind}s beside the images" if kind in ("file", "folder") else "links to nowhere, pipes and the like"
+            )
+            if kind == "folder" and is_hidden(entry.name):
+                told = "hidden folders"
+            others.add(told, os.fsencode(path.relative_to(root)))
 
 
 def _stem(name: bytes) -> bytes:
@@ -279,28 +310,32 @@ def _stem(name: bytes) -> bytes:
 
 def _paired(place: Path, split: str, others: Others) -> Iterator[tuple[bytes, bytes]]:
     """The names below the source of each image and its mask. What has no partner is told as missing."""
-    masks: dict[bytes, bytes] = {}
-    for mask in list_images(place / MASKS, others):
-        if _stem(mask) in masks:
-            first = printable(os.fsdecode(masks[_stem(mask)]), 100)
-            others.add_missing(_below(split, MASKS) + mask, f"a second mask of the name, beside {first}")
+    images, masks = (_below(split, name) for name in (IMAGES, MASKS))
+    of_stem: dict[bytes, bytes] = {}
+    for mask in list_images(place / MASKS, others, masks):
+        stem = _stem(mask)[len(masks) :]
+        if stem in of_stem:
+            others.add_missing(mask, f"a second mask of the name, beside {_shown(of_stem[stem])}")
         else:
-            masks[_stem(mask)] = mask
+            of_stem[stem] = mask
     taken: dict[bytes, bytes] = {}
-    for image in list_images(place / IMAGES, others):
-        stem, name = _stem(image), _below(split, IMAGES) + image
+    for image in list_images(place / IMAGES, others, images):
+        stem = _stem(image)[len(images) :]
         if stem in taken:
-            first = printable(os.fsdecode(taken[stem]), 100)
-            others.add_missing(name, f"a second image of the name, beside {first}: their masks are one file")
-        elif stem not in masks:
-            taken[stem] = image
-            wanted = printable(os.fsdecode(_below(split, MASKS) + stem), 200)
-            others.add_missing(name, f"no mask: wanted {wanted}.png")
+            first = _shown(taken[stem])
+            others.add_missing(image, f"a second image of the name, beside {first}: their masks are one file")
+            continue
+        taken[stem] = image
+        if stem in of_stem:
+            yield image, of_stem[stem]
         else:
-            taken[stem] = image
-            yield name, _below(split, MASKS) + masks[stem]
-    for stem in sorted(masks.keys() - taken.keys()):
-        others.add_missing(_below(split, MASKS) + masks[stem], "a mask of no image")
+            others.add_missing(image, f"no mask: wanted {_shown(masks + stem)}.png")
+    for stem in sorted(of_stem.keys() - taken.keys()):
+        others.add_missing(of_stem[stem], "a mask of no image")
+
+
+def _shown(name: bytes) -> str:
+    return printable(os.fsdecode(name), 200)
 
 
 def _read_all(
@@ -370,13 +405,15 @@ def with_rarest(splits: Mapping[str, Split], train: str) -> dict[str, Split]:
 
     So that a cut of each class, or a choice that is even over the classes, spreads over what the images show.
     """
-    shown = splits[train].images_by_class(0)
-    order = np.argsort(shown, kind="stable")  # the rarest first, of equal ones the first
+    learned = splits[train]
+    assert learned.masks is not None
+    pixels = learned.masks["pixels"].sum(0, dtype=np.int64)
+    order = np.lexsort((pixels, learned.images_by_class(len(pixels))))  # the rarest first, by images and then by pixels
 
     def numbers(split: Split) -> np.ndarray:
         assert split.masks is not None
-        seen = split.masks["pixels"][:, order] > 0
-        return order[np.argmax(seen, axis=1)].astype(np.int32) if len(seen) else np.zeros(0, np.int32)
+        shown = np.where(split.masks["pixels"][:, order] > 0, np.arange(len(order)), len(order))
+        return order[shown.min(axis=1)].astype(np.int32) if len(shown) else np.zeros(0, np.int32)
 
     return {name: split._replace(labels=numbers(split)) for name, split in splits.items()}
 
@@ -410,7 +447,7 @@ def decode(content: bytes, classes: int) -> np.ndarray:
 def resized(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A mask [H, W] for its image at ``size`` (width, height), by nearest neighbour."""
     rows, columns = nearest(mask.shape[0], size[1]), nearest(mask.shape[1], size[0])
-    return mask[np.ix_(rows, columns)]
+    return np.asarray(mask[np.ix_(rows, columns)])
 
 
 class KeptMasks:

@@ -159,10 +159,10 @@ def _holds_images(root: Path, there: Mapping[str, str]) -> bool:
 def _folders(place: Path) -> list[str]:
     """The folders in ``place`` that may be parts or classes, by name."""
     there = (path for path in place.iterdir() if path.is_dir() and not is_hidden(os.fsencode(path.name)))
-    return sorted(path.name for path in there if not _holds_artifacts(path))
+    return sorted(path.name for path in there if not holds_artifacts(path))
 
 
-def _holds_artifacts(folder: Path) -> bool:
+def holds_artifacts(folder: Path) -> bool:
     """Whether what kdpipe makes goes there: it may have been started in the folder of the images."""
     return (folder / REMEMBERED).is_dir()
 
@@ -238,7 +238,7 @@ def _tell_others(place: Path, root: Path, parts: list[str] | None, others: Other
                 others.add("files that lie in no class folder", name)
             elif is_hidden(entry.name):
                 others.add("hidden folders", name)
-            elif parts is not None and path.name not in read and not _holds_artifacts(path):
+            elif parts is not None and path.name not in read and not holds_artifacts(path):
                 others.add("folders that no part is read from", name)
 
 

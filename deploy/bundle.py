@@ -80,8 +80,11 @@ def write_conformance(folder: Path, sample: Sample, model: Model, session: runti
 
     ``image.jpg``: one test image; ``input.bin``: what the model is to be fed for it, a byte a value, in the model's
     layout; ``outputs.bin``: what it answers, little-endian float32, or a byte a pixel where it gives classes;
-    ``expected.json``: shapes, type of the outputs, tolerance, the answer.
+    ``expected.json``: shapes, type of the outputs, tolerance, the answer. Of a network that draws masks ``mask.png``
+    too: the class of every pixel of its input.
     """
+    from PIL import Image
+
     folder.mkdir()
     image, spec = sample.image(), model.facts.input.model_dump()
     image.thumbnail((LARGEST_KIT_SIDE, LARGEST_KIT_SIDE))
@@ -94,7 +97,9 @@ def write_conformance(folder: Path, sample: Sample, model: Model, session: runti
     kind = "<f4" if outputs.dtype.kind == "f" else "u1"
     (folder / "outputs.bin").write_bytes(outputs.astype(kind).tobytes())
     task = TASKS[model.facts.task]
-    decided = task.decide(outputs)[0]
+    decided = task.decide_at(outputs, model.facts.input.sides)[0]
+    if decided.ndim == 2:
+        Image.fromarray(decided).save(folder / "mask.png")
     expected = {
         "input_shape": list(stored.shape),
         "outputs_shape": list(outputs.shape),

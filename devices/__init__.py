@@ -80,8 +80,14 @@ class Device(Protocol):
             KdpipeError: it failed, did not end in time, or answered something else.
         """
 
-    def measure(self, bundle: str, images: str, settings: MeasureSettings, timeout_seconds: float) -> Samples:
-        """Time single-image inference of the pushed ``bundle`` in a fresh process. Raises as ``predict`` does."""
+    def measure(
+        self, bundle: str, images: str, settings: MeasureSettings, timeout_seconds: float, *, frames: str | None = None
+    ) -> Samples:
+        """Time single-image inference of the pushed ``bundle`` in a fresh process. Raises as ``predict`` does.
+
+        Args:
+            frames: pushed pictures at their own size (.npz), to time whole frames with.
+        """
 
     def start_fresh(
         self, bundle: str, images: str, settings: MeasureSettings, timeout_seconds: float, *, examine: bool = False

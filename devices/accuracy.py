@@ -31,6 +31,7 @@ BLOCK_BYTES = 128 * 2**20  # of images, or of what is said of them, that lie on 
 LEAST_BLOCK, LEAST_DENSE_BLOCK = 64, 8  # images
 SLACK, SLACK_SECONDS = 10, 60.0  # a process that takes so many times what it should, and a minute, hangs
 FIRST_SECONDS = 3600.0  # of the first process of a bundle, of which nothing is known
+FRAMES_FILE, MOST_FRAMES, FRAMES_BYTES = "frames.npz", 8, 64 * 2**20  # pictures of whole frames that are pushed
 PIECE = 64  # images whose outputs are looked at together
 ALONE = "alone"  # the part of a bundle's outputs that is of the timing images, one at a time
 
@@ -125,6 +126,30 @@ def push(asked: Asked) -> None:
         asked.device.push(file, file.name)
     for name, bundle in asked.bundles.items():
         asked.device.push(bundle.path, name)
+
+
+def push_frames(asked: Asked) -> str | None:
+    """Put some of the timed images, decoded, at their own size, onto the device; returns what they are called there.
+
+    None where there are none, or their files cannot be read any more.
+    """
+    if asked.dataset is None:
+        return None
+    samples, frames, left = asked.dataset.samples("test"), list[np.ndarray](), FRAMES_BYTES
+    try:
+        for at in asked.positions[:MOST_FRAMES]:
+            frame = np.asarray(samples[int(at)].image())
+            left -= frame.nbytes
+            if frames and left < 0:
+                break
+            frames.append(frame)
+    except UserError as error:  # what the networks are shown may be kept where the images are gone
+        asked.talk.note(f"whole frames are not timed: {error}")
+        return None
+    file = asked.scratch / FRAMES_FILE
+    np.savez(file, *frames)
+    asked.device.push(file, file.name)
+    return file.name
 
 
 def ask(asked: Asked) -> dict[str, str]:

@@ -28,11 +28,19 @@ from ..core.kinds import (
     Runnable,
     Samples,
     StartUp,
+    WholeFrame,
     float32_by_bundle,
 )
 from ..core.proc import end_groups
 from ..core.progress import progress
-from ..core.stats import Interval, early_stopping, median_interval, percentile_interval, percentile_within
+from ..core.stats import (
+    Interval,
+    early_stopping,
+    median_interval,
+    percentile_interval,
+    percentile_within,
+    ratio_interval,
+)
 from ..data.dataset import Dataset, load_labels
 from ..runtime.measure import longest_seconds
 from ..runtime.task import TASKS
@@ -53,6 +61,7 @@ from .accuracy import (
     on_host,
     part,
     push,
+    push_frames,
     twice,
 )
 from .conditions import conditions, seen_around
@@ -152,7 +161,15 @@ def bench(
                 results = _accuracies(run, given_up, draft.path, host or {})
                 timed = [name for name, result in results.items() if not result.failed and not asked.stand_in(name)]
                 judged_by = _controls(run, timed)
-                _measure_rounds(run, timed, judged_by, watch)
+                frames = push_frames(asked) if timed else None
+                _measure_rounds(run, timed, judged_by, watch, frames)
+                if (
+                    frames
+                    and journal.runs
+                    and not device.emulated
+                    and all(each.frames is None for each in journal.runs.values())
+                ):
+                    talk.note(f"whole frames are not timed on '{config.device}': that takes Pillow there")
                 starts = _start_fresh(run, timed)
             return results, judged_by, starts
 
@@ -179,6 +196,7 @@ def bench(
                 judged_by,
                 run.float32,
                 config.resolution,
+                frames=frames_by_round(runs),
                 emulated=device.emulated,
                 cores=after.usable_cores,
                 pauses_seconds=journal.pauses_seconds,
@@ -372,11 +390,18 @@ def _corrupted(run: _Run, name: str, labels: np.ndarray, folder: Path) -> dict[C
 
 
 def _measure_rounds(
-    run: _Run, timed: Sequence[str], judged_by: Mapping[str, Sequence[str]], watch: Watch | None
+    run: _Run,
+    timed: Sequence[str],
+    judged_by: Mapping[str, Sequence[str]],
+    watch: Watch | None,
+    frames: str | None = None,
 ) -> None:
     """Measure what the journal lacks of every round, each process into the journal as it ends.
 
     Long runs are one more round after the others, without controls: they heat the device.
+
+    Args:
+        frames: what the pictures of whole frames are called on the device.
     """
     journal, talk, asked = run.journal, run.asked.talk, run.asked
     repeated = _repeated(judged_by)
@@ -400,7 +425,8 @@ def _measure_rounds(
                     settings = settings.model_copy(update={"sustained": 0.0})
                 look = None if watch is None else watch.look()
                 try:
-                    samples = twice(talk, name, asked.device.measure, measured, asked.timing[measured], settings, limit)
+                    call = partial(asked.device.measure, measured, asked.timing[measured], settings, limit)
+                    samples = twice(talk, name, call, frames=frames)
                 except DeviceLost:
                     raise
                 except KdpipeError as error:
@@ -546,6 +572,7 @@ def summary(
         "inferences": sum(map(len, milliseconds)),
         "end_to_end_ms": median_interval(end_to_end) if end_to_end else None,
         "prepare_ms": float(np.median(np.concatenate([samples.prepare_ns for samples in repeats]))) / 1e6,
+        "whole_frame": whole_frame(repeats),
         "page_cache": starts[0].page_cache if starts else None,
         "start_ms": median_interval(since_start) if since_start else None,
         "import_ms": [start.import_ns / 1e6 for start in began],
@@ -563,6 +590,37 @@ def summary(
         "p50_known_within_by_process": [samples.p50_known_within for samples in repeats],
         "sustained": None if long is None else long.sustained,
         "session": repeats[0].session,
+    }
+
+
+def whole_frame(repeats: Sequence[Samples]) -> WholeFrame | None:
+    """What whole frames took over the processes of one bundle; None where some process has none."""
+    timed = [samples.frames for samples in repeats if samples.frames is not None]
+    if not timed or len(timed) < len(repeats):
+        return None
+    whole, alone = (
+        [float(np.median(nanoseconds)) / 1e6 for nanoseconds in each]
+        for each in ([frames.whole_ns for frames in timed], [frames.alone_ns for frames in timed])
+    )
+    steps = {
+        step: float(np.median(np.concatenate([frames.steps_ns.get(step, [0]) for frames in timed]))) / 1e6
+        for step in timed[0].steps_ns
+    }
+    return WholeFrame(
+        latency_ms=median_interval(whole),
+        latency_by_process_ms=whole,
+        network_ms=median_interval(alone),
+        over_network=ratio_interval(whole, alone),
+        steps_ms=steps,
+        sizes=timed[0].sizes,
+    )
+
+
+def frames_by_round(runs: Mapping[str, Sequence[Samples]]) -> dict[str, list[float | None]]:
+    """The median whole frame of every process in ms, of bundles and controls; None where a process has none."""
+    return {
+        name: [None if each.frames is None else float(np.median(each.frames.whole_ns)) / 1e6 for each in repeats]
+        for name, repeats in runs.items()
     }
 
 

@@ -81,7 +81,9 @@ class NullDevice:
         np.save(outputs, np.zeros((count, *golden.shape[1:]), golden.dtype))
         return Prediction(images=count, open_seconds=0, predict_seconds=0, session=SESSION)
 
-    def measure(self, bundle: str, images: str, settings: MeasureSettings, timeout_seconds: float) -> Samples:
+    def measure(
+        self, bundle: str, images: str, settings: MeasureSettings, timeout_seconds: float, *, frames: str | None = None
+    ) -> Samples:
         self._found(bundle)
         plan = Plan(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Plan)})
         timed = time_calls(lambda _: None, plan)

@@ -390,12 +390,15 @@ class RunnerDevice(ABC):
         self.receive(written, outputs)
         return answer
 
-    def measure(self, bundle: str, images: str, settings: MeasureSettings, timeout_seconds: float) -> Samples:
+    def measure(
+        self, bundle: str, images: str, settings: MeasureSettings, timeout_seconds: float, *, frames: str | None = None
+    ) -> Samples:
         plan = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Plan)}
         plan["image_count"] = plan.pop("images")
         arguments = [
             *("measure", self.place(bundle), "--images", self.place(images), "--threads", str(settings.threads)),
             *(word for name, value in plan.items() for word in (f"--{name.replace('_', '-')}", str(value))),
+            *(["--frames", self.place(frames)] if frames is not None else []),
         ]
         return self.ask(Samples, arguments, timeout_seconds)
 

@@ -42,6 +42,7 @@ def assess(
     float32: Mapping[str, str],
     resolution: float,
     *,
+    frames: Rounds | None = None,
     emulated: bool = False,
     cores: int | str = UNAVAILABLE,
     pauses_seconds: Sequence[float] = (),
@@ -54,6 +55,7 @@ def assess(
         judged_by: for each timed bundle those whose control it is judged by, as ``controlled`` finds them.
         float32: for each bundle the float32 one of its target and student, where there is one.
         resolution: share within which a latency must be known.
+        frames: as ``rounds``, what whole frames took.
         cores: of the device that a process may use, where that is known.
         pauses_seconds: how long the session stood still, each time.
     """
@@ -76,6 +78,10 @@ def assess(
                 base=results.get(base) if over is not None else None,
             )
             result = result.model_copy(update={"trust": word})
+            if result.whole_frame is not None:
+                result = _judge_frames(
+                    result, frames or {}, judged_by[name], resolution, emulated, cores, pauses_seconds
+                )
         judged[name] = result
     return {
         "results": judged,
@@ -84,6 +90,29 @@ def assess(
         "judged_by": {name: list(others) for name, others in judged_by.items()},
         "comparisons": compare(rounds, known, judged_by),
     }
+
+
+def _judge_frames(
+    result: Result,
+    frames: Rounds,
+    controls: Sequence[str],
+    resolution: float,
+    emulated: bool,
+    cores: int | str,
+    pauses_seconds: Sequence[float],
+) -> Result:
+    """The same word on the whole frames of a bundle, by their own width and their own controls."""
+    assert result.whole_frame is not None
+    told = {"latency_p50_ms": result.whole_frame.latency_ms, "over_float32": None, "stable": None}
+    word = judge(
+        result.model_copy(update=told),
+        {name: ratio(frames, control_name(name), name) for name in controls},
+        resolution,
+        emulated=emulated,
+        cores=cores,
+        pauses_seconds=pauses_seconds,
+    )
+    return result.model_copy(update={"whole_frame": result.whole_frame.model_copy(update={"trust": word})})
 
 
 def controlled(

@@ -41,7 +41,7 @@ from ..core.remote import RemoteFolder, is_url
 from ..data.dataset import Dataset
 from ..networks.models import create, input_spec
 from ..runtime.task import TASKS
-from .features import by_place, output_grid, resized
+from .features import by_place, in_places, output_grid, resized
 from .precision import Precision
 from .ranks import Ranks, join
 from .teacher import Address, Teacher, TeacherOutput, open_teacher
@@ -64,17 +64,24 @@ def top_count(config: CacheConfig, classes: int, dense: bool = False) -> int | N
     return None if wanted is None or wanted >= classes else wanted
 
 
-def record_type(classes: int, top: int | None) -> np.dtype[Any]:
-    """All logits less the largest; or the largest ones' classes, log-probabilities and the mass of the rest."""
+def record_type(classes: int, top: int | None, dense: bool = False) -> np.dtype[Any]:
+    """All logits less the largest; or the largest ones' classes, log-probabilities and the mass of the rest.
+
+    Of a place also the level, what was taken off its logits: ``cwd`` compares a class at one place and another.
+    """
+    level = [("level", "<f4")] if dense else []
     if top is None:
-        return np.dtype([("logits", "<f2", (classes,))])
-    return np.dtype([("classes", "<u4", (top,)), ("below", "<f2", (top,)), ("largest", "<f4"), ("rest", "<f4")])
+        return np.dtype([("logits", "<f2", (classes,)), *level])
+    columns = [("classes", "<u4", (top,)), ("below", "<f2", (top,)), ("largest", "<f4"), ("rest", "<f4")]
+    return np.dtype([*columns, *level])
 
 
 def encode(logits: Tensor, kind: np.dtype[Any]) -> np.ndarray:
     """Logits [B, K], of images or of places, as records [B]."""
-    records = np.empty(len(logits), kind)
-    if "logits" in (kind.names or ()):
+    records, names = np.empty(len(logits), kind), kind.names or ()
+    if "level" in names:
+        records["level"] = (logits.amax(1) if "logits" in names else logits.double().logsumexp(1)).cpu().numpy()
+    if "logits" in names:
         below = logits - logits.amax(1, keepdim=True)
         records["logits"] = below.clamp(min=float(np.finfo(np.float16).min)).cpu().numpy()
         return records
@@ -86,15 +93,16 @@ def encode(logits: Tensor, kind: np.dtype[Any]) -> np.ndarray:
 
 
 def decode(records: np.ndarray, classes: int) -> Tensor:
-    """Records [B] as float32 logits [B, K], up to a constant a row; the rest's mass is spread evenly."""
+    """Records [B] as float32 logits [B, K], up to a constant a row without ``level``; the rest's mass spread evenly."""
+    level = records["level"][:, None] if "level" in (records.dtype.names or ()) else np.float32(0)
     if "logits" in (records.dtype.names or ()):
-        return torch.from_numpy(records["logits"].astype(np.float32))
+        return torch.from_numpy(records["logits"].astype(np.float32) + level)
     top = records["classes"].shape[1]
     with np.errstate(invalid="ignore", divide="ignore"):  # of a mass that none can be; whoever decodes looks at it
         logits = np.repeat(np.log(records["rest"] / (classes - top))[:, None], classes, axis=1)
     largest = records["largest"][:, None] + records["below"].astype(np.float32)
     np.put_along_axis(logits, records["classes"].astype(np.int64), largest, axis=1)
-    return torch.from_numpy(logits.astype(np.float32))
+    return torch.from_numpy(logits.astype(np.float32) + level)
 
 
 @dataclass(frozen=True)
@@ -146,8 +154,8 @@ class CachedTeacher(nn.Module):
         super().__init__()
         facts = cache.facts
         self.views = facts.views
-        self._classes, self._kind = facts.classes, record_type(facts.classes, facts.top)
         self._grid = facts.grid or ()
+        self._classes, self._kind = facts.classes, record_type(facts.classes, facts.top, dense=bool(self._grid))
         self._places = (math.prod(self._grid),) if self._grid else ()
         self._cache = cache
         self._images = image_numbers(cache)
@@ -156,20 +164,20 @@ class CachedTeacher(nn.Module):
     def forward(self, view: Tensor, address: Address) -> TeacherOutput:
         """The output for the views [B, 3, H, W] of these numbers, on their device; the pixels are not looked at."""
         views, images = address
-        records = np.empty((len(images), *self._places), self._kind)
+        shards = {int(number): self._shard(int(number)) for number in np.unique(views.numpy())}
+        records = np.empty((len(images), *self._places), self._kind)  # no larger than the files that were looked at
         rows = np.minimum(np.searchsorted(self._images, images.numpy()), len(self._images) - 1)
         if not np.array_equal(self._images[rows], images.numpy()):
             raise UserError(f"{self._cache.path} knows nothing of some of the images: build it again")
-        for number in np.unique(views.numpy()).tolist():
+        for number, shard in shards.items():
             here = views.numpy() == number
-            records[here] = self._shard(int(number))[rows[here]]
+            records[here] = shard[rows[here]]
         if "classes" in (self._kind.names or ()) and (records["classes"] >= self._classes).any():
             raise UserError(f"{self._cache.path} has records of classes that it has not: build it again")
         logits = decode(records.reshape(-1), self._classes)
         if not torch.isfinite(logits).all():
             raise UserError(f"{self._cache.path} has records that are not finite: build it again")
-        logits = logits.unflatten(0, (len(images), *self._grid)).movedim(-1, 1)
-        return TeacherOutput(logits.to(view.device))
+        return TeacherOutput(in_places(logits, (len(images), *self._grid)).to(view.device))
 
     def _shard(self, view: int) -> np.memmap[Any, Any]:
         if view not in self._shards:
@@ -183,12 +191,12 @@ class CachedTeacher(nn.Module):
 def image_numbers(cache: Cache) -> np.ndarray:
     """The numbers of the images [N], ascending, of which every shard has a record. Raises UserError."""
     facts, images = cache.facts, np.asarray(cache.array(cache.IMAGES, "iu", 1))
-    record_bytes = record_type(facts.classes, facts.top).itemsize * math.prod(facts.grid or ())
+    dense = facts.grid is not None
+    record_bytes = record_type(facts.classes, facts.top, dense).itemsize * math.prod(facts.grid or ())
     if images.shape != (facts.images,) or (np.diff(images.astype(np.int64)) <= 0).any() or images[0] < 0:
         raise UserError(f"{cache.path / cache.IMAGES} is not the {facts.images} ascending numbers: build it again")
     config = CacheConfig.model_validate(cache.settings)
-    top = top_count(config, facts.classes, dense=facts.grid is not None)
-    promised = (config.views, top, record_bytes, config.grid or facts.grid)
+    promised = (config.views, top_count(config, facts.classes, dense), record_bytes, config.grid or facts.grid)
     if (facts.views, facts.top, facts.record_bytes, facts.grid) != promised:
         raise UserError(f"{cache.path} does not hold the views and records that its settings promise: build it again")
     return images
@@ -335,7 +343,7 @@ def verify(cache: Cache, dataset: Dataset, teacher: Checkpoint, share: float, se
     for address, output in job.outputs(addresses, "asking again"):
         stored = cached(output.logits, address).logits
         places = encode(by_place(output.logits), job.kind)
-        again = decode(places, job.classes).unflatten(0, (len(stored), *job.grid)).movedim(-1, 1)
+        again = in_places(decode(places, job.classes), (len(stored), *job.grid))
         worst = max(worst, float(((stored - again).abs() / again.abs().clamp(min=1)).max()))
         agree += task.agreement(stored.numpy(), again.numpy()) * len(again)
     found = {"checked": count, "of": total, "largest_relative_difference": worst, "agreement": agree / count}
@@ -362,7 +370,7 @@ class _Job:
         given = tuple(self.teacher(torch.zeros(1, *spec.shape, device=ranks.device)).logits.shape[2:])
         self.grid: tuple[int, ...] = (config.grid or given) if given else ()
         self.top = top_count(config, self.classes, dense=bool(given))
-        self.kind = record_type(self.classes, self.top)
+        self.kind = record_type(self.classes, self.top, dense=bool(given))
         self.batch = PLACES_BATCH if given else BATCH
 
     @property

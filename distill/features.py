@@ -97,6 +97,11 @@ def by_place(outputs: Tensor) -> Tensor:
     return outputs.movedim(1, -1).flatten(0, -2)
 
 
+def in_places(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """``by_place`` undone: logits [B * ..., K] as outputs [B, K, ...], where ``shape`` is [B, ...]."""
+    return rows.reshape(*shape, rows.shape[-1]).movedim(-1, 1)
+
+
 def resized(logits: Tensor, grid: Sequence[int]) -> Tensor:
     """Logits [B, K, h, w] at another height and width, bilinear and in float32; those of whole images [B, K] as is."""
     if logits.shape[2:] == tuple(grid):

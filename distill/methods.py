@@ -33,6 +33,7 @@ from .features import (
     PlacesHead,
     block_indices,
     by_place,
+    in_places,
     map_shapes,
     maps_alone,
     maps_and_logits,
@@ -291,7 +292,7 @@ class DistillationMethod(Method, ABC):
         logits = resized(teacher.logits, self.grid)
         if self.config.shuffled_teacher:
             shuffled = losses.shuffle_non_maximal(by_place(logits), torch.default_generator)
-            logits = shuffled.unflatten(0, (len(logits), *logits.shape[2:])).movedim(-1, 1)
+            logits = in_places(shuffled, (len(logits), *logits.shape[2:]))
         return TeacherOutput(logits, teacher.maps)
 
 
@@ -432,12 +433,12 @@ class Hint(FeatureMethod):
 class ChannelWise(FeatureMethod):
     """Channel-wise distillation (Shu et al. 2021): where in an image each channel is large.
 
-    Of the logits, a channel being a class; or of the features that the head sees, through an adapter only where the
-    widths differ. The weight is the one that its authors give logits, at their T = 4.
+    Of the logits, a channel being a class; or of the deepest features that have several places, which of a decoder
+    are those that the head sees, through an adapter only where the widths differ. The weight is the one that its
+    authors give logits, at their T = 4.
     """
 
     default_weight = 3.0
-    stages = slice(-1, None)
     with_decoder = True
 
     def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
@@ -450,6 +451,17 @@ class ChannelWise(FeatureMethod):
         if on == "logits":
             return StudentWithAuxiliaries(student)
         indices = self.pair_stages(student, teacher)
+        assert isinstance(teacher, Teacher)
+        mine = map_shapes(student, self.spec.sides, indices)
+        its = map_shapes(teacher.network, teacher.sides, self.teacher_indices)
+        spread = [
+            at
+            for at, (here, there) in enumerate(zip(mine, its, strict=True))
+            if max(map(min, zip(here[1:], there[1:], strict=True))) > 1
+        ]
+        if not spread:
+            raise UserError(f"method 'cwd': no stage of '{self.name}' has several places: wanted a larger input.size")
+        indices, self.teacher_indices = [indices[spread[-1]]], [self.teacher_indices[spread[-1]]]
         return StudentWithAuxiliaries(student, indices, self.adapters(student, indices, teacher, where_equal=False))
 
     def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:

@@ -74,14 +74,14 @@ def load_encoder(encoder: nn.Module, path: Path, what: str) -> None:
     Raises:
         UserError: a missing, broken or unreadable file, another network, or weights that are not finite.
     """
-    own, states = encoder.state_dict(), read_state_dicts(path)
-    spellings: list[dict[str, str]] = []  # names in the file, by the encoder's own
-    for spell in (str, _unflattened, _unwrapped):
-        if (names := {name: spell(name) for name in own}) not in spellings:
-            spellings.append(names)
-    fitting = [names for names in spellings if any(_whole(state, names.values()) for state in states.values())]
-    names = (fitting or spellings)[0]
+    own = encoder.state_dict()
+    found, names = read_state_dicts(path), {name: name for name in own}
+    if len({name.partition(".")[0] for name in own}) == 1:  # of a network that timm keeps whole, inside of another
+        inside = {name: name.partition(".")[2] for name in own}
+        if any(_whole(_respelled(state, inside.values()), inside.values()) for state in found.values()):
+            names = inside
     wanted = {names[name]: tensor for name, tensor in own.items()}
+    states = {place: _respelled(state, wanted) for place, state in found.items()}
     state = _fitting(_chosen(states, path, None, wanted), path, None, wanted)
     if missing := sorted(wanted.keys() - state.keys()):
         raise UserError(
@@ -92,14 +92,19 @@ def load_encoder(encoder: nn.Module, path: Path, what: str) -> None:
     encoder.load_state_dict({name: state[names[name]] for name in own})
 
 
-def _unflattened(name: str) -> str:
-    """``stages.0.conv`` of ``stages_0.conv``: timm flattens the first level of the networks that it takes apart."""
-    return re.sub(r"^([a-z]\w*?)_(\d+)\.", r"\1.\2.", name)
+def _respelled(state: State, wanted: Iterable[str]) -> dict[str, Tensor]:
+    """With the names of ``wanted`` where they differ by a point in the place of a line.
 
+    timm joins the first two levels of a network that it takes apart: ``stages.0.conv`` is ``stages_0.conv`` there.
+    """
+    known = {name.replace(".", "_"): name for name in wanted}
 
-def _unwrapped(name: str) -> str:
-    """Without the first level, where timm wraps a whole network."""
-    return name.partition(".")[2]
+    def spelled(name: str) -> str:
+        ends = [0, *(at + 1 for at, letter in enumerate(name) if letter == ".")]
+        at = next((at for at in ends if name[at:].replace(".", "_") in known), None)
+        return name if at is None else name[:at] + known[name[at:].replace(".", "_")]
+
+    return {spelled(name): tensor for name, tensor in state.items()}
 
 
 def _check_tensors(state: State, path: Path, wanted: State, head: Collection[str]) -> None:

@@ -110,7 +110,13 @@ def answers(task: Task, measurement: Measurement, bundle: str, float32: str | No
         "float32": float32,
         "classes": classes,
         "confusions": [
-            {"classes": [label, other], "label": names[label], "said": names[other], task.counted: count}
+            {
+                "classes": [label, other],
+                "label": names[label],
+                "said": names[other],
+                task.counted: count,
+                "share": count / totals[label],  # of all answers about that class
+            }
             for (label, other), count in confused[:CONFUSIONS]
         ],
         "confusions_left_out": max(0, len(confused) - CONFUSIONS),
@@ -140,6 +146,7 @@ def _mistakes(
                 "said": task.tell(said, names),
                 # Class maps do not say how sure they are of themselves.
                 "confidence": min(1.0, float(sure)) if np.isfinite(sure) else None,
+                "score": task.summary(found[at : at + 1]).value,  # of this image alone
             }
         )
     return rows

@@ -159,27 +159,30 @@ def flips(
         return []
     task, samples = TASKS[measurement.facts.task], sources.dataset.samples("test")
     classes = [printable(name) for name in sources.dataset.classes]
-    known = labels.reshape(len(labels), -1).max(1)  # of every image something, though not at every place
-    fits = labels.min() >= UNLABELED and 0 <= known.min() <= known.max() < len(classes)
+    fits = labels.min() >= UNLABELED and 0 <= labels.max() < len(classes)
     if len(samples) != len(labels) or not fits:
         raise UserError(f"{measurement.path} measured other images than those of {sources.dataset.path}")
     queues = []
     for before, after in pairs:
         outputs = [measurement.outputs(name) for name in (before, after)]
-        if any(each.shape[1] != len(classes) for each in outputs):
+        if any(task.mislabeled(labels, each) for each in outputs):
+            raise UserError(f"{measurement.path} measured other images than those of {sources.dataset.path}")
+        if any(task.misfit(each, len(labels), len(classes)) for each in outputs):
             raise UserError(f"{measurement.path} has outputs of other classes than {sources.dataset.path}")
         first, second = (task.decide(each) for each in outputs)
         queues.append(
             [
                 {
                     "bundle": after,
+                    "against": before,
                     "image": printable(samples[at].path.name),
                     "position": int(at),
                     "label": task.tell(labels[at], classes),
                     "float32": task.tell(first[at], classes),
                     "variant": task.tell(second[at], classes),
+                    "changed": float((first[at] != second[at]).mean()),  # a share of the image
                 }
-                for at in task.differing(*outputs)
+                for at in task.differing(*outputs)[:FLIPS]
             ]
         )
     turns = [queue[turn] for turn in range(max(map(len, queues), default=0)) for queue in queues if turn < len(queue)]

@@ -13,6 +13,8 @@ from ..core.kinds import Checkpoint, DeviceReport, GainFacts, Measurement, Repor
 from . import tables, words
 from .compression import Sources, thumbnail
 from .images import contact_sheet
+from .masks import Masks, masks
+from .pooled import pool
 from .terms import TERMS
 
 MOST_CLASSES = 1000  # rows of the page; report.json has all
@@ -39,7 +41,10 @@ def report(
     with drafting(Report, order, out) as draft:
         numbers = tables.collect(order.config, sessions, checkpoints, sources)
         write_json(draft.path / Report.NUMBERS, numbers)
-        page = render(numbers, _pictures(numbers, sources), contact_sheet(sources.dataset))
+        first = pool(next(iter(sessions.values()))).shown
+        drawn = masks(numbers, first, tables.bundles_of(first), sources)
+        pictures = {} if drawn.legend else _pictures(numbers, sources)
+        page = render(numbers, pictures, contact_sheet(sources.dataset), drawn)
         (draft.path / Report.PAGE).write_text(page, encoding="utf-8")
         draft.facts = ReportFacts(
             devices=[
@@ -65,12 +70,13 @@ def _pictures(numbers: tables.Numbers, sources: Sources) -> dict[int, str]:
     return {each["position"]: thumbnail(samples[each["position"]].image()) for each in shown}
 
 
-def render(numbers: tables.Numbers, pictures: Mapping[int, str], sheet: str = "") -> str:
+def render(numbers: tables.Numbers, pictures: Mapping[int, str], sheet: str = "", masks: Masks | None = None) -> str:
     """The page of ``numbers``; everything is escaped but the figures drawn here.
 
     Args:
         pictures: test images as URIs, by position.
         sheet: the contact sheet of the data, as a data URI.
+        masks: what is drawn in place of the pictures where answers are masks.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -95,6 +101,7 @@ def render(numbers: tables.Numbers, pictures: Mapping[int, str], sheet: str = ""
         gain_names=gain_names(numbers["gains"]),
         pareto_name=pareto_name,
         pictures=pictures,
+        masks=masks or Masks(),
         sheet=sheet,
         chosen=rows,
         defaults=defaults,

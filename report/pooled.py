@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core.kinds import Comparison, Measurement, MeasurementFacts, Result, Trust
+from ..core.kinds import Comparison, Measurement, MeasurementFacts, Result, Trust, WholeFrame
 from ..core.stats import compare_logs, geometric_interval, known_within
 
 
@@ -44,6 +44,14 @@ def pool(attempts: Sequence[Measurement]) -> Pooled:
     results = {
         name: pooled_result(result, [facts.results[name] for facts in behind[name]], shown.facts.resolution)
         for name, result in shown.facts.results.items()
+    }
+    results = {
+        name: result.model_copy(
+            update={
+                "whole_frame": pooled_frame(result, [each.results.get(name) for each in every], shown.facts.resolution)
+            }
+        )
+        for name, result in results.items()
     }
     comparisons = pooled_comparisons(shown.facts, every)
     facts = shown.facts.model_copy(update={"results": results, "comparisons": comparisons})
@@ -77,6 +85,23 @@ def pooled_result(shown: Result, trusted: Sequence[Result], resolution: float) -
             reason = f"over {len(trusted)} sessions {what} is known within {100 * within:.3g} %"
             trust = Trust(word="noisy", reason=f"{reason}, wanted {100 * resolution:.3g} %: more sessions would tell")
             break
+    return trusted[-1].model_copy(update={**pooled, "trust": trust})
+
+
+def pooled_frame(shown: Result, every: Sequence[Result | None], resolution: float) -> WholeFrame | None:
+    """What whole frames of one bundle took over the sessions in which they are trusted, which may be others."""
+    frames = [each.whole_frame for each in every if each is not None and each.whole_frame is not None]
+    trusted = [frame for frame in frames if frame.trust is not None and frame.trust.word == "trusted"]
+    if len(trusted) < 2:
+        return trusted[0] if trusted else shown.whole_frame
+    pooled = {
+        name: geometric_interval([getattr(frame, name).value for frame in trusted])
+        for name in ("latency_ms", "network_ms", "over_network")
+    }
+    trust, within = Trust(word="trusted"), known_within(pooled["latency_ms"])
+    if within is not None and within > resolution:
+        reason = f"over {len(trusted)} sessions p50 is known within {100 * within:.3g} %"
+        trust = Trust(word="noisy", reason=f"{reason}, wanted {100 * resolution:.3g} %: more sessions would tell")
     return trusted[-1].model_copy(update={**pooled, "trust": trust})
 
 

@@ -326,6 +326,7 @@ def bundle_rows(pooled: Pooled) -> list[Numbers]:
                 "latency_over_float32": _plain(result.over_float32),
                 "end_to_end_ms": _plain(result.end_to_end_ms),
                 "prepare_ms": result.prepare_ms,
+                "whole_frame": None if result.whole_frame is None else result.whole_frame.model_dump(mode="json"),
                 "size_bytes": bundle.facts.size_bytes,
                 "start_ms": _plain(result.start_ms),
                 "import_ms": _median(result.import_ms),
@@ -700,6 +701,7 @@ def device_lines(device: Numbers) -> Iterator[str]:
     for hop in device["hops"]:
         yield from words.hop_lines(hop)
     yield from words.host_lines(device["bundles"])
+    yield from words.frame_lines(device)
     for advised in device["advice"]:
         yield words.advice_sentence(advised)
     yield words.trust_sentence(device["trust"])

@@ -14,6 +14,7 @@ TERMS: dict[str, str] = {
     "A/A control": "a bundle measured against itself: what is found there is the error of the measurement",
     "float32": "the exported network before it is made smaller: 32 bits a number",
     "end to end": "from the decoded picture to the outputs: preparing the input and one inference",
+    "whole frame": "from the decoded picture at its own size to the answer: resized, asked, resized back, in colours",
     "start": "from the start of a process to its first outputs",
     "variant": "a form of the network for one runtime: float32, or smaller",
     "lost": "images that are answered worse than before",

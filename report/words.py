@@ -120,6 +120,28 @@ def timing_remarks(row: Mapping[str, Any]) -> str:
     return "".join(f"; {remark}" for remark in remarks)
 
 
+def frame_sizes(frame: Mapping[str, Any]) -> str:
+    """Height and width of the pictures that were timed, or of the smallest and the largest."""
+    sizes = sorted({tuple(size) for size in frame["sizes"]}, key=math.prod)
+    told = [f"{height}x{width}" for height, width in (sizes[0], sizes[-1])]
+    return told[0] if len(sizes) == 1 else f"{told[0]} to {told[1]}"
+
+
+def frame_lines(device: Mapping[str, Any]) -> list[str]:
+    """What a whole frame takes with the bundle to ship, else with the first that was timed; nothing where none was."""
+    timed = {row["name"]: row for row in device["bundles"] if row.get("whole_frame")}  # a report of before has none
+    row = timed.get(device["decision"]["bundle"], next(iter(timed.values()), None))
+    if row is None:
+        return []
+    frame = row["whole_frame"]
+    steps = ", ".join(f"{step} {figure(spent)}" for step, spent in frame["steps_ms"].items())
+    doubt = "" if frame["trust"]["word"] == "trusted" else f"; {frame['trust']['word']}: {frame['trust']['reason']}"
+    return [
+        f"{row['name']}, a whole frame of {frame_sizes(frame)} pixels: {interval(frame['latency_ms'])} ms, "
+        f"{interval(frame['over_network'])} of the network alone ({steps} ms){doubt}"
+    ]
+
+
 def threads_sentence(trust: Mapping[str, Any]) -> str:
     """On how many threads, kept where."""
     if len(trust["threads"]) > 1:
@@ -500,7 +522,10 @@ def answers_lines(numbers: Mapping[str, Any]) -> list[str]:
         )
     if answers["confusions"]:
         most, counted = answers["confusions"][0], task.get("counted", "images")
-        text += f"; most often '{most['label']}' is called '{most['said']}' ({most[counted]:,} {counted})"
+        many = f"{most[counted]:,} {counted}"
+        if counted != "images":  # so many that they say nothing
+            many = f"{percent(most['share'], 1)} % of its {counted}"
+        text += f"; most often '{most['label']}' is called '{most['said']}' ({many})"
     lines = [text]
     if (found := row["calibration"]) is not None:
         before = "" if float32 is None else f" (float32 {calibration(float32['calibration'])} %)"

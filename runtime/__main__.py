@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     predicting.add_argument("--batch", type=int, default=BATCH, help="images of one call, where the model takes them")
     measuring = of_bundle("measure", _measure, "time a bundle")
     measuring.add_argument("--images", type=Path, required=True, help=".npy of uint8 [N, H, W, 3]")
+    measuring.add_argument("--frames", type=Path, help=".npz of decoded pictures at their own size, uint8 [H, W, 3]")
     for field in fields(Plan):
         option = "--image-count" if field.name == "images" else "--" + field.name.replace("_", "-")
         measuring.add_argument(option, type=type(field.default), default=field.default, help="see Plan")
@@ -145,7 +146,15 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     named = {field.name: getattr(args, field.name) for field in fields(Plan) if field.name != "images"}
     plan = Plan(images=args.image_count, **named)
     images = np.load(args.images, mmap_mode="r", allow_pickle=False)[: plan.images]
-    return measure(args.bundle, facts, images, placement, plan)
+    return measure(args.bundle, facts, images, placement, plan, lambda: _frames(args.frames))
+
+
+def _frames(path: Path | None) -> list[np.ndarray]:
+    """The pictures of a .npz file, in their order."""
+    if path is None:
+        return []
+    with np.load(path, allow_pickle=False) as stored:
+        return [stored[name] for name in stored.files]
 
 
 def _start(args: argparse.Namespace) -> dict[str, Any]:
@@ -167,10 +176,20 @@ def _predict(args: argparse.Namespace) -> dict[str, Any]:
     begun = time.monotonic()
     session = open_session(args.bundle, facts, _threads(args), args.stand_in)
     opened = time.monotonic()
-    outputs = [predict(session, images, args.batch) for images in _batches(args.images)]
-    np.save(args.logits, np.concatenate(outputs), allow_pickle=False)
+    count, done = len(np.load(args.images, mmap_mode="r", allow_pickle=False)), 0
+    # On the disk as they come: masks of many images are larger than a memory.
+    written: np.memmap[Any, np.dtype[Any]] | None = None
+    for images in _batches(args.images):
+        outputs = predict(session, images, args.batch)
+        if written is None:
+            written = np.lib.format.open_memmap(args.logits, "w+", outputs.dtype, (count, *outputs.shape[1:]))
+        written[done : done + len(images)] = outputs
+        done += len(images)
+    if written is None:
+        raise BundleError(f"{args.images} has no images: wanted at least one")
+    written.flush()
     return {
-        "images": sum(map(len, outputs)),
+        "images": done,
         "open_seconds": opened - begun,
         "predict_seconds": time.monotonic() - opened,
         "session": session.describe(),

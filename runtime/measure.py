@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from . import RUNTIMES, Session, open_session
+from .frame import MOST_FRAMES, WARM_FRAMES, time_frames
 from .installed import installed
 from .probe import UNAVAILABLE, place, read
 
@@ -332,22 +333,30 @@ def longest_seconds(open_seconds: float, image_seconds: float, timing: Timing) -
     """How long ``measure`` takes at most, where opening and one image (prepared and inferred) take that long."""
     windows = WARM_UP_PATIENCE + 1 / WINDOWS
     calls = 1 + max(WARM_UP_CALLS, 3 * WINDOW_CALLS) + WINDOW_CALLS + timing.images + END_TO_END_CALLS + 2
+    calls += 2 * (WARM_FRAMES + MOST_FRAMES)
     each = max(image_seconds, 1 / timing.rate if timing.rate else 0.0)
     steady = max(timing.max_seconds, LOOKS * timing.min_samples * each)
     return open_seconds + windows * timing.warm_up_seconds + steady + timing.sustained + calls * image_seconds
 
 
 def measure(
-    folder: Path, facts: dict[str, Any], images: np.ndarray, placement: dict[str, Any], plan: Plan
+    folder: Path,
+    facts: dict[str, Any],
+    images: np.ndarray,
+    placement: dict[str, Any],
+    plan: Plan,
+    frames: Callable[[], Sequence[np.ndarray]] = tuple,
 ) -> dict[str, Any]:
     """Time loading, the first inference and steady single-image inference of one model.
 
     The timed call takes the runtime's own input (layout, dtype and scale already right) and returns float32 outputs;
     making that input of a decoded image is timed apart, as ``prepare_ns``, and the two in one as ``end_to_end_ns``.
+    Whole frames, with what is before and after the network, come after it: see ``time_frames``.
 
     Args:
         images: uint8 [N, H, W, 3], rotated through.
         placement: as ``keep_to_cores`` gave it.
+        frames: gives pictures at their own size; asked once the steady phase is over, which they would disturb.
 
     Returns:
         The fields of ``Samples``.
@@ -373,6 +382,7 @@ def measure(
         start = time.perf_counter_ns()
         session.infer(session.prepare(image[None]))
         end_to_end_ns.append(time.perf_counter_ns() - start)
+    of_frames = time_frames(session, frames(), facts, plan.seconds)
     sustained = sustain(run, plan, float(np.median(timed["latency_ns"]))) if plan.sustained else None
     return {
         **took,
@@ -380,6 +390,7 @@ def measure(
         "warm_up": warmth,
         **timed,
         "end_to_end_ns": end_to_end_ns,
+        "frames": of_frames,
         "sustained": sustained,
         "placement": placement,
     }

@@ -6,14 +6,15 @@ Needs numpy alone, because a device draws too.
 from __future__ import annotations
 
 import colorsys
-import math
+import itertools
 
 import numpy as np
 
 MOST_CLASSES = 256  # that a map of bytes can name
-GOLDEN_ANGLE = (3 - math.sqrt(5)) / 2  # of a circle: steps of it come nowhere near an earlier one for long
-# Lightness and saturation take turns, so that neighbours differ in more than hue, also to who sees few hues.
-SHADES = ((0.55, 0.85), (0.38, 0.90), (0.72, 0.75))
+GROUND = (64, 64, 64)  # class 0: what most masks have for everything else
+# Of what colours are taken from: nothing so dark or pale that its hue is lost.
+HUES, LIGHTNESSES, SATURATIONS = 36, (0.38, 0.5, 0.62, 0.75), (0.9, 0.6)
+SENSES = (2, 4, 3)  # about how much an eye makes of a step of red, green and blue
 SAME = 232  # grey of what two maps agree about
 LOST, WON, CHANGED = (200, 30, 30), (20, 130, 60), (230, 160, 20)
 
@@ -28,15 +29,23 @@ def colours(count: int) -> np.ndarray:
     """
     if not 0 <= count <= MOST_CLASSES:
         raise ValueError(f"wanted at most {MOST_CLASSES} classes to colour, found {count}")
-    found = np.full((count, 3), 64, np.uint8)
-    for at in range(1, count):
-        light, saturation = SHADES[at % len(SHADES)]
-        rgb = colorsys.hls_to_rgb((0.58 + (at - 1) * GOLDEN_ANGLE) % 1.0, light, saturation)
-        found[at] = [round(255 * part) for part in rgb]
-    return found
+    return PALETTE[:count].copy()
 
 
-PALETTE = colours(MOST_CLASSES)
+def _far_apart() -> np.ndarray:
+    """Colours for all classes: each is the one, of those that are left, that is farthest from all before it."""
+    kinds = itertools.product(range(HUES), LIGHTNESSES, SATURATIONS)
+    shades = [colorsys.hls_to_rgb(hue / HUES, lightness, saturation) for hue, lightness, saturation in kinds]
+    left = np.round(255 * np.array(shades))
+    found = [np.array(GROUND, np.float64)]
+    apart = np.full(len(left), np.inf)
+    while len(found) < MOST_CLASSES:
+        apart = np.minimum(apart, (np.square(left - found[-1]) * SENSES).sum(1))
+        found.append(left[apart.argmax()])
+    return np.array(found, np.uint8)
+
+
+PALETTE = _far_apart()
 _HALVES = PALETTE >> 1
 
 

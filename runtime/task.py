@@ -75,6 +75,9 @@ class Task(Protocol):
     def decide(self, outputs: np.ndarray) -> np.ndarray:
         """Outputs [N, ...] to what the network says of each image, as ``labels`` are written."""
 
+    def decide_at(self, outputs: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
+        """As ``decide``, of a dense task at the height and width of the network's input."""
+
     def likeliest(self, outputs: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """What the network says of each image, the likeliest first, for outputs [N, ...].
 
@@ -162,6 +165,10 @@ class Classification:
     def decide(self, outputs: np.ndarray) -> np.ndarray:
         """Logits [N, K] to classes [N]."""
         return np.asarray(outputs.argmax(1))
+
+    def decide_at(self, outputs: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
+        """Logits [N, K] to classes [N], whatever the input."""
+        return self.decide(outputs)
 
     def likeliest(self, outputs: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Classes [N, count] with their probability by softmax, for finite logits [N, K]; of equal ones the first.
@@ -323,6 +330,13 @@ class Segmentation:
         for at in range(0, len(outputs), step):
             found[at : at + step] = outputs[at : at + step].argmax(1)
         return found
+
+    def decide_at(self, outputs: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
+        """Class maps of unsigned integers [N, *sides]: logits are enlarged first, class maps by the nearest pixel."""
+        if tuple(outputs.shape[-2:]) == tuple(sides):
+            return self.decide(outputs)
+        maps = np.concatenate(list(self._maps(outputs, sides)))
+        return maps.astype(np.min_scalar_type(max(0, self.class_count(outputs) - 1)))
 
     def likeliest(self, outputs: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Class maps [N, count, h, w] with the mean probability of their pixels, for finite logits [N, K, h, w].

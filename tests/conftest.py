@@ -48,6 +48,14 @@ EVERY_VARIANT = sorted({name for variants in VARIANTS_HERE.values() for name in 
 EVERY_MODEL = [(target, variant) for target, variants in VARIANTS_HERE.items() for variant in ("float32", *variants)]
 
 SMALL_TRAIN = {"epochs": 8, "workers": 0, "validate_every": 4, "augment": {"crop": "pad", "flip": 0}}
+SHORT_BENCH = {
+    "rounds": 2,
+    "seconds": 0.1,
+    "max_seconds": 0.1,
+    "min_samples": 40,
+    "warm_up_seconds": 0.1,
+    "cold_starts": 1,
+}
 SMALL_RECIPE = {
     "name": "small",
     "data": {"source": "digits", "test_split": None, "test_fraction": 0.3},
@@ -55,14 +63,27 @@ SMALL_RECIPE = {
     "student": {"model": "test_resnet", "input": {"size": 32}},
     "distill": {"label_fraction": 0.3, "seeds": [0, 1], "train": SMALL_TRAIN},
     "quantize": {"variants": EVERY_VARIANT, "calibrate": {"images": 64}, "check_images": 32},
-    "bench": {
-        "rounds": 2,
-        "seconds": 0.1,
-        "max_seconds": 0.1,
-        "min_samples": 40,
-        "warm_up_seconds": 0.1,
-        "cold_starts": 1,
-    },
+    "bench": SHORT_BENCH,
+}
+
+
+# The same of masks: the demo's, a few of them, and networks that learn nothing to speak of in this time.
+SMALL_UNET = {
+    "model": "unet",
+    "encoder": "test_resnet",
+    "model_args": {"decoder_channels": [16, 16, 8, 8, 8]},
+    "input": {"size": [32, 48]},
+}
+SMALL_MASKS = {
+    **SMALL_RECIPE,
+    "name": "masks",
+    "data": {"task": "segmentation", "source": "masks", "most_images": 24},
+    "teacher": {**SMALL_UNET, "train": {**SMALL_TRAIN, "batch_size": 8}},
+    "student": SMALL_UNET,
+    "distill": {"seeds": [0], "train": {**SMALL_TRAIN, "batch_size": 8}},
+    "export": {"targets": ["onnxruntime", "openvino"], "parity_images": 8},
+    "quantize": {"variants": ["int8"], "calibrate": {"images": 8}, "check_images": 8},
+    "package": {"golden_images": 2},
 }
 
 
@@ -146,6 +167,26 @@ def made(small: tuple[Recipe, Path], trained: Trained) -> Made:
     paths = {step.name: step.path for step in chain.steps}
     return Made(
         **vars(trained),
+        chain=chain,
+        graph=Graph.open(paths["graph"]),
+        models={name: Model.open(paths[name]) for name in outcome.bundles},
+        bundles=outcome.bundles,
+        measurement=outcome.measurement,
+        report=outcome.report,
+    )
+
+
+@pytest.fixture(scope="session")
+def masked(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The whole chain on masks, for two targets."""
+    kept = os.environ.get("KDPIPE_TEST_ARTIFACTS")
+    chain = Chain(Path(kept) if kept else tmp_path_factory.mktemp("masks") / "artifacts")
+    outcome = pipeline.run(validated(Recipe, SMALL_MASKS, "the small masks"), chain)
+    paths = {step.name: step.path for step in chain.steps}
+    return Made(
+        dataset=Dataset.open(paths["data"]),
+        teacher=Checkpoint.open(paths["teacher"]),
+        student=Checkpoint.open(paths["student-kd-seed0"]),
         chain=chain,
         graph=Graph.open(paths["graph"]),
         models={name: Model.open(paths[name]) for name in outcome.bundles},

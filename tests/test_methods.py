@@ -24,8 +24,8 @@ from kdpipe.core.errors import UserError
 from kdpipe.core.inputs import InputSpec
 from kdpipe.core.kinds import BestEpoch
 from kdpipe.distill import loop, losses
-from kdpipe.distill.features import map_shapes, paired, stage_indices, stage_parameters
-from kdpipe.distill.methods import LABEL_LOSSES, METHODS, DistillationMethod, LogitMethod, StudentOutput, by_place
+from kdpipe.distill.features import by_place, map_shapes, paired, stage_indices, stage_parameters
+from kdpipe.distill.methods import LABEL_LOSSES, METHODS, DistillationMethod, LogitMethod, StudentOutput
 from kdpipe.distill.ranks import Ranks
 from kdpipe.distill.teacher import Teacher, TeacherOutput
 from kdpipe.distill.trackers import Nothing

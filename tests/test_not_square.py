@@ -151,6 +151,17 @@ def test_a_strangers_size(wide: Wide, tmp_path: Path, size: object) -> None:
         read_facts(bundle)
 
 
+@pytest.mark.parametrize("resize", ["fill", 1, None, ["cover"]])
+def test_a_strangers_resize(wide: Wide, tmp_path: Path, resize: object) -> None:
+    bundle = tmp_path / "bundle"
+    subprocess.run(["cp", "-r", wide.bundles["onnxruntime-float32"].path, bundle], check=True)
+    assert "resize" not in read_facts(bundle)["input"], "the usual one is not said"
+    rewrite_manifest(bundle, lambda value: value["facts"]["input"].update(resize=resize))
+    with pytest.raises(BundleError, match="no input is like that"):
+        read_facts(bundle)
+    assert_one_line(kdpipe("predict", bundle, wide.dataset.samples("test")[0].path), 2, "resize")
+
+
 def test_golden_images_of_another_shape(wide: Wide, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     subprocess.run(["cp", "-r", wide.bundles["onnxruntime-float32"].path, bundle], check=True)

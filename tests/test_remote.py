@@ -273,6 +273,7 @@ def test_credentials_are_not_shown(url: str, expected: str) -> None:
         "gs://somebody:t0psecret@bucket/x",
         "s3://somebody:t0p/secret@bucket/x",
     ],
+    ids=["ftp", "http", "unknown", "gs", "s3"],
 )
 def test_credentials_are_in_no_message(url: str, bucket: str, tmp_path: Path) -> None:
     made = seal(tmp_path / "a")

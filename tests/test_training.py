@@ -143,8 +143,8 @@ def test_labels_with_places_are_mixed_place_by_place(
     """The label of a place is here whether its red is dark, and nobody knows where the row is even."""
 
     class Dark(ClassNumbers):
-        def read(self, image: Path, number: int, spec: Mapping[str, Any]) -> np.ndarray:
-            places = (fit(decode(image), spec)[:, :, 0] < 128).astype(np.int64)
+        def read(self, sample: Sample, spec: Mapping[str, Any]) -> np.ndarray:
+            places = (fit(decode(sample.path), spec)[:, :, 0] < 128).astype(np.int64)
             places[::2] = UNLABELED
             return places
 
