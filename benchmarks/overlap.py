@@ -85,6 +85,7 @@ def also(first: Lost, second: Lost) -> Lost:
 POPULATIONS: dict[str, Lost] = {
     "nothing changes": rare(0),
     "1 image of 100 loses a class": rare(0.01),
+    "1 image of 50 loses a class": rare(0.02),
     "1 image of 20 loses a class": rare(0.05),
     "1 image of 5 loses a class": rare(0.2),
     "skewed": skewed(0.02, 1),

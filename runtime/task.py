@@ -51,6 +51,7 @@ class Task(Protocol):
 
     name: str
     metric: str  # name of the figure that ``summary`` gives
+    class_metric: str  # and that ``of_classes`` gives
     unit: str  # in which a person reads it; the figure itself is a share
     dense: bool  # whether an answer has a place for every pixel
     counted: str  # what its answers are: "images" or "pixels"
@@ -136,6 +137,7 @@ class Classification:
 
     name: str = "classification"
     metric: str = "top-1"
+    class_metric: str = "top-1"
     unit: str = "%"
     dense: bool = False
     counted: str = "images"
@@ -272,6 +274,7 @@ class Segmentation:
 
     name: str = "segmentation"
     metric: str = "mIoU"
+    class_metric: str = "IoU"
     unit: str = "%"
     dense: bool = True
     counted: str = "pixels"
