@@ -79,7 +79,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "kd": {"method": "kd", "temperature": 1},
     "dist": {"method": "dist", "temperature": 1, "kd_weight": 1},
     "cwd": {"method": "cwd", "temperature": 4},
-    "hint": {"method": "hint"},
+    "hint": {"method": "hint", "kd_weight": 1},  # not 100: maps of the teacher's stage have a variance of about ten
     "stagewise": {"method": "stagewise"},
     # Not unless they are asked for: controls, and what else there is.
     "smoothing": {"method": "labels", "train": {"label_smoothing": 0.1}},
@@ -314,7 +314,7 @@ def line(plan: Plan, name: str, run: Checkpoint, control: Checkpoint | None, tea
         "share": settings["label_fraction"],
         "seed": settings["seed"],
         "images": facts.training_images,
-        "views": facts.steps * BATCH,
+        "views": facts.epochs * facts.training_images,
         "steps": facts.steps,
         "block_seconds": run.manifest.seconds,  # of everything that trained beside it, since it was last begun
         "mIoU": 100 * facts.test_accuracy,
