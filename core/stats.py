@@ -310,15 +310,24 @@ def calibration_error(
     if weight is None:
         chance = [expected_calibration_error(sure, draws.random(n) < sure) for _ in range(CHANCE_DRAWS)]
     else:
-        turned = ((2 * draws.integers(0, 2, (n, 1)) - 1) * (scores - sure) for _ in range(CHANCE_DRAWS))
+        bins = _bins(sure)
+        sums = [
+            np.bincount(bins.ravel(), each.ravel(), CALIBRATION_BINS) for each in (weight * (scores - sure), weight)
+        ]
+        by_luck = scores - sure - (sums[0] / np.maximum(sums[1], 1e-12))[bins]  # beyond what its bin is off by
+        turned = ((2 * draws.integers(0, 2, (n, 1)) - 1) * by_luck for _ in range(CHANCE_DRAWS))
         chance = [expected_calibration_error(sure, sure + each, weight) for each in turned]
     error = expected_calibration_error(sure, scores, weight)
     return Calibration(error, float(np.quantile(chance, CONFIDENCE)), CALIBRATION_BINS, n)
 
 
+def _bins(sure: np.ndarray) -> np.ndarray:
+    return np.clip(np.ceil(sure * CALIBRATION_BINS).astype(np.int64) - 1, 0, CALIBRATION_BINS - 1)
+
+
 def expected_calibration_error(sure: np.ndarray, right: np.ndarray, weight: np.ndarray | None = None) -> float:
     """The error alone, for confidences of 0 to 1 and whether the answers were right; as in ``calibration_error``."""
-    bins = np.clip(np.ceil(sure * CALIBRATION_BINS).astype(np.int64) - 1, 0, CALIBRATION_BINS - 1)
+    bins = _bins(sure)
     apart, answers = right - sure, float(len(sure))
     if weight is not None:
         apart, answers = apart * weight, float(weight.sum())

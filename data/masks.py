@@ -79,11 +79,8 @@ class Meaning(NamedTuple):
         if wrong.any():
             found = sorted(set(values[wrong].tolist()))
             many = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            last = len(self.classes) - 1
-            return (
-                None,
-                f"class {', '.join(map(str, found[:3]))}{many}: wanted 0 to {last}, or {self.ignored} (ignored)",
-            )
+            wanted = f"wanted 0 to {len(self.classes) - 1}, or {self.ignored} (data.ignore_index)"
+            return None, f"class {', '.join(map(str, found[:3]))}{many}: {wanted}"
         return _judged(np.where(values == self.ignored, IGNORED, values).astype(np.uint8))
 
     def _of_colours(self, image: Image.Image) -> tuple[np.ndarray | None, str]:

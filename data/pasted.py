@@ -23,13 +23,13 @@ from .sources import Split
 CLASSES = ("ground", *map(str, range(10)))
 HEIGHT, WIDTH = 64, 96  # pixels
 # Images of each part; the digits of one part are in no other.
-IMAGES = {"train": 1200, "val": 160, "test": 400}
+IMAGES = {"train": 800, "val": 160, "test": 400}
 DIGITS_OF = {"train": range(6), "val": range(6, 7), "test": range(7, 10)}  # by the last figure of their place
 DIGITS = range(2, 5)  # pasted on an image
-SIDES = range(18, 33)  # pixels, of a digit
+SIDES = range(24, 41)  # pixels, of a digit
 FIGURE = 112  # of 255: so much ink makes a pixel one of the digit
 BLOCKS = (5, 7)  # of the ground's colours, down and across
-GRAIN = 40  # of 255 levels, at most, on every pixel and colour
+GRAIN = 24  # of 255 levels, at most, on every pixel and colour
 
 
 def pasted(out: Path, config: DataPlan) -> tuple[list[str], dict[str, Split]]:

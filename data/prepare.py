@@ -24,7 +24,7 @@ from .looks import Looks, examine
 from .masks import SPOOL, KeptMasks, write_masks
 from .sheet import write_sheet
 from .sources import Split, reader
-from .splits import stratified_count, stratified_fraction
+from .splits import spread_fraction, stratified_count, stratified_fraction
 from .survey import Broken, counted
 
 LONGEST_LIST = 1200  # characters of a message that names images
@@ -146,9 +146,10 @@ def _read_source(draft: Draft[Dataset], config: DataConfig, others: Others) -> S
 
 
 def _cut(samples: Split, fraction: float, seed: int) -> tuple[Split, Split]:
-    """(the rest, a seeded stratified fraction), both in the given order."""
+    """(the rest, a seeded fraction that is even over the classes), both in the given order."""
+    drawn = stratified_fraction if samples.masks is None else spread_fraction
     taken = np.zeros(len(samples.names), bool)
-    taken[stratified_fraction(samples.labels, fraction, seed)] = True
+    taken[drawn(samples.labels, fraction, seed)] = True
     return samples.at(~taken), samples.at(taken)
 
 

@@ -25,6 +25,21 @@ def stratified_fraction(labels: Sequence[int] | np.ndarray, fraction: float, see
     return np.sort(np.concatenate(chosen))
 
 
+def spread_fraction(labels: Sequence[int] | np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Sorted positions of ``fraction`` of all (at least one, or none of 0), as even over the classes, nested as above.
+
+    Unlike there a class of few may have none: where an image shows several classes, the one that it counts as is no
+    reason to take it.
+    """
+    if not fraction or not len(labels):
+        return np.empty(0, np.int64)
+    generator = np.random.default_rng(seed)
+    places = np.empty(len(labels))  # of each among those of its class, 0 to 1
+    for order in stratified_order(labels, seed):
+        places[order] = (np.arange(len(order)) + generator.random(len(order))) / len(order)
+    return np.sort(np.argsort(places, kind="stable")[: max(1, round(len(labels) * fraction))])
+
+
 def stratified_count(labels: Sequence[int] | np.ndarray, count: int, seed: int) -> np.ndarray:
     """Positions of ``count`` samples, as even over the classes as they allow, classes taking turns."""
     orders = stratified_order(labels, seed)

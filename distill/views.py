@@ -29,7 +29,7 @@ from ..core.inputs import InputSpec
 from ..core.proc import first_line
 from ..data.dataset import UNLABELED, Dataset, Sample
 from ..data.masks import IGNORED, resized
-from ..data.splits import stratified_fraction
+from ..data.splits import spread_fraction, stratified_fraction
 from ..runtime.preprocess import fit, fit_mask
 from ..runtime.task import TASKS
 
@@ -235,11 +235,11 @@ class TrainingImages(NamedTuple):
 
 def training_images(dataset: Dataset, fraction: float, seed: int, with_unlabeled: bool) -> TrainingImages:
     """A seeded, stratified ``fraction`` of the training part, and all images without labels if wanted."""
+    dense = TASKS[dataset.facts.task].dense
     labeled, unlabeled = dataset.samples("train"), dataset.samples("unlabeled") if with_unlabeled else ()
-    chosen = stratified_fraction(labeled.labels, fraction, seed)
+    chosen = (spread_fraction if dense else stratified_fraction)(labeled.labels, fraction, seed)
     others = np.arange(len(labeled), len(labeled) + len(unlabeled))
     numbers = np.concatenate([chosen, others])
-    dense = TASKS[dataset.facts.task].dense
     return TrainingImages(Joined(labeled, unlabeled), numbers, len(chosen), len(unlabeled), dense)
 
 

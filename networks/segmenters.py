@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import timm
@@ -124,11 +125,11 @@ class Segmenter(nn.Module):
         extractor = self.encoder.get_submodule("model")
         names = {f"encoder.model.{name}": module for name, module in extractor.named_modules() if name}
         said: dict[str, Any] = {}
+        was_training = self.training
         with ExitStack() as stack, torch.no_grad():
             for name, module in names.items():
-                stack.enter_context(_hooked(module, lambda output, name=name: said.update({name: output})))
-            was_training = self.training
-            stages = self.eval().encoder.model(torch.zeros(1, 3, *sides))  # type: ignore[union-attr, operator]
+                stack.enter_context(_hooked(module, partial(said.__setitem__, name)))
+            stages = self.eval().encoder.model(torch.zeros(1, 3, *sides))  # type: ignore[operator]
             self.train(was_training)
         self._stages = len(stages)
         self._channels_last = bool(getattr(self.encoder, "_is_channel_last", False))
@@ -167,9 +168,7 @@ class Segmenter(nn.Module):
 
         with ExitStack() as stack:
             for name, numbers in by_module.items():
-                stack.enter_context(
-                    _hooked(self.get_submodule(name), lambda output, numbers=numbers: tap(numbers, output))
-                )
+                stack.enter_context(_hooked(self.get_submodule(name), partial(tap, numbers)))
             yield
 
 

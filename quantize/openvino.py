@@ -41,13 +41,27 @@ class OpenVinoActivations:
             found.append(Layer(node.get_friendly_name(), node.get_type_name(), tuple(inputs), node.get_friendly_name()))
         self.layers: tuple[Layer, ...] = tuple(found)
         by_name = {node.get_friendly_name(): node for node in model.get_ordered_ops()}
-        model.add_outputs([by_name[layer.name].output(0) for layer in found])  # none twice
+        nodes = [by_name[layer.name] for layer in found]
+        model.add_outputs([node.output(0) for node in nodes if not _is_reshaped(node)])  # none twice
         self._names = [result.get_node().input_value(0).get_node().get_friendly_name() for result in model.outputs]
         self._compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
     def __call__(self, image: np.ndarray) -> dict[str, np.ndarray]:
         results = self._compiled([image])
         return {name: np.array(results[at]) for at, name in enumerate(self._names)}
+
+
+def _is_reshaped(node: Any) -> bool:
+    """Whether it is a convolution whose output is quantised and reshaped, as in front of a GroupNorm.
+
+    Were that among the results too, the CPU plugin of 2026.4 would compute zeros from there on.
+    """
+    if node.get_type_name() != "Convolution":
+        return False
+    takers = [taker.get_node() for taker in node.output(0).get_target_inputs()]
+    behind = [each.get_node() for taker in takers if taker.get_type_name() == "FakeQuantize"
+              for each in taker.output(0).get_target_inputs()]  # fmt: skip
+    return any(each.get_type_name() == "Reshape" for each in [*takers, *behind])
 
 
 def _before_fake_quantize(output: Any) -> str:

@@ -64,7 +64,7 @@ def masks(numbers: Numbers, measurement: Measurement, bundles: Mapping[str, Pack
 
     def said(bundle: str, at: int) -> np.ndarray:
         height, width = labels.shape[1:]
-        return task.decide_at(np.asarray(measurement.outputs(bundle)[at : at + 1]), (height, width))[0]
+        return np.asarray(task.decide_at(measurement.outputs(bundle)[at : at + 1], (height, width))[0])
 
     def shown(bundle: str, at: int) -> list[Tile]:
         pixels = samples[at].fitted(bundles[bundle].facts.input.model_dump())

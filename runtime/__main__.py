@@ -177,7 +177,8 @@ def _predict(args: argparse.Namespace) -> dict[str, Any]:
     session = open_session(args.bundle, facts, _threads(args), args.stand_in)
     opened = time.monotonic()
     count, done = len(np.load(args.images, mmap_mode="r", allow_pickle=False)), 0
-    written: np.ndarray | None = None  # on the disk as they come: masks of many images are larger than a memory
+    # On the disk as they come: masks of many images are larger than a memory.
+    written: np.memmap[Any, np.dtype[Any]] | None = None
     for images in _batches(args.images):
         outputs = predict(session, images, args.batch)
         if written is None:

@@ -30,6 +30,7 @@ from kdpipe.data import pasted
 from kdpipe.data.dataset import UNLABELED, Dataset, load_labels
 from kdpipe.data.labels import ClassNumbers
 from kdpipe.data.masks import IGNORED, Masks, encode, read_palette
+from kdpipe.data.splits import spread_fraction
 from kdpipe.data.survey import Survey
 from kdpipe.distill.views import SPATIAL, Pair, TrainingViews, _Moved, moving_transform, seeded, training_images
 from kdpipe.networks.models import resolve_input
@@ -252,6 +253,32 @@ def test_what_is_unsaid_is_in_no_key_of_a_classification() -> None:
     assert ClassNumbers().known_by == "by name"
 
 
+def test_a_cut_is_as_large_as_it_says() -> None:
+    """Even over the classes, and no larger for there being many of them; a smaller one lies inside a larger one."""
+    labels = np.repeat(np.arange(12), [40, 20, 20, 10, 1, 1, 1, 1, 1, 1, 2, 2])
+    for seed in range(20):
+        drawn_by = {share: spread_fraction(labels, share, seed) for share in (0.1, 0.2, 0.5)}
+        assert [len(chosen) for chosen in drawn_by.values()] == [10, 20, 50]
+        assert set(drawn_by[0.1]) <= set(drawn_by[0.2]) <= set(drawn_by[0.5])
+        counts = np.bincount(labels[drawn_by[0.5]], minlength=12)
+        assert np.abs(counts[:4] - [20, 10, 10, 5]).max() <= 2
+        assert (np.diff(drawn_by[0.2]) > 0).all()
+    assert len(spread_fraction(labels, 0.001, 0)) == 1 and len(spread_fraction(labels, 0, 0)) == 0
+    assert len({int(at) for seed in range(60) for at in spread_fraction(labels, 0.1, seed)}) > 90, "any may be drawn"
+
+
+def test_few_images_of_many_classes_are_not_all_held_out(tmp_path: Path) -> None:
+    root = filled(tmp_path / "street", {"train": 30}, tuple(f"class {at}" for at in range(12)))
+    for path in root.glob("train/masks/*.png"):
+        mask = np.array(Image.open(path))
+        mask[0, :24] = np.repeat(np.arange(12), 2)
+        mask[1, 0] = int(path.stem) % 12
+        Image.fromarray(mask).save(path)
+    dataset, _ = prepared(root, tmp_path / "artifacts", test_split=None, val_fraction=0.1)
+    assert dataset.facts.images == {"train": 22, "val": 2, "test": 6}
+    assert training_images(dataset, 0.1, 0, with_unlabeled=False).labeled == 2
+
+
 # ---- mistakes --------------------------------------------------------------------------------------------------
 
 
@@ -278,7 +305,7 @@ def transparent() -> Image.Image:
 MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     "another size": (put(drawn(3, 20, 36)), "train/masks/2.png (36x20 pixels, its image 36x24)"),
     "turned": (turned, "train/masks/2.png (36x24 pixels, its image 24x36 (turned as its EXIF says, which no mask is))"),
-    "no such class": (put(drawn(3) * 3), "train/masks/2.png (class 3, 6: wanted 0 to 2, or 255 (ignored))"),
+    "no such class": (put(drawn(3) * 3), "train/masks/2.png (class 3, 6: wanted 0 to 2, or 255 (data.ignore_index))"),
     "of 16 bits": (put(drawn(3).astype(np.uint16) + 1000), "(class 1000, 1001, 1002: wanted 0 to 2"),
     "many": (put(np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH) % 200 + 3), "and 197 more"),
     "all ignored": (put(np.full((HEIGHT, WIDTH), 255, np.uint8)), "train/masks/2.png (no pixel of any class)"),

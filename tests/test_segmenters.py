@@ -14,6 +14,7 @@ from torch import nn
 
 from kdpipe.chain import Chain, train_order
 from kdpipe.core.artifact import find_ancestors
+from kdpipe.core.code import allowing
 from kdpipe.core.config import (
     DataPlan,
     ExportConfig,
@@ -283,6 +284,20 @@ def test_a_network_of_another_task_is_refused(trained: Trained, masks: Dataset, 
     config = TrainConfig(**settings("unet", sides=(32, 32)).model_dump(), method="labels")
     with pytest.raises(UserError, match="the data's task is classification"):
         train(config, trained.dataset, None, tmp_path / "student")
+
+
+def test_somebodys_own_code_may_draw_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "drawing.py").write_text(
+        "from torch import nn\n"
+        "def make(num_classes):\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.ReLU(), nn.Conv2d(8, num_classes, 1))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with allowing(["drawing:make"]):
+        network, _ = models.create(settings("drawing:make", None), 5, "segmentation")
+        assert network(torch.zeros(1, 3, *SIDES)).shape == (1, 5, 16, 24)
+        with pytest.raises(UserError, match="the data's task is classification"):
+            models.create(settings("drawing:make", None), 5, "classification")
 
 
 def test_names_are_told_without_pytorch() -> None:
