@@ -79,7 +79,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "kd": {"method": "kd", "temperature": 1},
     "dist": {"method": "dist", "temperature": 1, "kd_weight": 1},
     "cwd": {"method": "cwd", "temperature": 4},
-    "hint": {"method": "hint"},
+    "hint": {"method": "hint", "kd_weight": 1},  # not 100: maps of the teacher's stage have a variance of about ten
     "stagewise": {"method": "stagewise"},
     # Not unless they are asked for: controls, and what else there is.
     "smoothing": {"method": "labels", "train": {"label_smoothing": 0.1}},
@@ -93,6 +93,7 @@ FROM_ENCODER = ("labels", "kd")  # again, over the encoder of a distilled classi
 MOST_VIEWS, LEAST_VIEWS = 36_700, 7_340  # of a cell: 100 and 20 epochs of all 367 images
 MOST_TEACHER_VIEWS, TEACHER_SHARE = 36_700, 0.25  # and which share of the time it may take
 SPARE = 0.05  # of the time, for what was not timed
+WARM_UP = 4  # epochs of a tenth of the images, before anything is timed: a step for each phase of stagewise
 
 
 class Plan(Config):
@@ -125,6 +126,7 @@ def main(
     share: Annotated[list[float], typer.Option(help="of the images, for the students")] = [0.1, 1.0],  # noqa: B006
     seed: Annotated[list[int], typer.Option()] = [0, 1, 2],  # noqa: B006
     size: Annotated[tuple[int, int], typer.Option(help="height and width, pixels")] = (128, 160),
+    least_views: Annotated[int, typer.Option(help="of a cell; where fewer fit, seeds are left out")] = LEAST_VIEWS,
     train: Annotated[bool, typer.Option(help="train what is missing")] = True,
 ) -> None:
     """Train and print every cell of the plan."""
@@ -144,7 +146,7 @@ def main(
     elif not train:
         raise UserError(f"no plan in {out}: nothing is there yet")
     else:
-        plan = planned(dataset, tuple(method), tuple(share), tuple(seed), size, hours, imagenet)
+        plan = planned(dataset, tuple(method), tuple(share), tuple(seed), size, hours, least_views, imagenet)
         write_json(known, plan.model_dump(mode="json"))
     tell(plan, dataset)
     teacher = chain.teacher(teacher_plan(plan, dataset, imagenet), dataset, out / "teacher") if train else None
@@ -172,6 +174,7 @@ def planned(
     seeds: tuple[int, ...],
     size: tuple[int, int],
     hours: float,
+    least_views: int,
     imagenet: Path | None,
 ) -> Plan:
     """As many views a cell as fit the hours by what a view takes here, of fewer seeds if they were too few.
@@ -192,14 +195,15 @@ def planned(
         blocks = count * len(shares)
         left = (seconds - teacher_seconds) / blocks - students.seconds_besides
         views = min(MOST_VIEWS, int(left / students.seconds_a_view))
-        if views >= LEAST_VIEWS and teacher_views >= LEAST_VIEWS:
+        if views >= least_views and teacher_views >= least_views:
             break
     else:
-        least = len(shares) * (students.seconds_besides + LEAST_VIEWS * students.seconds_a_view)
-        wanted = max(least / (1 - TEACHER_SHARE), LEAST_VIEWS * its.seconds_a_view / TEACHER_SHARE) / (1 - SPARE) / 3600
+        least = len(shares) * (students.seconds_besides + least_views * students.seconds_a_view)
+        its_least = its.seconds_besides + least_views * its.seconds_a_view
+        wanted = max(least / (1 - TEACHER_SHARE), its_least / TEACHER_SHARE) / (1 - SPARE) / 3600
         raise UserError(
             f"{hours:g} hours are {max(0, views)} views a cell and {max(0, teacher_views)} of the teacher: wanted "
-            f"{LEAST_VIEWS} of each at least, about {wanted:.1f} hours, or fewer methods or shares"
+            f"{least_views} of each at least, about {wanted:.1f} hours, or fewer methods or shares"
         )
     costs = {"teacher": its, "students": students}
     found = {f"{who}_{field}": value for who, cost in costs.items() for field, value in cost._asdict().items()}
@@ -221,14 +225,14 @@ def timed(plan: Plan, dataset: Dataset, imagenet: Path | None) -> tuple[Cost, Co
             return chain.train_all(configs, dataset, guide, together=True)
 
         images = len(drawn(dataset, few.label_fraction, 0))
-        its, guide = cost(teach, images), teach(images)
+        its, guide = cost(teach, images), teach(WARM_UP * images)
         return its, cost(learn, images)
 
 
 def cost(train: Callable[[int], object], images: int) -> Cost:
-    """From two trainings, of two and of eight epochs of so many images; both begin, are tested and sealed."""
-    few, many = 2 * images, 8 * images
-    train(images)  # what is imported and made once is not theirs
+    """From two trainings, of a few epochs of so many images and of more; both begin, are tested and sealed."""
+    few, many = (WARM_UP + 1) * images, (WARM_UP + 9) * images
+    train(WARM_UP * images)  # what is imported and made once is not theirs
     seconds = []
     for views in (few, many):
         begun = time.monotonic()
@@ -310,7 +314,7 @@ def line(plan: Plan, name: str, run: Checkpoint, control: Checkpoint | None, tea
         "share": settings["label_fraction"],
         "seed": settings["seed"],
         "images": facts.training_images,
-        "views": facts.steps * BATCH,
+        "views": facts.epochs * facts.training_images,
         "steps": facts.steps,
         "block_seconds": run.manifest.seconds,  # of everything that trained beside it, since it was last begun
         "mIoU": 100 * facts.test_accuracy,

@@ -1,8 +1,9 @@
 """The losses: functions of a student's and a teacher's outputs, each a scalar whose gradient reaches the student alone.
 
 Everything is computed in float32, whatever comes in and whatever autocast is on; the teacher's side is detached.
-Shapes: B samples, K classes, C channels, H x W positions, D features. Nothing broadcasts: wrong shapes raise
-ValueError. Labels outside [0, K) raise what torch raises.
+Shapes: B samples, K classes, C channels, H x W positions, D features. Where a loss takes logits [B, K, ...], each place
+behind K is a sample of its own. Nothing broadcasts: wrong shapes raise ValueError. Labels outside [0, K) raise what
+torch raises.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ def kd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     not over B * K, which would make it K times smaller.
 
     Args:
-        student, teacher: logits [B, K], K >= 2.
+        student, teacher: logits [B, K, ...], K >= 2.
         temperature: T > 0.
 
     Raises:
         ValueError: shapes that differ or are no logits; a temperature that is not positive and finite.
     """
-    student, teacher = _softened(student, teacher, temperature)
+    student, teacher = _softened(student, teacher, temperature, places=True)
     return temperature**2 * _kl(teacher, student).mean()
 
 
@@ -44,12 +45,12 @@ def logit_mse(student: Tensor, teacher: Tensor) -> Tensor:
     Deep?" (2014), match logits that are not centred.
 
     Args:
-        student, teacher: logits [B, K], K >= 2.
+        student, teacher: logits [B, K, ...], K >= 2.
 
     Raises:
         ValueError: shapes that differ or are no logits.
     """
-    student, teacher = _logits(student, teacher)
+    student, teacher = _logits(student, teacher, places=True)
     return (_centred(student) - _centred(teacher)).square().mean() / 2
 
 
@@ -60,12 +61,12 @@ def hard(student: Tensor, teacher: Tensor) -> Tensor:
     hard-label distillation.
 
     Args:
-        student, teacher: logits [B, K], K >= 2.
+        student, teacher: logits [B, K, ...], K >= 2.
 
     Raises:
         ValueError: shapes that differ or are no logits.
     """
-    student, teacher = _logits(student, teacher)
+    student, teacher = _logits(student, teacher, places=True)
     return functional.cross_entropy(student, teacher.argmax(1))
 
 
@@ -78,12 +79,12 @@ def bkd(student: Tensor, teacher: Tensor) -> Tensor:
     Source: the code of Hao et al., "Revisit the Power of Vanilla Knowledge Distillation" (VanillaKD, NeurIPS 2023).
 
     Args:
-        student, teacher: logits [B, K], K >= 2.
+        student, teacher: logits [B, K, ...], K >= 2.
 
     Raises:
         ValueError: shapes that differ or are no logits.
     """
-    student, teacher = _logits(student, teacher)
+    student, teacher = _logits(student, teacher, places=True)
     return functional.binary_cross_entropy_with_logits(student, teacher.softmax(1))
 
 
@@ -312,9 +313,10 @@ def _check_batches(student: Tensor, teacher: Tensor) -> None:
         raise ValueError(f"wanted one batch, found {student.shape[0]} samples and {teacher.shape[0]}")
 
 
-def _check_logits(logits: Tensor) -> None:
-    if logits.ndim != 2 or logits.shape[0] < 1 or logits.shape[1] < 2:
-        raise ValueError(f"wanted logits [B, K] with B >= 1 and K >= 2, found {list(logits.shape)}")
+def _check_logits(logits: Tensor, places: bool = False) -> None:
+    if logits.ndim < 2 or (logits.ndim > 2 and not places) or not logits.numel() or logits.shape[1] < 2:
+        wanted = "[B, K, ...]" if places else "[B, K]"
+        raise ValueError(f"wanted logits {wanted} with B >= 1 and K >= 2, found {list(logits.shape)}")
 
 
 def _check_temperature(temperature: float) -> None:
@@ -322,22 +324,22 @@ def _check_temperature(temperature: float) -> None:
         raise ValueError(f"wanted a temperature above 0, found {temperature}")
 
 
-def _logits(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as float32, the teacher's cut off from its graph."""
-    _check_logits(student)
-    _check_shapes(student, teacher, "logits [B, K]", 2)
+def _logits(student: Tensor, teacher: Tensor, places: bool = False) -> tuple[Tensor, Tensor]:
+    """Both as float32, the teacher's cut off from its graph; [B, K], or with ``places`` [B, K, ...]."""
+    _check_logits(student, places)
+    _check_shapes(student, teacher, "logits", None)
     return student.float(), teacher.detach().float()
 
 
-def _softened(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _softened(student: Tensor, teacher: Tensor, temperature: float, places: bool = False) -> tuple[Tensor, Tensor]:
     """Both as log softmax(z/T)."""
-    student, teacher = _logits(student, teacher)
+    student, teacher = _logits(student, teacher, places)
     _check_temperature(temperature)
     return (student / temperature).log_softmax(1), (teacher / temperature).log_softmax(1)
 
 
 def _kl(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(teacher || student) of log-probabilities [B, K], row by row."""
+    """KL(teacher || student) of log-probabilities [B, K, ...], sample by sample."""
     return functional.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
 
 

@@ -301,21 +301,30 @@ class LogitMethod(DistillationMethod):
 
     teaches_outputs = True
     default_weight = 1.0
+    takes_places: ClassVar[bool] = False  # as they stand in an image; else they are laid out as rows, which takes time
 
     def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
-        logits = by_place(student.logits), by_place(teacher.logits)
+        logits = student.logits, teacher.logits
+        if self.config.standardize_logits or not self.takes_places:
+            logits = by_place(student.logits), by_place(teacher.logits)
+            target = by_place(target) if target.is_floating_point() else target.flatten()
         if self.config.standardize_logits:
             logits = losses.standardise(logits[0]), losses.standardise(logits[1])
-        return self.logit_loss(*logits, by_place(target) if target.is_floating_point() else target.flatten())
+        return self.logit_loss(*logits, target)
 
     @abstractmethod
     def logit_loss(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-        """The loss between logits by place [N, K], whose targets are classes [N] or distributions [N, K]."""
+        """The loss between logits by place [N, K], whose targets are classes [N] or distributions [N, K].
+
+        A method that ``takes_places`` has to take [B, K, ...], with targets [B, ...] or [B, K, ...], too.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no loss of its own")
 
 
 class Hard(LogitMethod):
     """The teacher's decisions as labels."""
+
+    takes_places = True
 
     def logit_loss(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         return losses.hard(student, teacher)
@@ -324,6 +333,8 @@ class Hard(LogitMethod):
 class Kd(LogitMethod):
     """Vanilla distillation (Hinton et al. 2015): softened outputs."""
 
+    takes_places = True
+
     def logit_loss(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         return losses.kd(student, teacher, self.config.temperature)
 
@@ -331,12 +342,16 @@ class Kd(LogitMethod):
 class Bkd(LogitMethod):
     """K binary problems (Hao et al. 2023): the student's sigmoids against the teacher's probabilities."""
 
+    takes_places = True
+
     def logit_loss(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         return losses.bkd(student, teacher)
 
 
 class LogitMse(LogitMethod):
     """Squared difference of the logits themselves."""
+
+    takes_places = True
 
     def logit_loss(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         return losses.logit_mse(student, teacher)
@@ -499,11 +514,6 @@ class Relational(FeatureMethod):
         return losses.rkd(pooled, teacher_pooled, weights.distance_weight, weights.angle_weight)
 
 
-def _kd_by_place(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """``losses.kd`` of logits [B, K, ...] at the student's grid."""
-    return losses.kd(by_place(student), by_place(resized(teacher, student.shape[2:])), temperature)
-
-
 class DeepSupervision(DistillationMethod):
     """Vanilla distillation of the student's logits and of auxiliary heads on its inner stages.
 
@@ -529,7 +539,8 @@ class DeepSupervision(DistillationMethod):
 
     def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
         said = [student.logits, *student.auxiliary]
-        return torch.stack([_kd_by_place(logits, teacher.logits, self.config.temperature) for logits in said]).sum()
+        parts = [losses.kd(each, resized(teacher.logits, each.shape[2:]), self.config.temperature) for each in said]
+        return torch.stack(parts).sum()
 
 
 class Stagewise(FeatureMethod):
@@ -633,7 +644,7 @@ class Stagewise(FeatureMethod):
         return {"loss": loss, "kd_loss": loss}
 
     def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
-        return _kd_by_place(student.logits, teacher.logits, self.config.temperature)
+        return losses.kd(student.logits, teacher.logits, self.config.temperature)
 
 
 METHODS: dict[configuration.Method, type[Method]] = {

@@ -240,7 +240,7 @@ def test_an_image_has_no_grid() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("student", "teacher"), [("unet", "fpn"), ("fpn", "unet"), ("unet", "unet")])
+@pytest.mark.parametrize(("student", "teacher"), [("unet", "fpn"), ("fpn", "unet")])
 def test_any_student_learns_from_any_teacher(method: str, student: str, teacher: str) -> None:
     """Of one stride or of others: one step of every phase gives finite gradients to the student alone."""
     mine, its = network(student), network(teacher, seed=1)
@@ -423,8 +423,9 @@ RUNS: list[dict[str, Any]] = [{"method": method} for method in METHODS] + [
 @pytest.mark.parametrize("change", RUNS, ids=lambda change: str(change)[:60])
 def test_every_method_trains_end_to_end(scenes: Scenes, tmp_path: Path, change: dict[str, Any]) -> None:
     """From configuration to a sealed checkpoint whose weights are the student's alone, with class maps of the test."""
-    change = {**change, "train": {**change.get("train", {}), "epochs": 3}}
-    config = configuration("unet" if change["method"] == "stagewise" else "fpn", **change)
+    phases = change["method"] == "stagewise"  # each has a step at least
+    change = {**change, "train": {**change.get("train", {}), "epochs": 3 if phases else 1}}
+    config = configuration("unet" if phases else "fpn", **change)
     done = train(config, scenes.dataset, scenes.teacher, tmp_path / "student")
     restored, spec = models.restore(done)
     outputs, labels = evaluated(restored, spec, scenes.dataset, "test")
@@ -449,9 +450,9 @@ def test_it_learns(scenes: Scenes, tmp_path: Path) -> None:
 
 def test_several_students_at_once_are_as_alone(scenes: Scenes, tmp_path: Path) -> None:
     """Of one stride and of another, from one answer of the teacher."""
-    methods = ["labels", "kd", "cwd", "stagewise"]
+    methods = ["kd", "cwd"]
     configs = {tmp_path / f"together-{name}": configuration(method=name) for name in methods}
-    configs[tmp_path / "together-unet"] = configuration("unet", method="dist")
+    configs[tmp_path / "together-unet"] = configuration("unet", method="stagewise", train={"epochs": 3})
     orders = {out: train_order(config, scenes.dataset, scenes.teacher) for out, config in configs.items()}
     assert len(companions(orders, scenes.dataset)) == 1
     together = train_together(configs, scenes.dataset, scenes.teacher)
@@ -461,13 +462,17 @@ def test_several_students_at_once_are_as_alone(scenes: Scenes, tmp_path: Path) -
             assert together[out].file(name).read_bytes() == alone.file(name).read_bytes(), (out.name, name)
 
 
-@pytest.mark.parametrize("method", ["kd", "stagewise"])
-def test_killed_runs_end_the_same(scenes: Scenes, tmp_path: Path, method: str) -> None:
+def test_killed_runs_end_the_same(scenes: Scenes, tmp_path: Path) -> None:
+    """Through stem, stages, blocks and a head that the teacher teaches too, of mixed views and with an average."""
     import multiprocessing
 
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(LIBRARIES)
-    change: dict[str, Any] = {"method": method, "train": {"epochs": 4, "mixup": 0.2, "average": 0.9}}
+    change: dict[str, Any] = {
+        "method": "stagewise",
+        "kd_weight": 1,
+        "train": {"epochs": 3, "mixup": 0.2, "average": 0.9},
+    }
     config = configuration("unet", **change)
     whole = train(config, scenes.dataset, scenes.teacher, tmp_path / "whole")
     out, killed = tmp_path / "killed", False
