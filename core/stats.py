@@ -322,7 +322,7 @@ def calibration_error(
 
 
 def _bins(sure: np.ndarray) -> np.ndarray:
-    return np.clip(np.ceil(sure * CALIBRATION_BINS).astype(np.int64) - 1, 0, CALIBRATION_BINS - 1)
+    return np.asarray(np.clip(np.ceil(sure * CALIBRATION_BINS).astype(np.int64) - 1, 0, CALIBRATION_BINS - 1))
 
 
 def expected_calibration_error(sure: np.ndarray, right: np.ndarray, weight: np.ndarray | None = None) -> float:
