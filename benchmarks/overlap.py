@@ -43,7 +43,7 @@ def rare(probability: float) -> Lost:
     def lost(generator: np.random.Generator, shown: np.ndarray) -> np.ndarray:
         chosen = np.argmax(np.where(shown, generator.random(shown.shape), -1), axis=1)
         hit = generator.random(len(shown)) < probability
-        return (np.arange(shown.shape[1]) == chosen[:, None]) & hit[:, None]
+        return np.asarray((np.arange(shown.shape[1]) == chosen[:, None]) & hit[:, None])
 
     return lost
 
@@ -53,7 +53,7 @@ def skewed(mean: float, sigma: float) -> Lost:
 
     def lost(generator: np.random.Generator, shown: np.ndarray) -> np.ndarray:
         shares = mean * np.exp(sigma * generator.normal(size=(len(shown), 1)) - sigma**2 / 2)
-        return np.minimum(shares, 1) * shown
+        return np.asarray(np.minimum(shares, 1) * shown)
 
     return lost
 
@@ -63,7 +63,7 @@ def both_ways(mean: float, spread: float) -> Lost:
 
     def lost(generator: np.random.Generator, shown: np.ndarray) -> np.ndarray:
         shares = mean + spread * generator.standard_t(3, size=(len(shown), 1))
-        return np.clip(shares, -1, 1) * shown
+        return np.asarray(np.clip(shares, -1, 1) * shown)
 
     return lost
 
@@ -72,7 +72,7 @@ def one_class(at: int, mean: float) -> Lost:
     """One class alone is harmed, where it is shown at all, in a skewed way."""
 
     def lost(generator: np.random.Generator, shown: np.ndarray) -> np.ndarray:
-        return skewed(mean, 1)(generator, shown) * (np.arange(shown.shape[1]) == at)
+        return np.asarray(skewed(mean, 1)(generator, shown) * (np.arange(shown.shape[1]) == at))
 
     return lost
 
@@ -85,6 +85,7 @@ def also(first: Lost, second: Lost) -> Lost:
 POPULATIONS: dict[str, Lost] = {
     "nothing changes": rare(0),
     "1 image of 100 loses a class": rare(0.01),
+    "1 image of 50 loses a class": rare(0.02),
     "1 image of 20 loses a class": rare(0.05),
     "1 image of 5 loses a class": rare(0.2),
     "skewed": skewed(0.02, 1),

@@ -166,7 +166,7 @@ def accuracy(told: Told, numbers: Numbers | None) -> Iterator[str]:
         return
     yield f"### By class, {markdown(answers.bundle)}\n"
     yield table(
-        ("class", f"{task.metric}, % [95 % interval]", "test images"),
+        ("class", f"{task.class_metric}, % [95 % interval]", "test images"),
         (
             (markdown(each.name), _share(each.accuracy), str(each.test_images))
             for each in answers.classes[:MOST_CLASSES]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import json
@@ -21,12 +22,13 @@ from scipy import stats
 from sklearn import metrics
 
 from kdpipe.core.errors import UserError
-from kdpipe.core.kinds import Measurement
+from kdpipe.core.kinds import BundleFacts, Measurement
 from kdpipe.core.rules import parse_rule
 from kdpipe.core.stats import CALIBRATION_BINS, calibration_error, calibration_interval
 from kdpipe.deploy.figures import figures
 from kdpipe.deploy.gate import Question, decide
 from kdpipe.devices.accuracy import read_outputs
+from kdpipe.devices.bench import _check_seen_alike
 from kdpipe.quantize.guard import enough_to_show, kept_accuracy
 from kdpipe.report.answers import answers, judged, scores
 from kdpipe.report.compression import Sources
@@ -182,6 +184,13 @@ def test_guessing_is_a_fixed_mask_that_is_hard_to_better(seed: int) -> None:
     commonest = np.stack([(labels == at).sum(0) for at in range(3)]).argmax(0)
     assert overlap(labels, commonest) <= TASK.guessing(labels) <= max(every) + 1e-12
     assert TASK.guessing(labels) >= 0.9 * max(every)
+
+
+def test_of_very_many_pixels_some_are_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels, _ = network(20)
+    whole = TASK.guessing(labels)
+    monkeypatch.setattr(judging, "GUESSED_PIXELS", labels.size // 4)
+    assert TASK.guessing(labels) == TASK.guessing(labels[:, ::2, ::2]) == pytest.approx(whole, abs=0.1)
 
 
 def test_guessing_without_a_label_is_nothing() -> None:
@@ -496,6 +505,39 @@ def test_outputs_of_a_device_are_what_the_task_wants(
     with pytest.raises(UserError) as error:
         read_outputs(tmp_path / "outputs.npy", "a", 3, bundle)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("others", "alike"),
+    [
+        ({"size": (32, 32)}, False),
+        ({"size": (48, 64)}, True),
+        ({"size": (32, 32), "resize": "stretch"}, False),
+        ({"crop_fraction": 0.5}, False),
+    ],
+)  # fmt: skip
+def test_networks_that_see_other_parts_of_an_image_are_not_compared(
+    made: Made, others: dict[str, object], alike: bool
+) -> None:
+    """Pixel by pixel; where they see the same in another size, their answers are enlarged to one."""
+
+    @dataclasses.dataclass
+    class Shown:
+        facts: BundleFacts
+
+    facts = made.bundles[INT8].facts
+
+    def shown(task: str, **changes: object) -> Shown:
+        spec = facts.input.model_copy(update={"size": (24, 32), "resize": "cover", "crop_fraction": 1.0, **changes})
+        return Shown(facts.model_copy(update={"task": task, "input": spec}))
+
+    _check_seen_alike({"a": shown("classification"), "b": shown("classification", **others)})
+    both = {"a": shown("segmentation"), "b": shown("segmentation", **others)}
+    if alike:
+        _check_seen_alike(both)
+        return
+    with pytest.raises(UserError, match="'a' and 'b' are shown different parts of an image"):
+        _check_seen_alike(both)
 
 
 def test_large_sets_do_not_fill_the_memory(tmp_path: Path) -> None:
