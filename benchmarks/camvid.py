@@ -37,7 +37,7 @@ from kdpipe.core.errors import UserError
 from kdpipe.core.kinds import Checkpoint
 from kdpipe.core.stats import mean_interval
 from kdpipe.data.dataset import Dataset
-from kdpipe.data.splits import stratified_fraction
+from kdpipe.distill.views import training_images
 from kdpipe.runtime.task import TASKS
 from kdpipe.terminal import listener, tell_step
 
@@ -255,7 +255,7 @@ def tell(plan: Plan, dataset: Dataset) -> None:
 
 def drawn(dataset: Dataset, share: float, seed: int) -> Any:
     """Which training images a cell has."""
-    return stratified_fraction(dataset.samples("train").labels, share, seed)
+    return training_images(dataset, share, seed, with_unlabeled=False).numbers
 
 
 def _of_views(config: TrainConfig, views: int, dataset: Dataset) -> TrainConfig:

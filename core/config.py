@@ -98,7 +98,10 @@ Licence = Annotated[str, Field(pattern=f"^{LICENCE.pattern}$")]
 class DataPlan(Config):
     """Where the images come from and how they are split."""
 
-    task: str = Field("classification", description="what a network is to say of an image, such as classification")
+    task: str = Field(
+        "classification",
+        description="what a network is to say of an image: classification, or segmentation (a class for every pixel)",
+    )
     source: str = Field(
         description="'digits' (or 'masks', for segmentation), an image folder, or a name of timm's dataset factory "
         "(hfds/..., wds/..., tfds/...)"

@@ -96,7 +96,7 @@ def _drawn(words: str, inks: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray
     from PIL import Image
 
     draws = _Draws(words)
-    blocks = draws.grain((*BLOCKS, 3)) // 2 + 64  # of the middle: ink is darker or lighter
+    blocks = draws.grain((*BLOCKS, 3)) // 2  # ink is lighter
     ground = Image.fromarray(np.ascontiguousarray(blocks)).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
     pixels = np.asarray(ground, np.int32)
     mask = np.zeros((HEIGHT, WIDTH), np.uint8)
@@ -122,6 +122,5 @@ def _digits(draws: _Draws, inks: np.ndarray, labels: np.ndarray) -> Iterator[_Di
         # Side by side, each in a column of its own that it may leave a little: one may lie over another's edge.
         column = WIDTH * at // count
         left = min(max(0, column + draws.of(WIDTH // count) - side // 3), WIDTH - side)
-        light = draws.of(2)
-        colour = np.array([draws.of(64) + (191 if light else 0) for _ in range(3)], np.int32)
+        colour = np.array([draws.of(96) + 160 for _ in range(3)], np.int32)
         yield _Digit(ink, int(labels[which]), draws.of(HEIGHT - side + 1), left, colour)

@@ -21,7 +21,7 @@ from .labels import LABELS, check_source
 from .leaks import SIDES
 from .listing import MOST_NAMED, Others, list_images
 from .looks import Looks, examine
-from .masks import SPOOL, KeptMasks, write_masks
+from .masks import IMAGES, SPOOL, KeptMasks, has_masks, write_masks
 from .sheet import write_sheet
 from .sources import Split, reader
 from .splits import spread_fraction, stratified_count, stratified_fraction
@@ -79,6 +79,8 @@ def prepare(
             looks[part].rows = looks[part].rows[stay]
         gone = f"{leaks.left_out} copies of held-out images and {broken.images} broken images were left out"
         _check_classes(config, parts["train"], source, gone)
+        if not len(parts["test"].names):
+            raise UserError(f"no test image is left ({gone}): add some, or set data.test_split to none to cut them")
 
         for part, rows in records.items():
             np.save(draft.path / Dataset.records_name(part), rows)
@@ -138,6 +140,11 @@ def _read_source(draft: Draft[Dataset], config: DataConfig, others: Others) -> S
     roots: dict[Part, Path] = dict.fromkeys(parts, root or draft.path)
     if config.unlabeled is not None:
         roots["unlabeled"] = config.unlabeled.absolute()
+        if whole.masks is not None and has_masks(roots["unlabeled"]):
+            raise UserError(
+                f"data.unlabeled: {config.unlabeled} has images and masks, which would be taken for images: wanted its "
+                f"folder '{IMAGES}'"
+            )
         others.folder = os.fsencode(roots["unlabeled"]) + b"/"
         parts["unlabeled"] = _unlabeled(roots["unlabeled"], others)
     if config.most_images is not None:

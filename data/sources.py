@@ -14,6 +14,7 @@ from ..core.config import DataPlan
 from ..core.errors import UserError
 from ..core.proc import first_line
 from ..core.progress import track
+from ..core.sealed import UNPRINTABLE, printable
 from .listing import REMEMBERED, Others, is_hidden, kind_of, list_images
 
 AUTO = "auto"  # of a part: what it is usually called
@@ -254,12 +255,15 @@ def text_lines(path: Path, field: str) -> list[str]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{field}: cannot read {path} ({first_line(error)}): wanted a text file") from None
-    return [line.strip() for line in lines if line.strip()]
+    found = [line.strip() for line in lines if line.strip()]
+    if (odd := next((line for line in found if UNPRINTABLE.search(line.replace("\t", " "))), None)) is not None:
+        raise UserError(f"{field}: '{printable(odd, 120)}' in {path} has control characters: remove them")
+    return found
 
 
 def listed(path: Path) -> list[str]:
     """The classes of a text file, one a line. Raises UserError."""
-    names = text_lines(path, "data.classes")
+    names = [line.replace("\t", " ") for line in text_lines(path, "data.classes")]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"{path} lists '{twice}' twice: wanted every class once, in the order of the outputs")

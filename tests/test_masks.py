@@ -383,6 +383,12 @@ def without(name: str) -> Callable[[Path], object]:
             [],
             ["300 classes: wanted at most"],
         ),
+        (lambda root: (root / "classes.txt").write_text("a\nb\x1b[31m\nc\n"), [], ["has control characters: remove"]),
+        (
+            lambda root: [path.unlink() for path in root.glob("test/masks/*")],
+            ["--skip-broken"],
+            ["no test image is left", "3 broken images were left out"],
+        ),
         (lambda root: None, ["--ignore-index", 1], ["ignore_index 1 is class 'left'"]),
         (lambda root: None, ["--ignore-index", -1], ["ignore_index", "greater than or equal to 0"]),
         (lambda root: None, ["--palette", "none.txt"], ["data.palette: no file at none.txt"]),
@@ -756,6 +762,13 @@ def test_images_without_masks(street: Path, tmp_path: Path) -> None:
     views = TrainingViews(source, TrainSettings(augment=EVERYTHING), SPEC, 3, seed=5)
     view = views[(0, len(dataset.samples("train")))]
     assert view.image.shape == (3, 16, 24) and (view.label == UNLABELED).all() and view.label.shape == (16, 24)
+
+
+def test_masks_are_no_images_without_labels(street: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has images and masks, which would be taken for images: wanted its folder"):
+        prepared(street, tmp_path / "artifacts", unlabeled=street / "val")
+    dataset, _ = prepared(street, tmp_path / "artifacts", unlabeled=filled(tmp_path / "more") / "train/images")
+    assert dataset.facts.images["unlabeled"] == 6
 
 
 # ---- what is kept ------------------------------------------------------------------------------------------------
