@@ -236,7 +236,8 @@ def make(config: ModelSettings, spec: InputSpec, classes: int) -> Segmenter:
     except Exception as error:  # of the library or of timm, each its own
         raise UserError(
             f"cannot make '{config.model}' over '{encoder}' with {config.model_args or 'no arguments'}: "
-            f"{first_line(error)}"
+            f"{first_line(error)}; wanted a network whose features halve from stage to stage, five times unless "
+            "model_args have encoder_depth"
         ) from error
     stride = whole.encoder.output_stride
     if kind.requires_divisible_input_shape and any(side % stride for side in spec.sides):
