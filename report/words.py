@@ -136,8 +136,10 @@ def frame_lines(device: Mapping[str, Any]) -> list[str]:
     frame = row["whole_frame"]
     steps = ", ".join(f"{step} {figure(spent)}" for step, spent in frame["steps_ms"].items())
     doubt = "" if frame["trust"]["word"] == "trusted" else f"; {frame['trust']['word']}: {frame['trust']['reason']}"
+    whole, known = frame["latency_ms"], bounds(frame["latency_ms"])
+    known = known if known.startswith("[") else f"({known})"
     return [
-        f"{row['name']}, a whole frame of {frame_sizes(frame)} pixels: {interval(frame['latency_ms'])} ms, "
+        f"{row['name']}, a whole frame of {frame_sizes(frame)} pixels: {figure(whole['value'])} ms {known}, "
         f"{interval(frame['over_network'])} of the network alone ({steps} ms){doubt}"
     ]
 
