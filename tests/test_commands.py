@@ -647,7 +647,7 @@ def test_compare_tells_latencies_of_two_sessions(tiny: Tiny) -> None:
     assert [each["name"] for each in found["settings"]] == ["attempt"]
     names = {each["name"] for each in found["results"]}
     assert names <= {f"onnxruntime-{variant}.{what}" for variant in ("float32", "int8") for what in
-                     ("latency_p50_ms", "latency_p90_ms", "trust", "status")}  # fmt: skip
+                     ("latency_p50_ms", "latency_p90_ms", "whole_frame_ms", "trust", "status")}  # fmt: skip
     assert "onnxruntime-int8.latency_p50_ms" in names
 
 

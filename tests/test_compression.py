@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 from conftest import Made
 
@@ -17,7 +16,6 @@ from kdpipe.data.dataset import UNLABELED
 from kdpipe.report.compression import FLIPS, Sources, advice, flips, guards, noise_by_layer
 from kdpipe.report.tables import bundles_of
 from kdpipe.report.words import advice_sentence, guard_sentence
-from kdpipe.runtime.task import TASKS, Classification
 
 Numbers = dict[str, Any]
 
@@ -181,30 +179,12 @@ def test_flips_are_images_that_changed(made: Made) -> None:
     assert flips(made.measurement, pairs, labels, Sources()) == [], "without the dataset there are no images"
 
 
-def test_flips_of_labels_with_places(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of an image something is known, though not at every place of it."""
-
-    class Places(Classification):
-        def tell(self, decision: np.ndarray, classes: Sequence[str]) -> str:
-            return " ".join(classes[at] for at in np.ravel(decision) if at != UNLABELED)
-
-    monkeypatch.setitem(TASKS, "classification", Places())
-    measurement, pairs, sources = made.measurement, [("tflite-float32", "tflite-int8")], Sources(dataset=made.dataset)
-    unknown = np.full_like(measurement.labels, UNLABELED)
-    labels = np.stack([measurement.labels, unknown, measurement.labels], 1)
-    found = flips(measurement, pairs, labels, sources)
-    assert found == [
-        each | {"label": f"{each['label']} {each['label']}"}
-        for each in flips(measurement, pairs, labels[:, 0], sources)
-    ]
-    assert found
-    for place, wrong in ((0, 10), (1, -2), (slice(None), UNLABELED)):
-        others = labels.copy()
-        others[0, place] = wrong
-        with pytest.raises(UserError, match="measured other images than those of"):
-            flips(measurement, pairs, others, sources)
+@pytest.mark.parametrize("wrong", [10, -2, UNLABELED])
+def test_flips_of_other_images(made: Made, wrong: int) -> None:
+    pairs, labels = [("tflite-float32", "tflite-int8")], made.measurement.labels.copy()
+    labels[0] = wrong
     with pytest.raises(UserError, match="measured other images than those of"):
-        flips(measurement, pairs, unknown, sources)
+        flips(made.measurement, pairs, labels, Sources(dataset=made.dataset))
 
 
 def test_the_report_has_every_hop_and_layer(made: Made) -> None:

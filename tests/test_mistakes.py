@@ -233,23 +233,30 @@ def everything_in(*folders: Path) -> dict[Path, int]:
     return {path: path.lstat().st_size for path in files if not path.is_dir()}
 
 
+@pytest.fixture(scope="module")
+def known(trained: Trained, packed: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What mistakes are made with, by role: copies in a folder in which nobody else works."""
+    [model] = packed.path.parent.glob("onnxruntime-float32-*")
+    folders = {"bundle": packed.path, "model": model, "dataset": trained.dataset.path}
+    folders |= {"teacher": trained.teacher.path, "student": trained.student.path}
+    place = tmp_path_factory.mktemp("known")
+    return {role: shutil.copytree(path, place / path.name) for role, path in folders.items()}
+
+
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(trained: Trained, packed: Bundle, photos: Path, workdir: Path, name: str) -> None:
+def test_mistakes(known: dict[str, Path], photos: Path, workdir: Path, name: str) -> None:
     mistake = MISTAKES[name]
     photos.rename(workdir / "photos")
     (workdir / "empty").mkdir()
     if "damaged" in mistake.call:
-        shutil.copytree(packed.path, workdir / "damaged")
-    [model] = packed.path.parent.glob("onnxruntime-float32-*")
-    folders = {"bundle": packed, "dataset": trained.dataset, "teacher": trained.teacher, "student": trained.student}
-    known = {"model": model} | {role: artifact.path for role, artifact in folders.items()}
+        shutil.copytree(known["bundle"], workdir / "damaged")
     mistake.change(workdir)
-    before = everything_in(workdir, packed.path.parent)
+    before = everything_in(workdir, known["bundle"].parent)
     done = kdpipe(*words_of(mistake.call, known))
     assert_one_line(done, mistake.exit_code, *mistake.words)
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert done.stdout == ""
-    assert everything_in(workdir, packed.path.parent) == before
+    assert everything_in(workdir, known["bundle"].parent) == before
 
 
 def words_of(call: str, known: dict[str, Path]) -> list[str]:

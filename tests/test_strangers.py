@@ -425,7 +425,7 @@ REFUSED: dict[str, Case] = {
         golden(lambda arrays: arrays.update(logits=arrays["logits"][:1])), 1, ("shape (1, 10)",)
     ),
     "logits of one class": Case(
-        golden(lambda arrays: arrays.update(logits=arrays["logits"][:, :1])), 1, ("the model gives (8, 10)",)
+        golden(lambda arrays: arrays.update(logits=arrays["logits"][:, :1])), 1, ("the model gives float32 (8, 10)",)
     ),
     "no golden image": Case(
         both(golden(lambda arrays: arrays.update(images=arrays["images"][:0])), facts(golden_images=0)),
@@ -623,7 +623,7 @@ MEASUREMENTS: dict[str, Case] = {
         file("labels.npy", b"\x93NUMPY\x01\x00\x20\x00{'descr': (                    \n"), 2, ("labels.npy", "no array")
     ),
     "fewer labels": Case(npy("labels.npy", lambda labels: labels[1:]), 2, ("wanted",)),
-    "labels of no class": Case(npy("labels.npy", lambda labels: labels + 1000), 2, ("other images",)),
+    "labels of no class": Case(npy("labels.npy", lambda labels: labels + 1000), 2, ("labels beyond its outputs",)),
     "outputs of 4 TiB": Case(file(LOGITS, npy_that_claims((2**20, 2**20))), 2, (LOGITS, "holds no array")),
     "outputs that are not finite": Case(npy(LOGITS, lambda logits: logits * np.nan), 2, (LOGITS, "not finite")),
     "outputs of one number": Case(npy(LOGITS, lambda logits: logits[0, 0]), 2, (LOGITS,)),
