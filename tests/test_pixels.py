@@ -557,7 +557,10 @@ LEARNED_FROM_LOGITS = [name for name in METHODS if METHODS[name].teaches_outputs
 
 @pytest.mark.parametrize("method", [name for name in LEARNED_FROM_LOGITS if name != "stagewise"])
 def test_from_the_cache_as_from_a_live_teacher(scenes: Scenes, cache: Cache, method: str) -> None:
-    """What float16 rounds off the logits moves a step by three thousandths at most, whatever a method compares."""
+    """What float16 rounds off the logits moves a step by a hundredth at most, whatever a method compares.
+
+    Half a thousandth of a logit is rounded off; a place, a view or a class mixed up would make another step.
+    """
     config = configuration(method=method, kd_weight=1.0, label_weight=0, cache_views=2)
     spec = models.input_spec(config)
     views = TrainingViews(training_images(scenes.dataset, 1.0, 0, False), config.train, spec, len(CLASSES), 0)
@@ -573,7 +576,7 @@ def test_from_the_cache_as_from_a_live_teacher(scenes: Scenes, cache: Cache, met
         learner(image, label, asked(image, (torch.ones(4, dtype=torch.long), numbers)))["loss"].backward()
         gradients.append(torch.cat([each.grad.flatten() for each in student.parameters() if each.grad is not None]))
     live, cached = gradients
-    assert live.norm() > 0 and (cached - live).norm() < 3e-3 * live.norm()
+    assert live.norm() > 0 and (cached - live).norm() < 1e-2 * live.norm()
 
 
 def test_a_student_learns_from_a_cache(scenes: Scenes, cache: Cache, tmp_path: Path) -> None:
