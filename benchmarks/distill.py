@@ -42,55 +42,43 @@ TEMPERATURE, LEARNING_RATE, WEIGHT_DECAY = 4.0, 1e-3, 0.05
 Step = Callable[[], float]  # one training step; its loss
 
 
+def loss_of_classes(logits: Tensor, taught: Tensor, label: Tensor) -> Tensor:
+    """For logits [B, K] and labels [B]."""
+    divergence = functional.kl_div(
+        functional.log_softmax(logits / TEMPERATURE, 1),
+        functional.softmax(taught / TEMPERATURE, 1),
+        reduction="batchmean",
+    )
+    return 0.5 * functional.cross_entropy(logits, label) + 0.5 * TEMPERATURE**2 * divergence
+
+
+def loss_of_masks(logits: Tensor, taught: Tensor, label: Tensor) -> Tensor:
+    """For logits [B, K, h, w] of each network at its own stride and labels [B, H, W], -1 where nobody knows."""
+    taught = functional.interpolate(taught, logits.shape[2:], mode="bilinear", align_corners=False)
+    divergence = functional.kl_div(
+        functional.log_softmax(logits / TEMPERATURE, 1),
+        functional.softmax(taught / TEMPERATURE, 1),
+        reduction="sum",
+    ) / (len(logits) * logits.shape[2:].numel())
+    whole = functional.interpolate(logits, label.shape[1:], mode="bilinear", align_corners=False)
+    return 0.5 * functional.cross_entropy(whole, label, ignore_index=-1) + 0.5 * TEMPERATURE**2 * divergence
+
+
 def bare(student: nn.Module, teacher: nn.Module, image: Tensor, label: Tensor, bf16: bool) -> Step:
     """What one writes by hand."""
     optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     student.train()
     teacher.eval()
+    loss_of = loss_of_masks if label.ndim == 3 else loss_of_classes
 
     def step() -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             with torch.no_grad():
                 taught = teacher(image)
             logits = student(image)
-        logits, taught = logits.float(), taught.float()
-        divergence = functional.kl_div(
-            functional.log_softmax(logits / TEMPERATURE, 1),
-            functional.softmax(taught / TEMPERATURE, 1),
-            reduction="batchmean",
-        )
-        loss = 0.5 * functional.cross_entropy(logits, label) + 0.5 * TEMPERATURE**2 * divergence
+        loss = loss_of(logits.float(), taught.float(), label)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        return loss.item()
-
-    return step
-
-
-def bare_masks(student: nn.Module, teacher: nn.Module, image: Tensor, label: Tensor, bf16: bool) -> Step:
-    """What one writes by hand for masks [B, H, W]."""
-    optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    student.train()
-    teacher.eval()
-
-    def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            with torch.no_grad():
-                taught = teacher(image)
-            logits = student(image)
-        logits, taught = logits.float(), taught.float()
-        taught = functional.interpolate(taught, logits.shape[2:], mode="bilinear", align_corners=False)
-        divergence = functional.kl_div(
-            functional.log_softmax(logits / TEMPERATURE, 1),
-            functional.softmax(taught / TEMPERATURE, 1),
-            reduction="sum",
-        ) / (len(logits) * logits.shape[2:].numel())
-        whole = functional.interpolate(logits, label.shape[1:], mode="bilinear", align_corners=False)
-        hard = functional.cross_entropy(whole, label, ignore_index=-1)
-        loss = 0.5 * hard + 0.5 * TEMPERATURE**2 * divergence
-        optimizer.zero_grad()
-        loss.backward()
         optimizer.step()
         return float(loss.item())
 
@@ -221,7 +209,7 @@ def main(
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.p = 0.0  # what it draws would tell the losses apart
         label = torch.randint(0, 11, (batch, size, size))
-        contenders = {"bare loop": bare_masks, "the bare loop again": bare_masks, "kdpipe": ours}
+        contenders = {"bare loop": bare, "the bare loop again": bare, "kdpipe": ours}
     steps = {name: make(*copy.deepcopy(networks), image, label, bf16) for name, make in contenders.items()}
     first = {name: step() for name, step in steps.items()}
     assert max(first.values()) - min(first.values()) < (0.02 if bf16 else 1e-4) * first["bare loop"], first

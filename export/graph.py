@@ -22,7 +22,7 @@ from ..core.proc import first_line, quiet, require
 from ..core.progress import progress
 from ..data.dataset import Dataset, Sample, load_images, predict_samples
 from ..runtime import Session, open_session, predict
-from ..runtime.task import TASKS, Segmentation, Task
+from ..runtime.task import TASKS, Task
 from .onnx import NEEDS, simplify, write_onnx
 from .parity import check, compare, float32_error, keep_worst, torch_outputs
 from .written import Written
@@ -139,9 +139,7 @@ def _said(session: Session, samples: Sequence[Sample], wanted: Wanted) -> np.nda
         return predict_samples(session, samples, spec)
     starts = range(0, len(samples), DECIDED_IMAGES)
     parts = (predict_samples(session, samples[at : at + DECIDED_IMAGES], spec) for at in starts)
-    sides = wanted.spec.sides
-    whole = (Segmentation.enlarged(part, sides) if part.ndim == 4 else part for part in parts)
-    return np.concatenate([task.decide(part) for part in whole])
+    return np.concatenate([task.decide_at(part, wanted.spec.sides) for part in parts])
 
 
 def check_output(output: Output, source: Checkpoint | Graph) -> None:
