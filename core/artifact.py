@@ -547,9 +547,11 @@ def _exclusive(part: Path, out: Path) -> Iterator[None]:
     lies there.
     """
     while True:
-        part.mkdir(parents=True, exist_ok=True)
+        # Not ``exist_ok``: that looks twice, and the other one may rename the folder in between.
+        with contextlib.suppress(FileExistsError):
+            part.mkdir(parents=True)
         try:
-            descriptor = os.open(part, os.O_RDONLY)
+            descriptor = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
             continue
         try:

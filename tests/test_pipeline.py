@@ -210,6 +210,7 @@ from kdpipe.core.artifact import Busy, Order, drafting
 from kdpipe.core.config import PackageConfig
 from kdpipe.core.kinds import Report, ReportFacts
 folder, sealed = Path(sys.argv[1]), 0
+print("ready", flush=True)
 sys.stdin.read(1)
 for at in range(int(sys.argv[2])):
     try:
@@ -231,6 +232,8 @@ def test_of_many_that_write_the_same_one_seals(tmp_path: Path) -> None:
         subprocess.Popen([*line, str(at)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for at in range(4)
     ]
+    for writer in writers:
+        assert writer.stdout is not None and writer.stdout.readline() == b"ready\n"
     for writer in writers:
         assert writer.stdin is not None
         writer.stdin.write(b"x")
