@@ -15,16 +15,17 @@ from timm.optim import list_optimizers
 from torch import nn
 
 from ..core.artifact import Draft, Order, drafting, write_json
-from ..core.config import AdoptConfig, CacheConfig, ModelSettings, TrainConfig, TrainSettings
+from ..core.config import AdoptConfig, CacheConfig, DrawConfig, ModelSettings, TrainConfig, TrainSettings
 from ..core.errors import UserError, choice
 from ..core.inputs import InputSpec, size_words
-from ..core.kinds import Cache, Checkpoint, CheckpointFacts, as_name
+from ..core.kinds import DRAWN, Cache, Checkpoint, CheckpointFacts, as_name
 from ..core.progress import note
 from ..core.stats import Interval
 from ..data.copies import side_for
-from ..data.dataset import Dataset
+from ..data.dataset import Dataset, load_images
 from ..data.labels import other_order
 from ..networks import models
+from ..networks.drawn import draw_scales
 from ..networks.onnx import OnnxNetwork
 from ..networks.weights import load_weights
 from ..runtime.task import TASKS, Task
@@ -244,6 +245,25 @@ def adopt(order: Order[AdoptConfig], dataset: Dataset, out: Path) -> Checkpoint:
         )  # fmt: skip
         with np.load(draft.path / Checkpoint.TEST_OUTPUTS) as tested:
             other_order(TASKS[draft.facts.task], tested["logits"], tested["labels"])
+    return draft.artifact
+
+
+def draw(order: Order[DrawConfig], dataset: Dataset, out: Path) -> Checkpoint:
+    """Seal a network of random weights, whose scales and statistics are as those of trained ones could be.
+
+    Raises:
+        UserError: an unknown network, a size that it can't take, outputs that are not finite.
+    """
+    config = order.config
+    with drafting(Checkpoint, order, out) as draft:
+        with seeded(config.seed):
+            network, spec = models.create(config, len(dataset.classes), dataset.facts.task)
+            shown = load_images(dataset.balanced("train", config.images, seed=0), spec.model_dump())
+            draw_scales(network, spec, shown)
+        draft.facts = _described(
+            draft.path, config, network, spec, dataset,
+            method=DRAWN, training_images=0, epochs=0, selected=DRAWN,
+        )  # fmt: skip
     return draft.artifact
 
 
