@@ -57,7 +57,12 @@ def of_file(path: Path) -> Mapping[str, Prior]:
     Raises:
         UserError: no such file, or no such table.
     """
-    return dict(read(path))
+    return {without_tag(name): prior for name, prior in read(path)}
+
+
+def without_tag(name: str) -> str:
+    """The name of a network of timm without that of its weights; of any other as it is."""
+    return name if ":" in name or "/" in name else name.partition(".")[0]
 
 
 def read(path: Path) -> list[tuple[str, Prior]]:

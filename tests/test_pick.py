@@ -185,6 +185,9 @@ def test_the_shipped_prior_says_where_it_is_from_and_knows_networks() -> None:
     small = known["mobilenetv4_conv_small"]
     assert 60 < small.at(128) < small.at(160) < small.at(224) < 75
     assert prior.Prior(0.5, None).at(8) == 0.5
+    assert [prior.without_tag(name) for name in ("resnet18.a1_in1k", "my.nets:small", "torchvision/resnet18")] == [
+        "resnet18", "my.nets:small", "torchvision/resnet18"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
