@@ -338,7 +338,12 @@ class ModelSettings(Config):
     @model_serializer(mode="wrap")
     def _without_what_is_unsaid(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = serialize(self)
-        return {name: value for name, value in values.items() if value is not None or name not in self.LATER}
+        defaults = {name: field.default for name, field in type(self).model_fields.items() if name in self.LATER}
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in defaults or getattr(self, name) != defaults[name]
+        }
 
 
 class AdoptConfig(ModelSettings):
@@ -412,6 +417,48 @@ class StagewiseSettings(Config):
     )
 
 
+class DeepSettings(Config):
+    """What method deep_supervision puts on the student's inner stages: heads that learn what the outputs learn."""
+
+    width: Literal["own", "doubling"] = Field(
+        "own",
+        description="channels of a head: its stage's, or twice as many after each halving of the map, up to the larger "
+        "of the student's and the teacher's deepest (as the heads of OFA-KD)",
+    )
+    weight: float = Field(1.0, gt=0, description="weight of each head, where that of the student's outputs is 1")
+    fade: bool = Field(False, description="the heads' weight falls to nothing, evenly from epoch to epoch")
+    labels: bool = Field(False, description="the heads learn the labels too, at label_weight times the heads' weight")
+
+
+class HintSettings(Config):
+    """Which of the teacher's maps method hint compares, how, and when."""
+
+    stages: tuple[int, ...] | None = Field(
+        None,
+        min_length=1,
+        description="numbers of the paired stages, from 1, the shallowest, or back from -1, the deepest; of several "
+        "the mean counts; left out, the last but one",
+    )
+    normalize: bool = Field(
+        False,
+        description="hint, stagewise and review: each channel of the teacher's maps is brought to mean 0 and standard "
+        "deviation 1 over the batch, so that one weight does for every family of networks",
+    )
+    logits: bool = Field(False, description="kd is added, at weight 1 beside kd_weight of the hints")
+    two_stages: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="share of the steps in which the stages up to the hint learn it alone, as the authors train; the "
+        "whole network then learns without it, from the labels and, with hint.logits, kd; left out, all at once",
+    )
+
+    @field_validator("stages")
+    @classmethod
+    def _are_stages(cls, stages: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if stages is not None and 0 in stages:
+            raise ValueError("stages are counted from 1, or back from -1")
+        return stages
+
+
 class DistillSettings(Config):
     """What the student learns from, by which method, and with what weight."""
 
@@ -433,6 +480,8 @@ class DistillSettings(Config):
     dist: DistSettings = DistSettings()
     rkd: RkdSettings = RkdSettings()
     stagewise: StagewiseSettings = StagewiseSettings()
+    deep: DeepSettings = DeepSettings()
+    hint: HintSettings = HintSettings()
     label_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
         1.0, description="share of the training images of each class to learn from; 0 leaves data.unlabeled alone"
     )
@@ -456,7 +505,7 @@ class DistillSettings(Config):
 class TrainConfig(DistillSettings, ModelSettings):
     """One training run: a network and how it learns."""
 
-    LATER: ClassVar[tuple[str, ...]] = (*ModelSettings.LATER, "cwd_on")
+    LATER: ClassVar[tuple[str, ...]] = (*ModelSettings.LATER, "cwd_on", "deep", "hint")
 
     seed: int = Field(0, description="seed of weights, order, views and of the drawn fraction")
 

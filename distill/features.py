@@ -140,18 +140,21 @@ class Adapter(nn.Sequential):
 class AuxiliaryHead(nn.Sequential):
     """Logits from an inner stage: separable convolutions that halve the map, then pool and classify.
 
-    One halving for each stage that is still to come, as far as the map allows.
+    One halving for each stage that is still to come, as far as the map allows. With ``widest`` each doubles the
+    channels, up to so many.
     """
 
-    def __init__(self, channels: int, halvings: int, classes: int) -> None:
+    def __init__(self, channels: int, halvings: int, classes: int, widest: int = 0) -> None:
         steps: list[nn.Module] = []
         for _ in range(halvings):
+            wider = max(channels, min(2 * channels, widest))
             steps += [
                 nn.Conv2d(channels, channels, 3, stride=2, padding=1, groups=channels, bias=False),
-                nn.Conv2d(channels, channels, 1, bias=False),
-                nn.BatchNorm2d(channels),
+                nn.Conv2d(channels, wider, 1, bias=False),
+                nn.BatchNorm2d(wider),
                 nn.ReLU(),
             ]
+            channels = wider
         super().__init__(*steps, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 

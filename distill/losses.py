@@ -186,6 +186,29 @@ def standardise(logits: Tensor) -> Tensor:
     return _varying(logits) / (logits.std(1, keepdim=True) + 1e-7)
 
 
+def standardise_channels(maps: Tensor) -> Tensor:
+    """Each channel with mean 0 and standard deviation 1 over the samples and places of a batch.
+
+    What BatchNorm makes of a map before its own scale and shift, but for its epsilon: however small or large a channel
+    is, scaling or shifting it changes nothing. One that is constant as far as float32 can tell becomes 0.
+
+    Args:
+        maps: [B, C, H, W].
+
+    Returns:
+        float32 [B, C, H, W].
+
+    Raises:
+        ValueError: no maps.
+    """
+    if maps.ndim != 4 or not maps.numel():
+        raise ValueError(f"wanted maps [B, C, H, W], found {list(maps.shape)}")
+    rows = _varying(maps.float().transpose(0, 1).flatten(1))
+    size = torch.linalg.vector_norm(rows, dim=1, keepdim=True) / rows.shape[1] ** 0.5
+    rows = rows / size.where(size > 0, 1)
+    return rows.unflatten(1, (maps.shape[0], *maps.shape[2:])).transpose(0, 1)
+
+
 def shuffle_non_maximal(logits: Tensor, generator: torch.Generator) -> Tensor:
     """A control: the teacher that knows its decision and its confidences but not which class got which.
 

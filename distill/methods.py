@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -169,6 +170,16 @@ class Method(TrainingTask):  # type: ignore[misc]
     teaches_outputs: ClassVar[bool] = False  # rather than features alone
     default_weight: ClassVar[float] = 0.0  # of the method's loss, where the configuration names none
 
+    @classmethod
+    def weight_in(cls, config: DistillSettings) -> float:
+        """The weight of the method's loss."""
+        return cls.default_weight if config.kd_weight is None else config.kd_weight
+
+    @classmethod
+    def does_without_labels(cls, config: DistillSettings) -> bool:
+        """Whether the student's outputs learn something where no image has a label."""
+        return cls.teaches_outputs and cls.weight_in(config) > 0
+
     def __init__(
         self,
         config: DistillSettings,
@@ -191,7 +202,7 @@ class Method(TrainingTask):  # type: ignore[misc]
         if self.needs_teacher and teacher is None:
             raise UserError(f"method '{config.method}' needs a teacher: give the folder of a trained one")
         self.config, self.spec, self.name = config, spec, name
-        self.kd_weight = self.default_weight if config.kd_weight is None else config.kd_weight
+        self.kd_weight = self.weight_in(config)
         self.epoch = 0  # the trainer's, for losses that grow
         self.teacher_indices: list[int] = []  # of the teacher's maps that the method looks at
         # Of its outputs, where they say something of every place: height and width. Both sides are compared there.
@@ -278,14 +289,25 @@ class DistillationMethod(Method, ABC):
         # Shuffled before the student's forward: both draw from the same generator.
         shown = None if teacher is None else self._shown(teacher)
         output: StudentOutput = self.trainable_module(input)
-        result = {"output": output.logits, "task_loss": self._label_loss(output.logits, target)}
+        result = {"output": output.logits, "task_loss": self.labels_part(output, target)}
         loss = self.config.label_weight * result["task_loss"]
-        if self.kd_weight:
+        if self.asks_teacher:
             if shown is None:
                 raise ValueError(f"method '{self.config.method}' wants the teacher's output of every batch")
-            result["kd_loss"] = self.distillation_loss(output, shown, thinned(target, self.grid))
-            loss = loss + self.kd_weight * result["kd_loss"]
+            for name, (weight, part) in self.teacher_parts(output, shown, thinned(target, self.grid)).items():
+                result[name] = part
+                loss = loss + weight * part
         return {"loss": loss, **result}
+
+    def labels_part(self, student: StudentOutput, target: Tensor) -> Tensor:
+        """The loss against the labels, a scalar."""
+        return self._label_loss(student.logits, target)
+
+    def teacher_parts(
+        self, student: StudentOutput, teacher: TeacherOutput, target: Tensor
+    ) -> dict[str, tuple[float, Tensor]]:
+        """What the teacher adds to the loss: by name a weight and a scalar; takes what ``distillation_loss`` takes."""
+        return {"kd_loss": (self.kd_weight, self.distillation_loss(student, teacher, target))}
 
     def _shown(self, teacher: TeacherOutput) -> TeacherOutput:
         """The teacher's output as the student gets to see it: at its grid; shuffled, if that control is asked for."""
@@ -415,8 +437,18 @@ class FeatureMethod(DistillationMethod):
         if self.with_decoder:
             blocks, its_blocks = paired(block_indices(student), block_indices(teacher.network))
             students, teachers = students + blocks, teachers + its_blocks
-        self.teacher_indices = teachers[self.stages]
-        return students[self.stages]
+        chosen = self.chosen_of(len(students))
+        self.teacher_indices = [teachers[at] for at in chosen]
+        return [students[at] for at in chosen]
+
+    def chosen_of(self, pairs: int) -> list[int]:
+        """Which of so many paired stages are looked at, ascending. Raises UserError."""
+        return list(range(pairs))[self.stages]
+
+    def map_loss(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
+        """MSE of an adapted map to the teacher's [B, C, H, W], at the smaller height and width, normalised if asked."""
+        mine, its = same_size(student_map, teacher_map)
+        return losses.hint(mine, losses.standardise_channels(its) if self.config.hint.normalize else its)
 
     def adapters(
         self, student: nn.Module, indices: list[int], teacher: Teacher | CachedTeacher | None, where_equal: bool
@@ -432,17 +464,100 @@ class FeatureMethod(DistillationMethod):
 
 
 class Hint(FeatureMethod):
-    """FitNet's hint (Romero et al. 2015): MSE of an adapted middle stage, together with the labels."""
+    """FitNet's hint (Romero et al. 2015): MSE of an adapted middle stage, or of several, together with the labels.
+
+    Its authors let the stages up to the hint learn it first, and then the whole network from labels and kd without it
+    (``hint.two_stages``, ``hint.logits``). Their regressor ends in the convolution, here a BatchNorm follows.
+    """
 
     default_weight = 100.0
     stages = slice(-2, -1)
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._indices = self.student.indices
+        self._hints_alone = False
+        if self._is_staged:
+            parts = stage_parameters(self.student.student, self.spec.sides, self._indices)
+            self._below = {name for part in parts[:-1] for name in part}  # up to the deepest hint
+
+    @classmethod
+    def does_without_labels(cls, config: DistillSettings) -> bool:
+        return config.hint.logits
+
+    @property
+    def _is_staged(self) -> bool:
+        return self.config.hint.two_stages is not None
+
+    def chosen_of(self, pairs: int) -> list[int]:
+        stages = self.config.hint.stages
+        if stages is None:
+            return super().chosen_of(pairs) or [0]
+        if wrong := [stage for stage in stages if not 1 <= abs(stage) <= pairs]:
+            raise UserError(
+                f"hint.stages has {wrong[0]}, and '{self.name}' and its teacher share {pairs} stages: wanted "
+                f"1 to {pairs}, or -{pairs} to -1"
+            )
+        chosen = sorted(stage - 1 if stage > 0 else pairs + stage for stage in stages)
+        if twice := [stage + 1 for stage, after in pairwise(chosen) if stage == after]:
+            raise UserError(f"hint.stages names stage {twice[0]} of {pairs} twice: name each once")
+        return chosen
 
     def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
         indices = self.pair_stages(student, teacher)
         return StudentWithAuxiliaries(student, indices, self.adapters(student, indices, teacher, where_equal=True))
 
+    def phases(self, steps: int, steps_per_epoch: int) -> list[Phase]:
+        """One; or two, the first of ``hint.two_stages`` of the steps, at least one each."""
+        share, rate = self.config.hint.two_stages, self.config.train.learning_rate
+        if share is None:
+            return super().phases(steps, steps_per_epoch)
+        if steps < 2:
+            raise UserError("hint.two_stages shares 1 step between two phases: take more train.epochs")
+        first = min(max(1, round(steps * share)), steps - 1)
+        return [Phase("hint", first, rate, has_accuracy=False), Phase("all", steps - first, rate)]
+
+    def enter(self, phase: int) -> None:
+        if not self._is_staged:
+            return
+        student, self._hints_alone = self.student, phase == 0
+        for name, parameter in student.student.named_parameters():
+            parameter.requires_grad_(phase > 0 or name in self._below)
+        student.auxiliaries.requires_grad_(phase == 0)
+        student.indices = self._indices if phase == 0 else []
+
+    @property
+    def asks_teacher(self) -> bool:
+        return self.config.hint.logits or (self._hints_alone if self._is_staged else super().asks_teacher)
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        teacher: TeacherOutput | None = None,
+        numbers: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """One batch: labels and hints; or, in two stages, the hints alone and then the labels without them."""
+        if not self._hints_alone:
+            return super().forward(input, target, teacher, numbers)
+        if teacher is None:
+            raise ValueError("method 'hint' wants the teacher's output of every batch")
+        shown = self._shown(teacher)
+        output: StudentOutput = self.trainable_module(input, len(self._indices) - 1)
+        loss = self.distillation_loss(output, shown, target)
+        return {"loss": loss, "kd_loss": loss}
+
     def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
-        return losses.hint(*same_size(student.auxiliary[0], self.teacher_maps(teacher)[0]))
+        pairs = zip(student.auxiliary, self.teacher_maps(teacher), strict=True)
+        return torch.stack([self.map_loss(*pair) for pair in pairs]).mean()
+
+    def teacher_parts(
+        self, student: StudentOutput, teacher: TeacherOutput, target: Tensor
+    ) -> dict[str, tuple[float, Tensor]]:
+        parts = {} if self._is_staged else super().teacher_parts(student, teacher, target)
+        if self.config.hint.logits:
+            parts["logit_loss"] = (1.0, losses.kd(student.logits, teacher.logits, self.config.temperature))
+        return parts
 
 
 class ChannelWise(FeatureMethod):
@@ -518,7 +633,7 @@ class DeepSupervision(DistillationMethod):
     """Vanilla distillation of the student's logits and of auxiliary heads on its inner stages.
 
     A design of this project: the idea (more information for the student) is Hao et al.'s (2025), whose own
-    branches are not public. Every head gets the same KL as the last, with equal weight. Of a network that draws masks
+    branches are not public; ``deep`` says how wide the heads are and what they weigh. Of a network that draws masks
     the heads sit on the encoder's stages and on the decoder's blocks, and say something of every place.
     """
 
@@ -526,21 +641,53 @@ class DeepSupervision(DistillationMethod):
     default_weight = 1.0
 
     def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
-        indices = [*stage_indices(student, self.name), *block_indices(student)][:-1]
+        indices = [*stage_indices(student, self.name), *block_indices(student)]
+        *shapes, deepest = map_shapes(student, self.spec.sides, indices)
+        widest = self._widest(deepest[0], teacher) if self.config.deep.width == "doubling" else 0
         classes = cast("int", student.num_classes)
         heads: list[nn.Module] = []
-        for at, (channels, height, width) in enumerate(map_shapes(student, self.spec.sides, indices)):
+        for at, (channels, height, width) in enumerate(shapes):
             if self.grid:
                 heads.append(PlacesHead(channels, (height, width), (self.grid[0], self.grid[1]), classes))
             else:
-                halvings = min(len(indices) - at, max(0, min(height, width).bit_length() - 1))
-                heads.append(AuxiliaryHead(channels, halvings, classes))
-        return StudentWithAuxiliaries(student, indices, heads)
+                halvings = min(len(shapes) - at, max(0, min(height, width).bit_length() - 1))
+                heads.append(AuxiliaryHead(channels, halvings, classes, widest))
+        return StudentWithAuxiliaries(student, indices[:-1], heads)
+
+    def _widest(self, channels: int, teacher: Teacher | CachedTeacher | None) -> int:
+        """The larger of the student's deepest ``channels`` and the teacher's. Raises UserError."""
+        if self.grid:
+            raise UserError(
+                "deep.width is doubling, and heads that say something of every place halve no map: leave it own"
+            )
+        if not isinstance(teacher, Teacher) or not hasattr(teacher.network, "forward_intermediates"):
+            raise UserError(
+                "deep.width is doubling, up to the teacher's width, and this teacher is a cache or gives no "
+                "intermediate features: leave it own, or leave out cache_views"
+            )
+        deepest = stage_indices(teacher.network, "the teacher")[-1:]
+        return max(channels, map_shapes(teacher.network, teacher.sides, deepest)[0][0])
+
+    @property
+    def head_weight(self) -> float:
+        """What a head weighs in this epoch."""
+        left = 1 - self.epoch / self.config.train.epochs if self.config.deep.fade else 1.0
+        return self.config.deep.weight * left
+
+    def labels_part(self, student: StudentOutput, target: Tensor) -> Tensor:
+        if not self.config.deep.labels:
+            return super().labels_part(student, target)
+        return self._sum(student, lambda logits: self._label_loss(logits, target))
 
     def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
-        said = [student.logits, *student.auxiliary]
-        parts = [losses.kd(each, resized(teacher.logits, each.shape[2:]), self.config.temperature) for each in said]
-        return torch.stack(parts).sum()
+        def loss(logits: Tensor) -> Tensor:
+            return losses.kd(logits, resized(teacher.logits, logits.shape[2:]), self.config.temperature)
+
+        return self._sum(student, loss)
+
+    def _sum(self, student: StudentOutput, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        """The loss of the student's logits, and those of the heads by their weight."""
+        return torch.stack([loss(student.logits), *(self.head_weight * loss(each) for each in student.auxiliary)]).sum()
 
 
 class Stagewise(FeatureMethod):
@@ -564,7 +711,9 @@ class Stagewise(FeatureMethod):
 
     def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
         indices = self.pair_stages(student, teacher)
-        return StudentWithAuxiliaries(student, indices, self.adapters(student, indices, teacher, where_equal=False))
+        # What a stage ends in may not be able to give what is below a mean, so that normalised maps want an adapter.
+        adapters = self.adapters(student, indices, teacher, where_equal=self.config.hint.normalize)
+        return StudentWithAuxiliaries(student, indices, adapters)
 
     def phases(self, steps: int, steps_per_epoch: int) -> list[Phase]:
         """One a stage and one of the head: equal shares of ``steps``, or ``stagewise.epochs`` each."""
@@ -640,7 +789,7 @@ class Stagewise(FeatureMethod):
         deepest = self._phase if self.config.stagewise.frozen_batchnorm == "eval" else None
         shown = self._shown(teacher)
         output: StudentOutput = self.trainable_module(input, deepest)
-        loss = losses.hint(*same_size(output.auxiliary[self._phase], self.teacher_maps(shown)[self._phase]))
+        loss = self.map_loss(output.auxiliary[self._phase], self.teacher_maps(shown)[self._phase])
         return {"loss": loss, "kd_loss": loss}
 
     def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
