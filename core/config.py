@@ -50,6 +50,9 @@ Method = Literal[
     "hint",
     "at",
     "rkd",
+    "cc",
+    "crd",
+    "review",
     "deep_supervision",
     "stagewise",
 ]
@@ -402,6 +405,22 @@ class RkdSettings(Config):
     angle_weight: float = Field(50.0, ge=0, description="weight of the angles between samples")
 
 
+class CrdSettings(Config):
+    """What method crd compares: each image's embedding with those of the images before it."""
+
+    width: int = Field(128, ge=2, description="numbers of an embedding, of the student's and of the teacher's")
+    negatives: int = Field(
+        16384, ge=2, description="embeddings of earlier images that are remembered; a batch at least"
+    )
+    temperature: float = Field(0.07, gt=0, description="by which the cosine of two embeddings is divided")
+
+
+class ReviewSettings(Config):
+    """How method review begins."""
+
+    warmup_epochs: int = Field(20, ge=0, description="epochs over which the loss grows to its weight")
+
+
 class StagewiseSettings(Config):
     """How method stagewise goes: one stage after another learns the teacher's features, then the head the labels."""
 
@@ -482,6 +501,8 @@ class DistillSettings(Config):
     stagewise: StagewiseSettings = StagewiseSettings()
     deep: DeepSettings = DeepSettings()
     hint: HintSettings = HintSettings()
+    crd: CrdSettings = CrdSettings()
+    review: ReviewSettings = ReviewSettings()
     label_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
         1.0, description="share of the training images of each class to learn from; 0 leaves data.unlabeled alone"
     )
@@ -505,7 +526,7 @@ class DistillSettings(Config):
 class TrainConfig(DistillSettings, ModelSettings):
     """One training run: a network and how it learns."""
 
-    LATER: ClassVar[tuple[str, ...]] = (*ModelSettings.LATER, "cwd_on", "deep", "hint")
+    LATER: ClassVar[tuple[str, ...]] = (*ModelSettings.LATER, "cwd_on", "deep", "hint", "crd", "review")
 
     seed: int = Field(0, description="seed of weights, order, views and of the drawn fraction")
 

@@ -31,7 +31,10 @@ from .features import (
     STAGES,
     Adapter,
     AuxiliaryHead,
+    Contrast,
     PlacesHead,
+    Review,
+    SideBySide,
     block_indices,
     by_place,
     in_places,
@@ -73,11 +76,17 @@ class StudentOutput(NamedTuple):
 
 
 class StudentWithAuxiliaries(nn.Module):
-    """The student with the modules that a method trains beside it (adapters, heads) and drops afterwards."""
+    """The student with what a method trains beside it (adapters, heads) and drops afterwards.
 
-    def __init__(self, student: nn.Module, indices: Sequence[int] = (), auxiliaries: Iterable[nn.Module] = ()) -> None:
+    ``auxiliaries``: a module for each of the student's maps, or one that takes the list of them and gives a list.
+    """
+
+    def __init__(
+        self, student: nn.Module, indices: Sequence[int] = (), auxiliaries: Iterable[nn.Module] | nn.Module = ()
+    ) -> None:
         super().__init__()
-        self.student, self.auxiliaries = student, nn.ModuleList(auxiliaries)
+        self.student = student
+        self.auxiliaries: nn.Module = SideBySide(auxiliaries) if isinstance(auxiliaries, Iterable) else auxiliaries
         self.indices: list[int] = list(indices)
 
     def forward(self, image: Tensor, deepest: int | None = None) -> StudentOutput:
@@ -88,8 +97,7 @@ class StudentWithAuxiliaries(nn.Module):
             maps, logits = maps_and_logits(self.student, image, self.indices)
         else:
             maps, logits = maps_alone(self.student, image, self.indices[: deepest + 1]), None
-        auxiliary = [module(features) for module, features in zip(self.auxiliaries, maps, strict=False)]
-        return StudentOutput(logits, maps, auxiliary)
+        return StudentOutput(logits, maps, self.auxiliaries(maps))
 
 
 def label_loss(config: DistillSettings, all_labeled: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
@@ -231,6 +239,10 @@ class Method(TrainingTask):  # type: ignore[misc]
 
     def enter(self, phase: int) -> None:
         """Prepare for phase number ``phase``: what learns, what is frozen."""
+
+    def grown(self, warmup_epochs: int) -> float:
+        """What of its weight a loss has in this epoch that grows to it over so many, evenly."""
+        return min((self.epoch + 1) / warmup_epochs, 1.0) if warmup_epochs else 1.0
 
     def trainable(self) -> Iterator[nn.Parameter]:
         """The parameters that learn in this phase."""
@@ -394,8 +406,8 @@ class Dkd(LogitMethod):
         # Where nobody knows the label, the student has nothing to learn: it is compared with itself.
         known = target >= 0 if target.ndim == 1 else target.sum(1) > 0
         teacher, target = teacher.where(known[:, None], student.detach()), target.clamp(min=0)
-        grown = min((self.epoch + 1) / settings.warmup_epochs, 1.0) if settings.warmup_epochs else 1.0
-        return grown * losses.dkd(student, teacher, target, settings.alpha, settings.beta, self.config.temperature)
+        loss = losses.dkd(student, teacher, target, settings.alpha, settings.beta, self.config.temperature)
+        return self.grown(settings.warmup_epochs) * loss
 
 
 class Dist(LogitMethod):
@@ -445,10 +457,10 @@ class FeatureMethod(DistillationMethod):
         """Which of so many paired stages are looked at, ascending. Raises UserError."""
         return list(range(pairs))[self.stages]
 
-    def map_loss(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
-        """MSE of an adapted map to the teacher's [B, C, H, W], at the smaller height and width, normalised if asked."""
+    def to_compare(self, student_map: Tensor, teacher_map: Tensor) -> tuple[Tensor, Tensor]:
+        """An adapted map and the teacher's [B, C, H, W] at the smaller height and width, its normalised if asked."""
         mine, its = same_size(student_map, teacher_map)
-        return losses.hint(mine, losses.standardise_channels(its) if self.config.hint.normalize else its)
+        return mine, losses.standardise_channels(its) if self.config.hint.normalize else its
 
     def adapters(
         self, student: nn.Module, indices: list[int], teacher: Teacher | CachedTeacher | None, where_equal: bool
@@ -549,7 +561,7 @@ class Hint(FeatureMethod):
 
     def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
         pairs = zip(student.auxiliary, self.teacher_maps(teacher), strict=True)
-        return torch.stack([self.map_loss(*pair) for pair in pairs]).mean()
+        return torch.stack([losses.hint(*self.to_compare(*pair)) for pair in pairs]).mean()
 
     def teacher_parts(
         self, student: StudentOutput, teacher: TeacherOutput, target: Tensor
@@ -627,6 +639,97 @@ class Relational(FeatureMethod):
         deepest = student.maps[-1], self.teacher_maps(teacher)[-1]
         pooled, teacher_pooled = (maps.float().mean((2, 3)) for maps in deepest)
         return losses.rkd(pooled, teacher_pooled, weights.distance_weight, weights.angle_weight)
+
+
+class CorrelationCongruence(FeatureMethod):
+    """Correlation congruence (Peng et al. 2019) of the pooled deepest stage, without the projection of its authors.
+
+    Their weight is of another balance; this one makes the loss about as large as that of rkd.
+    """
+
+    default_weight = 100.0
+    stages = slice(-1, None)
+
+    def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
+        return StudentWithAuxiliaries(student, self.pair_stages(student, teacher))
+
+    def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
+        deepest = student.maps[-1], self.teacher_maps(teacher)[-1]
+        pooled, teacher_pooled = (maps.float().mean((2, 3)) for maps in deepest)
+        return losses.cc(pooled, teacher_pooled)
+
+
+class Contrastive(FeatureMethod):
+    """Contrastive distillation (Tian et al. 2020) of the pooled deepest stage.
+
+    An image's embedding by one network is to be near that by the other, and far from the other's of other images: of
+    another class, where classes are known. Its authors remember an embedding of every image of the data; here the last
+    ``crd.negatives`` are remembered, as they were.
+    """
+
+    default_weight = 0.8
+    stages = slice(-1, None)
+
+    def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
+        settings, batch_size = self.config.crd, self.config.train.batch_size
+        if settings.negatives < batch_size:
+            raise UserError(f"crd.negatives is {settings.negatives}: wanted as many as a batch, {batch_size}, at least")
+        indices = self.pair_stages(student, teacher)
+        assert isinstance(teacher, Teacher)
+        mine = map_shapes(student, self.spec.sides, indices)[0]
+        its = map_shapes(teacher.network, teacher.sides, self.teacher_indices)[0]
+        return StudentWithAuxiliaries(student, indices, Contrast(mine[0], its[0], settings.width, settings.negatives))
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        teacher: TeacherOutput | None = None,
+        numbers: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """One batch, as ``Method.forward``; an image's other views are never its negatives."""
+        self._numbers = numbers
+        return super().forward(input, target, teacher, numbers)
+
+    def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
+        contrast = cast("Contrast", self.student.auxiliaries)
+        mine, its = student.auxiliary[0], contrast.of_teacher(self.teacher_maps(teacher)[0])
+        unknown = torch.full((len(mine),), UNLABELED, device=mine.device)
+        numbers = unknown if self._numbers is None else self._numbers.to(mine.device, non_blocking=True)
+        is_negative = contrast.remember(mine, its, self._classes(target, unknown), numbers)
+        temperature = self.config.crd.temperature
+        return losses.crd(mine, its, contrast.teachers, is_negative, temperature) + losses.crd(
+            its, mine, contrast.students, is_negative, temperature
+        )
+
+    @staticmethod
+    def _classes(target: Tensor, unknown: Tensor) -> Tensor:
+        """The class of each image [B], where an image has one."""
+        if target.ndim > 2 or (target.ndim == 2 and not target.is_floating_point()):
+            return unknown
+        return target if target.ndim == 1 else target.argmax(1).where(target.sum(1) > 0, unknown)
+
+
+class KnowledgeReview(FeatureMethod):
+    """Knowledge review (Chen et al. 2021): all stages' maps, each fused with those that are deeper.
+
+    Its authors take the teacher's maps before their last activation, here they are as timm gives them.
+    """
+
+    default_weight = 1.0
+
+    def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
+        indices = self.pair_stages(student, teacher)
+        assert isinstance(teacher, Teacher)
+        mine = map_shapes(student, self.spec.sides, indices)
+        its = map_shapes(teacher.network, teacher.sides, self.teacher_indices)
+        channels = [[shape[0] for shape in shapes] for shapes in (mine, its)]
+        return StudentWithAuxiliaries(student, indices, Review(*channels))
+
+    def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
+        pairs = zip(student.auxiliary, self.teacher_maps(teacher), strict=True)
+        mine, its = zip(*(self.to_compare(*pair) for pair in pairs), strict=True)
+        return self.grown(self.config.review.warmup_epochs) * losses.review(mine, its)
 
 
 class DeepSupervision(DistillationMethod):
@@ -751,7 +854,7 @@ class Stagewise(FeatureMethod):
         learning = set(self._stages[phase])
         for name, parameter in student.student.named_parameters():
             parameter.requires_grad_(name in learning)
-        for at, adapter in enumerate(student.auxiliaries):
+        for at, adapter in enumerate(student.auxiliaries.children()):
             adapter.requires_grad_(at == phase)
         self.train()
 
@@ -789,7 +892,8 @@ class Stagewise(FeatureMethod):
         deepest = self._phase if self.config.stagewise.frozen_batchnorm == "eval" else None
         shown = self._shown(teacher)
         output: StudentOutput = self.trainable_module(input, deepest)
-        loss = self.map_loss(output.auxiliary[self._phase], self.teacher_maps(shown)[self._phase])
+        pair = output.auxiliary[self._phase], self.teacher_maps(shown)[self._phase]
+        loss = losses.hint(*self.to_compare(*pair))
         return {"loss": loss, "kd_loss": loss}
 
     def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
@@ -808,6 +912,9 @@ METHODS: dict[configuration.Method, type[Method]] = {
     "hint": Hint,
     "at": AttentionTransfer,
     "rkd": Relational,
+    "cc": CorrelationCongruence,
+    "crd": Contrastive,
+    "review": KnowledgeReview,
     "deep_supervision": DeepSupervision,
     "stagewise": Stagewise,
 }
