@@ -50,6 +50,9 @@ Method = Literal[
     "hint",
     "at",
     "rkd",
+    "cc",
+    "crd",
+    "review",
     "deep_supervision",
     "stagewise",
 ]
@@ -338,7 +341,12 @@ class ModelSettings(Config):
     @model_serializer(mode="wrap")
     def _without_what_is_unsaid(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = serialize(self)
-        return {name: value for name, value in values.items() if value is not None or name not in self.LATER}
+        defaults = {name: field.default for name, field in type(self).model_fields.items() if name in self.LATER}
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in defaults or getattr(self, name) != defaults[name]
+        }
 
 
 class AdoptConfig(ModelSettings):
@@ -397,6 +405,22 @@ class RkdSettings(Config):
     angle_weight: float = Field(50.0, ge=0, description="weight of the angles between samples")
 
 
+class CrdSettings(Config):
+    """What method crd compares: each image's embedding with those of the images before it."""
+
+    width: int = Field(128, ge=2, description="numbers of an embedding, of the student's and of the teacher's")
+    negatives: int = Field(
+        16384, ge=2, description="embeddings of earlier images that are remembered; a batch at least"
+    )
+    temperature: float = Field(0.07, gt=0, description="by which the cosine of two embeddings is divided")
+
+
+class ReviewSettings(Config):
+    """How method review begins."""
+
+    warmup_epochs: int = Field(20, ge=0, description="epochs over which the loss grows to its weight")
+
+
 class StagewiseSettings(Config):
     """How method stagewise goes: one stage after another learns the teacher's features, then the head the labels."""
 
@@ -410,6 +434,48 @@ class StagewiseSettings(Config):
     handover: Literal["last", "best"] = Field(
         "last", description="a stage hands on its last epoch, or its best by loss"
     )
+
+
+class DeepSettings(Config):
+    """What method deep_supervision puts on the student's inner stages: heads that learn what the outputs learn."""
+
+    width: Literal["own", "doubling"] = Field(
+        "own",
+        description="channels of a head: its stage's, or twice as many after each halving of the map, up to the larger "
+        "of the student's and the teacher's deepest (as the heads of OFA-KD)",
+    )
+    weight: float = Field(1.0, gt=0, description="weight of each head, where that of the student's outputs is 1")
+    fade: bool = Field(False, description="the heads' weight falls to nothing, evenly from epoch to epoch")
+    labels: bool = Field(False, description="the heads learn the labels too, at label_weight times the heads' weight")
+
+
+class HintSettings(Config):
+    """Which of the teacher's maps method hint compares, how, and when."""
+
+    stages: tuple[int, ...] | None = Field(
+        None,
+        min_length=1,
+        description="numbers of the paired stages, from 1, the shallowest, or back from -1, the deepest; of several "
+        "the mean counts; left out, the last but one",
+    )
+    normalize: bool = Field(
+        False,
+        description="hint, stagewise and review: each channel of the teacher's maps is brought to mean 0 and standard "
+        "deviation 1 over the batch, so that one weight does for every family of networks",
+    )
+    logits: bool = Field(False, description="kd is added, at weight 1 beside kd_weight of the hints")
+    two_stages: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="share of the steps in which the stages up to the hint learn it alone, as the authors train; the "
+        "whole network then learns without it, from the labels and, with hint.logits, kd; left out, all at once",
+    )
+
+    @field_validator("stages")
+    @classmethod
+    def _are_stages(cls, stages: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if stages is not None and 0 in stages:
+            raise ValueError("stages are counted from 1, or back from -1")
+        return stages
 
 
 class DistillSettings(Config):
@@ -433,6 +499,10 @@ class DistillSettings(Config):
     dist: DistSettings = DistSettings()
     rkd: RkdSettings = RkdSettings()
     stagewise: StagewiseSettings = StagewiseSettings()
+    deep: DeepSettings = DeepSettings()
+    hint: HintSettings = HintSettings()
+    crd: CrdSettings = CrdSettings()
+    review: ReviewSettings = ReviewSettings()
     label_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
         1.0, description="share of the training images of each class to learn from; 0 leaves data.unlabeled alone"
     )
@@ -456,7 +526,7 @@ class DistillSettings(Config):
 class TrainConfig(DistillSettings, ModelSettings):
     """One training run: a network and how it learns."""
 
-    LATER: ClassVar[tuple[str, ...]] = (*ModelSettings.LATER, "cwd_on")
+    LATER: ClassVar[tuple[str, ...]] = (*ModelSettings.LATER, "cwd_on", "deep", "hint", "crd", "review")
 
     seed: int = Field(0, description="seed of weights, order, views and of the drawn fraction")
 

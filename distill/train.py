@@ -190,13 +190,12 @@ def _runs(
 def _check_labels(config: TrainConfig, labeled: int, unlabeled: int) -> None:
     """Refuse a method that can't do without the labels that are missing. Raises UserError."""
     method = METHODS[config.method]
-    weight = method.default_weight if config.kd_weight is None else config.kd_weight
     if config.needs_teacher and method.needs_labels and unlabeled:
         raise UserError(
             f"method '{config.method}' needs the label of every image and {unlabeled} have none: "
             "take kd or leave out data.unlabeled"
         )
-    if not labeled and not (method.teaches_outputs and weight):
+    if not labeled and not method.does_without_labels(config):
         raise UserError(
             f"method '{config.method}' needs labels for the outputs and label_fraction is 0: take more, or a method "
             "that teaches the outputs, such as kd"
