@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -1091,7 +1092,16 @@ class Chain:
             require("the report", ("jinja2", "matplotlib"), "report")
             from .report.page import report
 
-            return report(order, sessions, checkpoints, sources, path)
+            explain = None
+            if config.explain:
+                from .deploy.explain import explain_flips
+                from .report.maps import NEEDS, check_explained
+
+                require("--explain", NEEDS, "explain")
+                for each in everyone.values():
+                    check_explained(each.facts.task, str(each.path))
+                explain = partial(explain_flips, checkpoints=checkpoints, sources=sources)
+            return report(order, sessions, checkpoints, sources, path, explain)
 
         return self.step("report", Report, order, make, out)
 

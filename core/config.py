@@ -1106,17 +1106,27 @@ class ReleaseConfig(Config):
     last: str | None = None
 
 
+EXPLAIN = "show where teacher, student and bundles see what they say of the images that changed"
+
+
+class ReportSettings(Config):
+    """What a recipe says of its page."""
+
+    explain: bool = Field(False, description=EXPLAIN)
+
+
 class ReportConfig(Config):
     """What the page is called, and what it advises."""
 
     version: Literal[3] = Field(3, description="of the numbers and the page: reports of another one are made anew")
     # What came later: as long as it says nothing it is in no key.
-    LATER: ClassVar[tuple[str, ...]] = ("missing", "smoke")
+    LATER: ClassVar[tuple[str, ...]] = ("missing", "smoke", "explain")
 
     title: str = Field("kdpipe", description="title of the page")
     max_drop: float = Field(0.5, gt=0, description="points of accuracy that an advised variant may lose to float32")
     missing: tuple[str, ...] = Field((), description="what a run failed to make, which the page names")
     smoke: bool = Field(False, description="of a smoke run: the page says that no number of it is a result")
+    explain: bool = Field(False, description=EXPLAIN)
 
     @model_serializer(mode="wrap")
     def _without_what_is_unsaid(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -1179,6 +1189,7 @@ class Recipe(Config):
     quantize: QuantizePlan | None = QuantizePlan()
     package: PackageConfig = PackageConfig()
     bench: BenchPlan = BenchPlan()
+    report: ReportSettings = ReportSettings()
     gate: GatePlan = GatePlan()
 
 
