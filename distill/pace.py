@@ -16,7 +16,8 @@ from .loop import evaluate
 from .ranks import Ranks
 from .train import _runs
 
-# Steps (as many as any method has phases) of the two trainings whose times are compared: what both take besides, to begin and to validate, falls out.
+# Steps of the two trainings whose times are compared, at least as many as any method has phases: what both take
+# besides, to begin and to validate, falls out.
 FEW_STEPS, MORE_STEPS = 6, 12
 PATIENCE_SECONDS = 20.0  # of the first: where steps are that slow, it is pace enough
 
