@@ -52,7 +52,11 @@ Method = Literal[
     "rkd",
     "deep_supervision",
     "stagewise",
+    "masked",
 ]
+
+
+WITHOUT_TEACHER = ("labels", "masked")  # methods that learn from the images and what is known of them
 
 
 def _is_one_of_list(value: Any, annotation: Any) -> bool:
@@ -308,7 +312,8 @@ class TrainSettings(Config):
 class ModelSettings(Config):
     """A network by its name, and the input it takes."""
 
-    # What came later: as long as it says nothing it is in no key, so that what was made before is found again.
+    # What came later: as long as it says no more than its default it is in no key, so that what was made before is
+    # found again.
     LATER: ClassVar[tuple[str, ...]] = ("code_sha256", "checkpoint_entry", "encoder", "encoder_checkpoint_sha256")
 
     model: str = Field(
@@ -338,7 +343,23 @@ class ModelSettings(Config):
     @model_serializer(mode="wrap")
     def _without_what_is_unsaid(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = serialize(self)
-        return {name: value for name, value in values.items() if value is not None or name not in self.LATER}
+        usual = {name: info.default for name, info in type(self).model_fields.items() if name in self.LATER}
+        return {name: v for name, v in values.items() if name not in usual or getattr(self, name) != usual[name]}
+
+
+class StudentSettings(ModelSettings):
+    """A network that learns, and what its weights begin as."""
+
+    # Weights are known by their hash, a checkpoint by its key among the inputs.
+    start: Path | None = Field(
+        None,
+        exclude=True,
+        description="what the weights begin as: the folder of a checkpoint of the same network, trained for another "
+        "task or by method masked, or weights as a file; the head is fresh where the classes are others",
+    )
+    start_sha256: str | None = Field(
+        None, description="hash of the weights to start from, if they are a file; worked out where it is left out"
+    )
 
 
 class AdoptConfig(ModelSettings):
@@ -364,15 +385,38 @@ class AdoptConfig(ModelSettings):
 
 
 class TeacherPlan(AdoptConfig):
-    """The teacher: read from a checkpoint, or trained here on all training images."""
+    """The teacher: read from a checkpoint, or trained here on all training images.
 
+    As a control, one that never learned, or whose head forgot what its features know.
+    """
+
+    start: Literal["trained", "random_head", "untrained"] = Field(
+        "trained",
+        description="control: random_head gives a trained teacher's features a fresh head, untrained is its network "
+        "with random weights",
+    )
+    label_fraction: Fraction = Field(
+        1.0, description="share of the training images of each class that it learns from, where it is trained here"
+    )
     train: TrainSettings = TrainSettings()
-    seed: int = Field(0, description="seed of weights, order and views")
+    seed: int = Field(0, description="seed of weights, order and views, and of the drawn fraction")
 
     @property
     def is_trained(self) -> bool:
         """Whether it is trained here: no weights are given, or those of an encoder alone."""
-        return self.checkpoint is None and (not self.pretrained or self.encoder is not None)
+        given = self.checkpoint is not None or (self.pretrained and self.encoder is None)
+        return not given and self.start != "untrained"
+
+    def training(self) -> TrainConfig:
+        """How it is trained, where it is."""
+        return TrainConfig.of(self, method="labels", start=None)
+
+
+class RestartConfig(ModelSettings):
+    """A teacher that is a control: which network, and how much of its weights is random by this seed."""
+
+    start: Literal["random_head", "untrained"]
+    seed: int = 0
 
 
 class DkdSettings(Config):
@@ -412,6 +456,15 @@ class StagewiseSettings(Config):
     )
 
 
+class MaskedSettings(Config):
+    """What method masked hides of a view; the network learns to paint it from the rest."""
+
+    ratio: Annotated[float, Field(gt=0, lt=1)] = Field(0.6, description="share of the squares that are hidden")
+    patch: int | None = Field(
+        None, ge=1, description="side of a square, pixels; left out, a seventh of the input's shorter side"
+    )
+
+
 class DistillSettings(Config):
     """What the student learns from, by which method, and with what weight."""
 
@@ -424,6 +477,11 @@ class DistillSettings(Config):
     shuffled_teacher: bool = Field(
         False, description="control: the teacher's non-maximal logits change places, so that only its top-1 is left"
     )
+    teacher_control: Literal["flattened", "smoothing"] | None = Field(
+        None,
+        description="control: flattened spreads what the teacher gives other classes than its top-1 evenly, smoothing "
+        "is a teacher made by hand that gives the label 0.9 and all else evenly; left out, the teacher as it is",
+    )
     cwd_on: Literal["logits", "features"] | None = Field(
         None,
         description="method cwd: what is compared channel by channel; left out, the logits, or where a network gives "
@@ -433,6 +491,7 @@ class DistillSettings(Config):
     dist: DistSettings = DistSettings()
     rkd: RkdSettings = RkdSettings()
     stagewise: StagewiseSettings = StagewiseSettings()
+    masked: MaskedSettings = MaskedSettings()
     label_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
         1.0, description="share of the training images of each class to learn from; 0 leaves data.unlabeled alone"
     )
@@ -452,18 +511,27 @@ class DistillSettings(Config):
     )
     train: TrainSettings = TrainSettings()
 
+    @field_validator("teacher_control")
+    @classmethod
+    def _one_control(cls, control: str | None, info: ValidationInfo) -> str | None:
+        if control is not None and info.data.get("shuffled_teacher"):
+            raise ValueError("wanted one control at a time: leave out shuffled_teacher")
+        if control is not None and info.data.get("standardize_logits"):
+            raise ValueError("standardised, such a teacher is equally sure of everything: leave out standardize_logits")
+        return control
 
-class TrainConfig(DistillSettings, ModelSettings):
+
+class TrainConfig(DistillSettings, StudentSettings):
     """One training run: a network and how it learns."""
 
-    LATER: ClassVar[tuple[str, ...]] = (*ModelSettings.LATER, "cwd_on")
+    LATER: ClassVar[tuple[str, ...]] = (*ModelSettings.LATER, "start_sha256", "cwd_on", "teacher_control", "masked")
 
     seed: int = Field(0, description="seed of weights, order, views and of the drawn fraction")
 
     @property
     def needs_teacher(self) -> bool:
         """Whether the method learns from a teacher at all."""
-        return self.method != "labels"
+        return self.method not in WITHOUT_TEACHER
 
     @property
     def views_by(self) -> int:
@@ -491,7 +559,7 @@ def control_of(config: TrainConfig, epochs: int | None = None) -> TrainConfig:
     settings = {name: getattr(config, name) for name in kept}
     if epochs is not None:
         settings["train"] = config.train.model_copy(update={"epochs": epochs})
-    return TrainConfig.of(ModelSettings.of(config), method="labels", **settings)
+    return TrainConfig.of(StudentSettings.of(config), method="labels", **settings)
 
 
 class CacheSettings(Config):
@@ -1128,7 +1196,7 @@ class Recipe(Config):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="name of the run and its report")
     data: DataPlan
     teacher: TeacherPlan
-    student: ModelSettings
+    student: StudentSettings
     distill: DistillPlan = DistillPlan()
     export: ExportPlan = ExportPlan()
     quantize: QuantizePlan | None = QuantizePlan()
@@ -1312,6 +1380,9 @@ def _changed_by(values: Any, change: str) -> Any:
     return made if isinstance(values, dict) else values
 
 
+WEIGHTS = ("encoder_checkpoint", "start")  # fields of a network that say where weights lie
+
+
 def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     source, checkpoint = recipe.data.source, recipe.teacher.checkpoint
     data, teacher = recipe.data, recipe.teacher
@@ -1326,19 +1397,18 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
         data = data.model_copy(update={"palette": _absolute(folder, data.palette)})
     if checkpoint is not None:
         teacher = teacher.model_copy(update={"checkpoint": _absolute(folder, checkpoint)})
-    students = {name: _encoder_from(folder, change) for name, change in recipe.distill.students.items()}
+    students = {name: _weights_from(folder, change) for name, change in recipe.distill.students.items()}
     changes: dict[str, Any] = {"distill": recipe.distill.model_copy(update={"students": students})} if students else {}
     for name, network in (("teacher", teacher), ("student", recipe.student)):
-        if network.encoder_checkpoint is not None:
-            path = _absolute(folder, network.encoder_checkpoint)
-            network = network.model_copy(update={"encoder_checkpoint": path})
-        changes[name] = network
+        paths = {field: getattr(network, field, None) for field in WEIGHTS}
+        found = {field: _absolute(folder, path) for field, path in paths.items() if isinstance(path, Path)}
+        changes[name] = network.model_copy(update=found)
     return recipe.model_copy(update={"data": data, **changes})
 
 
-def _encoder_from(folder: Path, change: dict[str, Any]) -> dict[str, Any]:
-    path = change.get("encoder_checkpoint")
-    return change if not isinstance(path, str) else {**change, "encoder_checkpoint": str(_absolute(folder, Path(path)))}
+def _weights_from(folder: Path, change: dict[str, Any]) -> dict[str, Any]:
+    paths = {field: change[field] for field in WEIGHTS if isinstance(change.get(field), str)}
+    return {**change, **{field: str(_absolute(folder, Path(path))) for field, path in paths.items()}}
 
 
 def _absolute(folder: Path, path: Path) -> Path:

@@ -26,6 +26,7 @@ from .config import (
     Output,
     ReleaseConfig,
     StudyConfig,
+    RestartConfig,
     TrainConfig,
 )
 from .errors import UserError
@@ -146,7 +147,7 @@ class Checkpoint(Labelled[CheckpointFacts]):
 
     kind = "checkpoint"
     Facts = CheckpointFacts
-    Configs: ClassVar = {"train": TrainConfig, "adopt": AdoptConfig}
+    Configs: ClassVar = {"train": TrainConfig, "adopt": AdoptConfig, "restart": RestartConfig}
     roles = frozenset({"data"})
     WEIGHTS = "model.safetensors"
     ONNX = "model.onnx"  # in place of weights, of a network that is a file

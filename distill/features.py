@@ -155,6 +155,27 @@ class AuxiliaryHead(nn.Sequential):
         super().__init__(*steps, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 
+class Painter(nn.Module):
+    """A view [B, 3, H, W] from a map [B, C, h, w]: a norm and a linear layer, by which a place paints its rectangle.
+
+    ``size``: height and width of the map; ``sides``: of the view. Where they are no multiples, what is painted is
+    resized to the view, bilinear.
+    """
+
+    def __init__(self, channels: int, size: tuple[int, int], sides: tuple[int, int]) -> None:
+        super().__init__()
+        self._sides = sides
+        self._rectangle = tuple(-(-side // places) for side, places in zip(sides, size, strict=True))
+        self.norm = nn.GroupNorm(1, channels)
+        self.paint = nn.Conv2d(channels, 3 * self._rectangle[0] * self._rectangle[1], 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        count, _, height, width = features.shape
+        high, wide = self._rectangle
+        painted = self.paint(self.norm(features)).float().reshape(count, 3, high, wide, height, width)
+        return resized(painted.permute(0, 1, 4, 2, 5, 3).reshape(count, 3, height * high, width * wide), self._sides)
+
+
 class PlacesHead(nn.Sequential):
     """Logits of every place from an inner stage [B, C, H, W]: one separable convolution, then classes.
 

@@ -210,6 +210,67 @@ def shuffle_non_maximal(logits: Tensor, generator: torch.Generator) -> Tensor:
     return logits.scatter(1, others, logits.gather(1, others.gather(1, order)))
 
 
+def flatten_non_maximal(logits: Tensor, temperature: float) -> Tensor:
+    """A control: the teacher that knows its decision and how sure it is, and of the other classes nothing.
+
+    Softened by T the largest keeps its probability and each of the others has an even share of the rest: the mean of
+    what ``shuffle_non_maximal`` gives over all its permutations, without their noise. In logits the others become
+    T * (logsumexp(z/T) - log(K - 1)) over themselves, whose limit for an infinite T is their mean.
+
+    Args:
+        logits: [B, K], K >= 2, of any float type.
+        temperature: T > 0, at which the result will be softened; may be infinite.
+
+    Returns:
+        float32 [B, K].
+
+    Raises:
+        ValueError: no logits; a temperature that is not positive.
+    """
+    _check_logits(logits)
+    if math.isfinite(temperature):
+        _check_temperature(temperature)
+    logits = logits.float()
+    others = _others(logits.argmax(1), logits.shape[1])
+    theirs = logits.gather(1, others)
+    if temperature == math.inf:
+        level = theirs.mean(1, keepdim=True)
+    else:
+        level = temperature * ((theirs / temperature).logsumexp(1, keepdim=True) - math.log(theirs.shape[1]))
+    return logits.scatter(1, others, level.expand_as(theirs))
+
+
+def smoothing_teacher(target: Tensor, classes: int, confidence: float) -> Tensor:
+    """A control: the logits of a teacher made by hand that knows the label and gives all other classes the same.
+
+    Its probability of the label is ``confidence``; of a distribution that mixes labels, their mixture. What has no
+    label gets equal logits.
+
+    Source: Yuan et al., "Revisiting Knowledge Distillation via Label Smoothing Regularization" (CVPR 2020), eq. 9, with
+    a confidence of 0.9 at least; here its logarithm is what a temperature softens.
+
+    Args:
+        target: classes [B, ...] (integers, negative where unknown), or distributions [B, K, ...] (0 where unknown).
+        classes: K >= 2.
+        confidence: above 1 / K and below 1.
+
+    Returns:
+        float32 [B, K, ...].
+
+    Raises:
+        ValueError: a confidence that is none.
+    """
+    if not 1 / classes < confidence < 1:
+        raise ValueError(f"wanted a confidence between 1/{classes} and 1, found {confidence}")
+    if target.is_floating_point():
+        known, share = target.sum(1, keepdim=True) > 0, target.float()
+    else:
+        known = (target >= 0).unsqueeze(1)
+        share = functional.one_hot(target.long().clamp(min=0), classes).movedim(-1, 1).float()
+    rest = (1 - confidence) / (classes - 1)
+    return (rest + (confidence - rest) * share).log().where(known, 0)
+
+
 def cwd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Channel-wise distillation: T^2 * mean over B * C of KL(softmax(f_t/T) || softmax(f_s/T)) over the places H x W.
 

@@ -6,6 +6,7 @@ asked by the training loop, and its output handed to the method.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..core import config as configuration
 from ..core.config import DistillSettings
 from ..core.errors import UserError
-from ..core.inputs import InputSpec
+from ..core.inputs import InputSpec, size_words
 from ..data.dataset import UNLABELED
 from . import losses
 from .cache import CachedTeacher
@@ -30,6 +31,7 @@ from .features import (
     STAGES,
     Adapter,
     AuxiliaryHead,
+    Painter,
     PlacesHead,
     block_indices,
     by_place,
@@ -46,6 +48,8 @@ from .features import (
     thinned,
 )
 from .teacher import Teacher, TeacherOutput
+
+HAND_MADE_CONFIDENCE = 0.9  # of the teacher that is made by hand
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,7 @@ class Method(TrainingTask):  # type: ignore[misc]
 
     needs_teacher: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = True  # and so learns nothing from images that have none
+    learns_outputs: ClassVar[bool] = True  # so that the network's answers mean something afterwards
     teaches_outputs: ClassVar[bool] = False  # rather than features alone
     default_weight: ClassVar[float] = 0.0  # of the method's loss, where the configuration names none
 
@@ -190,6 +195,7 @@ class Method(TrainingTask):  # type: ignore[misc]
         super().__init__(verbose=False)
         if self.needs_teacher and teacher is None:
             raise UserError(f"method '{config.method}' needs a teacher: give the folder of a trained one")
+        self.check(config)
         self.config, self.spec, self.name = config, spec, name
         self.kd_weight = self.default_weight if config.kd_weight is None else config.kd_weight
         self.epoch = 0  # the trainer's, for losses that grow
@@ -198,6 +204,21 @@ class Method(TrainingTask):  # type: ignore[misc]
         self.grid = output_grid(student, spec.sides)
         self._label_loss = LABEL_LOSSES[task](config, all_labeled)
         self.trainable_module: nn.Module = self.with_auxiliaries(student, teacher)
+
+    @classmethod
+    def compares_outputs(cls, config: DistillSettings) -> bool:
+        """Whether the student's outputs are compared with the teacher's, as far as the settings say."""
+        weight = cls.default_weight if config.kd_weight is None else config.kd_weight
+        return cls.teaches_outputs and weight != 0
+
+    @classmethod
+    def check(cls, config: DistillSettings) -> None:
+        """Refuse settings that can't be meant with this method, before anything is made. Raises UserError."""
+        if config.teacher_control is not None and not cls.compares_outputs(config):
+            raise UserError(
+                f"teacher_control '{config.teacher_control}' changes what the teacher answers, and method "
+                f"'{config.method}' as it is set does not look at that: leave it out, or take a method such as kd"
+            )
 
     def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
         """The student with this method's auxiliary modules."""
@@ -275,24 +296,39 @@ class DistillationMethod(Method, ABC):
         numbers: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """One batch, as ``Method.forward``, with the method's loss added."""
+        coarse = thinned(target, self.grid)
         # Shuffled before the student's forward: both draw from the same generator.
-        shown = None if teacher is None else self._shown(teacher)
+        shown = None if teacher is None else self._shown(teacher, coarse)
         output: StudentOutput = self.trainable_module(input)
         result = {"output": output.logits, "task_loss": self._label_loss(output.logits, target)}
         loss = self.config.label_weight * result["task_loss"]
         if self.kd_weight:
             if shown is None:
                 raise ValueError(f"method '{self.config.method}' wants the teacher's output of every batch")
-            result["kd_loss"] = self.distillation_loss(output, shown, thinned(target, self.grid))
+            result["kd_loss"] = self.distillation_loss(output, shown, coarse)
             loss = loss + self.kd_weight * result["kd_loss"]
         return {"loss": loss, **result}
 
-    def _shown(self, teacher: TeacherOutput) -> TeacherOutput:
-        """The teacher's output as the student gets to see it: at its grid; shuffled, if that control is asked for."""
+    @property
+    def softening(self) -> float:
+        """The temperature by which the method softens the outputs that it compares."""
+        return self.config.temperature
+
+    def _shown(self, teacher: TeacherOutput, target: Tensor) -> TeacherOutput:
+        """The teacher's output as the student gets to see it: at its grid; as a control, if one is asked for.
+
+        ``target``: classes [B, ...] or distributions [B, K, ...] at that grid.
+        """
         logits = resized(teacher.logits, self.grid)
-        if self.config.shuffled_teacher:
-            shuffled = losses.shuffle_non_maximal(by_place(logits), torch.default_generator)
-            logits = in_places(shuffled, (len(logits), *logits.shape[2:]))
+        if self.config.teacher_control == "smoothing":
+            logits = losses.smoothing_teacher(target, logits.shape[1], HAND_MADE_CONFIDENCE)
+        elif self.config.shuffled_teacher or self.config.teacher_control == "flattened":
+            rows = by_place(logits)
+            if self.config.shuffled_teacher:
+                rows = losses.shuffle_non_maximal(rows, torch.default_generator)
+            else:
+                rows = losses.flatten_non_maximal(rows, self.softening)
+            logits = in_places(rows, (len(logits), *logits.shape[2:]))
         return TeacherOutput(logits, teacher.maps)
 
 
@@ -325,6 +361,7 @@ class Hard(LogitMethod):
     """The teacher's decisions as labels."""
 
     takes_places = True
+    softening = 1.0
 
     def logit_loss(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         return losses.hard(student, teacher)
@@ -343,6 +380,7 @@ class Bkd(LogitMethod):
     """K binary problems (Hao et al. 2023): the student's sigmoids against the teacher's probabilities."""
 
     takes_places = True
+    softening = 1.0
 
     def logit_loss(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         return losses.bkd(student, teacher)
@@ -352,6 +390,7 @@ class LogitMse(LogitMethod):
     """Squared difference of the logits themselves."""
 
     takes_places = True
+    softening = math.inf  # whose limit it is
 
     def logit_loss(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         return losses.logit_mse(student, teacher)
@@ -456,6 +495,10 @@ class ChannelWise(FeatureMethod):
     default_weight = 3.0
     with_decoder = True
 
+    @classmethod
+    def compares_outputs(cls, config: DistillSettings) -> bool:
+        return config.cwd_on != "features"  # left out, the network decides
+
     def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
         on = self.config.cwd_on or ("logits" if self.grid else "features")
         if on == "logits" and not self.grid:
@@ -465,6 +508,11 @@ class ChannelWise(FeatureMethod):
             )
         if on == "logits":
             return StudentWithAuxiliaries(student)
+        if self.config.teacher_control is not None:
+            raise UserError(
+                f"teacher_control '{self.config.teacher_control}' changes what the teacher answers, and method 'cwd' "
+                "looks at features here: leave it out, or set cwd_on to logits"
+            )
         indices = self.pair_stages(student, teacher)
         assert isinstance(teacher, Teacher)
         mine = map_shapes(student, self.spec.sides, indices)
@@ -638,13 +686,80 @@ class Stagewise(FeatureMethod):
             raise ValueError("method 'stagewise' wants the teacher's output of every batch")
         # Stages above learn later; they are left out unless their statistics are to move already.
         deepest = self._phase if self.config.stagewise.frozen_batchnorm == "eval" else None
-        shown = self._shown(teacher)
+        shown = self._shown(teacher, thinned(target, self.grid))
         output: StudentOutput = self.trainable_module(input, deepest)
         loss = losses.hint(*same_size(output.auxiliary[self._phase], self.teacher_maps(shown)[self._phase]))
         return {"loss": loss, "kd_loss": loss}
 
     def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
         return losses.kd(student.logits, teacher.logits, self.config.temperature)
+
+
+class MaskedImages(Method):
+    """Masked-image modelling: squares of a view are hidden, and the network learns to paint them from the rest.
+
+    After SimMIM (Xie et al. 2022): one linear layer paints, which is dropped afterwards, and the loss is the mean
+    absolute difference over what was hidden, in normalised colours. What is hidden has the mean colour instead of a
+    learned token, so that convolutions can be trained as well as transformers. No teacher, no labels: the head learns
+    nothing, and the result is what a student starts from.
+    """
+
+    needs_labels = False
+    learns_outputs = False
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        student, settings = self.student, self.config.masked
+        self._patch = settings.patch or max(1, min(self.spec.sides) // 7)
+        rows, columns = (math.ceil(side / self._patch) for side in self.spec.sides)
+        if rows * columns < 2:
+            raise UserError(
+                f"masked.patch is {self._patch} and hides a view of {size_words(self.spec.size)} pixels whole: "
+                "take a smaller one"
+            )
+        self._squares = rows, columns
+        self._count = min(max(1, round(settings.ratio * rows * columns)), rows * columns - 1)
+        self._learning = set(stage_parameters(student.student, self.spec.sides, student.indices)[0])
+
+    @classmethod
+    def check(cls, config: DistillSettings) -> None:
+        super().check(config)
+        if config.train.select == "best":
+            raise UserError("train.select best: method 'masked' has no accuracy to select by, take last")
+
+    def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
+        deepest = [*stage_indices(student, self.name), *block_indices(student)][-1:]
+        [(channels, height, width)] = map_shapes(student, self.spec.sides, deepest)
+        return StudentWithAuxiliaries(student, deepest, [Painter(channels, (height, width), self.spec.sides)])
+
+    def phases(self, steps: int, steps_per_epoch: int) -> list[Phase]:
+        return [Phase("masked", steps, self.config.train.learning_rate, has_accuracy=False)]
+
+    def enter(self, phase: int) -> None:
+        """Freeze what no painted pixel depends on: the head."""
+        for name, parameter in self.student.student.named_parameters():
+            if name not in self._learning:
+                parameter.requires_grad_(False)
+
+    def hidden(self, count: int) -> Tensor:
+        """Which pixels of so many views are hidden, bool [B, 1, H, W]: as many squares of each, drawn anew."""
+        (rows, columns), (height, width) = self._squares, self.spec.sides
+        order = torch.rand(count, rows * columns, generator=torch.default_generator).argsort(1)
+        squares = (order < self._count).reshape(count, 1, rows, columns)
+        return squares.repeat_interleave(self._patch, 2).repeat_interleave(self._patch, 3)[..., :height, :width]
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        teacher: TeacherOutput | None = None,
+        numbers: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """One batch: how far what is painted is from what was hidden."""
+        hidden = self.hidden(len(input)).to(input.device)  # before the student's forward, which draws too
+        output: StudentOutput = self.trainable_module(input.masked_fill(hidden, 0), 0)
+        missed = (output.auxiliary[0] - input.float()).abs() * hidden
+        return {"loss": missed.sum() / (3 * hidden.sum())}
 
 
 METHODS: dict[configuration.Method, type[Method]] = {
@@ -661,4 +776,5 @@ METHODS: dict[configuration.Method, type[Method]] = {
     "rkd": Relational,
     "deep_supervision": DeepSupervision,
     "stagewise": Stagewise,
+    "masked": MaskedImages,
 }
