@@ -608,7 +608,7 @@ def distill(
 
 
 @app.command()
-@configured(StudyPlan, leave_out=("student.model", "further", "teachers", "claims"))
+@configured(StudyPlan, leave_out=("student.model", "further", "teachers", "starts", "claims"))
 def study(
     data: Annotated[str, typer.Argument(help="folder of a dataset artifact, or a source as kdpipe data takes it")],
     teacher: Annotated[Path, typer.Argument(help="folder of the teacher's checkpoint", parser=folder_or_url)],
@@ -624,6 +624,14 @@ def study(
     teachers: Annotated[
         list[str] | None,
         typer.Option("--teachers", metavar="NAME=FOLDER", help="a further teacher's checkpoint (repeatable)"),
+    ] = None,
+    starts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--starts",
+            metavar="NAME=FOLDER",
+            help="all methods also from the weights of this checkpoint, of the same network (repeatable)",
+        ),
     ] = None,
     claims: Annotated[
         list[str] | None,
@@ -660,6 +668,7 @@ def study(
     named: dict[str, Any] = {
         "further": {name: _yaml_of(name, text) for name, text in _pairs("--further", further)},
         "teachers": {name: folder_or_url(text) for name, text in _pairs("--teachers", teachers)},
+        "starts": {name: folder_or_url(text) for name, text in _pairs("--starts", starts)},
         "claims": tuple(claims or ()),
     }
     settings = config(student={"model": student}, **named)

@@ -59,11 +59,23 @@ LARGEST_DECISION_BYTES = 2**20
 
 
 @dataclass(frozen=True)
+class Arm:
+    """What is compared: a method, perhaps for more views, by another teacher or from other weights."""
+
+    name: str
+    kind: str  # method, control, longer, teacher or start
+    method: str
+    times: int = 1  # the views
+    guide: str = ""
+    start: str = ""
+
+
+@dataclass(frozen=True)
 class Cell:
     """A run of a study: a method on a share of the images with a seed, by a teacher."""
 
     method: str
-    kind: str  # method, control, longer or teacher
+    kind: str  # as of its arm
     fraction: float
     seed: int
     guide: str  # name of the teacher; nothing for the study's own
@@ -116,10 +128,10 @@ class Design:
         }
         self.configs = {LABELS: control_of(self.base), **self.configs}
         self.claims = self._claims()
-        self.guides = {name: Checkpoint.open(path) for name, path in plan.teachers.items()}
-        for name in self.guides:
+        for name in [*plan.teachers, *plan.starts]:
             if not re.fullmatch(METHOD, name) or name == OWN_SIZE:
-                raise UserError(f"teachers: '{name}' can be no name here: wanted letters, digits and . _ -")
+                raise UserError(f"'{printable(name)}' can be no name here: wanted letters, digits and . _ -")
+        self.guides = {name: Checkpoint.open(path) for name, path in plan.teachers.items()}
         self.images = {share: self._images(share) for share in plan.fractions}
 
     @cached_property
@@ -134,6 +146,8 @@ class Design:
             method = ALIASES.get(name, name)
             if method == LABELS:
                 continue  # is in every study
+            if method == "masked":
+                raise UserError("method masked teaches no answers: name the checkpoint that it made with --starts")
             if method not in get_args(Method):
                 raise choice("method", name, [*get_args(Method), *ALIASES])
             if method == "kd":
@@ -185,20 +199,25 @@ class Design:
     @cached_property
     def names(self) -> list[str]:
         """Of everything that is compared, by which a claim may call it."""
-        return list(dict.fromkeys(name for name, _, _, _ in self._kinds_of_runs()))
+        return [arm.name for arm in self.arms]
 
-    def _kinds_of_runs(self) -> Iterator[tuple[str, str, str, str]]:
-        """Name, kind, teacher and method of what has a run on every share with every seed."""
-        for name in self.configs:
-            yield name, self.kinds[name], "", name
+    @cached_property
+    def arms(self) -> list[Arm]:
+        """What has a run on every share with every seed."""
+        found = [Arm(name, self.kinds[name], name) for name in self.configs]
         main = [name for name in self.configs if name == LABELS or self.kinds[name] == "method"]
         if self.plan.longer:
-            for name in main:
-                yield f"{name}-x{self.plan.longer}", "longer", "", name
+            found += [Arm(f"{name}-x{self.plan.longer}", "longer", name, times=self.plan.longer) for name in main]
         for guide in [*self.plan.teachers, *([OWN_SIZE] if self.plan.own_size else [])]:
-            for name in main:
-                if self.configs[name].needs_teacher:
-                    yield f"{name}-by-{guide}", "teacher", guide, name
+            taught = [name for name in main if self.configs[name].needs_teacher]
+            found += [Arm(f"{name}-by-{guide}", "teacher", name, guide=guide) for name in taught]
+        for start in self.plan.starts:
+            found += [Arm(f"{name}-from-{start}", "start", name, start=start) for name in main]
+        names = [arm.name for arm in found]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"two methods would be called '{twice}': choose other names")
+        return found
 
     def _images(self, share: float) -> int:
         """How many a student learns from on that share."""
@@ -228,7 +247,9 @@ class Design:
     @property
     def memory(self) -> Path:
         """Where it is written what was decided."""
-        known = [self.dataset.key, self.teacher.key, {name: guide.key for name, guide in self.guides.items()}]
+        guides = {name: guide.key for name, guide in self.guides.items()}
+        starts = {name: str(path.absolute()) for name, path in self.plan.starts.items()}
+        known = [self.dataset.key, self.teacher.key, guides, starts]
         identity = canonical([self.plan.model_dump(mode="json"), self.plan.budget, known])
         return self.chain.folder / STUDIES / f"{hashlib.sha256(identity).hexdigest()[:12]}.json"
 
@@ -264,7 +285,7 @@ class Design:
     @cached_property
     def count(self) -> int:
         """Of all runs."""
-        return len(list(self._kinds_of_runs())) * len(self.plan.fractions) * self.plan.seeds
+        return len(self.arms) * len(self.plan.fractions) * self.plan.seeds
 
     def measured(self) -> Decision:
         """The pace of every method here. Raises UserError as training does."""
@@ -282,10 +303,9 @@ class Design:
     def _seconds(self, views: int, found: Decision) -> float:
         """All runs at so many views, one after the other."""
         total = 0.0
-        for _, kind, _, method in self._kinds_of_runs():
-            factor = self.plan.longer if kind == "longer" and self.plan.longer else 1
-            pace = found.view_seconds[LABELS if self.plan.cost == "seconds" else method]
-            total += factor * views * pace + (found.test_seconds or 0.0)
+        for arm in self.arms:
+            pace = found.view_seconds[LABELS if self.plan.cost == "seconds" else arm.method]
+            total += arm.times * views * pace + (found.test_seconds or 0.0)
         return total * len(self.plan.fractions) * self.plan.seeds
 
     def seconds(self, found: Decision) -> float | None:
@@ -297,13 +317,16 @@ class Design:
         cells = []
         for seed in range(self.plan.seeds):
             for share in sorted(self.plan.fractions):
-                for name, kind, guide, method in self._kinds_of_runs():
-                    views = found.views * (self.plan.longer if kind == "longer" and self.plan.longer else 1)
+                for arm in self.arms:
+                    views = found.views * arm.times
                     if self.plan.cost == "seconds":
-                        views = int(views * found.view_seconds[LABELS] / found.view_seconds[method])
-                    config = at_cost(self.configs[method], views, self.images[share])
-                    config = config.model_copy(update={"label_fraction": share, "seed": seed})
-                    cells.append(Cell(name, kind, share, seed, guide, self.images[share], config))
+                        views = int(views * found.view_seconds[LABELS] / found.view_seconds[arm.method])
+                    config = at_cost(self.configs[arm.method], views, self.images[share])
+                    differs: dict[str, Any] = {"label_fraction": share, "seed": seed}
+                    if arm.start:
+                        differs["start"] = self.plan.starts[arm.start]
+                    config = config.model_copy(update=differs)
+                    cells.append(Cell(arm.name, arm.kind, share, seed, arm.guide, self.images[share], config))
         return cells
 
 

@@ -1109,7 +1109,7 @@ def _student_by_name(value: Any) -> Any:
 class StudyPlan(Config):
     """What a study compares: methods on shares of the images, by seed, at equal cost a run."""
 
-    student: Annotated[ModelSettings, BeforeValidator(_student_by_name)]
+    student: Annotated[StudentSettings, BeforeValidator(_student_by_name)]
     fractions: tuple[Fraction, ...] = Field(
         (0.02, 0.1, 0.5, 1.0), min_length=1, max_length=20, description="shares of the training images"
     )
@@ -1137,6 +1137,12 @@ class StudyPlan(Config):
         {},
         exclude=True,  # known by their keys
         description="further teachers by name, each a checkpoint's folder: all that have one are run with them too",
+    )
+    starts: dict[str, Path] = Field(
+        {},
+        exclude=True,  # known by their keys
+        description="also labels and every method from other weights than the seed's, by name: checkpoints' folders, "
+        "such as of another task or of method masked, whose own cost no run counts",
     )
     own_size: bool = Field(
         False, description="also a teacher of the student's own size, trained on the labels of all images as they are"

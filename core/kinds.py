@@ -25,8 +25,8 @@ from .config import (
     GateConfig,
     Output,
     ReleaseConfig,
-    StudyConfig,
     RestartConfig,
+    StudyConfig,
     TrainConfig,
 )
 from .errors import UserError

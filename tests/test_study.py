@@ -298,6 +298,8 @@ def test_runs_of_studies_are_no_part_of_other_pages(studied: tuple[Path, list[ob
         ({"views": None, "budget": "2 weeks"}, ["budget", "2h"]),
         ({"further": "labels={method: kd}"}, ["taken"]),
         ({"further": "own"}, ["NAME=VALUE"]),
+        ({"methods": "masked"}, ["--starts"]),
+        ({"further": "kd-T4={method: hint}"}, ["taken"]),
         ({"further": "own=7"}, ["own"]),
         ({"further": "own={temprature: 3}"}, ["temprature", "temperature"]),
         ({"student": "resnet9000"}, ["resnet9000"]),
@@ -322,9 +324,14 @@ def test_longer_runs_and_other_teachers_are_methods_of_their_own(
 ) -> None:
     pace = study.Decision(views=0, view_seconds={"labels": 1e-3, "kd-T4": 2e-3, "own": 4e-3}, test_seconds=1.0)
     monkeypatch.setattr(study.Design, "measured", lambda self: pace)
-    more = {"longer": 2, "teachers": {"big": str(trained.teacher.path)}, "own_size": True, "controls": []}
-    found = planned(trained, tmp_path, **more)
-    names = ["labels", "kd-T4", "labels-x2", "kd-T4-x2", "kd-T4-by-big", "kd-T4-by-own-size"]
+    more = {"longer": 2, "teachers": {"big": str(trained.teacher.path)}, "own_size": True, "controls": ["flattened"]}
+    from_it = {"student": "test_resnet", "starts": {"taught": str(trained.student.path)}}
+    pace.view_seconds["flattened"] = 2e-3
+    found = planned(trained, tmp_path, **more, **from_it)
+    names = ["labels", "kd-T4", "flattened", "labels-x2", "kd-T4-x2", "kd-T4-by-big", "kd-T4-by-own-size"]
+    names += ["labels-from-taught", "kd-T4-from-taught"]
+    assert {cell.config.start for cell in found.cells if cell.kind == "start"} == {trained.student.path}
+    assert {cell.config.teacher_control for cell in found.cells if cell.method == "flattened"} == {"flattened"}
     assert found.design.names == names
     views = {cell.method: cell.views for cell in found.cells}
     assert views["kd-T4-x2"] == pytest.approx(2 * views["kd-T4"], rel=0.05)
