@@ -106,6 +106,7 @@ A = TypeVar("A", bound=AnyArtifact)
 S = TypeVar("S", bound=ModelSettings)
 REPLACED = ".replaced"  # what was set aside to be made again
 FETCHED = ".fetched"  # what was named by a URL, each in a folder of its own contents
+CELL = "cell-"  # how the name of a study's run begins
 PRECISIONS = ".precisions"  # what train.precision auto took, so that a network and its controls take one
 TRAIN_NEEDS = ("torch", "torchvision", "timm", "safetensors")
 SMALLEST_SIDE, USUAL_SIDE = 256, 512  # pixels: of copies for small networks; of those for networks not known yet
@@ -1451,12 +1452,15 @@ def refuse_random(dataset: Dataset) -> Dataset:
 
 
 def checkpoints_beside(measurement: Measurement) -> dict[str, Checkpoint]:
-    """The checkpoints next to ``measurement`` that share a dataset with it, by folder name without the key."""
+    """The checkpoints next to ``measurement`` that share a dataset with it, by folder name without the key.
+
+    Not the runs of studies, which have a page of their own.
+    """
     datasets = {found.key for found in find_ancestors(measurement.manifest.provenance(), Dataset)}
     return {
         path.name.rpartition("-")[0]: checkpoint
         for path, checkpoint in sorted(beside(measurement, Checkpoint, None).items())
-        if checkpoint.manifest.inputs["data"].key in datasets
+        if checkpoint.manifest.inputs["data"].key in datasets and not path.name.startswith(CELL)
     }
 
 

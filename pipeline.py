@@ -41,7 +41,6 @@ from .core.config import (
     BenchPlan,
     CachePlan,
     DistillPlan,
-    DistillSettings,
     ExportConfig,
     GraphConfig,
     ModelSettings,
@@ -51,6 +50,7 @@ from .core.config import (
     TeacherPlan,
     TrainConfig,
     changed,
+    changed_student,
     control_of,
     gate_recipe,
     read_recipe,
@@ -165,10 +165,7 @@ def student_runs(student: ModelSettings, plan: DistillPlan, unlabeled: bool = Fa
         # A student's control is called labels-NAME, and with unlabelled images labels-steps-NAME.
         if name in students or name == "labels" or name.partition("-")[0] == "steps":
             raise UserError(f"distill.students: the name '{name}' is taken, choose another")
-        students[name] = changed(main, change, f"distill.students.{name}")
-        if students[name].method != plan.method:
-            own = {field: getattr(DistillSettings(), field) for field in ("label_weight", "kd_weight")}
-            students[name] = students[name].model_copy(update={k: v for k, v in own.items() if k not in change})
+        students[name] = changed_student(main, change, f"distill.students.{name}")
     runs: dict[str, TrainConfig] = {}
     for seed in plan.seeds:
         for name, config in students.items():

@@ -609,6 +609,15 @@ class TrainConfig(DistillSettings, StudentSettings):
         return self.seed if self.cache_views is None else 0
 
 
+def changed_student(config: TrainConfig, change: dict[str, Any], where: str) -> TrainConfig:
+    """``config`` with a change; another method has its own weights unless the change names them. Raises UserError."""
+    found = changed(config, change, where)
+    if found.method == config.method:
+        return found
+    own = {field: getattr(DistillSettings(), field) for field in ("label_weight", "kd_weight")}
+    return found.model_copy(update={name: value for name, value in own.items() if name not in change})
+
+
 def control_of(config: TrainConfig, epochs: int | None = None) -> TrainConfig:
     """The same network trained as ``config`` is, on the labels alone; for so many ``epochs``, if given.
 
@@ -1168,6 +1177,94 @@ class GateConfig(Config):
     candidate: str
     baseline: str | None
     measured_before: dict[str, str] = Field({}, description="keys of what was measured of the baseline, by device")
+
+
+def _student_by_name(value: Any) -> Any:
+    """A name alone is the network of that name."""
+    return {"model": value} if isinstance(value, str) else value
+
+
+class StudyPlan(Config):
+    """What a study compares: methods on shares of the images, by seed, at equal cost a run."""
+
+    student: Annotated[StudentSettings, BeforeValidator(_student_by_name)]
+    fractions: tuple[Fraction, ...] = Field(
+        (0.02, 0.1, 0.5, 1.0), min_length=1, max_length=20, description="shares of the training images"
+    )
+    methods: tuple[str, ...] = Field(
+        ("kd", "hint", "stagewise"),
+        max_length=30,
+        description="what is compared with labels alone: methods of distill; deep is deep_supervision",
+    )
+    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (1.0, 4.0, 20.0), min_length=1, max_length=20, description="of method kd, each a method of its own, kd-T4"
+    )
+    further: dict[str, dict[str, Any]] = Field(
+        {}, description="methods of your own by name, each with what differs from distill"
+    )
+    controls: tuple[str, ...] = Field(
+        ("smoothing", "shuffled"),
+        max_length=10,
+        description="besides labels alone: smoothing (of the labels), and kd at the middle temperature from a teacher "
+        "of whom less is left: shuffled, flattened or smoothing-teacher",
+    )
+    longer: int | None = Field(
+        None, ge=2, le=100, description="also labels and every method of methods for so many times the views"
+    )
+    teachers: dict[str, Path] = Field(
+        {},
+        exclude=True,  # known by their keys
+        description="further teachers by name, each a checkpoint's folder: all that have one are run with them too",
+    )
+    starts: dict[str, Path] = Field(
+        {},
+        exclude=True,  # known by their keys
+        description="also labels and every method from other weights than the seed's, by name: checkpoints' folders, "
+        "such as of another task or of method masked, whose own cost no run counts",
+    )
+    own_size: bool = Field(
+        False, description="also a teacher of the student's own size, trained on the labels of all images as they are"
+    )
+    seeds: int = Field(3, ge=1, le=100, description="runs of a method on a share")
+    cost: Literal["views", "seconds"] = Field(
+        "views",
+        description="what every run costs alike: views, or seconds, of which the fastest method makes most views",
+    )
+    views: int | None = Field(
+        None, ge=1, description="views a run, of labels alone; left out, what budget has room for, or train.epochs"
+    )
+    budget: str | None = Field(
+        None, exclude=True, description="time for all runs, such as 2h or 90m, by this machine's pace as it is measured"
+    )
+    claims: tuple[str, ...] = Field(
+        (),
+        max_length=5,
+        description="what is claimed before anything runs, five at most, such as 'kd-T4 > labels at 0.02' or '... by "
+        "1' (points); left out, that methods beat labels on the smallest share",
+    )
+    worth: float = Field(1.0, gt=0, le=100, description="the smallest gain that would matter, points")
+    int8: Literal["claims", "all", "none"] = Field(
+        "claims", description="of which runs INT8 is made and tested: of the methods that claims name, all, or none"
+    )
+    distill: DistillSettings = DistillSettings()  # what every method begins with
+
+    @field_validator("fractions", "temperatures", "methods", "controls")
+    @classmethod
+    def _each_once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError("each can be named once")
+        return values
+
+
+class StudyConfig(Config):
+    """A study, complete: its plan, what the runs cost, and by their keys the runs."""
+
+    version: Literal[1] = Field(1, description="of the numbers and the page: those of another one are made anew")
+    plan: StudyPlan
+    views: int
+    claims: tuple[str, ...]
+    cells: dict[str, str] = Field(description="keys of the runs by name")
+    failed: dict[str, str] = Field({}, description="why a run could not be made, by name")
 
 
 class GateRecipe(Config):
