@@ -27,6 +27,8 @@ from .config import (
     Output,
     PickConfig,
     ReleaseConfig,
+    RestartConfig,
+    StudyConfig,
     TrainConfig,
 )
 from .errors import UserError
@@ -150,7 +152,7 @@ class Checkpoint(Labelled[CheckpointFacts]):
 
     kind = "checkpoint"
     Facts = CheckpointFacts
-    Configs: ClassVar = {"train": TrainConfig, "adopt": AdoptConfig, "draw": DrawConfig}
+    Configs: ClassVar = {"train": TrainConfig, "adopt": AdoptConfig, "restart": RestartConfig, "draw": DrawConfig}
     roles = frozenset({"data"})
     WEIGHTS = "model.safetensors"
     ONNX = "model.onnx"  # in place of weights, of a network that is a file
@@ -1005,6 +1007,48 @@ class Report(Artifact[ReportFacts]):
     @property
     def numbers(self) -> dict[str, Any]:
         """Every number of the page, as ``report.tables.collect`` describes them."""
+        return dict(self.json(self.NUMBERS))
+
+
+# ---- study -----------------------------------------------------------------------------------------------
+
+
+class ClaimFacts(Record):
+    """A claim that was named before the runs, and its verdict."""
+
+    claim: str
+    answer: Literal["holds", "does not hold", "not enough data", "one draw"]
+
+
+class StudyFacts(Record):
+    """What a study compared, what became of its claims, and the method that it advises ("labels" for no teacher)."""
+
+    student: str
+    teacher: str
+    runs: int = Field(ge=0)
+    views: int = Field(ge=1)  # a run
+    claims: list[ClaimFacts]
+    advice: str
+
+
+class Study(Artifact[StudyFacts]):
+    """Methods, shares of the images and seeds compared at equal cost: numbers, page, and the recipe that it advises."""
+
+    kind = "study"
+    Facts = StudyFacts
+    Configs: ClassVar = {"study": StudyConfig}
+    PAGE = "study.html"
+    NUMBERS = "study.json"
+    RECIPE = "recipe.yaml"
+
+    @property
+    def page(self) -> Path:
+        """The page, a file that opens anywhere."""
+        return self.file(self.PAGE)
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Every number of the page, as ``report.study.collect`` describes them."""
         return dict(self.json(self.NUMBERS))
 
 
