@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import assert_one_line, kdpipe
+from conftest import assert_one_line, kdpipe, rewrite_manifest
 
 from kdpipe.chain import Chain, sealed
 from kdpipe.core.artifact import read_manifest
@@ -160,6 +161,12 @@ def test_the_recipe_of_a_pick_is_one(bench: Bench, picked: dict[str, Any]) -> No
 )
 def test_mistakes_are_one_line(bench: Bench, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
     assert_one_line(bench.pick("--candidates", "test_resnet", *arguments), 2, *words)
+
+
+def test_another_task_is_refused(bench: Bench, tmp_path: Path) -> None:
+    masks = shutil.copytree(bench.dataset.path, tmp_path / "masks")
+    rewrite_manifest(masks, lambda value: value["facts"].update({"task": "segmentation"}))
+    assert_one_line(kdpipe("pick", masks, "--p90", "1s"), 2, "is for segmentation", "classification")
 
 
 def test_options_are_read_as_people_write_them() -> None:
