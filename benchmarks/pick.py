@@ -139,12 +139,14 @@ def replay(
     _write(out / "replay.json", {"networks": len(levels), "rows": rows})
     for budget in BUDGETS:
         of_budget = [row for row in rows if row["budget"] == budget]
-        lost = [row["lost_points"] for row in of_budget if row["lost_points"] is not None]
+        able = [row for row in of_budget if row["best"] is not None]
+        lost = [row["lost_points"] for row in able if row["lost_points"] is not None]
         ratios = [row["latency_over_best"] for row in of_budget if row["latency_over_best"] is not None]
         print(
             f"{budget} measured at most ({np.mean([row['measured'] for row in of_budget]):.1f} in the mean): lost "
             f"{np.mean(lost):.2f} points in the mean, {np.max(lost):.2f} at worst, of {len(lost)} limits; latency over "
-            f"that of the best {np.min(ratios):.2f} to {np.max(ratios):.2f}"
+            f"that of the best {np.min(ratios):.2f} to {np.max(ratios):.2f}; nothing found for {len(able) - len(lost)} "
+            f"of {len(able)} limits that some network is surely within (of {len(of_budget)})"
         )
 
 
