@@ -26,7 +26,7 @@ from .core.artifact import (
     unsound_is_users,
 )
 from .core.errors import UserError
-from .core.kinds import Cache, Checkpoint, Measurement, Refusal, Release, Report, Verdict
+from .core.kinds import Cache, Checkpoint, Measurement, Refusal, Release, Report, Study, Verdict
 from .core.sealed import check_files, printable
 from .data.dataset import Dataset, Fitted
 from .report.words import interval, percent, shares
@@ -118,6 +118,8 @@ def findings(source: Provenance) -> str:
         case Report.kind:
             devices = [f"{its['device']} ({its['sessions']} sessions)" for its in facts["devices"]]
             return f"{source.config.get('title', '')}: {', '.join(devices)}"
+        case Study.kind:
+            return f"{facts['student']} by {facts['teacher']}: {facts['runs']} runs, advises {facts['advice']}"
         case Verdict.kind:
             against = f" against {facts['baseline']}" if facts["baseline"] else ""
             return f"{facts['answer']}: {facts['candidate']}{against}, {len(facts['rules'])} rules"

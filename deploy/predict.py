@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,24 +85,42 @@ def predict(
     task, spec = TASKS[bundle.facts.task], bundle.facts.input.model_dump()
     if overlays is not None and not task.draws:
         raise UserError(f"{bundle.path} is for {task.name}, which draws nothing over an image: leave --out out")
-    there = with_runner(device)
-    stand_in = None if there.runs(bundle.facts.target) else bundle.facts.stand_in
-    if stand_in is None or not there.runs(stand_in):
-        check_runs(there, bundle.facts.target)
     with (
-        tempfile.TemporaryDirectory() as scratch,
-        opened(there, Path(scratch)),
-        progress(f"asking {bundle.facts.target} on {there.name}", len(images)) as advance,
+        progress(f"asking {bundle.facts.target} on {device.name}", len(images)) as advance,
+        answering(bundle, device) as ask,
     ):
-        there.push(bundle.path, PUSHED)
         step = block_images(bundle)
         for at in range(0, len(images), step):
             block = images[at : at + step]
             shown = list(in_order(lambda path: _shown(path, spec), block))
             pixels = [each.pixels for each in shown if isinstance(each, _Shown)]
-            outputs = _outputs(there, bundle, pixels, Path(scratch), stand_in is not None) if pixels else None
+            outputs = ask(pixels) if pixels else None
             yield from _said(bundle, block, shown, outputs, top, None if overlays is None else overlays[at:])
             advance(len(block), "")
+
+
+def stand_in(bundle: Bundle, device: Device) -> str | None:
+    """The runtime that answers for ``bundle`` on ``device`` in place of its own; None where its own does, or none."""
+    there = with_runner(device)
+    other = None if there.runs(bundle.facts.target) else bundle.facts.stand_in
+    return other if other is not None and there.runs(other) else None
+
+
+@contextmanager
+def answering(bundle: Bundle, device: Device) -> Iterator[Callable[[Sequence[np.ndarray]], np.ndarray]]:
+    """What asks ``bundle`` on ``device``: images uint8 [H, W, 3] as it is shown them to its outputs [N, ...].
+
+    Raises:
+        UserError: as ``predict``, and what is asked too.
+        DeviceLost: the link is gone.
+    """
+    check_known(bundle)
+    there, other = with_runner(device), stand_in(bundle, device)
+    if other is None:
+        check_runs(there, bundle.facts.target)
+    with tempfile.TemporaryDirectory() as scratch, opened(there, Path(scratch)):
+        there.push(bundle.path, PUSHED)
+        yield lambda pixels: _outputs(there, bundle, pixels, Path(scratch), other is not None)
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,13 @@ STAGES: dict[str, type[BaseModel]] = {
     "kdpipe data": config.DataPlan,
     "kdpipe teacher": config.TeacherPlan,
     "kdpipe distill": config.TrainConfig,
+    "kdpipe study": config.StudyPlan,
     "kdpipe export": config.NetworkExportPlan,
     "kdpipe adopt": config.AdoptFilePlan,
     "kdpipe quantize": config.QuantizeConfig,
     "kdpipe package": config.PackageConfig,
     "kdpipe bench": config.BenchPlan,
+    "kdpipe pick": config.PickPlan,
     "Device": config.DeviceSettings,
 }
 
