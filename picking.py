@@ -70,7 +70,6 @@ from .networks import prior
 from .networks.prior import Prior
 from .quantize import VARIANTS
 from .report.picks import latency_of
-from .runtime.task import TASKS
 
 if TYPE_CHECKING:
     from .networks.cost import Cost
@@ -589,11 +588,10 @@ def check(plan: PickPlan, dataset: Dataset, teacher: Checkpoint | None) -> None:
         raise choice("target", plan.target, TARGETS)
     if plan.variant not in ("float32", *VARIANTS[plan.target]):
         raise choice("variant", plan.variant, ["float32", *VARIANTS[plan.target]])
-    task = TASKS[dataset.facts.task]
-    if task.dense:
+    if dataset.facts.task != prior.TASK:
         raise UserError(
-            f"{dataset.path} is for {task.name}: networks are chosen for classification, choose an encoder on its "
-            "images by class, or name one"
+            f"{dataset.path} is for {dataset.facts.task}: networks are chosen for {prior.TASK}, choose an encoder "
+            "on its images by class, or name one"
         )
     require("making networks", TRAIN_NEEDS, "train")
     require("the figure", ("matplotlib",), "report")

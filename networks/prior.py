@@ -16,6 +16,7 @@ from typing import NamedTuple
 from ..core.errors import UserError
 from ..core.sealed import printable
 
+TASK = "classification"  # what is known of networks here
 TABLE = Path(__file__).with_name("imagenet.csv")
 LARGEST_TABLE_BYTES, MOST_ROWS = 2**22, 100_000
 # Errors grow as the side shrinks, to this power: that of MobileNetV2, trained at 224, 192, 160 and 128 pixels (errors
