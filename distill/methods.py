@@ -690,7 +690,7 @@ class Relational(FeatureMethod):
 class CorrelationCongruence(FeatureMethod):
     """Correlation congruence (Peng et al. 2019) of the pooled deepest stage, without the projection of its authors.
 
-    Their weight is of another balance; this one makes the loss about as large as that of rkd.
+    Their weight is of another balance; this one is our own.
     """
 
     default_weight = 100.0
