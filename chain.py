@@ -46,6 +46,7 @@ from .core.config import (
     CacheSettings,
     DataConfig,
     DataPlan,
+    DrawConfig,
     ExportConfig,
     FittedConfig,
     GateConfig,
@@ -58,6 +59,7 @@ from .core.config import (
     RandomConfig,
     ReportConfig,
     RestartConfig,
+    SampleConfig,
     TeacherPlan,
     TrainConfig,
     suited,
@@ -66,6 +68,7 @@ from .core.config import changed as changed_config
 from .core.errors import DeviceLost, GateFailed, KdpipeError, UserError, choice
 from .core.inputs import InputSpec, size_words
 from .core.kinds import (
+    DRAWN,
     Bundle,
     Cache,
     Checkpoint,
@@ -78,6 +81,7 @@ from .core.kinds import (
     Runnable,
     Verdict,
     VerdictFacts,
+    as_name,
 )
 from .core.proc import end_groups, process_count, require
 from .core.progress import note, progress
@@ -580,6 +584,30 @@ class Chain:
             return restart(order, self.shown(dataset, plan), trained, path)
 
         return self.step(restart_name(plan), Checkpoint, order, make, out)
+
+    def sample(self, config: SampleConfig, dataset: Dataset) -> Dataset:
+        """A few of a data set's images, to make networks with that nobody judges."""
+        order = Order("sample", config, {"data": dataset})
+
+        def make(path: Path) -> Dataset:
+            from .data.sample import sample
+
+            return sample(order, dataset, path)
+
+        return self.step("sample", Dataset, order, make)
+
+    def draw(self, config: DrawConfig, dataset: Dataset) -> Checkpoint:
+        """A network of random weights, not degenerate ones: what it takes to run can be told before it is trained."""
+        check_network(config)
+        order = Order("draw", with_code(config), {"data": dataset})
+
+        def make(path: Path) -> Checkpoint:
+            require("making networks", TRAIN_NEEDS, "train")
+            from .distill.train import draw
+
+            return draw(order, dataset, path)
+
+        return self.step(f"drawn-{as_name(config.encoder or config.model)}", Checkpoint, order, make)
 
     def graph(self, config: GraphConfig, student: Checkpoint, dataset: Dataset) -> Graph:
         """The student as ONNX, made once for every target that starts from it."""
@@ -1374,6 +1402,8 @@ def with_code(config: S) -> S:
 def found_of(artifact: AnyArtifact) -> tuple[str, ...]:
     """How right a network is, in words; nothing of other artifacts, nor on random images."""
     if not isinstance(artifact, (Checkpoint, Graph)) or artifact.facts.task not in TASKS:
+        return ()
+    if isinstance(artifact, Checkpoint) and artifact.facts.method == DRAWN:
         return ()
     data = artifact.manifest.inputs.get("data")
     if data is None or data.facts.get("source") == RANDOM:

@@ -25,6 +25,7 @@ from .core.config import (
     DeviceSettings,
     NetworkExportPlan,
     PackageConfig,
+    PickPlan,
     QuantizeConfig,
     ReportConfig,
     StudyPlan,
@@ -1482,6 +1483,54 @@ def gate(
         raise GateFailed(told)
     if found.facts.answer == "cannot tell":
         raise Untrusted(f"{told}; {said.would_tell(found.facts)}")
+
+
+@app.command()
+@configured(PickPlan)
+def pick(
+    dataset: Annotated[Path, typer.Argument(help="folder of a dataset artifact", parser=folder_or_url)],
+    teacher: Annotated[
+        Path | None,
+        typer.Option("--teacher", help="folder of the teacher's checkpoint, for --train", parser=folder_or_url),
+    ] = None,
+    allow_code: AllowCodeOption = None,
+    as_json: JsonFlag = False,
+    *,
+    config: Callable[..., PickPlan],
+) -> None:
+    """Choose a student by what it takes on a device, before any is trained.
+
+    Networks of random weights are made, made small and measured, a few of many: those that are worth it by what is
+    known of the others. How good each may become is a prior, which is said with the answer. The same command goes on
+    where it was ended. Exits 1 where nothing is within the limit, and 75 when the chosen one's latency is not to be
+    trusted.
+
+    Example: kdpipe pick artifacts/data-1a2b --device pi5 --target tflite --p90 10ms --candidates 'mobilenet*,repvit*'
+    """
+    from .core.errors import GateFailed, Untrusted
+    from .core.kinds import Checkpoint
+    from .picking import pick as choose
+    from .report.picks import print_pick, sentence
+
+    plan, opened = config(), _open_dataset(dataset)
+    guide = None if teacher is None else Checkpoint.open(teacher)
+    made = choose(plan, opened, _chain_of(dataset, allow_code=allow_code), guide)
+    facts, rows = made.facts, list(made.networks.values())
+    told = sentence(facts, rows, plan.prior)
+    if as_json:
+        networks = [row.model_dump(mode="json") for row in rows]
+        _print_json(**_described(made), networks=networks, left_out=made.json(made.LEFT_OUT), sentence=told)
+    else:
+        print_pick(_wide_console(), facts, rows)
+        if facts.chosen is not None:
+            typer.echo(printable(told))
+            typer.echo(printable(f"next: {shlex.join(['kdpipe', 'run', str(made.path / made.RECIPE)])}"))
+        _print_artifact(made, as_json)
+    if facts.chosen is None:
+        raise GateFailed(told)
+    chosen = made.networks[facts.chosen]
+    if chosen.trust is not None and chosen.trust.word != "trusted":
+        raise Untrusted(f"the latency of {chosen.name} is {chosen.trust.word}: {chosen.trust.reason}")
 
 
 @app.command()

@@ -750,6 +750,20 @@ class RandomConfig(Config):
     seed: int = 0
 
 
+class SampleConfig(Config):
+    """A few images of a data set, to make and to time networks with that nobody judges."""
+
+    images: int = Field(64, ge=1)
+    longest_side: int = Field(512, ge=1)  # pixels
+
+
+class DrawConfig(ModelSettings):
+    """A network of random weights that behave as trained ones: what it takes is asked, never what it says."""
+
+    seed: int = 0
+    images: int = Field(32, ge=1)  # by which the statistics of its norms are set
+
+
 class ExportPlan(GraphConfig):
     """The students and the targets of a recipe."""
 
@@ -892,6 +906,7 @@ def _of_unit(units: Mapping[str, float], wanted: str) -> BeforeValidator:
 _NUMBER_OR_TEXT = WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"type": "string"}]})
 Seconds = Annotated[float, _of_unit({"s": 1, "m": 60, "min": 60, "h": 3600}, "90s, 10m or 1h"), _NUMBER_OR_TEXT]
 ImagesPerSecond = Annotated[float, _of_unit({"fps": 1}, "5fps"), _NUMBER_OR_TEXT]
+Milliseconds = Annotated[float, _of_unit({"ms": 1, "s": 1000}, "10ms or 0.2s"), _NUMBER_OR_TEXT]
 
 Effort = Literal["quick", "default", "thorough", "mlperf"]
 # What an effort means for every field that is not given. mlperf has the duration and the statistic of MLPerf's single
@@ -1072,6 +1087,73 @@ class BenchPlan(SessionSettings):
         if len(set(devices)) < len(devices):
             raise ValueError("each device can be named once")
         return devices
+
+
+def _parted(value: Any) -> Any:
+    """Words or numbers, some of them perhaps as a command line gives them: a*,b*."""
+    if isinstance(value, (str, int)):
+        value = (value,)
+    if not isinstance(value, (list, tuple)):
+        return value
+    found = [part.strip() for each in value for part in str(each).split(",")] if _flat(value) else list(value)
+    return tuple(int(part) if isinstance(part, str) and part.isdecimal() else part for part in found)
+
+
+def _flat(value: Sequence[Any]) -> bool:
+    return all(isinstance(each, (str, int)) for each in value)
+
+
+class CandidateInput(Config):
+    """On how many pixels networks are tried."""
+
+    size: Annotated[tuple[Size, ...], BeforeValidator(_parted)] = Field(
+        (), description="sides of the square input, such as 160,192,224; left out, each network's usual one"
+    )
+
+    @field_validator("size")
+    @classmethod
+    def _each_once(cls, sizes: tuple[Size, ...]) -> tuple[Size, ...]:
+        if any(min(sides(size)) < SMALLEST_SIDE for size in sizes):
+            raise ValueError(f"wanted at least {SMALLEST_SIDE} pixels")
+        return tuple(dict.fromkeys(sizes))
+
+
+class PickPlan(Config):
+    """Which networks a student is chosen from, by what it may take on its device."""
+
+    p90: Milliseconds = Field(
+        gt=0, le=1e7, description="latency that nine of ten images may take at most, such as 10ms"
+    )
+    device: str = Field("local", description="name of the device that it is measured on")
+    target: str = Field("onnxruntime", description="what it is exported to")
+    variant: str = Field("int8", description="float32, or a variant that the target has")
+    candidates: Annotated[str | tuple[str, ...], BeforeValidator(_parted)] = Field(
+        ("*",),
+        description="patterns of names of timm, such as mobilenet*,repvit*; or a text file with one a line. The usual: "
+        "all that the prior knows",
+    )
+    input: CandidateInput = CandidateInput()
+    budget: int = Field(16, ge=1, le=1000, description="networks that are measured at most")
+    prior: str = Field(
+        "imagenet",
+        description="how good each may become, before any is trained: imagenet (public results of timm's weights), "
+        "runs (validation of what was trained here on the same images), or a file of lines such as resnet18,71.5",
+    )
+    threads: int = Field(0, ge=0, le=4096, description="threads of the runtime; 0 takes one a core")
+    rounds: int = Field(6, ge=2, multiple_of=2, description="fresh processes for each network in a session")
+    train: int = Field(
+        0, ge=0, le=100, description="so many of the best are trained shortly, and the validation part decides"
+    )
+    short: Fraction = Field(0.1, description="share of the epochs that train gives each")
+    distill: DistillSettings = DistillSettings()
+
+
+class PickConfig(PickPlan):
+    """A choice, complete: by which prior, and how one is chosen."""
+
+    version: Literal[1] = Field(1, description="of the answer and its files: those of another one are made anew")
+    prior_sha256: str
+    device_fingerprint: dict[str, Any]
 
 
 class BenchConfig(SessionSettings):
