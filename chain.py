@@ -36,6 +36,7 @@ from .core.artifact import (
 )
 from .core.config import (
     ONNX_MODEL,
+    WEIGHTS,
     AdoptConfig,
     AdoptFileConfig,
     AdoptFilePlan,
@@ -45,6 +46,7 @@ from .core.config import (
     CacheSettings,
     DataConfig,
     DataPlan,
+    DrawConfig,
     ExportConfig,
     FittedConfig,
     GateConfig,
@@ -56,6 +58,8 @@ from .core.config import (
     QuantizePlan,
     RandomConfig,
     ReportConfig,
+    RestartConfig,
+    SampleConfig,
     TeacherPlan,
     TrainConfig,
     suited,
@@ -64,6 +68,7 @@ from .core.config import changed as changed_config
 from .core.errors import DeviceLost, GateFailed, KdpipeError, UserError, choice
 from .core.inputs import InputSpec, size_words
 from .core.kinds import (
+    DRAWN,
     Bundle,
     Cache,
     Checkpoint,
@@ -76,6 +81,7 @@ from .core.kinds import (
     Runnable,
     Verdict,
     VerdictFacts,
+    as_name,
 )
 from .core.proc import end_groups, process_count, require
 from .core.progress import note, progress
@@ -104,6 +110,7 @@ A = TypeVar("A", bound=AnyArtifact)
 S = TypeVar("S", bound=ModelSettings)
 REPLACED = ".replaced"  # what was set aside to be made again
 FETCHED = ".fetched"  # what was named by a URL, each in a folder of its own contents
+CELL = "cell-"  # how the name of a study's run begins
 PRECISIONS = ".precisions"  # what train.precision auto took, so that a network and its controls take one
 TRAIN_NEEDS = ("torch", "torchvision", "timm", "safetensors")
 SMALLEST_SIDE, USUAL_SIDE = 256, 512  # pixels: of copies for small networks; of those for networks not known yet
@@ -551,8 +558,10 @@ class Chain:
     ) -> Checkpoint:
         """The user's weights, timm's, or a network trained here on all training images."""
         check_network(plan)
+        if plan.start != "trained":
+            return self._restarted(plan, dataset, out)
         if plan.is_trained:
-            return self.train("teacher", TrainConfig.of(plan, method="labels"), dataset, None, out)
+            return self.train("teacher", plan.training(), dataset, None, out)
         order = Order("adopt", adopt_config(plan), {"data": dataset})
 
         def make(path: Path) -> Checkpoint:
@@ -562,6 +571,43 @@ class Chain:
             return adopt(order, self.shown(dataset, plan), path)
 
         return self.step(name, Checkpoint, order, make, out)
+
+    def _restarted(self, plan: TeacherPlan, dataset: Dataset, out: Path | None) -> Checkpoint:
+        """A teacher with random weights, in its head or altogether."""
+        trained = self.teacher(plan.model_copy(update={"start": "trained"}), dataset) if has_body(plan) else None
+        order = restart_order(plan, dataset, trained)
+
+        def make(path: Path) -> Checkpoint:
+            require("making a network", TRAIN_NEEDS, "train")
+            from .distill.train import restart
+
+            return restart(order, self.shown(dataset, plan), trained, path)
+
+        return self.step(restart_name(plan), Checkpoint, order, make, out)
+
+    def sample(self, config: SampleConfig, dataset: Dataset) -> Dataset:
+        """A few of a data set's images, to make networks with that nobody judges."""
+        order = Order("sample", config, {"data": dataset})
+
+        def make(path: Path) -> Dataset:
+            from .data.sample import sample
+
+            return sample(order, dataset, path)
+
+        return self.step("sample", Dataset, order, make)
+
+    def draw(self, config: DrawConfig, dataset: Dataset) -> Checkpoint:
+        """A network of random weights, not degenerate ones: what it takes to run can be told before it is trained."""
+        check_network(config)
+        order = Order("draw", with_code(config), {"data": dataset})
+
+        def make(path: Path) -> Checkpoint:
+            require("making networks", TRAIN_NEEDS, "train")
+            from .distill.train import draw
+
+            return draw(order, dataset, path)
+
+        return self.step(f"drawn-{as_name(config.encoder or config.model)}", Checkpoint, order, make)
 
     def graph(self, config: GraphConfig, student: Checkpoint, dataset: Dataset) -> Graph:
         """The student as ONNX, made once for every target that starts from it."""
@@ -1287,10 +1333,36 @@ def train_order(
         usual = CacheSettings()
         if cache is not None and any(cache.settings[name] != getattr(usual, name) for name in ("precision", "top")):
             inputs["cache"] = cache
-    encoder = encoder_of(config)
-    if encoder is not None:
-        inputs["encoder"] = encoder
-    return Order("train", with_encoder(with_code(config)), inputs)
+    return Order("train", with_weights(with_code(config)), inputs | given_to(config))
+
+
+def given_to(config: TrainConfig) -> dict[str, Checkpoint]:
+    """The checkpoints that a network begins as, by their role. Raises UserError."""
+    from .networks.start import given_start
+
+    given = {"encoder": encoder_of(config), "start": given_start(config)}
+    return {role: checkpoint for role, checkpoint in given.items() if checkpoint is not None}
+
+
+def has_body(plan: TeacherPlan) -> bool:
+    """Whether a teacher that is a control has features that were trained."""
+    return plan.start == "random_head"
+
+
+def restart_name(plan: TeacherPlan) -> str:
+    """What such a teacher's folder is called, before the key."""
+    return f"teacher-{plan.start.replace('_', '-')}"
+
+
+def restart_config(plan: TeacherPlan) -> RestartConfig:
+    """What making such a teacher is told."""
+    return RestartConfig.of(with_code(plan))
+
+
+def restart_order(plan: TeacherPlan, dataset: Dataset, trained: Checkpoint | None) -> Order[RestartConfig]:
+    """Making a teacher of random weights, over the features of ``trained`` if there is one."""
+    inputs: dict[str, AnyArtifact] = {"data": dataset}
+    return Order("restart", restart_config(plan), inputs if trained is None else {**inputs, "start": trained})
 
 
 def encoder_of(config: ModelSettings) -> Checkpoint | None:
@@ -1302,15 +1374,17 @@ def encoder_of(config: ModelSettings) -> Checkpoint | None:
     return given_encoder(config)
 
 
-def with_encoder(config: S) -> S:
-    """``config`` with the hash of the file that the encoder's weights are from, if one is. Raises UserError."""
-    path = config.encoder_checkpoint
-    if path is None or not path.is_file():
-        return config
-    sha256 = sha256_file(path)
-    if config.encoder_checkpoint_sha256 not in (None, sha256):
-        raise UserError(f"encoder_checkpoint: {path} has sha256 {sha256}, wanted {config.encoder_checkpoint_sha256}")
-    return config.model_copy(update={"encoder_checkpoint_sha256": sha256})
+def with_weights(config: S) -> S:
+    """``config`` with the hashes of the files that its weights begin as, if some are files. Raises UserError."""
+    hashes = {}
+    for name in WEIGHTS:
+        path = getattr(config, name, None)
+        if path is None or not path.is_file():
+            continue
+        hashes[f"{name}_sha256"] = sha256 = sha256_file(path)
+        if (wanted := getattr(config, f"{name}_sha256")) not in (None, sha256):
+            raise UserError(f"{name}: {path} has sha256 {sha256}, wanted {wanted}")
+    return config.model_copy(update=hashes)
 
 
 def with_code(config: S) -> S:
@@ -1328,6 +1402,8 @@ def with_code(config: S) -> S:
 def found_of(artifact: AnyArtifact) -> tuple[str, ...]:
     """How right a network is, in words; nothing of other artifacts, nor on random images."""
     if not isinstance(artifact, (Checkpoint, Graph)) or artifact.facts.task not in TASKS:
+        return ()
+    if isinstance(artifact, Checkpoint) and artifact.facts.method == DRAWN:
         return ()
     data = artifact.manifest.inputs.get("data")
     if data is None or data.facts.get("source") == RANDOM:
@@ -1406,12 +1482,15 @@ def refuse_random(dataset: Dataset) -> Dataset:
 
 
 def checkpoints_beside(measurement: Measurement) -> dict[str, Checkpoint]:
-    """The checkpoints next to ``measurement`` that share a dataset with it, by folder name without the key."""
+    """The checkpoints next to ``measurement`` that share a dataset with it, by folder name without the key.
+
+    Not the runs of studies, which have a page of their own.
+    """
     datasets = {found.key for found in find_ancestors(measurement.manifest.provenance(), Dataset)}
     return {
         path.name.rpartition("-")[0]: checkpoint
         for path, checkpoint in sorted(beside(measurement, Checkpoint, None).items())
-        if checkpoint.manifest.inputs["data"].key in datasets
+        if checkpoint.manifest.inputs["data"].key in datasets and not path.name.startswith(CELL)
     }
 
 

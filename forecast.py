@@ -142,7 +142,7 @@ def work_of(manifest: Manifest) -> Work | None:
                 return reading(config["source"], config.get("copies_side"), sum(facts["images"].values()))
             case "fitted":
                 return fitting(config["size"], sum(facts["images"].values()))
-            case "adopt":
+            case "adopt" | "restart":
                 return adopting(config)
             case "train":
                 teacher = manifest.inputs.get("teacher")

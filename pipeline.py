@@ -24,11 +24,16 @@ from .chain import (
     believed_beside,
     dataset_for,
     fitted_config,
+    given_to,
+    has_body,
     refuse_random,
+    restart_config,
+    restart_name,
     sealed,
     tolerated,
     with_code,
     with_fitted,
+    with_weights,
 )
 from .core.artifact import MANIFEST, AnyArtifact, Manifest, check_provenance, order_key, read_manifest
 from .core.config import (
@@ -36,15 +41,16 @@ from .core.config import (
     BenchPlan,
     CachePlan,
     DistillPlan,
-    DistillSettings,
     ExportConfig,
     GraphConfig,
     ModelSettings,
     QuantizeConfig,
     Recipe,
     ReportConfig,
+    TeacherPlan,
     TrainConfig,
     changed,
+    changed_student,
     control_of,
     gate_recipe,
     read_recipe,
@@ -52,7 +58,7 @@ from .core.config import (
 )
 from .core.errors import DeviceLost, KdpipeError, UserError, choice
 from .core.inputs import size_words
-from .core.kinds import Bundle, Graph, Measurement, Model, Probe, Refusal, Report, Verdict, unshown
+from .core.kinds import Bundle, Checkpoint, Graph, Measurement, Model, Probe, Refusal, Report, Verdict, unshown
 from .core.proc import require
 from .core.progress import note
 from .core.sealed import NAME
@@ -149,15 +155,17 @@ def student_runs(student: ModelSettings, plan: DistillPlan, unlabeled: bool = Fa
     one makes as many steps as the student that sees them too. Raises UserError.
     """
     main = TrainConfig.of(student, plan)
+    if masked := [name for name, method in _methods(plan).items() if method == "masked"]:
+        raise UserError(
+            f"distill: method masked teaches '{masked[0]}' no answers that could be shipped or compared: train it by "
+            "itself (kdpipe distill DATA --method masked) and name its folder as the student's start"
+        )
     students: dict[str, TrainConfig] = {plan.method: main}
     for name, change in plan.students.items():
         # A student's control is called labels-NAME, and with unlabelled images labels-steps-NAME.
         if name in students or name == "labels" or name.partition("-")[0] == "steps":
             raise UserError(f"distill.students: the name '{name}' is taken, choose another")
-        students[name] = changed(main, change, f"distill.students.{name}")
-        if students[name].method != plan.method:
-            own = {field: getattr(DistillSettings(), field) for field in ("label_weight", "kd_weight")}
-            students[name] = students[name].model_copy(update={k: v for k, v in own.items() if k not in change})
+        students[name] = changed_student(main, change, f"distill.students.{name}")
     runs: dict[str, TrainConfig] = {}
     for seed in plan.seeds:
         for name, config in students.items():
@@ -171,6 +179,11 @@ def student_runs(student: ModelSettings, plan: DistillPlan, unlabeled: bool = Fa
                 runs |= {its: control for its, control in controls.items() if control not in runs.values()}
             runs[f"student-{name}-seed{seed}"] = seeded
     return runs
+
+
+def _methods(plan: DistillPlan) -> dict[str, object]:
+    """The method of each student by name."""
+    return {plan.method: plan.method, **{name: change.get("method") for name, change in plan.students.items()}}
 
 
 def wants(recipe: Recipe) -> Wants:
@@ -606,10 +619,14 @@ class _Planner:
         *,
         perhaps: bool = False,
         besides: Iterable[Leg] = (),
+        given: Mapping[str, Checkpoint] | None = None,
     ) -> Leg:
-        """One more: ``make`` is the stage of its order, ``besides`` it waits for these. ``command`` lacks ``--out``."""
+        """One more: ``make`` is the stage of its order, ``besides`` it waits for these. ``command`` lacks ``--out``.
+
+        ``given``: further inputs, which no run makes.
+        """
         perhaps = perhaps or any(leg.perhaps for leg in inputs.values())
-        key = _key(make, config, inputs)
+        key = _key(make, config, inputs, given)
         path = None if key is None else self._chain.place(name, key)
         return self._add(stage, name, key, path, [*inputs.values(), *besides], command, work, perhaps)
 
@@ -660,11 +677,23 @@ class _Planner:
 
     def _teacher(self, data: Leg) -> Leg:
         plan = self._recipe.teacher
+        if plan.start == "trained":
+            return self._trained_teacher(data, plan)
+        inputs = {"data": data}
+        if has_body(plan):
+            inputs["start"] = self._trained_teacher(data, plan.model_copy(update={"start": "trained"}))
+        config = restart_config(plan)
+        work = forecast.adopting(config.model_dump(mode="json"))
+        command = ("teacher", data.path, *options_of(plan))
+        return self._leg("teacher", restart_name(plan), "restart", config, inputs, work, command)
+
+    def _trained_teacher(self, data: Leg, plan: TeacherPlan) -> Leg:
         if plan.is_trained:
-            config = with_code(TrainConfig.of(plan, method="labels"))
+            config = with_weights(with_code(plan.training()))
             work = forecast.training(config.model_dump(mode="json"), None, data=data.key)
             command = ("teacher", data.path, *options_of(plan))
-            return self._leg("teacher", "teacher", "train", config, {"data": data}, work, command)
+            given = given_to(config)
+            return self._leg("teacher", "teacher", "train", config, {"data": data}, work, command, given=given)
         adopted = adopt_config(plan)
         work = forecast.adopting(adopted.model_dump(mode="json"))
         command = ("teacher", data.path, *options_of(plan, leave_out=("train", "seed")))
@@ -674,16 +703,19 @@ class _Planner:
         recipe = self._recipe
         found = {}
         runs = student_runs(recipe.student, recipe.distill, recipe.data.unlabeled is not None)
-        for name, config in ((name, with_code(run)) for name, run in runs.items()):
+        for name, config in ((name, with_weights(with_code(run))) for name, run in runs.items()):
             taught_by = recipe.teacher.model if config.needs_teacher else None
             inputs = {"data": data} | ({"teacher": teacher} if config.needs_teacher else {})
             work = forecast.training(config.model_dump(mode="json"), taught_by, data=data.key)
             command = ("distill", (teacher if taught_by else data).path, "--data", data.path, *options_of(config))
-            key = _key("train", config, inputs)
+            given = given_to(config)
+            key = _key("train", config, inputs, given)
             there = key is not None and self._chain.place(name, key).exists()
             there = there and not self._stale and self._again != "distill"
             besides = [] if there or config.cache_views is None or not taught_by else [self._cache(config, inputs)]
-            found[name] = self._leg("distill", name, "train", config, inputs, work, command, besides=besides)
+            found[name] = self._leg(
+                "distill", name, "train", config, inputs, work, command, besides=besides, given=given
+            )
         return found
 
     def _cache(self, config: TrainConfig, inputs: Mapping[str, Leg]) -> Leg:
@@ -844,10 +876,14 @@ class _Session(NamedTuple):
     work: Work
 
 
-def _key(make: str, config: BaseModel, inputs: Mapping[str, Leg]) -> str | None:
-    """The key of an order, where those of its inputs are known."""
+def _key(
+    make: str, config: BaseModel, inputs: Mapping[str, Leg], given: Mapping[str, Checkpoint] | None = None
+) -> str | None:
+    """The key of an order, where those of its inputs are known; those that are ``given`` are."""
     known = {role: leg.key for role, leg in inputs.items() if leg.key is not None}
-    return order_key(make, config, known) if len(known) == len(inputs) else None
+    if len(known) < len(inputs):
+        return None
+    return order_key(make, config, known | {role: checkpoint.key for role, checkpoint in (given or {}).items()})
 
 
 class _Course:

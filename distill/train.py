@@ -15,18 +15,28 @@ from timm.optim import list_optimizers
 from torch import nn
 
 from ..core.artifact import Draft, Order, drafting, write_json
-from ..core.config import AdoptConfig, CacheConfig, ModelSettings, TrainConfig, TrainSettings
+from ..core.config import (
+    AdoptConfig,
+    CacheConfig,
+    DrawConfig,
+    ModelSettings,
+    RestartConfig,
+    TrainConfig,
+    TrainSettings,
+)
 from ..core.errors import UserError, choice
 from ..core.inputs import InputSpec, size_words
-from ..core.kinds import Cache, Checkpoint, CheckpointFacts, as_name
+from ..core.kinds import DRAWN, Cache, Checkpoint, CheckpointFacts, as_name
 from ..core.progress import note
 from ..core.stats import Interval
 from ..data.copies import side_for
-from ..data.dataset import Dataset
+from ..data.dataset import Dataset, load_images
 from ..data.labels import other_order
 from ..networks import models
+from ..networks.drawn import draw_scales
 from ..networks.onnx import OnnxNetwork
-from ..networks.weights import load_weights
+from ..networks.start import begin
+from ..networks.weights import load_body, load_weights
 from ..runtime.task import TASKS, Task
 from .cache import CachedTeacher, answers_grid, check_fit, config_for
 from .features import resized
@@ -144,6 +154,7 @@ def _runs(
     for out, config in configs.items():
         with seeded(config.seed):
             networks[out] = models.create(config, len(dataset.classes), dataset.facts.task)
+        begin(networks[out][0], config, networks[out][1], dataset.classes)
     spec = networks[next(iter(configs))][1]
     copies, wanted = dataset.facts.copies, side_for(spec, first.train.augment)
     if copies is not None and copies.shorter_side < wanted:
@@ -190,13 +201,17 @@ def _runs(
 def _check_labels(config: TrainConfig, labeled: int, unlabeled: int) -> None:
     """Refuse a method that can't do without the labels that are missing. Raises UserError."""
     method = METHODS[config.method]
-    weight = method.default_weight if config.kd_weight is None else config.kd_weight
     if config.needs_teacher and method.needs_labels and unlabeled:
         raise UserError(
             f"method '{config.method}' needs the label of every image and {unlabeled} have none: "
             "take kd or leave out data.unlabeled"
         )
-    if not labeled and not (method.teaches_outputs and weight):
+    if config.teacher_control == "smoothing" and unlabeled:
+        raise UserError(
+            f"teacher_control 'smoothing' knows the labels and nothing else, and {unlabeled} images have none: take "
+            "flattened or leave out data.unlabeled"
+        )
+    if not labeled and method.learns_outputs and not method.compares_outputs(config):
         raise UserError(
             f"method '{config.method}' needs labels for the outputs and label_fraction is 0: take more, or a method "
             "that teaches the outputs, such as kd"
@@ -247,8 +262,54 @@ def adopt(order: Order[AdoptConfig], dataset: Dataset, out: Path) -> Checkpoint:
     return draft.artifact
 
 
+def restart(order: Order[RestartConfig], dataset: Dataset, trained: Checkpoint | None, out: Path) -> Checkpoint:
+    """Seal a teacher that is a control: random weights by the order's seed, over ``trained``'s body if it is given.
+
+    Under torchrun every process calls this; the first writes.
+
+    Raises:
+        UserError: an unknown network, or a trained one of another architecture.
+    """
+    config, ranks = order.config, join()
+    if ranks.leads:
+        with drafting(Checkpoint, order, out) as draft:
+            fresh = config.model_copy(update={"pretrained": False, "encoder_checkpoint": None})
+            with seeded(config.seed):
+                network, spec = models.create(fresh, len(dataset.classes), dataset.facts.task)
+            if trained is not None:
+                spec = trained.facts.input
+                load_body(network, trained.file(Checkpoint.WEIGHTS), with_head=False)
+            draft.facts = _described(
+                draft.path, config, network, spec, dataset,
+                method=config.start, training_images=0, epochs=0, selected="as given",
+            )  # fmt: skip
+    ranks.from_leader(None)  # until it is sealed
+    return Checkpoint.open(out)
+
+
+def draw(order: Order[DrawConfig], dataset: Dataset, out: Path) -> Checkpoint:
+    """Seal a network of random weights, whose scales and statistics are as those of trained ones could be.
+
+    Raises:
+        UserError: an unknown network, a size that it can't take, outputs that are not finite.
+    """
+    config = order.config
+    with drafting(Checkpoint, order, out) as draft:
+        with seeded(config.seed):
+            network, spec = models.create(config, len(dataset.classes), dataset.facts.task)
+            shown = load_images(dataset.balanced("train", config.images, seed=0), spec.model_dump())
+            draw_scales(network, spec, shown)
+        draft.facts = _described(
+            draft.path, config, network, spec, dataset,
+            method=DRAWN, training_images=0, epochs=0, selected=DRAWN,
+        )  # fmt: skip
+    return draft.artifact
+
+
 def check_run(config: ModelSettings, settings: TrainSettings | None, task: str) -> None:
     """Refuse what training would refuse, without training. Raises UserError."""
+    if isinstance(config, TrainConfig):
+        METHODS[config.method].check(config)
     _, spec = models.create(config.model_copy(update={"pretrained": False}), None, task)
     if settings is not None:
         if settings.optimizer not in list_optimizers():

@@ -11,8 +11,9 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from ..core.config import ONNX_MODEL, AdoptConfig, ModelSettings
+from ..core.config import ONNX_MODEL, AdoptConfig, ModelSettings, TeacherPlan
 from ..core.errors import UserError, did_you_mean
+from .start import check_start
 
 # Decoders by name, and what segmentation-models-pytorch calls them.
 DECODERS = {
@@ -38,7 +39,24 @@ def check_network(config: ModelSettings) -> None:
         UserError: with the name that is nearest.
     """
     check_encoder(config)
+    check_start(config)
+    if isinstance(config, TeacherPlan):
+        check_teacher(config)
     check_name(config.encoder or config.model)
+
+
+def check_teacher(plan: TeacherPlan) -> None:
+    """Refuse a control, or a share of the images, that its weights contradict. Raises UserError."""
+    if plan.start != "trained" and plan.model == ONNX_MODEL:
+        raise UserError(f"teacher.start {plan.start}: the weights of an .onnx file stay as they are: leave it out")
+    if plan.start == "untrained":
+        for name in ("checkpoint", "pretrained", "encoder_checkpoint"):
+            if getattr(plan, name):
+                raise UserError(f"teacher.start untrained has random weights: leave out {name}")
+    if plan.label_fraction < 1 and not plan.is_trained:
+        raise UserError(
+            "teacher.label_fraction is of a teacher that is trained here, and this one is not: leave it out"
+        )
 
 
 def check_encoder(config: ModelSettings) -> None:

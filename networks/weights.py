@@ -62,6 +62,33 @@ def load_weights(network: nn.Module, path: Path, entry: str | None = None) -> No
     network.load_state_dict(state)
 
 
+def load_body(network: nn.Module, path: Path, with_head: bool) -> bool:
+    """Read all but the head of a network's weights into ``network``, and the head too if wanted and of as many classes.
+
+    Returns:
+        Whether the head came along; what it was before stays where it did not.
+
+    Raises:
+        UserError: a missing, broken or unreadable file, another network, or weights that are not finite.
+    """
+    wanted: State = network.state_dict()
+    head = _head(network, wanted)
+    body = {name: tensor for name, tensor in wanted.items() if name not in head}
+    state = _fitting(_chosen(read_state_dicts(path), path, None, body), path, None, body)
+    missing, unknown = sorted(body.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    if missing or unknown:
+        example = f"lacks '{missing[0]}'" if missing else f"has '{unknown[0]}'"
+        raise UserError(
+            f"{path} is of another architecture than '{type(network).__name__}' "
+            f"({len(missing)} tensors missing, {len(unknown)} unknown; it {example}): wanted the same network"
+        )
+    with_head = with_head and all(name in state and state[name].shape == wanted[name].shape for name in head)
+    taken = {name: state[name] if name not in head or with_head else wanted[name] for name in wanted}
+    _check_tensors(taken, path, wanted, ())
+    network.load_state_dict(taken)
+    return with_head
+
+
 def load_encoder(encoder: nn.Module, path: Path, what: str) -> None:
     """Read a classifier's weights into ``encoder``, what timm makes of the same network for its features alone.
 

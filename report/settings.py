@@ -15,6 +15,7 @@ SETTINGS: dict[str, type[configs.Config]] = {
     "data": configs.DataConfig,
     "fitted": configs.FittedConfig,
     "adopt": configs.AdoptConfig,
+    "restart": configs.RestartConfig,
     "train": configs.TrainConfig,
     "cache": configs.CacheConfig,
     "graph": configs.GraphConfig,

@@ -346,10 +346,10 @@ def test_one_answer_an_image_has_no_places() -> None:
 
 def test_a_shuffled_teacher_keeps_what_it_decides_at_every_place() -> None:
     mine, its = network("fpn"), network("unet", seed=1)
-    image, _ = batch()
+    image, label = batch()
     task = Taught(configuration(shuffled_teacher=True), mine, its)
     assert task.teacher is not None
-    shown, plain = task.method._shown(task.teacher(image)).logits, resized(its(image), GRIDS["fpn"])
+    shown, plain = task.method._shown(task.teacher(image), label).logits, resized(its(image), GRIDS["fpn"])
     assert shown.shape == plain.shape and torch.equal(shown.argmax(1), plain.argmax(1))
     assert torch.equal(shown.sort(1).values, plain.sort(1).values) and not torch.equal(shown, plain)
 
