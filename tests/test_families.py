@@ -40,7 +40,7 @@ SETTINGS = {
         "augment": {"crop": "none", "flip": 0},
     },
 }
-EPOCHS = {"stagewise": 5}  # of one step: of those that go in phases
+EPOCHS = {"stagewise": 6}  # of one step: a phase for each of five stages at most, and the head
 
 Row = tuple[str, str, str]  # teacher, student, method
 
