@@ -21,7 +21,7 @@ from kdpipe.core.kinds import Bundle
 from kdpipe.deploy import explain as explaining
 from kdpipe.networks.models import Normalise
 from kdpipe.networks.onnx import OnnxNetwork
-from kdpipe.pipeline import check_packages
+from kdpipe.pipeline import check_names
 from kdpipe.report import compression, maps
 from kdpipe.report.tables import bundles_of
 
@@ -285,7 +285,7 @@ def test_masks_are_refused(masked: Made, pictures: Path, workdir: Path) -> None:
     assert_one_line(kdpipe("report", masked.measurement.path, "--explain", "true"), 2, "something of every pixel")
     recipe = validated(Recipe, {**SMALL_MASKS, "report": {"explain": True}}, "test")
     with pytest.raises(UserError, match="something of every pixel"):
-        check_packages(recipe)
+        check_names(recipe)
 
 
 # ---- the report's page -----------------------------------------------------------------------------------
