@@ -25,8 +25,10 @@ from .core.config import (
     DeviceSettings,
     NetworkExportPlan,
     PackageConfig,
+    PickPlan,
     QuantizeConfig,
     ReportConfig,
+    StudyPlan,
     TeacherPlan,
     TrainConfig,
 )
@@ -607,6 +609,127 @@ def distill(
 
 
 @app.command()
+@configured(StudyPlan, leave_out=("student.model", "further", "teachers", "starts", "claims"))
+def study(
+    data: Annotated[str, typer.Argument(help="folder of a dataset artifact, or a source as kdpipe data takes it")],
+    teacher: Annotated[Path, typer.Argument(help="folder of the teacher's checkpoint", parser=folder_or_url)],
+    student: Annotated[str, typer.Option("--student", help="a small network by its name")],
+    further: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--further",
+            metavar="NAME=CHANGE",
+            help="a method of your own (repeatable), such as hot='{method: kd, temperature: 9}': its change of distill",
+        ),
+    ] = None,
+    teachers: Annotated[
+        list[str] | None,
+        typer.Option("--teachers", metavar="NAME=FOLDER", help="a further teacher's checkpoint (repeatable)"),
+    ] = None,
+    starts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--starts",
+            metavar="NAME=FOLDER",
+            help="all methods also from the weights of this checkpoint, of the same network (repeatable)",
+        ),
+    ] = None,
+    claims: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--claim",
+            metavar="CLAIM",
+            help="what is claimed before anything runs (repeatable, five at most), such as 'kd-T4 > labels at 0.02' or "
+            "'hint > kd-T4 at 10% by 1' [default: that methods beat labels on the smallest share]",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only say what it would run, what that takes and what it could tell")
+    ] = False,
+    artifacts: ArtifactsOption = ARTIFACTS,
+    allow_code: AllowCodeOption = None,
+    as_json: JsonFlag = False,
+    *,
+    config: Callable[..., StudyPlan],
+) -> None:
+    """Compare methods on shares of your images, at equal cost and with controls, and judge claims named before.
+
+    What is sealed is not run again; killed, the same command goes on. Start it in several processes or on several
+    machines that share the folder, or with torchrun (each process on a device of its own), and each takes runs that
+    nobody has. Exits 1 or 2 where runs failed; the page is of the others.
+
+    Example: kdpipe study photos artifacts/teacher-1a2b --student resnet8 --fractions 0.1,1 --budget 2h
+    """
+    from . import study as studying
+    from .core.kinds import Checkpoint
+    from .core.proc import spread
+    from .report.study import closing_lines
+
+    speaks = spread() == 0
+    named: dict[str, Any] = {
+        "further": {name: _yaml_of(name, text) for name, text in _pairs("--further", further)},
+        "teachers": {name: folder_or_url(text) for name, text in _pairs("--teachers", teachers)},
+        "starts": {name: folder_or_url(text) for name, text in _pairs("--starts", starts)},
+        "claims": tuple(claims or ()),
+    }
+    settings = config(student={"model": student}, **named)
+    guide, chain = Checkpoint.open(teacher), _chain(artifacts, allow_code=allow_code)
+    dataset = _data_of(data, chain, dry_run)
+    if dry_run:
+        planned = studying.plan(settings, dataset, guide, chain)
+        if as_json:
+            _print_json(**planned.as_dict())
+        else:
+            for line in planned.lines():
+                typer.echo(printable(line))
+        return
+    failed: dict[str, KdpipeError] = {}
+    made = studying.run(settings, dataset, guide, chain, failed)
+    if speaks and as_json:
+        reasons = {name: str(error) for name, error in failed.items()}
+        _print_json(**_described(made), page=str(made.page), failed=reasons, numbers=made.numbers)
+    elif speaks:
+        for line in closing_lines(made.numbers):
+            typer.echo(printable(line))
+        typer.echo(printable(f"page: {made.page}"))
+        typer.echo(printable(f"recipe: {made.file(made.RECIPE)}"))
+    if failed:
+        raise _failure(failed)
+
+
+def _pairs(option: str, texts: Sequence[str] | None) -> list[tuple[str, str]]:
+    """Each ``NAME=VALUE`` of a repeatable option. Raises UserError."""
+    from .core.errors import UserError
+
+    found = [text.partition("=") for text in texts or ()]
+    for name, equals, value in found:
+        if not (name and equals and value):
+            raise UserError(f"{option}: wanted NAME=VALUE, found '{name}{equals}{value}'")
+    if len({name for name, _, _ in found}) < len(found):
+        raise UserError(f"{option}: each name can be given once")
+    return [(name, value) for name, _, value in found]
+
+
+def _yaml_of(name: str, text: str) -> Any:
+    from .core.config import parse_yaml
+
+    return parse_yaml(text, f"--further {name}")
+
+
+def _data_of(text: str, chain: Chain, dry_run: bool) -> Dataset:
+    """The dataset in a folder, or of a source, which is read unless that would be more than to look."""
+    from .core.artifact import MANIFEST
+    from .core.errors import UserError
+
+    if (Path(text) / MANIFEST).is_file():
+        return _open_dataset(folder_or_url(text))
+    plan = DataPlan(source=text)
+    if dry_run and not chain.path("data", chain.data_order(plan)).exists():
+        raise UserError(f"{text} is not read yet, and --dry-run makes nothing: kdpipe data {shlex.quote(text)} first")
+    return chain.data(plan)
+
+
+@app.command()
 @configured(NetworkExportPlan, leave_out=("model", "pretrained"))
 def export(
     student: Annotated[
@@ -1171,6 +1294,80 @@ def predict(
 
 
 @app.command()
+def explain(
+    things: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="CHECKPOINT|BUNDLE... IMAGE|FOLDER...",
+            help="folders of checkpoints and bundles, then image files and folders of them",
+            parser=folder_or_url,
+        ),
+    ],
+    of_class: Annotated[
+        str | None,
+        typer.Option("--class", help="of which class every map is to be [default: what each network says]"),
+    ] = None,
+    most: Annotated[int, typer.Option("--most", min=1, help="images at most, the first by name")] = 64,
+    device: Annotated[
+        str, typer.Option("--device", help="where bundles are asked", autocompletion=_device_names)
+    ] = "local",
+    out: Annotated[Path, typer.Option("--out", help="file of the page")] = Path("explained.html"),
+    allow_code: AllowCodeOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show where in images networks see what they say: teacher, student and bundles side by side, on a page.
+
+    Of a checkpoint by class activation (Grad-CAM). A packaged model, such as INT8, has no gradients: of a bundle by
+    occlusion, which hides each place in turn and is slower. A map shows what an answer rests on, not that it is right.
+    Those of the images on which variants differ stand on the report's page with kdpipe report --explain true.
+
+    Examples: kdpipe explain artifacts/teacher-1a2b artifacts/student-3c4d holiday.jpg; kdpipe explain CHECKPOINT BUNDLE
+    photos --class cat --out cats.html
+    """
+    from .core import progress
+    from .core.artifact import MANIFEST
+    from .core.code import allowing
+    from .core.errors import UserError
+    from .core.proc import require
+    from .deploy import explain as explaining
+    from .deploy import predict as asking
+    from .devices import find_device
+    from .report.maps import NEEDS
+    from .terminal import listener
+
+    progress.listen(listener())
+    require("kdpipe explain", NEEDS, "explain")
+    folders = [path for path in things if (path / MANIFEST).is_file()]
+    images = [path for path in things if path not in folders]
+    networks = explaining.open_networks(folders)
+    if not networks or not images:
+        missing = "images" if networks else "a checkpoint or bundle"
+        raise UserError(f"nothing says {missing}: wanted CHECKPOINT|BUNDLE... IMAGE|FOLDER...")
+    explaining.check_place(out)
+    files, where = asking.find(images), find_device(device)
+    if len(files) > most:
+        progress.note(f"the first {most} of {len(files)} images; --most takes more")
+    with allowing(allow_code or ()):
+        seen = list(explaining.explain(networks, files[:most], where, of_class))
+    faults = {printable(str(each.image)): printable(each.fault) for each in seen if each.fault is not None}
+    for fault in faults.values():
+        progress.note(fault)
+    told = [each for each in seen if each.map is not None]
+    if told:
+        lines = explaining.stand_in_lines(networks, where)
+        explaining.write(out, f"What {', '.join(networks)} see", explaining.strips(seen), lines)
+    if as_json:
+        rows = [explaining.described(each) for each in told]
+        unreadable = [{"image": name, "reason": fault} for name, fault in faults.items()]
+        _print_json(page=str(out) if told else None, device=device, explained=rows, unreadable=unreadable)
+    elif told:
+        typer.echo(out)
+    if faults:
+        first = next(iter(faults.values()))
+        raise UserError(f"{len(faults)} of {min(most, len(files))} images cannot be read: {first}")
+
+
+@app.command()
 def deploy(
     bundle: Annotated[
         Path | None,
@@ -1286,6 +1483,54 @@ def gate(
         raise GateFailed(told)
     if found.facts.answer == "cannot tell":
         raise Untrusted(f"{told}; {said.would_tell(found.facts)}")
+
+
+@app.command()
+@configured(PickPlan)
+def pick(
+    dataset: Annotated[Path, typer.Argument(help="folder of a dataset artifact", parser=folder_or_url)],
+    teacher: Annotated[
+        Path | None,
+        typer.Option("--teacher", help="folder of the teacher's checkpoint, for --train", parser=folder_or_url),
+    ] = None,
+    allow_code: AllowCodeOption = None,
+    as_json: JsonFlag = False,
+    *,
+    config: Callable[..., PickPlan],
+) -> None:
+    """Choose a student by what it takes on a device, before any is trained.
+
+    Networks of random weights are made, made small and measured, a few of many: those that are worth it by what is
+    known of the others. How good each may become is a prior, which is said with the answer. The same command goes on
+    where it was ended. Exits 1 where nothing is within the limit, and 75 when the chosen one's latency is not to be
+    trusted.
+
+    Example: kdpipe pick artifacts/data-1a2b --device pi5 --target tflite --p90 10ms --candidates 'mobilenet*,repvit*'
+    """
+    from .core.errors import GateFailed, Untrusted
+    from .core.kinds import Checkpoint
+    from .picking import pick as choose
+    from .report.picks import print_pick, sentence
+
+    plan, opened = config(), _open_dataset(dataset)
+    guide = None if teacher is None else Checkpoint.open(teacher)
+    made = choose(plan, opened, _chain_of(dataset, allow_code=allow_code), guide)
+    facts, rows = made.facts, list(made.networks.values())
+    told = sentence(facts, rows, plan.prior)
+    if as_json:
+        networks = [row.model_dump(mode="json") for row in rows]
+        _print_json(**_described(made), networks=networks, left_out=made.json(made.LEFT_OUT), sentence=told)
+    else:
+        print_pick(_wide_console(), facts, rows)
+        if facts.chosen is not None:
+            typer.echo(printable(told))
+            typer.echo(printable(f"next: {shlex.join(['kdpipe', 'run', str(made.path / made.RECIPE)])}"))
+        _print_artifact(made, as_json)
+    if facts.chosen is None:
+        raise GateFailed(told)
+    chosen = made.networks[facts.chosen]
+    if chosen.trust is not None and chosen.trust.word != "trusted":
+        raise Untrusted(f"the latency of {chosen.name} is {chosen.trust.word}: {chosen.trust.reason}")
 
 
 @app.command()

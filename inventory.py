@@ -26,11 +26,11 @@ from .core.artifact import (
     unsound_is_users,
 )
 from .core.errors import UserError
-from .core.kinds import Cache, Checkpoint, Measurement, Refusal, Release, Report, Verdict
+from .core.kinds import Cache, Checkpoint, Measurement, Refusal, Release, Report, Study, Verdict
 from .core.sealed import check_files, printable
 from .data.dataset import Dataset, Fitted
 from .report.words import interval, percent, shares
-from .runtime.task import TASKS, Change
+from .runtime.task import TASKS, USUAL_TASK, Change
 from .smoke import SMOKE
 
 PART = ".part"
@@ -102,10 +102,10 @@ def findings(source: Provenance) -> str:
             return f"{model}, {sum(facts['nodes_by_kind'].values())} nodes"
         case "model" | "bundle":
             against = facts.get("against_float32")
-            task = TASKS.get(facts["task"])
-            what = "the pixels of " if task is not None and task.dense else ""
-            same = f"{percent(against['agreement'], 1)} % of {what}{against['images']} images" if against else ""
-            kept = f", agrees with float32 on {same}" if same else ""
+            kept = ""
+            if against:
+                among = TASKS.get(facts["task"], TASKS[USUAL_TASK]).among(against["images"])
+                kept = f", agrees with float32 on {percent(against['agreement'], 1)} % of {among}"
             return f"{model} for {facts['target']}, {facts['variant']}{kept}"
         case Refusal.kind:
             return f"{facts['target']} goes without {facts['variant']}: {facts['reason']}"
@@ -118,6 +118,8 @@ def findings(source: Provenance) -> str:
         case Report.kind:
             devices = [f"{its['device']} ({its['sessions']} sessions)" for its in facts["devices"]]
             return f"{source.config.get('title', '')}: {', '.join(devices)}"
+        case Study.kind:
+            return f"{facts['student']} by {facts['teacher']}: {facts['runs']} runs, advises {facts['advice']}"
         case Verdict.kind:
             against = f" against {facts['baseline']}" if facts["baseline"] else ""
             return f"{facts['answer']}: {facts['candidate']}{against}, {len(facts['rules'])} rules"

@@ -57,10 +57,21 @@ def choices(annotation: Any) -> list[str]:
 
 
 def _parse(text: str, info: FieldInfo, option: str) -> Any:
-    """The text of an option as YAML would read it; fields of plain text take it as it is."""
+    """The text of an option as YAML would read it, or 1,2,3 for a list; fields of plain text take it as it is."""
     if _takes_plain_text(info) and (info.annotation is str or text.lower() != "null"):
         return text
-    return parse_yaml(text, option)
+    value = parse_yaml(text, option)
+    if isinstance(value, str) and "," in value and _takes_several(info.annotation):
+        return [parse_yaml(each, option) for each in text.split(",")]
+    return value
+
+
+def _takes_several(annotation: Any) -> bool:
+    """Whether a field of this type takes a list of any length."""
+    if get_origin(annotation) is tuple:
+        return Ellipsis in get_args(annotation)
+    inner = get_args(annotation) if get_origin(annotation) in (Annotated, types.UnionType, Union) else ()
+    return any(map(_takes_several, inner))
 
 
 def configured(kind: type[BaseModel], leave_out: tuple[str, ...] = ()) -> Callable[[F], F]:
@@ -68,9 +79,13 @@ def configured(kind: type[BaseModel], leave_out: tuple[str, ...] = ()) -> Callab
 
     Args:
         kind: the configuration; its nested configurations become panels of the help page.
-        leave_out: top-level fields that the command sets by itself.
+        leave_out: fields that the command sets by itself: top-level ones, or dotted ones further in.
     """
-    leaves = {"__".join(path): (path, info) for path, info in walk(kind) if path[0] not in leave_out}
+    leaves = {
+        "__".join(path): (path, info)
+        for path, info in walk(kind)
+        if path[0] not in leave_out and ".".join(path) not in leave_out
+    }
 
     def decorate(command: F) -> F:
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "config"]
@@ -146,8 +161,9 @@ def _takes_plain_text(info: FieldInfo) -> bool:
 
 
 def _complete(kind: type[BaseModel], values: dict[str, Any], /, **more: Any) -> Any:
-    """The options with what the command adds, validated. Raises UserError."""
-    return validated(kind, {**values, **more}, "options")
+    """The options with what the command adds, validated; of a section what it adds to it. Raises UserError."""
+    sections = {name: {**values[name], **its} for name, its in more.items() if name in values and isinstance(its, dict)}
+    return validated(kind, {**values, **more, **sections}, "options")
 
 
 def _parameter(name: str, path: tuple[str, ...], info: FieldInfo) -> inspect.Parameter:

@@ -41,7 +41,6 @@ from .core.config import (
     BenchPlan,
     CachePlan,
     DistillPlan,
-    DistillSettings,
     ExportConfig,
     GraphConfig,
     ModelSettings,
@@ -51,6 +50,7 @@ from .core.config import (
     TeacherPlan,
     TrainConfig,
     changed,
+    changed_student,
     control_of,
     gate_recipe,
     read_recipe,
@@ -110,9 +110,14 @@ def check_names(recipe: Recipe) -> None:
 def check_packages(recipe: Recipe) -> None:
     """Refuse where a package is missing that a stage needs; imports none of them. Raises UserError."""
     from .export.onnx import NEEDS as GRAPH_NEEDS
+    from .report.maps import NEEDS as EXPLAIN_NEEDS
+    from .report.maps import check_explained
 
     require("training", TRAIN_NEEDS, "train")
     require("the report", ("jinja2", "matplotlib"), "report")
+    if recipe.report.explain:
+        check_explained(recipe.data.task, "report.explain")
+        require("report.explain", EXPLAIN_NEEDS, "explain")
     for target in recipe.export.targets:
         require(f"target '{target}'", TARGETS[target].needs, target)
         if TARGETS[target].source is Graph:
@@ -160,10 +165,7 @@ def student_runs(student: ModelSettings, plan: DistillPlan, unlabeled: bool = Fa
         # A student's control is called labels-NAME, and with unlabelled images labels-steps-NAME.
         if name in students or name == "labels" or name.partition("-")[0] == "steps":
             raise UserError(f"distill.students: the name '{name}' is taken, choose another")
-        students[name] = changed(main, change, f"distill.students.{name}")
-        if students[name].method != plan.method:
-            own = {field: getattr(DistillSettings(), field) for field in ("label_weight", "kd_weight")}
-            students[name] = students[name].model_copy(update={k: v for k, v in own.items() if k not in change})
+        students[name] = changed_student(main, change, f"distill.students.{name}")
     runs: dict[str, TrainConfig] = {}
     for seed in plan.seeds:
         for name, config in students.items():
@@ -432,7 +434,7 @@ def _bench_plan(recipe: Recipe, devices: Iterable[str]) -> BenchPlan:
 
 
 def _report_config(recipe: Recipe, chain: Chain) -> ReportConfig:
-    config = ReportConfig(title=recipe.name, smoke=chain.smoke)
+    config = ReportConfig(title=recipe.name, smoke=chain.smoke, explain=recipe.report.explain)
     if recipe.quantize is None or recipe.quantize.max_drop is None:
         return config
     return config.model_copy(update={"max_drop": recipe.quantize.max_drop})

@@ -46,6 +46,21 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def spread() -> int:
+    """Make each process of torchrun one that works by itself, on a device of its own; its number among them.
+
+    To be called before anything asks what devices there are.
+    """
+    number = int(os.environ.get("RANK", 0))
+    if process_count() > 1:
+        local = int(os.environ.get("LOCAL_RANK", number))
+        seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen[local % len(seen)] if seen else str(local)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    return number
+
+
 def require(what: str, distributions: Iterable[str], extra: str) -> None:
     """Refuse, with the cure, when one of ``distributions`` is missing. Raises UserError."""
     missing = [name for name in distributions if not is_installed(name)]

@@ -77,3 +77,14 @@ def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
 def note(text: str) -> None:
     """Say one line that a person should read."""
     _listener.note(text)
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Nobody hears what the block does."""
+    heard = _listener
+    listen(Silence())
+    try:
+        yield
+    finally:
+        listen(heard)

@@ -1,0 +1,375 @@
+"""The page of a study: how much each method gains at how many images, which claims hold, and what to take."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..core.claims import Claim, Figures, Judged, Table, difference, groups_of, judge
+from ..core.config import StudyConfig
+from ..core.kinds import Checkpoint
+from ..core.stats import CALIBRATION_BINS, CONFIDENCE, expected_calibration_error, mean_interval
+from ..data.dataset import Dataset
+from ..runtime.task import TASKS, Task
+from .answers import is_finite
+from .plots import GREY, PALETTE, STYLE, Figure, _drawn, _figure, _legend_rows, _plain_ticks, shortened
+
+Numbers = dict[str, Any]
+LABELS = "labels"
+JUDGED = ("agreement", "calibration_error")
+MARKERS = ("o", "D", "s", "^", "v", "P")
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One run of a study. ``small``: what its INT8 says of the test images [N, ...], where there is one."""
+
+    method: str
+    kind: str
+    fraction: float
+    seed: int
+    images: int
+    views: int
+    checkpoint: Checkpoint
+    guide: Checkpoint | None
+    small: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a study was about. ``middle`` is the temperature of its controls."""
+
+    dataset: Dataset
+    teacher: Checkpoint
+    claims: Sequence[Claim]
+    middle: float
+    detectable: float | None
+
+
+def collect(config: StudyConfig, runs: Sequence[Ran], asked: Asked) -> Numbers:
+    """Every number of the page, for JSON.
+
+    Accuracies, gains and errors are in points. An interval of a gain is for one look, with the spread over seeds that
+    the cells share (``core.claims``); only the claims are corrected for their number.
+    """
+    task = TASKS[asked.dataset.facts.task]
+    labels = runs[0].checkpoint.tested[1]
+    groups = groups_of(len(labels))
+    table: dict[tuple[str, float], dict[int, Figures]] = {}
+    small: dict[tuple[str, float], dict[int, Figures]] = {}
+    by_class: dict[tuple[str, float], dict[int, dict[int, float]]] = {}
+    rows: dict[tuple[str, float], Numbers] = {}
+    for run in runs:
+        outputs, _ = run.checkpoint.tested
+        scores = task.scores(outputs, labels)
+        where = run.method, run.fraction
+        table.setdefault(where, {})[run.seed] = figures(task, scores, groups)
+        classes = task.of_classes(task.by_class(scores, labels))
+        by_class.setdefault(where, {})[run.seed] = {each: 100 * its.value for each, its in classes.items()}
+        found = _judged(task, outputs, labels, run.guide, asked.dataset)
+        if run.small is not None:
+            its_scores = task.scores(run.small, labels)
+            small.setdefault(where, {})[run.seed] = figures(task, its_scores, groups)
+            found["int8"] = {
+                "accuracy": float(small[where][run.seed][0]),
+                **_judged(task, run.small, labels, run.guide, asked.dataset),
+            }
+        row = rows.setdefault(
+            where,
+            {
+                "method": run.method,
+                "kind": run.kind,
+                "fraction": run.fraction,
+                "images": run.images,
+                "views": run.views,
+                "runs": [],
+            },
+        )
+        accuracy = float(table[where][run.seed][0])
+        row["runs"].append({"seed": run.seed, "key": run.checkpoint.key, "accuracy": accuracy, "int8": None, **found})
+    for (method, share), row in rows.items():
+        row["accuracy"] = mean_interval([each["accuracy"] for each in row["runs"]]).as_dict()
+        row["gain"] = None if method == LABELS else _interval(table, method, share)
+        row |= {name: _mean(row["runs"], name) for name in JUDGED}
+        quantized = [each["int8"] for each in row["runs"] if each["int8"]]
+        row["int8"] = quantized and {
+            "accuracy": mean_interval([each["accuracy"] for each in quantized]).as_dict(),
+            "gain": None if method == LABELS else _interval(small, method, share),
+            **{name: _mean(quantized, name) for name in JUDGED},
+        }
+        row["int8"] = row["int8"] or None
+    judged = judge(asked.claims, table, config.plan.worth, len(labels))
+    advice = advise(table, list(rows.values()), config.plan.worth)
+    teacher = asked.teacher
+    return {
+        "title": f"{runs[0].checkpoint.facts.model}, taught by {teacher.facts.model}",
+        "student": runs[0].checkpoint.facts.model,
+        "teacher": {
+            "model": teacher.facts.model,
+            "key": teacher.key,
+            "accuracy": 100 * teacher.facts.test_accuracy,
+            "training_images": teacher.facts.training_images,
+        },
+        "task": {"metric": task.metric, "unit": task.unit, "class_metric": task.class_metric},
+        "test_images": len(labels),
+        "plan": config.plan.model_dump(mode="json"),
+        "views": config.views,
+        "cost": config.plan.cost,
+        "seeds": config.plan.seeds,
+        "worth": config.plan.worth,
+        "detectable_deviations": asked.detectable,
+        "fractions": sorted({run.fraction for run in runs}),
+        "methods": list(dict.fromkeys(run.method for run in runs)),
+        "rows": list(rows.values()),
+        "temperatures": _temperatures(config, rows),
+        "claims": [{**each.as_dict(), "sentence": verdict(each)} for each in judged],
+        "advice": advice,
+        "classes": _classes(by_class, advice["shown"], list(rows.values()), asked.dataset),
+        "caveats": _caveats(config, list(rows.values())),
+        "failed": config.failed,
+    }
+
+
+def figures(task: Task, scores: np.ndarray, groups: np.ndarray) -> Figures:
+    """The figure of all images and of those without each group, [1 + groups], in points."""
+    kept = [scores, *(scores[groups != each] for each in range(int(groups.max()) + 1))]
+    return np.array([100 * task.summary(each).value for each in kept])
+
+
+def _judged(task: Task, outputs: np.ndarray, labels: np.ndarray, guide: Checkpoint | None, dataset: Dataset) -> Numbers:
+    """Agreement with the teacher and calibration error, in points; None where it cannot be told."""
+    surety = task.surety(outputs, labels, CALIBRATION_BINS) if is_finite(outputs) else None
+    agreement = None
+    # A teacher that was tested on other images says nothing of these.
+    if guide is not None and guide.manifest.inputs["data"].key == dataset.key:
+        agreement = 100 * task.agreement(guide.tested[0], outputs)
+    error = None
+    if surety is not None:
+        error = 100 * expected_calibration_error(surety.confidence, surety.right, surety.weight if task.dense else None)
+    return {"agreement": agreement, "calibration_error": error}
+
+
+def _mean(rows: Sequence[Numbers], name: str) -> float | None:
+    known = [row[name] for row in rows if row[name] is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _interval(table: Table, method: str, share: float, level: float = 1 - CONFIDENCE) -> Numbers | None:
+    found = difference(table, method, LABELS, share)
+    return None if found is None else found.interval(level).as_dict()
+
+
+def _temperatures(config: StudyConfig, rows: Mapping[tuple[str, float], Numbers]) -> list[Numbers]:
+    """The gain of kd by temperature on each share."""
+    found = []
+    for at in sorted(config.plan.temperatures):
+        for share in config.plan.fractions:
+            row = rows.get((f"kd-T{at:g}", share))
+            if row is not None and row["gain"]:
+                found.append({"temperature": at, "fraction": share, "gain": row["gain"]})
+    return found
+
+
+def advise(table: Table, rows: Sequence[Numbers], worth: float) -> Numbers:
+    """What to take on the largest share: the method of the largest gain that is shown, else labels alone.
+
+    All methods are looked at and the best one is taken, so the interval is at the level over their number (Bonferroni).
+    ``shown`` is the method whose classes are shown.
+    """
+    share = max(row["fraction"] for row in rows)
+    taken = [row["method"] for row in rows if row["fraction"] == share and row["kind"] == "method"]
+    found = {name: apart for name in taken if (apart := difference(table, name, LABELS, share)) is not None}
+    whose = "all of the images" if share == 1 else f"{100 * share:g} % of the images"
+    if not found:
+        sentence = f"With {whose} nothing was compared with labels alone: no advice."
+        return {"method": LABELS, "shown": None, "fraction": share, "gain": None, "sentence": sentence}
+    best = max(found, key=lambda name: found[name].points)
+    gain = found[best].interval((1 - CONFIDENCE) / len(found))
+    told = {"shown": best, "fraction": share, "gain": gain.as_dict()}
+    if gain.low is None:
+        sentence = (
+            f"No advice: with {whose} {best} did best, {gain.value:+.2f} points over labels alone, but one seed is one "
+            "draw; take three or more."
+        )
+        return {"method": LABELS, **told, "sentence": sentence}
+    spread = f"{gain.value:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}] points over labels alone"
+    if gain.low > 0:
+        small = "" if gain.value >= worth else f", which is less than the {worth:g} that would matter"
+        return {"method": best, **told, "sentence": f"With {whose} take {best}: {spread}{small}."}
+    nearest = f"no method is shown to do better, the nearest is {best} with {spread}"
+    sentence = f"With {whose} train on the labels alone: {nearest}."
+    return {"method": LABELS, **told, "sentence": sentence}
+
+
+def _classes(
+    by_class: Mapping[tuple[str, float], Mapping[int, Mapping[int, float]]],
+    method: str | None,
+    rows: Sequence[Numbers],
+    dataset: Dataset,
+) -> Numbers | None:
+    """The gain of each class on the smallest and the largest share, by the seeds of both."""
+    if method is None:
+        return None
+    shares = sorted({row["fraction"] for row in rows})
+    shown = list(dict.fromkeys([shares[0], shares[-1]]))
+    found = []
+    for each, name in enumerate(dataset.classes):
+        gains: list[Numbers | None] = []
+        for share in shown:
+            its, labels = by_class.get((method, share), {}), by_class.get((LABELS, share), {})
+            apart = [
+                its[seed][each] - labels[seed][each]
+                for seed in sorted(its.keys() & labels.keys())
+                if each in its[seed] and each in labels[seed]
+            ]
+            gains.append(mean_interval(apart).as_dict() if apart else None)
+        if any(gains):
+            found.append({"class": name, "gains": gains})
+    return {"method": method, "fractions": shown, "rows": found}
+
+
+def verdict(claim: Judged) -> str:
+    """What came out for a claim, in a sentence."""
+    found = claim.interval
+    if not found.n:
+        return "not enough data: the two have no seed in common"
+    if found.low is None or found.high is None:
+        return f"one draw: {found.value:+.2f} points in a single seed, which say nothing of the next one"
+    told = f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}] points over {found.n} seeds"
+    if claim.answer != "not enough data":
+        return f"{claim.answer}: {told}"
+    if claim.more_seeds is not None:
+        return f"not enough data: {told}; about {claim.more_seeds} seeds more would tell, if it is as it seems"
+    return (
+        f"not enough data: {told}; seeds alone would not tell, it takes about {claim.images_needed:,} test images"
+        if claim.images_needed is not None
+        else f"not enough data: {told}"
+    )
+
+
+def _caveats(config: StudyConfig, rows: Sequence[Numbers]) -> list[str]:
+    """What a reader must know before believing a curve."""
+    found = []
+    if config.plan.seeds == 1:
+        found.append("One seed: every figure is one draw, and no claim can hold.")
+    labels = sorted(
+        ((row["fraction"], row["accuracy"]) for row in rows if row["method"] == LABELS), key=lambda each: each[0]
+    )
+    for (_, before), (share, after) in itertools.pairwise(labels):
+        if after["value"] - before["value"] < config.plan.worth and share >= 0.1:
+            found.append(
+                f"Labels alone hardly gain from more images up to {100 * share:g} %: there {config.views:,} views "
+                "bind, not the images. What is said of such shares is said of this budget."
+            )
+            break
+    uneven = [
+        row for row in rows if row["kind"] in ("method", "control") and config.plan.cost == "views"
+        and abs(row["views"] / config.views - 1) > 0.05
+    ]  # fmt: skip
+    if uneven:
+        shares = ", ".join(f"{100 * share:g} %" for share in sorted({row["fraction"] for row in uneven}))
+        found.append(f"Whole epochs give other views than the {config.views:,} of the plan on these shares: {shares}.")
+    if any(row["kind"] == "longer" for row in rows):
+        found.append(
+            f"What ends in -x{config.plan.longer} saw {config.plan.longer} times the views: compare it with its like."
+        )
+    if config.failed:
+        found.append(f"Not made: {', '.join(config.failed)}. What is said rests on the other runs.")
+    return found
+
+
+# ---- drawings ----------------------------------------------------------------------------------------------
+
+
+def drawings(numbers: Numbers) -> dict[str, Figure]:
+    """``gain`` by images with intervals, and ``temperature`` where there are several."""
+    import matplotlib
+
+    found: dict[str, Figure] = {}
+    with matplotlib.rc_context(STYLE):
+        gained = [row for row in numbers["rows"] if row["gain"]]
+        if gained:
+            found["gain"] = _gain_by_images(gained)
+        if len({row["temperature"] for row in numbers["temperatures"]}) > 1:
+            found["temperature"] = _gain_by_temperature(numbers["temperatures"])
+    return found
+
+
+def _lines(series: Mapping[str, Sequence[tuple[float, Numbers]]], over: str, title: str, salt: str) -> Figure:
+    """One line with error bars a name, over a logarithmic axis; nothing gained as a line across."""
+    columns, lines = _legend_rows([shortened(name) for name in series])
+    height = 3.4 + 0.24 * lines
+    figure = _figure(9.4, height, left=0.075, right=0.985, bottom=0.55 / height, top=1 - (0.2 + 0.24 * lines) / height)
+    axes = figure.add_subplot()
+    axes.axhline(0, color=GREY, linewidth=1)
+    for at, (name, places) in enumerate(series.items()):
+        values = [gain["value"] for _, gain in places]
+        arms = np.array(
+            [
+                [0.0, 0.0] if gain["low"] is None else [gain["value"] - gain["low"], gain["high"] - gain["value"]]
+                for _, gain in places
+            ]
+        ).T
+        # A little aside, so that intervals of one place stand beside each other.
+        aside = math.exp(0.02 * (at - (len(series) - 1) / 2))
+        style = {"color": PALETTE[at % len(PALETTE)], "linewidth": 1.3, "capsize": 2, "markersize": 5}
+        style["linestyle"] = ("-", "--", ":")[at // len(PALETTE) % 3]
+        axes.errorbar(
+            [place * aside for place, _ in places], values, yerr=arms, label=shortened(name),
+            marker=MARKERS[at % len(MARKERS)], **style,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    _plain_ticks(axes.xaxis)
+    axes.set_xlabel(over)
+    axes.set_ylabel("gain over labels alone, points")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, handletextpad=0.5)
+    return _drawn(figure, title, salt)
+
+
+def _gain_by_images(rows: Sequence[Numbers]) -> Figure:
+    series: dict[str, list[tuple[float, Numbers]]] = {}
+    for row in sorted(rows, key=lambda row: row["images"]):
+        series.setdefault(row["method"], []).append((row["images"], row["gain"]))
+    return _lines(series, "images to learn from", "Gain over labels alone by the number of images", "gain")
+
+
+def _gain_by_temperature(rows: Sequence[Numbers]) -> Figure:
+    series: dict[str, list[tuple[float, Numbers]]] = {}
+    for row in rows:
+        series.setdefault(f"{100 * row['fraction']:g} % of the images", []).append((row["temperature"], row["gain"]))
+    return _lines(series, "temperature", "Gain of kd over labels alone by temperature", "temperature")
+
+
+def spread(found: Numbers | None, sign: bool = False) -> str:
+    """A value and its interval; nothing of nothing."""
+    if found is None:
+        return ""
+    form = "+.2f" if sign else ".2f"
+    text = f"{found['value']:{form}}"
+    return text if found["low"] is None else f"{text} [{found['low']:{form}}, {found['high']:{form}}]"
+
+
+def render(numbers: Numbers) -> str:
+    """The page of ``numbers``, which stands alone; everything is escaped but the figures drawn here."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("study.html").render(**numbers, figures=drawings(numbers), spread=spread)
+
+
+def closing_lines(numbers: Numbers) -> list[str]:
+    """What a terminal shows: claims, caveats, advice."""
+    claims = [f"claim: {each['claim']}: {each['sentence']}" for each in numbers["claims"]]
+    return [*claims, *numbers["caveats"], numbers["advice"]["sentence"]]

@@ -1,0 +1,387 @@
+"""Claims that are named before the runs, and the study that makes runs for them: plan, cost, locks, page, advice."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Told, Trained, assert_one_line, kdpipe, listening
+from scipy import stats
+
+from kdpipe import pipeline, study
+from kdpipe.chain import Chain
+from kdpipe.core import proc
+from kdpipe.core.claims import Claim, Table, difference, groups_of, judge, parse_claim
+from kdpipe.core.config import StudyPlan, TrainConfig, read_recipe, validated
+from kdpipe.core.errors import UserError
+from kdpipe.core.kinds import Checkpoint, Study
+from kdpipe.report.study import figures
+from kdpipe.runtime.task import TASKS
+
+SHARES = (0.02, 0.1, 1.0)
+CLAIMS = [Claim(f"m{at}", "labels", 0.02) for at in range(3)] + [Claim("m0", "labels", 1.0), Claim("m1", "m2", 0.1)]
+
+
+def simulated(generator: np.random.Generator, seeds: int, gain: float, spread: float, images: float) -> Table:
+    """Six methods: a seed moves all of a share, and each a little more, the more the fewer images there are.
+
+    Args:
+        gain: of every method over labels, points.
+        spread: by how much the methods differ in how steady they are, as a logarithm.
+        images: what other test images would add, standard error of each method in points.
+    """
+    table, groups = {}, 20
+    steadiness = np.exp(generator.normal(0, spread, 6))
+    for share in SHARES:
+        scale = {0.02: 2.0, 0.1: 1.0, 1.0: 0.5}[share]
+        common = generator.normal(50, scale, seeds)
+        for at, name in enumerate(["labels", *(f"m{number}" for number in range(5))]):
+            by_group = generator.normal(0, images * np.sqrt(groups), groups)
+            runs = {}
+            for seed in range(seeds):
+                whole = by_group + common[seed] + generator.normal(0, steadiness[at] * scale) + gain * (at > 0)
+                runs[seed] = np.array([whole.mean(), *((whole.sum() - whole) / (groups - 1))])
+            table[name, share] = runs
+    return table
+
+
+@pytest.mark.parametrize(("seeds", "spread", "images"), [(2, 0.0, 0.0), (3, 0.6, 0.0), (6, 0.6, 0.5)])
+def test_methods_that_do_not_differ_hold_nothing(seeds: int, spread: float, images: float) -> None:
+    """At most one study in 20 may name a gain that is none; so many may show a few more by chance (99 %)."""
+    generator, studies, false = np.random.default_rng(seeds), 120, 0
+    for _ in range(studies):
+        judged = judge(CLAIMS, simulated(generator, seeds, 0.0, spread, images), 1.0, 1000)
+        false += any(each.answer == "holds" for each in judged)
+    assert false <= stats.binom.ppf(0.99, studies, 0.05)
+
+
+def test_a_real_difference_is_found_and_none_is_denied() -> None:
+    generator, found, denied = np.random.default_rng(0), 0, 0
+    for _ in range(40):
+        judged = judge(CLAIMS[:4], simulated(generator, 6, 8.0, 0.0, 0.0), 1.0, 1000)
+        found += sum(each.answer == "holds" for each in judged)
+        denied += sum(each.answer == "does not hold" for each in judged)
+    assert found >= 0.9 * 160
+    assert denied == 0
+    steady = simulated(generator, 12, 0.0, 0.0, 0.0)
+    [judged] = judge([Claim("m0", "labels", 1.0)], steady, 3.0, 1000)
+    assert judged.answer == "does not hold", judged
+
+
+def test_two_methods_alone_are_a_paired_t_test() -> None:
+    """Nothing else is there to pool with, and the test images leave nothing open: scipy's own test is the referee."""
+    generator = np.random.default_rng(4)
+    first, second = generator.normal(52, 1, 5), generator.normal(50, 1, 5)
+    table: Table = {
+        ("a", 0.1): {seed: np.full(11, value) for seed, value in enumerate(first)},
+        ("b", 0.1): {seed: np.full(11, value) for seed, value in enumerate(second)},
+    }
+    [judged] = judge([Claim("a", "b", 0.1)], table, 1.0, 100)
+    wanted = stats.ttest_rel(first, second)
+    assert judged.p_value == pytest.approx(wanted.pvalue)
+    low, high = wanted.confidence_interval()
+    assert (judged.interval.low, judged.interval.high) == pytest.approx((low, high))
+
+
+def test_the_images_share_of_an_error_is_that_of_a_mean() -> None:
+    """As many groups as images: the jackknife of a share is its standard error."""
+    generator = np.random.default_rng(2)
+    right = [generator.random(40) < share for share in (0.7, 0.5)]
+    groups = groups_of(40)
+    assert sorted(groups) == list(range(40))
+    table = {
+        (name, 1.0): {0: figures(TASKS["classification"], scores, groups)}
+        for name, scores in zip("ab", right, strict=True)
+    }
+    found = difference(table, "a", "b", 1.0)
+    apart = 100 * (right[0].astype(float) - right[1])
+    assert found is not None
+    assert found.points == pytest.approx(apart.mean())
+    assert found.image_error == pytest.approx(apart.std(ddof=1) / np.sqrt(40))
+    [judged] = judge([Claim("a", "b", 1.0)], table, 1.0, 40)
+    assert (judged.answer, judged.interval.low) == ("one draw", None)
+
+
+def test_how_many_seeds_more_would_tell() -> None:
+    """With that many the claim is told in most of the studies that follow."""
+    generator = np.random.default_rng(5)
+    unsure = [
+        each
+        for _ in range(60)
+        for each in judge(CLAIMS[:1], simulated(generator, 3, 2.0, 0.0, 0.0), 0.5, 1000)
+        if each.answer == "not enough data" and each.more_seeds is not None and 1.5 < each.interval.value < 2.5
+    ]
+    seeds = 3 + round(np.median([each.more_seeds for each in unsure if each.more_seeds is not None]))
+    more = [judge(CLAIMS[:1], simulated(generator, seeds, 2.0, 0.0, 0.0), 0.5, 1000) for _ in range(30)]
+    assert sum(each.answer != "not enough data" for [each] in more) >= 15
+    few = judge(CLAIMS[:1], simulated(np.random.default_rng(6), 3, 0.0, 0.0, 5.0), 0.5, 1000)[0]
+    assert (few.answer, few.more_seeds) == ("not enough data", None)
+    assert few.images_needed is not None
+    assert few.images_needed > 1000
+
+
+def test_claims_as_they_are_written() -> None:
+    assert parse_claim("kd-T4 > labels at 2% by 1.5") == Claim("kd-T4", "labels", 0.02, 1.5)
+    assert parse_claim(str(Claim("hint", "kd-T20", 0.1))) == Claim("hint", "kd-T20", 0.1)
+    for text in (
+        "kd better than labels",
+        "kd > labels",
+        "kd > labels at 0",
+        "kd > labels at 1.2",
+        "kd > kd at 1",
+        "a > b at 1 by .",
+        "a > b at ..1",
+    ):
+        with pytest.raises(UserError, match="claim"):
+            parse_claim(text)
+
+
+# ---- a study of digits ---------------------------------------------------------------------------------------
+
+
+def options(**more: object) -> list[object]:
+    settings: dict[str, object] = {
+        "student": "resnet8",
+        "student.input.size": 16,
+        "fractions": "0.05,0.1",
+        "methods": "kd,hint",
+        "temperatures": "4,1",
+        "seeds": 2,
+        "views": 240,
+        "int8": "none",
+        "distill.train.workers": 0,
+        "distill.train.batch-size": 16,
+        "distill.train.augment.crop": "pad",
+        **more,
+    }
+    return [word for name, value in settings.items() if value is not None for word in (f"--{name}", value)]
+
+
+@pytest.fixture(scope="module")
+def studied(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[object], Mapping[str, Any]]:
+    """The artifacts of a study, the command that made it, and what that said."""
+    folder = tmp_path_factory.mktemp("study")
+    asked = ["study", trained.dataset.path, trained.teacher.path, "--artifacts", folder, *options()]
+    planned = kdpipe(*asked, "--dry-run", "--json")
+    assert planned.returncode == 0, planned.stderr
+    assert not list(folder.glob("cell-*"))
+    assert [each["sealed"] for each in json.loads(planned.stdout)["runs"]] == [False] * 24
+    done = kdpipe(*asked, "--json")
+    assert done.returncode == 0, done.stderr
+    return folder, asked, json.loads(done.stdout)
+
+
+def test_every_method_has_the_same_images_views_and_steps(
+    studied: tuple[Path, list[object], Mapping[str, Any]],
+) -> None:
+    folder, _, told = studied
+    runs = [Checkpoint.open(path) for path in sorted(folder.glob("cell-*"))]
+    assert len(runs) == 6 * 2 * 2
+    for share in (0.05, 0.1):
+        for seed in (0, 1):
+            alike = [run for run in runs if (run.settings["label_fraction"], run.settings["seed"]) == (share, seed)]
+            assert len({run.file(Checkpoint.IMAGES).read_bytes() for run in alike}) == 1
+            assert len({run.facts.steps for run in alike}) == 1
+            assert abs(alike[0].facts.epochs * alike[0].facts.training_images - 240) < 0.2 * 240
+    numbers = told["numbers"]
+    assert numbers["methods"] == ["labels", "kd-T4", "kd-T1", "hint", "smoothing", "shuffled"]
+    by_name = {(row["method"], row["fraction"]): row for row in numbers["rows"]}
+    one = next(run for run in runs if run.settings["method"] == "hint" and run.settings["label_fraction"] == 0.1)
+    row = by_name["hint", 0.1]["runs"][one.settings["seed"]]
+    assert row["accuracy"] == pytest.approx(100 * one.facts.test_accuracy)
+    control = next(run for run in runs if run.path.name.startswith("cell-shuffled"))
+    assert control.settings["shuffled_teacher"]
+    smoothed = next(run for run in runs if run.path.name.startswith("cell-smoothing"))
+    assert smoothed.settings["train"]["label_smoothing"] == 0.1
+    gains = [row for row in numbers["rows"] if row["gain"]]
+    assert len(gains) == 10
+    assert all(row["gain"]["low"] < row["gain"]["value"] < row["gain"]["high"] for row in gains)
+    agreement = [row["agreement"] for row in numbers["rows"] if row["method"].startswith("kd")]
+    assert all(0 < value <= 100 for value in agreement)
+    assert {row["temperature"] for row in numbers["temperatures"]} == {1, 4}
+
+
+def test_claims_are_named_in_the_plan_and_judged_on_the_page(
+    studied: tuple[Path, list[object], Mapping[str, Any]],
+) -> None:
+    folder, _, told = studied
+    claims = told["numbers"]["claims"]
+    assert [each["claim"] for each in claims] == [
+        "kd-T4 > labels at 0.05",
+        "hint > labels at 0.05",
+        "kd-T4 > shuffled at 0.05",
+    ]
+    page = Path(told["page"]).read_text()
+    assert not re.search(r'(src|href)="https?:', page)
+    for words in (
+        "Gain by images",
+        *(each["answer"] for each in claims),
+        "corrected by Holm",
+        "Gain of kd over labels",
+    ):
+        assert words in page
+    [sealed] = folder.glob("study-*")
+    made = Study.open(sealed)
+    assert [each.claim for each in made.facts.claims] == [each["claim"] for each in claims]
+    assert made.facts.runs == 24
+
+
+def test_the_advised_recipe_trains_what_was_run(
+    studied: tuple[Path, list[object], Mapping[str, Any]], trained: Trained
+) -> None:
+    folder, _, told = studied
+    [sealed] = folder.glob("study-*")
+    recipe = read_recipe(sealed / Study.RECIPE)
+    assert recipe.teacher.checkpoint is not None
+    assert recipe.teacher.checkpoint.resolve() == (trained.teacher.path / Checkpoint.WEIGHTS).resolve()
+    advised = told["numbers"]["advice"]["method"]
+    run = next(Checkpoint.open(path) for path in folder.glob(f"cell-{advised}-0.1-seed0-*"))
+    config = pipeline.student_runs(recipe.student, recipe.distill)[f"student-{run.settings['method']}-seed0"]
+    assert config == TrainConfig.model_validate(run.settings)
+    told_data = Chain(folder).data_order(recipe.data)
+    assert told_data.key == trained.dataset.key
+
+
+def test_the_same_command_makes_nothing_again(studied: tuple[Path, list[object], Mapping[str, Any]]) -> None:
+    folder, asked, told = studied
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    done = kdpipe(*asked)
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    assert told["numbers"]["advice"]["sentence"] in done.stdout
+    listed = kdpipe("list", "--artifacts", folder)
+    assert "study" in listed.stdout
+
+
+def test_a_part_that_another_process_makes_is_left_to_it(
+    studied: tuple[Path, list[object], Mapping[str, Any]], trained: Trained
+) -> None:
+    """Whoever comes takes what nobody holds, waits for the rest, and finds it there."""
+    folder, _, _ = studied
+    [sealed] = folder.glob("study-*")
+    settings = StudyPlan.model_validate(Study.open(sealed).manifest.config["plan"])
+    told, lock = Told(), sorted((folder / study.STUDIES).glob("*.lock"))[0]
+    with lock.open("a") as stream, listening(told):
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        waiting = threading.Timer(0.5, fcntl.flock, (stream, fcntl.LOCK_UN))
+        waiting.start()
+        found = study.run(settings, trained.dataset, trained.teacher, Chain(folder))
+        waiting.join()
+    assert found.path == sealed
+    assert sum("waiting" in line for line in told.notes) == 1
+
+
+def test_runs_of_studies_are_no_part_of_other_pages(studied: tuple[Path, list[object], Mapping[str, Any]]) -> None:
+    from kdpipe.chain import CELL
+
+    folder, _, _ = studied
+    assert all(path.name.startswith(CELL) for path in folder.glob("*seed*"))
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"methods": "kd,hnit"}, ["method", "hnit", "hint"]),
+        ({"controls": "shufled"}, ["control", "shuffled"]),
+        ({"claim": "kd-T4 > labels at 0.3"}, ["no share 0.3", "0.05, 0.1"]),
+        ({"claim": "kd-T9 > labels at 0.1"}, ["kd-T9", "kd-T4"]),
+        ({"claim": "kd beats labels"}, ["wanted METHOD > METHOD at SHARE"]),
+        ({"views": 10}, ["less than a pass"]),
+        ({"views": None, "budget": "2 weeks"}, ["budget", "2h"]),
+        ({"further": "labels={method: kd}"}, ["taken"]),
+        ({"further": "own"}, ["NAME=VALUE"]),
+        ({"methods": "masked"}, ["--starts"]),
+        ({"further": "kd-T4={method: hint}"}, ["taken"]),
+        ({"further": "own=7"}, ["own"]),
+        ({"further": "own={temprature: 3}"}, ["temprature", "temperature"]),
+        ({"student": "resnet9000"}, ["resnet9000"]),
+        ({"fractions": "0.1,0.1"}, ["once"]),
+        ({"distill.label_fraction": 0.5}, ["--fractions"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_mistakes(trained: Trained, tmp_path: Path, more: dict[str, object], words: list[str]) -> None:
+    done = kdpipe("study", trained.dataset.path, trained.teacher.path, "--artifacts", tmp_path, *options(**more))
+    assert_one_line(done, 2, *words)
+    assert not list(tmp_path.glob("cell-*"))
+
+
+def planned(trained: Trained, folder: Path, **more: object) -> study.Plan:
+    values = {"student": "resnet8", "fractions": [0.1], "methods": ["kd"], "temperatures": [4], "views": 2000, **more}
+    return study.plan(validated(StudyPlan, values, "test"), trained.dataset, trained.teacher, Chain(folder))
+
+
+def test_longer_runs_and_other_teachers_are_methods_of_their_own(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pace = study.Decision(views=0, view_seconds={"labels": 1e-3, "kd-T4": 2e-3, "own": 4e-3}, test_seconds=1.0)
+    monkeypatch.setattr(study.Design, "measured", lambda self: pace)
+    more = {"longer": 2, "teachers": {"big": str(trained.teacher.path)}, "own_size": True, "controls": ["flattened"]}
+    from_it = {"student": "test_resnet", "starts": {"taught": str(trained.student.path)}}
+    pace.view_seconds["flattened"] = 2e-3
+    found = planned(trained, tmp_path, **more, **from_it)
+    names = ["labels", "kd-T4", "flattened", "labels-x2", "kd-T4-x2", "kd-T4-by-big", "kd-T4-by-own-size"]
+    names += ["labels-from-taught", "kd-T4-from-taught"]
+    assert {cell.config.start for cell in found.cells if cell.kind == "start"} == {trained.student.path}
+    assert {cell.config.teacher_control for cell in found.cells if cell.method == "flattened"} == {"flattened"}
+    assert found.design.names == names
+    views = {cell.method: cell.views for cell in found.cells}
+    assert views["kd-T4-x2"] == pytest.approx(2 * views["kd-T4"], rel=0.05)
+    assert len(found.cells) == len(names) * 3
+    # Equal seconds: what takes four times as long for a view sees a quarter of them.
+    own = {"further": {"own": {"method": "dkd"}}, "cost": "seconds", "controls": []}
+    equal = {cell.method: cell.views for cell in planned(trained, tmp_path, **own).cells}
+    assert equal["labels"] == pytest.approx(4 * equal["own"], rel=0.1)
+    # A budget: all runs together, tests included, as far as whole passes over the images allow.
+    within = planned(trained, tmp_path, views=None, budget="30s", controls=[])
+    largest = max(within.design.images.values())
+    seconds = within.design.seconds(within.decision)
+    assert seconds is not None
+    assert 30 - 2 * 3 * largest * 2e-3 < seconds <= 30
+    with pytest.raises(UserError, match="too short"):
+        planned(trained, tmp_path, views=None, budget="6s", controls=[])
+
+
+def test_what_a_pace_decides_is_decided_once(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second process, or the same command another day, does not come to other runs."""
+    settings = validated(StudyPlan, {"student": "resnet8", "fractions": [0.1], "budget": "60s"}, "test")
+    design = study.Design(settings, trained.dataset, trained.teacher, Chain(tmp_path))
+    for pace in (1e-3, 5e-3):
+        found = study.Decision(views=0, view_seconds=dict.fromkeys(design.configs, pace), test_seconds=0.0)
+        monkeypatch.setattr(study.Design, "measured", lambda self, found=found: found)
+        decision = design.decided(keep=True)
+        assert decision.view_seconds["labels"] == 1e-3
+    design.memory.write_text("{}")
+    with pytest.raises(UserError, match="remove"):
+        design.decided(keep=True)
+
+
+def test_the_pace_is_that_of_the_method(trained: Trained, tmp_path: Path) -> None:
+    """Measured, and nothing is left behind: a network four times as deep takes longer a view."""
+    from kdpipe.distill.pace import test_seconds, view_seconds
+
+    values = {"model": "resnet8", "input": {"size": 16}, "method": "labels", "train": {"workers": 0, "batch_size": 8}}
+    config = validated(TrainConfig, values, "test")
+    deep = config.model_copy(update={"model": "resnet32"})
+    small, large = (view_seconds(each, trained.dataset, None, tmp_path) for each in (config, deep))
+    assert 0 < small < large
+    assert test_seconds(config, trained.dataset) > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_of_torchrun_work_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "CUDA_VISIBLE_DEVICES": "5,7"}.items():
+        monkeypatch.setenv(name, value)
+    assert proc.spread() == 3
+    assert proc.process_count() == 1
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
+    assert proc.spread() == 0
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
