@@ -32,7 +32,7 @@ from kdpipe.core.errors import UserError
 from kdpipe.core.inputs import InputSpec
 from kdpipe.core.kinds import Checkpoint
 from kdpipe.data.dataset import Dataset
-from kdpipe.distill import losses
+from kdpipe.distill import loop, losses
 from kdpipe.distill.methods import METHODS, LogitMethod, MaskedImages
 from kdpipe.distill.teacher import Teacher, TeacherOutput
 from kdpipe.networks import models
@@ -394,8 +394,7 @@ def masked(name: str = "test_resnet", spec: InputSpec = SPEC, **settings: Any) -
 def test_hidden_pixels_are_never_seen(name: str) -> None:
     """What is painted does not depend on them; the loss is the mean absolute difference over them alone."""
     method, view = masked(name, ratio=0.5, patch=8).eval(), torch.randn(3, 3, 32, 32)
-    torch.manual_seed(5)
-    hidden = method.hidden(3)
+    hidden = method.hidden(torch.tensor([0, 1, 2]))
     assert hidden.shape == (3, 1, 32, 32) and hidden.sum((1, 2, 3)).tolist() == 3 * [8 * 64]
     others = torch.where(hidden, torch.randn(3, 3, 32, 32), view)
     label = torch.zeros(3, dtype=torch.int64)
@@ -407,7 +406,6 @@ def test_hidden_pixels_are_never_seen(name: str) -> None:
     assert painted.shape == view.shape and torch.equal(painted, shown(others))
     where = np.broadcast_to(hidden.numpy(), view.shape)
     wanted = np.abs(painted.detach().numpy() - others.numpy())[where].mean()
-    torch.manual_seed(5)
     result = method(others, label)
     assert "output" not in result and result["loss"].item() == pytest.approx(wanted, rel=1e-5)
     result["loss"].backward()
@@ -420,11 +418,14 @@ def test_hidden_pixels_are_never_seen(name: str) -> None:
 def test_squares_at_the_border_and_their_count() -> None:
     spec = SPEC.model_copy(update={"size": (30, 44)})
     method = masked(spec=spec, ratio=0.99, patch=16)
-    hidden = method.hidden(50)
+    hidden = method.hidden(torch.arange(50))
     assert hidden.shape == (50, 1, 30, 44)
     assert not hidden.flatten(1).all(1).any(), "something is left to be seen"
     seen = ~hidden[:, 0, ::16, ::16].flatten(1)
     assert (seen.sum(1) == 1).all() and (seen.sum(0) > 0).all(), "another square of each view"
+    assert torch.equal(method.hidden(torch.tensor([7, 3])), hidden[[7, 3]]), "whatever else is in the batch"
+    method.epoch = 1
+    assert not torch.equal(method.hidden(torch.arange(50)), hidden)
     assert masked(spec=spec.model_copy(update={"size": 224}), name="test_resnet")._patch == 32
     with pytest.raises(UserError, match="hides a view of 32 pixels whole"):
         masked(patch=32)
@@ -432,7 +433,7 @@ def test_squares_at_the_border_and_their_count() -> None:
 
 def test_masked_images_teach_without_labels(dataset: Dataset, taught: Checkpoint, tmp_path: Path) -> None:
     """No label is looked at, the loss falls, the head stays as it was, and a student begins with a head of its own."""
-    config = configuration(method="masked", train={"epochs": 8, "learning_rate": 0.01})
+    config = configuration(method="masked", train={"epochs": 5, "learning_rate": 0.01})
     done = train(config, dataset, taught, tmp_path / "masked")
     assert "teacher" not in done.manifest.inputs
     rows = done.history
@@ -446,16 +447,30 @@ def test_masked_images_teach_without_labels(dataset: Dataset, taught: Checkpoint
     )
 
 
-def test_masked_images_side_by_side_with_others(dataset: Dataset, taught: Checkpoint, tmp_path: Path) -> None:
-    """As alone, with dropout in the network: the squares are a function of seed, epoch and step."""
+def test_masked_images_interrupted_side_by_side(
+    dataset: Dataset, taught: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As alone and in one go, with dropout in the network and an average of its weights."""
     own = {"method": "masked", "model_args": {"drop_path_rate": 0.2}, "masked": {"ratio": 0.4}}
-    configs = {
-        tmp_path / name: configuration(**{"method": name, **(own if name == "masked" else {})})
-        for name in ("kd", "masked")
-    }
+    often = {"checkpoint_seconds": 0, "epochs": 2, "average": 0.9}
+    changes: dict[str, dict[str, Any]] = {"kd": {"method": "kd"}, "masked": own}
+    configs = {tmp_path / name: configuration(**change, train=often) for name, change in changes.items()}
+    step, steps = loop.Run._learn, []
+
+    def interrupted(run: loop.Run, batch: loop.Batch) -> None:
+        steps.append(run.position)
+        if len(steps) == 12:
+            raise KeyboardInterrupt
+        step(run, batch)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(loop.Run, "_learn", interrupted)
+        train_together(configs, dataset, taught)
+    assert max(steps) == 5 and not (tmp_path / "masked").exists()
     together = train_together(configs, dataset, taught)[tmp_path / "masked"]
     alone = train(configs[tmp_path / "masked"], dataset, None, tmp_path / "alone")
-    assert together.file(Checkpoint.WEIGHTS).read_bytes() == alone.file(Checkpoint.WEIGHTS).read_bytes()
+    for name in (Checkpoint.WEIGHTS, Checkpoint.HISTORY):
+        assert together.file(name).read_bytes() == alone.file(name).read_bytes(), name
 
 
 def test_masked_images_of_a_command(dataset: Dataset, tmp_path: Path, workdir: Path) -> None:
