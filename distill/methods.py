@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple, cast
 
+import numpy as np
 import torch
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.task import TrainingTask
@@ -1004,6 +1005,7 @@ class MaskedImages(Method):
         self._squares = rows, columns
         self._count = min(max(1, round(settings.ratio * rows * columns)), rows * columns - 1)
         self._learning = set(stage_parameters(student.student, self.spec.sides, student.indices)[0])
+        self._seed = int(torch.randint(2**31, ()))  # from that of the run, in whose name this is made
 
     @classmethod
     def check(cls, config: DistillSettings) -> None:
@@ -1025,11 +1027,15 @@ class MaskedImages(Method):
             if name not in self._learning:
                 parameter.requires_grad_(False)
 
-    def hidden(self, count: int) -> Tensor:
-        """Which pixels of so many views are hidden, bool [B, 1, H, W]: as many squares of each, drawn anew."""
+    def hidden(self, numbers: Tensor) -> Tensor:
+        """Which pixels of the views of these images [B] are hidden, bool [B, 1, H, W]: as many squares of each.
+
+        A function of the run's seed, the epoch and the image's number: neither the batch nor the process has a say.
+        """
         (rows, columns), (height, width) = self._squares, self.spec.sides
-        order = torch.rand(count, rows * columns, generator=torch.default_generator).argsort(1)
-        squares = (order < self._count).reshape(count, 1, rows, columns)
+        drawn = (np.random.default_rng((self._seed, self.epoch, number)) for number in numbers.tolist())
+        order = np.stack([generator.permutation(rows * columns) for generator in drawn])
+        squares = torch.from_numpy(order < self._count).reshape(len(order), 1, rows, columns)
         return squares.repeat_interleave(self._patch, 2).repeat_interleave(self._patch, 3)[..., :height, :width]
 
     def forward(
@@ -1040,10 +1046,11 @@ class MaskedImages(Method):
         numbers: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """One batch: how far what is painted is from what was hidden."""
-        hidden = self.hidden(len(input)).to(input.device)  # before the student's forward, which draws too
+        known = torch.arange(len(input)) if numbers is None else numbers
+        hidden = self.hidden(known).to(input.device, non_blocking=True)
         output: StudentOutput = self.trainable_module(input.masked_fill(hidden, 0), 0)
-        missed = (output.auxiliary[0] - input.float()).abs() * hidden
-        return {"loss": missed.sum() / (3 * hidden.sum())}
+        missed = ((output.auxiliary[0] - input.float()).abs() * hidden).sum((1, 2, 3))
+        return {"loss": (missed / (3 * hidden.sum((1, 2, 3)))).mean()}
 
 
 METHODS: dict[configuration.Method, type[Method]] = {
