@@ -16,9 +16,11 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, get_args
+
+import numpy as np
 
 from .chain import CELL, PRECISIONS, TRAIN_NEEDS, Chain, tolerated, train_order
 from .core.artifact import Order, Record, canonical, drafting, write_json
@@ -36,6 +38,7 @@ from .core.config import (
     control_of,
 )
 from .core.errors import KdpipeError, UserError, choice
+from .core.inputs import sides
 from .core.kinds import Checkpoint, ClaimFacts, Model, Study, StudyFacts
 from .core.proc import require
 from .core.progress import note, progress
@@ -43,6 +46,7 @@ from .core.sealed import printable
 from .data.dataset import Dataset
 from .devices import find_device
 from .networks.names import check_network
+from .runtime.task import TASKS
 
 STUDIES = ".studies"  # what a study decided, and the locks of its parts
 LOOK_SECONDS = 1.0  # between two looks whether another process has made its part
@@ -56,6 +60,7 @@ OF_TEACHER: dict[str, dict[str, Any]] = {
     "smoothing-teacher": {"teacher_control": "smoothing"},
 }
 LARGEST_DECISION_BYTES = 2**20
+TESTED_IMAGES = 16  # of which all outputs are in memory together
 
 
 @dataclass(frozen=True)
@@ -619,10 +624,13 @@ def _sealed(
         require("the page of a study", ("matplotlib", "jinja2"), "report")
         from .report import study as page
 
-        with drafting(Study, order, path) as draft, progress("looking at the runs", len(runs)) as advance:
+        def nothing() -> None:
+            return None
+
+        with drafting(Study, order, path) as draft:
             rows = []
             for cell, checkpoint in runs:
-                small = _int8_outputs(design, checkpoint) if design.wants_int8(cell) else None
+                small = partial(_int8_outputs, design, checkpoint) if design.wants_int8(cell) else nothing
                 guide = guides[cell.guide] if cell.config.needs_teacher else None
                 rows.append(
                     Ran(
@@ -637,7 +645,6 @@ def _sealed(
                         small,
                     )
                 )
-                advance(1, cell.name)
             asked = page.Asked(design.dataset, design.teacher, design.claims, design.middle, planned.detectable)
             numbers = page.collect(config, rows, asked)
             write_json(draft.path / Study.NUMBERS, numbers)
@@ -660,7 +667,7 @@ def _sealed(
 
 
 def _int8_outputs(design: Design, student: Checkpoint) -> Any:
-    """What its INT8 says of the test images [N, ...]; None where there is none."""
+    """What its INT8 says of the test images [N, ...], of masks the classes; None where there is none."""
     from .data.dataset import predict_samples
     from .runtime import open_session
 
@@ -669,7 +676,12 @@ def _int8_outputs(design: Design, student: Checkpoint) -> Any:
         session = open_session(model.path, model.facts.for_runtime(), len(os.sched_getaffinity(0)))
     except KdpipeError:
         return None  # it was tried with its run, and told there
-    return predict_samples(session, design.dataset.samples("test"), model.facts.input.model_dump())
+    task, spec = TASKS[model.facts.task], model.facts.input
+    samples, step, found = design.dataset.samples("test"), TESTED_IMAGES, []
+    for at in range(0, len(samples), step):
+        outputs = predict_samples(session, samples[at : at + step], spec.model_dump())
+        found.append(task.decide_at(outputs, sides(spec.size)) if task.dense else outputs)
+    return np.concatenate(found)
 
 
 def _recipe(design: Design, cells: Sequence[Cell], method: str, sentence: str, folder: Path) -> str:
@@ -693,12 +705,19 @@ def _recipe(design: Design, cells: Sequence[Cell], method: str, sentence: str, f
         for name, value in design.dataset.settings.items()
         if name in DataPlan.model_fields and value != DataPlan.model_fields[name].default
     }
+    student = _network(config.model_dump(mode="json"))
+    # What a key knows by its hash is no part of a dump.
+    student |= {
+        name: str(path.absolute())
+        for name in ("start", "encoder_checkpoint")
+        if (path := getattr(config, name)) is not None
+    }
     teacher = _network(design.teacher.settings)
     values = {
         "name": "advised",
         "data": data,
         "teacher": {**teacher, "checkpoint": weights},
-        "student": _network(config.model_dump(mode="json")),
+        "student": student,
         "distill": distill,
     }
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 from ..core.claims import Claim, Figures, Judged, Table, difference, groups_of, judge
 from ..core.config import StudyConfig
 from ..core.kinds import Checkpoint
+from ..core.sealed import printable
 from ..core.stats import CALIBRATION_BINS, CONFIDENCE, expected_calibration_error, mean_interval
 from ..data.dataset import Dataset
 from ..runtime.task import TASKS, Task
@@ -28,7 +29,7 @@ MARKERS = ("o", "D", "s", "^", "v", "P")
 
 @dataclass(frozen=True)
 class Ran:
-    """One run of a study. ``small``: what its INT8 says of the test images [N, ...], where there is one."""
+    """One run of a study. ``small`` gives what its INT8 says of the test images [N, ...], None where there is none."""
 
     method: str
     kind: str
@@ -38,7 +39,7 @@ class Ran:
     views: int
     checkpoint: Checkpoint
     guide: Checkpoint | None
-    small: np.ndarray | None
+    small: Callable[[], np.ndarray | None]
 
 
 @dataclass(frozen=True)
@@ -59,26 +60,26 @@ def collect(config: StudyConfig, runs: Sequence[Ran], asked: Asked) -> Numbers:
     the cells share (``core.claims``); only the claims are corrected for their number.
     """
     task = TASKS[asked.dataset.facts.task]
-    labels = runs[0].checkpoint.tested[1]
-    groups = groups_of(len(labels))
+    groups = groups_of(runs[0].checkpoint.facts.test_images)
     table: dict[tuple[str, float], dict[int, Figures]] = {}
     small: dict[tuple[str, float], dict[int, Figures]] = {}
     by_class: dict[tuple[str, float], dict[int, dict[int, float]]] = {}
     rows: dict[tuple[str, float], Numbers] = {}
     for run in runs:
-        outputs, _ = run.checkpoint.tested
+        outputs, labels = run.checkpoint.tested
         scores = task.scores(outputs, labels)
         where = run.method, run.fraction
         table.setdefault(where, {})[run.seed] = figures(task, scores, groups)
         classes = task.of_classes(task.by_class(scores, labels))
         by_class.setdefault(where, {})[run.seed] = {each: 100 * its.value for each, its in classes.items()}
         found = _judged(task, outputs, labels, run.guide, asked.dataset)
-        if run.small is not None:
-            its_scores = task.scores(run.small, labels)
+        quantised = run.small()
+        if quantised is not None:
+            its_scores = task.scores(quantised, labels)
             small.setdefault(where, {})[run.seed] = figures(task, its_scores, groups)
             found["int8"] = {
                 "accuracy": float(small[where][run.seed][0]),
-                **_judged(task, run.small, labels, run.guide, asked.dataset),
+                **_judged(task, quantised, labels, run.guide, asked.dataset),
             }
         row = rows.setdefault(
             where,
@@ -104,7 +105,7 @@ def collect(config: StudyConfig, runs: Sequence[Ran], asked: Asked) -> Numbers:
             **{name: _mean(quantized, name) for name in JUDGED},
         }
         row["int8"] = row["int8"] or None
-    judged = judge(asked.claims, table, config.plan.worth, len(labels))
+    judged = judge(asked.claims, table, config.plan.worth, len(groups))
     advice = advise(table, list(rows.values()), config.plan.worth)
     teacher = asked.teacher
     return {
@@ -117,7 +118,7 @@ def collect(config: StudyConfig, runs: Sequence[Ran], asked: Asked) -> Numbers:
             "training_images": teacher.facts.training_images,
         },
         "task": {"metric": task.metric, "unit": task.unit, "class_metric": task.class_metric},
-        "test_images": len(labels),
+        "test_images": len(groups),
         "plan": config.plan.model_dump(mode="json"),
         "views": config.views,
         "cost": config.plan.cost,
@@ -148,7 +149,10 @@ def _judged(task: Task, outputs: np.ndarray, labels: np.ndarray, guide: Checkpoi
     agreement = None
     # A teacher that was tested on other images says nothing of these.
     if guide is not None and guide.manifest.inputs["data"].key == dataset.key:
-        agreement = 100 * task.agreement(guide.tested[0], outputs)
+        said, _ = guide.tested
+        # Nor one whose masks are of another size of every place.
+        if not task.dense or said.shape == outputs.shape:
+            agreement = 100 * task.agreement(said, outputs)
     error = None
     if surety is not None:
         error = 100 * expected_calibration_error(surety.confidence, surety.right, surety.weight if task.dense else None)
@@ -230,7 +234,7 @@ def _classes(
             ]
             gains.append(mean_interval(apart).as_dict() if apart else None)
         if any(gains):
-            found.append({"class": name, "gains": gains})
+            found.append({"class": printable(name), "gains": gains})
     return {"method": method, "fractions": shown, "rows": found}
 
 
