@@ -73,6 +73,7 @@ class Arm:
     times: int = 1  # the views
     guide: str = ""
     start: str = ""
+    control: str = LABELS  # the labels alone that it is compared with: for as many views, from the same weights
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Cell:
 
     method: str
     kind: str  # as of its arm
+    control: str  # as of its arm
     fraction: float
     seed: int
     guide: str  # name of the teacher; nothing for the study's own
@@ -212,17 +214,22 @@ class Design:
         found = [Arm(name, self.kinds[name], name) for name in self.configs]
         main = [name for name in self.configs if name == LABELS or self.kinds[name] == "method"]
         if self.plan.longer:
-            found += [Arm(f"{name}-x{self.plan.longer}", "longer", name, times=self.plan.longer) for name in main]
+            found += [self._varied(name, f"x{self.plan.longer}", "longer", times=self.plan.longer) for name in main]
         for guide in [*self.plan.teachers, *([OWN_SIZE] if self.plan.own_size else [])]:
             taught = [name for name in main if self.configs[name].needs_teacher]
             found += [Arm(f"{name}-by-{guide}", "teacher", name, guide=guide) for name in taught]
         for start in self.plan.starts:
-            found += [Arm(f"{name}-from-{start}", "start", name, start=start) for name in main]
+            found += [self._varied(name, f"from-{start}", "start", start=start) for name in main]
         names = [arm.name for arm in found]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise UserError(f"two methods would be called '{twice}': choose other names")
         return found
+
+    @staticmethod
+    def _varied(name: str, how: str, kind: str, **what: Any) -> Arm:
+        """A method in another way, compared with the labels in that way; those themselves with the plain ones."""
+        return Arm(f"{name}-{how}", kind, name, control=LABELS if name == LABELS else f"{LABELS}-{how}", **what)
 
     def _images(self, share: float) -> int:
         """How many a student learns from on that share."""
@@ -331,7 +338,9 @@ class Design:
                     if arm.start:
                         differs["start"] = self.plan.starts[arm.start]
                     config = config.model_copy(update=differs)
-                    cells.append(Cell(arm.name, arm.kind, share, seed, arm.guide, self.images[share], config))
+                    cells.append(
+                        Cell(arm.name, arm.kind, arm.control, share, seed, arm.guide, self.images[share], config)
+                    )
         return cells
 
 
@@ -350,9 +359,11 @@ def at_cost(config: TrainConfig, views: int, images: int) -> TrainConfig:
     }
     if train.select == "last":
         scaled["validate_every"] = epochs
-    grown = max(1, round(share * config.dkd.warmup_epochs)) if config.dkd.warmup_epochs else 0
-    dkd = config.dkd.model_copy(update={"warmup_epochs": grown})
-    return config.model_copy(update={"train": train.model_copy(update=scaled), "dkd": dkd})
+    changes: dict[str, Any] = {"train": train.model_copy(update=scaled)}
+    if config.method == "dkd" and config.dkd.warmup_epochs:
+        grown = max(1, round(share * config.dkd.warmup_epochs))
+        changes["dkd"] = config.dkd.model_copy(update={"warmup_epochs": grown})
+    return config.model_copy(update=changes)
 
 
 def read_seconds(text: str) -> float:
@@ -636,6 +647,7 @@ def _sealed(
                     Ran(
                         cell.method,
                         cell.kind,
+                        cell.control,
                         cell.fraction,
                         cell.seed,
                         cell.images,

@@ -33,6 +33,7 @@ class Ran:
 
     method: str
     kind: str
+    control: str  # the labels alone that it is compared with
     fraction: float
     seed: int
     images: int
@@ -86,6 +87,7 @@ def collect(config: StudyConfig, runs: Sequence[Ran], asked: Asked) -> Numbers:
             {
                 "method": run.method,
                 "kind": run.kind,
+                "over": None if run.method == LABELS else run.control,
                 "fraction": run.fraction,
                 "images": run.images,
                 "views": run.views,
@@ -96,12 +98,12 @@ def collect(config: StudyConfig, runs: Sequence[Ran], asked: Asked) -> Numbers:
         row["runs"].append({"seed": run.seed, "key": run.checkpoint.key, "accuracy": accuracy, "int8": None, **found})
     for (method, share), row in rows.items():
         row["accuracy"] = mean_interval([each["accuracy"] for each in row["runs"]]).as_dict()
-        row["gain"] = None if method == LABELS else _interval(table, method, share)
+        row["gain"] = _interval(table, method, row["over"], share)
         row |= {name: _mean(row["runs"], name) for name in JUDGED}
         quantized = [each["int8"] for each in row["runs"] if each["int8"]]
         row["int8"] = quantized and {
             "accuracy": mean_interval([each["accuracy"] for each in quantized]).as_dict(),
-            "gain": None if method == LABELS else _interval(small, method, share),
+            "gain": _interval(small, method, row["over"], share),
             **{name: _mean(quantized, name) for name in JUDGED},
         }
         row["int8"] = row["int8"] or None
@@ -164,9 +166,9 @@ def _mean(rows: Sequence[Numbers], name: str) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def _interval(table: Table, method: str, share: float, level: float = 1 - CONFIDENCE) -> Numbers | None:
-    found = difference(table, method, LABELS, share)
-    return None if found is None else found.interval(level).as_dict()
+def _interval(table: Table, method: str, control: str | None, share: float) -> Numbers | None:
+    found = None if control is None else difference(table, method, control, share)
+    return None if found is None else found.interval().as_dict()
 
 
 def _temperatures(config: StudyConfig, rows: Mapping[tuple[str, float], Numbers]) -> list[Numbers]:
@@ -280,8 +282,9 @@ def _caveats(config: StudyConfig, rows: Sequence[Numbers]) -> list[str]:
         shares = ", ".join(f"{100 * share:g} %" for share in sorted({row["fraction"] for row in uneven}))
         found.append(f"Whole epochs give other views than the {config.views:,} of the plan on these shares: {shares}.")
     if any(row["kind"] == "longer" for row in rows):
+        times = config.plan.longer
         found.append(
-            f"What ends in -x{config.plan.longer} saw {config.plan.longer} times the views: compare it with its like."
+            f"What ends in -x{times} saw {times} times the views, as the labels alone that it is compared with."
         )
     if config.failed:
         found.append(f"Not made: {', '.join(config.failed)}. What is said rests on the other runs.")
@@ -297,7 +300,9 @@ def drawings(numbers: Numbers) -> dict[str, Figure]:
 
     found: dict[str, Figure] = {}
     with matplotlib.rc_context(STYLE):
-        gained = [row for row in numbers["rows"] if row["gain"]]
+        # Labels alone in another way are what others are compared with, not what is gained by a teacher.
+        controls = {row["over"] for row in numbers["rows"]}
+        gained = [row for row in numbers["rows"] if row["gain"] and row["method"] not in controls]
         if gained:
             found["gain"] = _gain_by_images(gained)
         if len({row["temperature"] for row in numbers["temperatures"]}) > 1:

@@ -347,6 +347,10 @@ def test_longer_runs_and_other_teachers_are_methods_of_their_own(
     assert {cell.config.start for cell in found.cells if cell.kind == "start"} == {trained.student.path}
     assert {cell.config.teacher_control for cell in found.cells if cell.method == "flattened"} == {"flattened"}
     assert found.design.names == names
+    # Each is compared with labels alone that were trained alike.
+    over = {arm.name: arm.control for arm in found.design.arms}
+    assert (over["kd-T4-x2"], over["kd-T4-from-taught"]) == ("labels-x2", "labels-from-taught")
+    assert (over["kd-T4-by-big"], over["labels-x2"]) == ("labels", "labels")
     views = {cell.method: cell.views for cell in found.cells}
     assert views["kd-T4-x2"] == pytest.approx(2 * views["kd-T4"], rel=0.05)
     assert len(found.cells) == len(names) * 3
