@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -45,6 +46,7 @@ from .core.config import (
     CacheSettings,
     DataConfig,
     DataPlan,
+    DrawConfig,
     ExportConfig,
     FittedConfig,
     GateConfig,
@@ -57,6 +59,7 @@ from .core.config import (
     RandomConfig,
     ReportConfig,
     RestartConfig,
+    SampleConfig,
     TeacherPlan,
     TrainConfig,
     suited,
@@ -65,6 +68,7 @@ from .core.config import changed as changed_config
 from .core.errors import DeviceLost, GateFailed, KdpipeError, UserError, choice
 from .core.inputs import InputSpec, size_words
 from .core.kinds import (
+    DRAWN,
     Bundle,
     Cache,
     Checkpoint,
@@ -77,6 +81,7 @@ from .core.kinds import (
     Runnable,
     Verdict,
     VerdictFacts,
+    as_name,
 )
 from .core.proc import end_groups, process_count, require
 from .core.progress import note, progress
@@ -579,6 +584,30 @@ class Chain:
             return restart(order, self.shown(dataset, plan), trained, path)
 
         return self.step(restart_name(plan), Checkpoint, order, make, out)
+
+    def sample(self, config: SampleConfig, dataset: Dataset) -> Dataset:
+        """A few of a data set's images, to make networks with that nobody judges."""
+        order = Order("sample", config, {"data": dataset})
+
+        def make(path: Path) -> Dataset:
+            from .data.sample import sample
+
+            return sample(order, dataset, path)
+
+        return self.step("sample", Dataset, order, make)
+
+    def draw(self, config: DrawConfig, dataset: Dataset) -> Checkpoint:
+        """A network of random weights, not degenerate ones: what it takes to run can be told before it is trained."""
+        check_network(config)
+        order = Order("draw", with_code(config), {"data": dataset})
+
+        def make(path: Path) -> Checkpoint:
+            require("making networks", TRAIN_NEEDS, "train")
+            from .distill.train import draw
+
+            return draw(order, dataset, path)
+
+        return self.step(f"drawn-{as_name(config.encoder or config.model)}", Checkpoint, order, make)
 
     def graph(self, config: GraphConfig, student: Checkpoint, dataset: Dataset) -> Graph:
         """The student as ONNX, made once for every target that starts from it."""
@@ -1092,7 +1121,16 @@ class Chain:
             require("the report", ("jinja2", "matplotlib"), "report")
             from .report.page import report
 
-            return report(order, sessions, checkpoints, sources, path)
+            explain = None
+            if config.explain:
+                from .deploy.explain import explain_flips
+                from .report.maps import NEEDS, check_explained
+
+                require("--explain", NEEDS, "explain")
+                for each in everyone.values():
+                    check_explained(each.facts.task, str(each.path))
+                explain = partial(explain_flips, checkpoints=checkpoints, sources=sources)
+            return report(order, sessions, checkpoints, sources, path, explain)
 
         return self.step("report", Report, order, make, out)
 
@@ -1364,6 +1402,8 @@ def with_code(config: S) -> S:
 def found_of(artifact: AnyArtifact) -> tuple[str, ...]:
     """How right a network is, in words; nothing of other artifacts, nor on random images."""
     if not isinstance(artifact, (Checkpoint, Graph)) or artifact.facts.task not in TASKS:
+        return ()
+    if isinstance(artifact, Checkpoint) and artifact.facts.method == DRAWN:
         return ()
     data = artifact.manifest.inputs.get("data")
     if data is None or data.facts.get("source") == RANDOM:

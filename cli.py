@@ -25,6 +25,7 @@ from .core.config import (
     DeviceSettings,
     NetworkExportPlan,
     PackageConfig,
+    PickPlan,
     QuantizeConfig,
     ReportConfig,
     StudyPlan,
@@ -1296,6 +1297,80 @@ def predict(
 
 
 @app.command()
+def explain(
+    things: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="CHECKPOINT|BUNDLE... IMAGE|FOLDER...",
+            help="folders of checkpoints and bundles, then image files and folders of them",
+            parser=folder_or_url,
+        ),
+    ],
+    of_class: Annotated[
+        str | None,
+        typer.Option("--class", help="of which class every map is to be [default: what each network says]"),
+    ] = None,
+    most: Annotated[int, typer.Option("--most", min=1, help="images at most, the first by name")] = 64,
+    device: Annotated[
+        str, typer.Option("--device", help="where bundles are asked", autocompletion=_device_names)
+    ] = "local",
+    out: Annotated[Path, typer.Option("--out", help="file of the page")] = Path("explained.html"),
+    allow_code: AllowCodeOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show where in images networks see what they say: teacher, student and bundles side by side, on a page.
+
+    Of a checkpoint by class activation (Grad-CAM). A packaged model, such as INT8, has no gradients: of a bundle by
+    occlusion, which hides each place in turn and is slower. A map shows what an answer rests on, not that it is right.
+    Those of the images on which variants differ stand on the report's page with kdpipe report --explain true.
+
+    Examples: kdpipe explain artifacts/teacher-1a2b artifacts/student-3c4d holiday.jpg; kdpipe explain CHECKPOINT BUNDLE
+    photos --class cat --out cats.html
+    """
+    from .core import progress
+    from .core.artifact import MANIFEST
+    from .core.code import allowing
+    from .core.errors import UserError
+    from .core.proc import require
+    from .deploy import explain as explaining
+    from .deploy import predict as asking
+    from .devices import find_device
+    from .report.maps import NEEDS
+    from .terminal import listener
+
+    progress.listen(listener())
+    require("kdpipe explain", NEEDS, "explain")
+    folders = [path for path in things if (path / MANIFEST).is_file()]
+    images = [path for path in things if path not in folders]
+    networks = explaining.open_networks(folders)
+    if not networks or not images:
+        missing = "images" if networks else "a checkpoint or bundle"
+        raise UserError(f"nothing says {missing}: wanted CHECKPOINT|BUNDLE... IMAGE|FOLDER...")
+    explaining.check_place(out)
+    files, where = asking.find(images), find_device(device)
+    if len(files) > most:
+        progress.note(f"the first {most} of {len(files)} images; --most takes more")
+    with allowing(allow_code or ()):
+        seen = list(explaining.explain(networks, files[:most], where, of_class))
+    faults = {printable(str(each.image)): printable(each.fault) for each in seen if each.fault is not None}
+    for fault in faults.values():
+        progress.note(fault)
+    told = [each for each in seen if each.map is not None]
+    if told:
+        lines = explaining.stand_in_lines(networks, where)
+        explaining.write(out, f"What {', '.join(networks)} see", explaining.strips(seen), lines)
+    if as_json:
+        rows = [explaining.described(each) for each in told]
+        unreadable = [{"image": name, "reason": fault} for name, fault in faults.items()]
+        _print_json(page=str(out) if told else None, device=device, explained=rows, unreadable=unreadable)
+    elif told:
+        typer.echo(out)
+    if faults:
+        first = next(iter(faults.values()))
+        raise UserError(f"{len(faults)} of {min(most, len(files))} images cannot be read: {first}")
+
+
+@app.command()
 def deploy(
     bundle: Annotated[
         Path | None,
@@ -1411,6 +1486,54 @@ def gate(
         raise GateFailed(told)
     if found.facts.answer == "cannot tell":
         raise Untrusted(f"{told}; {said.would_tell(found.facts)}")
+
+
+@app.command()
+@configured(PickPlan)
+def pick(
+    dataset: Annotated[Path, typer.Argument(help="folder of a dataset artifact", parser=folder_or_url)],
+    teacher: Annotated[
+        Path | None,
+        typer.Option("--teacher", help="folder of the teacher's checkpoint, for --train", parser=folder_or_url),
+    ] = None,
+    allow_code: AllowCodeOption = None,
+    as_json: JsonFlag = False,
+    *,
+    config: Callable[..., PickPlan],
+) -> None:
+    """Choose a student by what it takes on a device, before any is trained.
+
+    Networks of random weights are made, made small and measured, a few of many: those that are worth it by what is
+    known of the others. How good each may become is a prior, which is said with the answer. The same command goes on
+    where it was ended. Exits 1 where nothing is within the limit, and 75 when the chosen one's latency is not to be
+    trusted.
+
+    Example: kdpipe pick artifacts/data-1a2b --device pi5 --target tflite --p90 10ms --candidates 'mobilenet*,repvit*'
+    """
+    from .core.errors import GateFailed, Untrusted
+    from .core.kinds import Checkpoint
+    from .picking import pick as choose
+    from .report.picks import print_pick, sentence
+
+    plan, opened = config(), _open_dataset(dataset)
+    guide = None if teacher is None else Checkpoint.open(teacher)
+    made = choose(plan, opened, _chain_of(dataset, allow_code=allow_code), guide)
+    facts, rows = made.facts, list(made.networks.values())
+    told = sentence(facts, rows, plan.prior)
+    if as_json:
+        networks = [row.model_dump(mode="json") for row in rows]
+        _print_json(**_described(made), networks=networks, left_out=made.json(made.LEFT_OUT), sentence=told)
+    else:
+        print_pick(_wide_console(), facts, rows)
+        if facts.chosen is not None:
+            typer.echo(printable(told))
+            typer.echo(printable(f"next: {shlex.join(['kdpipe', 'run', str(made.path / made.RECIPE)])}"))
+        _print_artifact(made, as_json)
+    if facts.chosen is None:
+        raise GateFailed(told)
+    chosen = made.networks[facts.chosen]
+    if chosen.trust is not None and chosen.trust.word != "trusted":
+        raise Untrusted(f"the latency of {chosen.name} is {chosen.trust.word}: {chosen.trust.reason}")
 
 
 @app.command()

@@ -30,7 +30,7 @@ from .core.kinds import Cache, Checkpoint, Measurement, Refusal, Release, Report
 from .core.sealed import check_files, printable
 from .data.dataset import Dataset, Fitted
 from .report.words import interval, percent, shares
-from .runtime.task import TASKS, Change
+from .runtime.task import TASKS, USUAL_TASK, Change
 from .smoke import SMOKE
 
 PART = ".part"
@@ -102,10 +102,10 @@ def findings(source: Provenance) -> str:
             return f"{model}, {sum(facts['nodes_by_kind'].values())} nodes"
         case "model" | "bundle":
             against = facts.get("against_float32")
-            task = TASKS.get(facts["task"])
-            what = "the pixels of " if task is not None and task.dense else ""
-            same = f"{percent(against['agreement'], 1)} % of {what}{against['images']} images" if against else ""
-            kept = f", agrees with float32 on {same}" if same else ""
+            kept = ""
+            if against:
+                among = TASKS.get(facts["task"], TASKS[USUAL_TASK]).among(against["images"])
+                kept = f", agrees with float32 on {percent(against['agreement'], 1)} % of {among}"
             return f"{model} for {facts['target']}, {facts['variant']}{kept}"
         case Refusal.kind:
             return f"{facts['target']} goes without {facts['variant']}: {facts['reason']}"

@@ -110,9 +110,14 @@ def check_names(recipe: Recipe) -> None:
 def check_packages(recipe: Recipe) -> None:
     """Refuse where a package is missing that a stage needs; imports none of them. Raises UserError."""
     from .export.onnx import NEEDS as GRAPH_NEEDS
+    from .report.maps import NEEDS as EXPLAIN_NEEDS
+    from .report.maps import check_explained
 
     require("training", TRAIN_NEEDS, "train")
     require("the report", ("jinja2", "matplotlib"), "report")
+    if recipe.report.explain:
+        check_explained(recipe.data.task, "report.explain")
+        require("report.explain", EXPLAIN_NEEDS, "explain")
     for target in recipe.export.targets:
         require(f"target '{target}'", TARGETS[target].needs, target)
         if TARGETS[target].source is Graph:
@@ -429,7 +434,7 @@ def _bench_plan(recipe: Recipe, devices: Iterable[str]) -> BenchPlan:
 
 
 def _report_config(recipe: Recipe, chain: Chain) -> ReportConfig:
-    config = ReportConfig(title=recipe.name, smoke=chain.smoke)
+    config = ReportConfig(title=recipe.name, smoke=chain.smoke, explain=recipe.report.explain)
     if recipe.quantize is None or recipe.quantize.max_drop is None:
         return config
     return config.model_copy(update={"max_drop": recipe.quantize.max_drop})

@@ -33,17 +33,11 @@ import numpy as np
 import typer
 
 from kdpipe.chain import Chain
-from kdpipe.core.config import (
-    AdoptConfig,
-    DataPlan,
-    ExportConfig,
-    InputSettings,
-    QuantizeConfig,
-    TeacherPlan,
-    validated,
-)
+from kdpipe.core.config import DataPlan, DrawConfig, ExportConfig, InputSettings, QuantizeConfig, validated
 from kdpipe.core.errors import KdpipeError
+from kdpipe.core.kinds import Checkpoint
 from kdpipe.core.proc import first_line
+from kdpipe.data.dataset import Dataset
 from kdpipe.devices import find_device
 from kdpipe.export import TARGETS
 
@@ -125,49 +119,17 @@ def settings_of(model: str) -> dict[str, Any]:
     return {"model": decoder, "encoder": encoder or None}
 
 
-def prepared(model: str, path: Path, size: int, images: list[Path], classes: int) -> tuple[Any, int]:
-    """Weights of ``model`` as trained ones could be: every scale drawn, BatchNorm's statistics those of ``images``.
-
-    Returns:
-        Pixels of its input: ``size`` where it can take that, else its own. How many parameters it has.
-    """
-    import torch
-    from PIL import Image
-    from safetensors.torch import save_file
-    from torch import nn
-
+def drawn(chain: Chain, model: str, size: int, dataset: Dataset) -> Checkpoint:
+    """The network with random weights, on ``size`` pixels where it can take that, else on its own."""
     from kdpipe.networks import models
 
-    def created(settings: InputSettings) -> tuple[nn.Module, Any]:
-        torch.manual_seed(0)
-        return models.create(AdoptConfig(**settings_of(model), input=settings), classes)
-
+    config = DrawConfig(**settings_of(model), images=CALIBRATING)
+    wanted = config.model_copy(update={"input": InputSettings(size=size)})
     try:
-        network, spec = created(InputSettings(size=size))
+        models.create(wanted, len(dataset.classes))
     except KdpipeError:
-        network, spec = created(InputSettings())
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d)]
-    for module in network.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter) and weight.ndim == 1:
-            nn.init.uniform_(weight, 0.5, 1.5)
-        if isinstance(weight, nn.Parameter) and weight.ndim > 1 and not weight.any():
-            nn.init.normal_(weight, std=0.02)
-    for parameter in network.parameters():
-        value = float(parameter.flatten()[0])
-        if 0 < abs(value) < 0.1 and bool((parameter == value).all()):  # LayerScale: what it scales would hardly count
-            nn.init.uniform_(parameter, 0.5, 1.5)
-    for norm in norms:
-        norm.momentum = None  # a plain mean
-    network.eval()
-    for norm in norms:
-        norm.train()
-    pixels = [Image.open(file).convert("RGB").resize(spec.sides[::-1]) for file in images]
-    batch = (np.stack([np.asarray(image, np.float32) for image in pixels]) / 255 - spec.mean) / spec.std
-    with torch.no_grad():
-        network(torch.from_numpy(batch).permute(0, 3, 1, 2).float())
-    save_file({name: tensor.clone().contiguous() for name, tensor in network.state_dict().items()}, path)
-    return spec.size, sum(parameter.numel() for parameter in network.parameters())
+        wanted = config
+    return chain.draw(wanted, dataset)
 
 
 def one(model: str, photos: Path, size: int, tell: Callable[[dict[str, Any]], None]) -> None:
@@ -196,13 +158,9 @@ def one(model: str, photos: Path, size: int, tell: Callable[[dict[str, Any]], No
             dealt(photos, folder / "photos")
             plan = DataPlan(source=str(folder / "photos"), val_fraction=0)
         dataset = chain.data(plan)
-        images = sorted(sample.path for sample in dataset.samples("train"))
-        weights = folder / f"{model}.safetensors"
         tell(told)
-        found = prepared(model, weights, size, images[:CALIBRATING], len(dataset.classes))
-        told["size"], told["parameters"] = found
-        adopted = TeacherPlan(**settings_of(model), checkpoint=weights, input=InputSettings(size=told["size"]))
-        network = chain.teacher(adopted, dataset)
+        network = drawn(chain, model, size, dataset)
+        told["size"], told["parameters"] = network.facts.input.size, network.facts.parameters
         device = find_device("local").probe()
         # Weights are random: what they say of an image hangs by a thread.
         settings = {"calibrate": {"images": CALIBRATING}, "check_images": CHECKED, "allow_damage": True}

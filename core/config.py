@@ -50,6 +50,9 @@ Method = Literal[
     "hint",
     "at",
     "rkd",
+    "cc",
+    "crd",
+    "review",
     "deep_supervision",
     "stagewise",
     "masked",
@@ -441,6 +444,22 @@ class RkdSettings(Config):
     angle_weight: float = Field(50.0, ge=0, description="weight of the angles between samples")
 
 
+class CrdSettings(Config):
+    """What method crd compares: each image's embedding with those of the images before it."""
+
+    width: int = Field(128, ge=2, description="numbers of an embedding, of the student's and of the teacher's")
+    negatives: int = Field(
+        16384, ge=2, description="embeddings of earlier images that are remembered; a batch at least"
+    )
+    temperature: float = Field(0.07, gt=0, description="by which the cosine of two embeddings is divided")
+
+
+class ReviewSettings(Config):
+    """How method review begins."""
+
+    warmup_epochs: int = Field(20, ge=0, description="epochs over which the loss grows to its weight")
+
+
 class StagewiseSettings(Config):
     """How method stagewise goes: one stage after another learns the teacher's features, then the head the labels."""
 
@@ -454,6 +473,48 @@ class StagewiseSettings(Config):
     handover: Literal["last", "best"] = Field(
         "last", description="a stage hands on its last epoch, or its best by loss"
     )
+
+
+class DeepSettings(Config):
+    """What method deep_supervision puts on the student's inner stages: heads that learn what the outputs learn."""
+
+    width: Literal["own", "doubling"] = Field(
+        "own",
+        description="channels of a head: its stage's, or twice as many after each halving of the map, up to the larger "
+        "of the student's and the teacher's deepest (as the heads of OFA-KD)",
+    )
+    weight: float = Field(1.0, gt=0, description="weight of each head, where that of the student's outputs is 1")
+    fade: bool = Field(False, description="the heads' weight falls to nothing, evenly from epoch to epoch")
+    labels: bool = Field(False, description="the heads learn the labels too, at label_weight times the heads' weight")
+
+
+class HintSettings(Config):
+    """Which of the teacher's maps method hint compares, how, and when."""
+
+    stages: tuple[int, ...] | None = Field(
+        None,
+        min_length=1,
+        description="numbers of the paired stages, from 1, the shallowest, or back from -1, the deepest; of several "
+        "the mean counts; left out, the last but one",
+    )
+    normalize: bool = Field(
+        False,
+        description="hint, stagewise and review: each channel of the teacher's maps is brought to mean 0 and standard "
+        "deviation 1 over the batch, so that one weight does for every family of networks",
+    )
+    logits: bool = Field(False, description="kd is added, at weight 1 beside kd_weight of the hints")
+    two_stages: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="share of the steps in which the stages up to the hint learn it alone, as the authors train; the "
+        "whole network then learns without it, from the labels and, with hint.logits, kd; left out, all at once",
+    )
+
+    @field_validator("stages")
+    @classmethod
+    def _are_stages(cls, stages: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if stages is not None and 0 in stages:
+            raise ValueError("stages are counted from 1, or back from -1")
+        return stages
 
 
 class MaskedSettings(Config):
@@ -491,6 +552,10 @@ class DistillSettings(Config):
     dist: DistSettings = DistSettings()
     rkd: RkdSettings = RkdSettings()
     stagewise: StagewiseSettings = StagewiseSettings()
+    deep: DeepSettings = DeepSettings()
+    hint: HintSettings = HintSettings()
+    crd: CrdSettings = CrdSettings()
+    review: ReviewSettings = ReviewSettings()
     masked: MaskedSettings = MaskedSettings()
     label_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
         1.0, description="share of the training images of each class to learn from; 0 leaves data.unlabeled alone"
@@ -524,7 +589,10 @@ class DistillSettings(Config):
 class TrainConfig(DistillSettings, StudentSettings):
     """One training run: a network and how it learns."""
 
-    LATER: ClassVar[tuple[str, ...]] = (*ModelSettings.LATER, "start_sha256", "cwd_on", "teacher_control", "masked")
+    LATER: ClassVar[tuple[str, ...]] = (
+        *ModelSettings.LATER,
+        *("start_sha256", "cwd_on", "teacher_control", "masked", "deep", "hint", "crd", "review"),
+    )
 
     seed: int = Field(0, description="seed of weights, order, views and of the drawn fraction")
 
@@ -682,6 +750,20 @@ class RandomConfig(Config):
     seed: int = 0
 
 
+class SampleConfig(Config):
+    """A few images of a data set, to make and to time networks with that nobody judges."""
+
+    images: int = Field(64, ge=1)
+    longest_side: int = Field(512, ge=1)  # pixels
+
+
+class DrawConfig(ModelSettings):
+    """A network of random weights that behave as trained ones: what it takes is asked, never what it says."""
+
+    seed: int = 0
+    images: int = Field(32, ge=1)  # by which the statistics of its norms are set
+
+
 class ExportPlan(GraphConfig):
     """The students and the targets of a recipe."""
 
@@ -824,6 +906,7 @@ def _of_unit(units: Mapping[str, float], wanted: str) -> BeforeValidator:
 _NUMBER_OR_TEXT = WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"type": "string"}]})
 Seconds = Annotated[float, _of_unit({"s": 1, "m": 60, "min": 60, "h": 3600}, "90s, 10m or 1h"), _NUMBER_OR_TEXT]
 ImagesPerSecond = Annotated[float, _of_unit({"fps": 1}, "5fps"), _NUMBER_OR_TEXT]
+Milliseconds = Annotated[float, _of_unit({"ms": 1, "s": 1000}, "10ms or 0.2s"), _NUMBER_OR_TEXT]
 
 Effort = Literal["quick", "default", "thorough", "mlperf"]
 # What an effort means for every field that is not given. mlperf has the duration and the statistic of MLPerf's single
@@ -1006,6 +1089,73 @@ class BenchPlan(SessionSettings):
         return devices
 
 
+def _parted(value: Any) -> Any:
+    """Words or numbers, some of them perhaps as a command line gives them: a*,b*."""
+    if isinstance(value, (str, int)):
+        value = (value,)
+    if not isinstance(value, (list, tuple)):
+        return value
+    found = [part.strip() for each in value for part in str(each).split(",")] if _flat(value) else list(value)
+    return tuple(int(part) if isinstance(part, str) and part.isdecimal() else part for part in found)
+
+
+def _flat(value: Sequence[Any]) -> bool:
+    return all(isinstance(each, (str, int)) for each in value)
+
+
+class CandidateInput(Config):
+    """On how many pixels networks are tried."""
+
+    size: Annotated[tuple[Size, ...], BeforeValidator(_parted)] = Field(
+        (), description="sides of the square input, such as 160,192,224; left out, each network's usual one"
+    )
+
+    @field_validator("size")
+    @classmethod
+    def _each_once(cls, sizes: tuple[Size, ...]) -> tuple[Size, ...]:
+        if any(min(sides(size)) < SMALLEST_SIDE for size in sizes):
+            raise ValueError(f"wanted at least {SMALLEST_SIDE} pixels")
+        return tuple(dict.fromkeys(sizes))
+
+
+class PickPlan(Config):
+    """Which networks a student is chosen from, by what it may take on its device."""
+
+    p90: Milliseconds = Field(
+        gt=0, le=1e7, description="latency that nine of ten images may take at most, such as 10ms"
+    )
+    device: str = Field("local", description="name of the device that it is measured on")
+    target: str = Field("onnxruntime", description="what it is exported to")
+    variant: str = Field("int8", description="float32, or a variant that the target has")
+    candidates: Annotated[str | tuple[str, ...], BeforeValidator(_parted)] = Field(
+        ("*",),
+        description="patterns of names of timm, such as mobilenet*,repvit*; or a text file with one a line. The usual: "
+        "all that the prior knows",
+    )
+    input: CandidateInput = CandidateInput()
+    budget: int = Field(16, ge=1, le=1000, description="networks that are measured at most")
+    prior: str = Field(
+        "imagenet",
+        description="how good each may become, before any is trained: imagenet (public results of timm's weights), "
+        "runs (validation of what was trained here on the same images), or a file of lines such as resnet18,71.5",
+    )
+    threads: int = Field(0, ge=0, le=4096, description="threads of the runtime; 0 takes one a core")
+    rounds: int = Field(6, ge=2, multiple_of=2, description="fresh processes for each network in a session")
+    train: int = Field(
+        0, ge=0, le=100, description="so many of the best are trained shortly, and the validation part decides"
+    )
+    short: Fraction = Field(0.1, description="share of the epochs that train gives each")
+    distill: DistillSettings = DistillSettings()
+
+
+class PickConfig(PickPlan):
+    """A choice, complete: by which prior, and how one is chosen."""
+
+    version: Literal[1] = Field(1, description="of the answer and its files: those of another one are made anew")
+    prior_sha256: str
+    device_fingerprint: dict[str, Any]
+
+
 class BenchConfig(SessionSettings):
     """A session on the device as it is now, and which attempt at it this is: a measurement is an event.
 
@@ -1047,17 +1197,27 @@ class ReleaseConfig(Config):
     last: str | None = None
 
 
+EXPLAIN = "show where teacher, student and bundles see what they say of the images that changed"
+
+
+class ReportSettings(Config):
+    """What a recipe says of its page."""
+
+    explain: bool = Field(False, description=EXPLAIN)
+
+
 class ReportConfig(Config):
     """What the page is called, and what it advises."""
 
     version: Literal[3] = Field(3, description="of the numbers and the page: reports of another one are made anew")
     # What came later: as long as it says nothing it is in no key.
-    LATER: ClassVar[tuple[str, ...]] = ("missing", "smoke")
+    LATER: ClassVar[tuple[str, ...]] = ("missing", "smoke", "explain")
 
     title: str = Field("kdpipe", description="title of the page")
     max_drop: float = Field(0.5, gt=0, description="points of accuracy that an advised variant may lose to float32")
     missing: tuple[str, ...] = Field((), description="what a run failed to make, which the page names")
     smoke: bool = Field(False, description="of a smoke run: the page says that no number of it is a result")
+    explain: bool = Field(False, description=EXPLAIN)
 
     @model_serializer(mode="wrap")
     def _without_what_is_unsaid(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -1214,6 +1374,7 @@ class Recipe(Config):
     quantize: QuantizePlan | None = QuantizePlan()
     package: PackageConfig = PackageConfig()
     bench: BenchPlan = BenchPlan()
+    report: ReportSettings = ReportSettings()
     gate: GatePlan = GatePlan()
 
 

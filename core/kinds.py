@@ -22,15 +22,17 @@ from .config import (
     BenchConfig,
     CacheConfig,
     Corruption,
+    DrawConfig,
     GateConfig,
     Output,
+    PickConfig,
     ReleaseConfig,
     RestartConfig,
     StudyConfig,
     TrainConfig,
 )
 from .errors import UserError
-from .inputs import InputSpec, Side
+from .inputs import InputSpec, Side, Size
 from .rules import Counted, Unit
 from .sealed import LARGEST_MODEL_BYTES, NAME
 from .stats import Interval, NoWorse, no_worse
@@ -83,6 +85,9 @@ def may_guess(accuracy: Interval | None, guessing: float | None) -> bool:
 
 
 # ---- checkpoint ------------------------------------------------------------------------------------------
+
+
+DRAWN = "drawn"  # how a network of random weights came to them: what it says means nothing
 
 
 class TrainingPrecision(Record):
@@ -147,7 +152,7 @@ class Checkpoint(Labelled[CheckpointFacts]):
 
     kind = "checkpoint"
     Facts = CheckpointFacts
-    Configs: ClassVar = {"train": TrainConfig, "adopt": AdoptConfig, "restart": RestartConfig}
+    Configs: ClassVar = {"train": TrainConfig, "adopt": AdoptConfig, "restart": RestartConfig, "draw": DrawConfig}
     roles = frozenset({"data"})
     WEIGHTS = "model.safetensors"
     ONNX = "model.onnx"  # in place of weights, of a network that is a file
@@ -1122,6 +1127,71 @@ class Verdict(Artifact[VerdictFacts]):
     NUMBERS = "verdict.json"
     COMMENT = "comment.md"
     JUNIT = "junit.xml"
+
+
+# ---- pick ------------------------------------------------------------------------------------------------
+
+
+class Picked(Record):
+    """A network that could be chosen, at one size: what is known of it and what became of it.
+
+    ``p90_ms`` is of another session, with the interval of one: measured in ``sessions`` of them, or where there are
+    none predicted from those of the others. ``chance`` is that of being within the limit then. ``prior`` is in points
+    of whatever it is of; ``validation`` is the accuracy after the short training, as a share.
+    """
+
+    name: str
+    model: str
+    size: Size
+    prior: float
+    macs: int = Field(ge=1)
+    activations: int = Field(ge=1)
+    parameters: int = Field(ge=0)
+    p90_ms: Interval | None = None
+    sessions: int = Field(0, ge=0)
+    trust: Trust | None = None
+    chance: float | None = Field(None, ge=0, le=1)
+    on_front: bool = False
+    validation: float | None = Field(None, ge=0, le=1)
+    why: str  # what became of it, in a few words
+
+
+class PickFacts(Record):
+    """Which network is the best within a latency, as far as a prior and a few measurements tell.
+
+    ``chosen`` is None where nothing is within the limit; ``measured`` counts networks, ``left_out`` those that could
+    not be candidates.
+    """
+
+    task: str
+    device: str
+    emulated: bool
+    target: str
+    variant: str
+    limit_ms: PositiveFloat
+    chosen: str | None
+    fastest: str | None
+    front: tuple[str, ...]
+    candidates: int
+    measured: int
+    left_out: int
+
+
+class Pick(Artifact[PickFacts]):
+    """A student that was chosen by what it takes on a device; with the recipe that trains it."""
+
+    kind = "pick"
+    Facts = PickFacts
+    Configs: ClassVar = {"pick": PickConfig}
+    ROWS = "networks.json"  # a ``Picked`` each
+    LEFT_OUT = "left-out.json"  # by name, why it was no candidate
+    RECIPE = "recipe.yaml"
+    FIGURE = "pick.svg"
+
+    @property
+    def networks(self) -> dict[str, Picked]:
+        """Every candidate by name. Raises UserError."""
+        return {found.name: found for found in self.rows(self.ROWS, Picked)}
 
 
 # ---- release ---------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from ..core.errors import UserError
 from ..core.inputs import InputSpec, size_words
 from ..core.proc import first_line, in_order
 from ..core.progress import note, track
-from ..runtime.preprocess import as_rgb, fit, fit_mask
+from ..runtime.preprocess import as_rgb, fit, fit_classes
 from .dataset import CopyFacts, Dataset, Fitted, FittedFacts, Part, Samples, images_shape, write_header
 from .formats import decode, opened
 from .looks import Look, Looks, look, perceptual_hashes
@@ -162,7 +162,7 @@ def fit_all(orders: Mapping[Path, Order[FittedConfig]], dataset: Dataset) -> dic
 
             def fitted(at: int, samples: Samples = samples) -> list[list[np.ndarray]]:
                 image, mask = read(samples.path(at)), samples.mask(at)
-                return [[fit(image, spec), *([] if mask is None else [fit_mask(mask, spec)])] for spec in specs]
+                return [[fit(image, spec), *([] if mask is None else [fit_classes(mask, spec)])] for spec in specs]
 
             with contextlib.ExitStack() as files:
                 streams: list[list[BinaryIO]] = []

@@ -23,7 +23,7 @@ from ..core.kinds import Labelled
 from ..core.proc import first_line, in_order
 from ..runtime import Session, predict
 from ..runtime.layout import sides
-from ..runtime.preprocess import fit, fit_mask
+from ..runtime.preprocess import fit, fit_classes
 from .corrupt import corrupt
 from .formats import decode
 from .labels import LABELS
@@ -161,7 +161,7 @@ class Samples(Sequence[Sample]):
         if kept is not None:
             return np.asarray(kept[at])
         mask = self.mask(at)
-        return None if mask is None else fit_mask(mask, spec)
+        return None if mask is None else fit_classes(mask, spec)
 
     def digest(self, at: int) -> bytes:
         """sha256 of the user's file of one image. Raises UserError."""

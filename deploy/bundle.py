@@ -98,8 +98,8 @@ def write_conformance(folder: Path, sample: Sample, model: Model, session: runti
     (folder / "outputs.bin").write_bytes(outputs.astype(kind).tobytes())
     task = TASKS[model.facts.task]
     decided = task.decide_at(outputs, model.facts.input.sides)[0]
-    if decided.ndim == 2:
-        Image.fromarray(decided).save(folder / "mask.png")
+    for name, picture in task.pictures(decided).items():
+        Image.fromarray(picture).save(folder / name)
     expected = {
         "input_shape": list(stored.shape),
         "outputs_shape": list(outputs.shape),

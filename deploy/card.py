@@ -17,7 +17,6 @@ from .told import Estimate, Numbers, Row, Told, accuracies
 
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~&$:@])")
 MOST_CLASSES = 1000  # rows of the table
-METRICS = {"top-1": "accuracy", "mIoU": "mean_iou"}  # as the Hub calls them
 
 
 def markdown(text: str) -> str:
@@ -45,7 +44,7 @@ def head(told: Told, numbers: Numbers | None) -> str:
             dataset_type=_identifier(source),
             dataset_name=source,
             dataset_split="test",
-            metric_type=METRICS.get(task.metric, _identifier(task.metric)),
+            metric_type=task.hub_metric,
             metric_name=f"{task.metric} of {row.bundle}",
             metric_value=round(row.accuracy.value, 6),
         )
@@ -92,8 +91,8 @@ def sections(told: Told, numbers: Numbers | None) -> Iterator[str]:
             for name, bundle in told.bundles.items()
         ),
     )
-    classes, where = len(next(iter(told.bundles.values())).labels), " of each pixel" if told.task.dense else ""
-    yield f"A bundle takes RGB of 0 to 255 and says one of {classes} classes{where}.\n"
+    classes, each = len(next(iter(told.bundles.values())).labels), told.task.counted.removesuffix("s")
+    yield f"A bundle takes RGB of 0 to 255 and says one of {classes} classes of each {each}.\n"
     yield from made_of(told)
     yield from accuracy(told, numbers)
     yield from latency(numbers)

@@ -27,7 +27,7 @@ from ..core.margins import (
     paired_shares,
 )
 from ..core.rules import Rule
-from ..core.stats import CONFIDENCE, Interval, bootstrap_by_image, holm_levels, mean_interval
+from ..core.stats import CONFIDENCE, LEAST_IMAGES, Interval, bootstrap_by_image, holm_levels, mean_interval
 from .figures import Figure, figures
 
 FAMILY_LEVEL = (1 - CONFIDENCE) / 2
@@ -251,7 +251,7 @@ def _of_images(question: Question, level: float) -> _Told:
     n = within.n
     if not rule.is_relative:
         stand = _signed(rule, lambda sign: interval_above(_interval(within, sign), sign * rule.offset, None, level))
-        return _Told(stand, "value", n, candidate=value)
+        return _known(_Told(stand, "value", n, candidate=value))
     assert question.baseline is not None
     theirs = _last(question.baseline)
     before = _value(theirs)
@@ -267,9 +267,20 @@ def _of_images(question: Question, level: float) -> _Told:
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         return replace(told, why="some of its scores are no numbers")
     try:
-        return replace(told, stand=_paired(rule, theirs, mine, level), count=len(first))
+        return _known(replace(told, stand=_paired(rule, theirs, mine, level), count=len(first)))
     except ValueError:  # scores that no pair can be made of
         return others
+
+
+def _known(told: _Told) -> _Told:
+    """Why nothing is told of a figure that has no interval."""
+    assert told.stand is not None
+    if None not in (told.stand.estimate.low, told.stand.estimate.high):
+        return told
+    if told.count >= LEAST_IMAGES:
+        return replace(told, why="its interval is not known")
+    why = f"{told.count} images are too few for an interval: {LEAST_IMAGES} are"
+    return replace(told, why=why, needed=LEAST_IMAGES)
 
 
 def _paired(rule: Rule, before: Figure, after: Figure, level: float) -> Stand:

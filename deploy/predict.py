@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,6 @@ from ..data.listing import list_images
 from ..devices import Device, opened
 from ..devices.accuracy import block_images, read_outputs
 from ..devices.runner import RunnerDevice
-from ..runtime.frame import at_size
-from ..runtime.layout import sides
 from ..runtime.preprocess import fit
 from ..runtime.task import TASKS
 from .bundle import check_known
@@ -34,28 +33,14 @@ PUSHED = "bundle"  # what it is called on the device meanwhile
 
 @dataclass(frozen=True)
 class Said:
-    """What a bundle says of one image, the likeliest or the largest first; or why the image cannot be read.
-
-    Of a network that draws masks ``labels`` are the classes that it sees, with the ``shares`` of the image that they
-    take, and ``overlay`` is the picture that was written. Of others each label has a probability.
-    """
+    """What a bundle says of one image, the likeliest or the largest first; or why the image cannot be read."""
 
     image: Path
     labels: tuple[str, ...] = ()
-    probabilities: tuple[float, ...] = ()  # by the network's own account, 0 to 1
-    shares: tuple[float, ...] = ()  # of the pixels that it was shown, 0 to 1
-    overlay: Path | None = None
+    figures: tuple[float, ...] = ()  # beside the labels, 0 to 1
+    figure: str = ""  # what they are: the probability by the network's own account, or the share of what it was shown
+    overlay: Path | None = None  # the picture that was written
     fault: str | None = None
-
-    @property
-    def figure(self) -> str:
-        """What the numbers beside the labels are: probability or share."""
-        return "probability" if self.probabilities else "share"
-
-    @property
-    def figures(self) -> tuple[float, ...]:
-        """The numbers beside the labels."""
-        return self.probabilities or self.shares
 
 
 def find(paths: Sequence[Path]) -> list[Path]:
@@ -88,39 +73,54 @@ def predict(
     """Ask ``bundle`` on ``device`` about image files, in their order; some are under way, however many there are.
 
     Args:
-        top: how many labels of each image, if there are so many; unless it is said the likeliest, of masks all.
-        overlays: where the mask of each image is written, drawn over it at its own size, as ``overlays.place`` says.
+        top: how many labels of each image, if there are so many; unless it is said, as many as are usual for the task.
+        overlays: where each image with the answer drawn over it is written, as ``overlays.place`` says.
 
     Raises:
-        UserError: the device cannot open such a bundle, answered something that is no output of it, or draws no masks
-            where overlays are wanted.
+        UserError: the device cannot open such a bundle, answered something that is no output of it, or its answers
+            cannot be drawn where overlays are wanted.
         DeviceLost: the link is gone.
     """
     check_known(bundle)
-    if overlays is not None and not TASKS[bundle.facts.task].dense:
-        raise UserError(f"{bundle.path} says one thing of a whole image: --out is for what draws masks")
-    there = with_runner(device)
-    stand_in = None if there.runs(bundle.facts.target) else bundle.facts.stand_in
-    if stand_in is None or not there.runs(stand_in):
-        check_runs(there, bundle.facts.target)
     task, spec = TASKS[bundle.facts.task], bundle.facts.input.model_dump()
+    if overlays is not None and not task.draws:
+        raise UserError(f"{bundle.path} is for {task.name}, which draws nothing over an image: leave --out out")
     with (
-        tempfile.TemporaryDirectory() as scratch,
-        opened(there, Path(scratch)),
-        progress(f"asking {bundle.facts.target} on {there.name}", len(images)) as advance,
+        progress(f"asking {bundle.facts.target} on {device.name}", len(images)) as advance,
+        answering(bundle, device) as ask,
     ):
-        there.push(bundle.path, PUSHED)
         step = block_images(bundle)
         for at in range(0, len(images), step):
             block = images[at : at + step]
             shown = list(in_order(lambda path: _shown(path, spec), block))
             pixels = [each.pixels for each in shown if isinstance(each, _Shown)]
-            outputs = _outputs(there, bundle, pixels, Path(scratch), stand_in is not None) if pixels else None
-            if task.dense:
-                yield from _masks(bundle, block, shown, outputs, top, None if overlays is None else overlays[at:])
-            else:
-                yield from _labels(bundle, block, shown, outputs, 1 if top is None else top)
+            outputs = ask(pixels) if pixels else None
+            yield from _said(bundle, block, shown, outputs, top, None if overlays is None else overlays[at:])
             advance(len(block), "")
+
+
+def stand_in(bundle: Bundle, device: Device) -> str | None:
+    """The runtime that answers for ``bundle`` on ``device`` in place of its own; None where its own does, or none."""
+    there = with_runner(device)
+    other = None if there.runs(bundle.facts.target) else bundle.facts.stand_in
+    return other if other is not None and there.runs(other) else None
+
+
+@contextmanager
+def answering(bundle: Bundle, device: Device) -> Iterator[Callable[[Sequence[np.ndarray]], np.ndarray]]:
+    """What asks ``bundle`` on ``device``: images uint8 [H, W, 3] as it is shown them to its outputs [N, ...].
+
+    Raises:
+        UserError: as ``predict``, and what is asked too.
+        DeviceLost: the link is gone.
+    """
+    check_known(bundle)
+    there, other = with_runner(device), stand_in(bundle, device)
+    if other is None:
+        check_runs(there, bundle.facts.target)
+    with tempfile.TemporaryDirectory() as scratch, opened(there, Path(scratch)):
+        there.push(bundle.path, PUSHED)
+        yield lambda pixels: _outputs(there, bundle, pixels, Path(scratch), other is not None)
 
 
 @dataclass(frozen=True)
@@ -141,22 +141,7 @@ def _shown(path: Path, spec: dict[str, Any]) -> _Shown | str:
         return str(error)
 
 
-def _labels(
-    bundle: Bundle, block: Sequence[Path], shown: Sequence[_Shown | str], outputs: np.ndarray | None, top: int
-) -> Iterator[Said]:
-    """What outputs [N, ...] say of those images of a block that could be read, in its order."""
-    task, classes = TASKS[bundle.facts.task], bundle.labels
-    answers = iter(()) if outputs is None else zip(*task.likeliest(outputs, top), strict=True)
-    for path, each in zip(block, shown, strict=True):
-        if isinstance(each, str):
-            yield Said(path, fault=each)
-        else:
-            decisions, shares = next(answers)
-            labels = tuple(task.tell(decision, classes) for decision in decisions)
-            yield Said(path, labels, tuple(map(float, shares)))
-
-
-def _masks(
+def _said(
     bundle: Bundle,
     block: Sequence[Path],
     shown: Sequence[_Shown | str],
@@ -164,7 +149,7 @@ def _masks(
     top: int | None,
     overlays: Sequence[Path] | None,
 ) -> Iterator[Said]:
-    """As ``_labels``, of every pixel: the classes that are seen, the largest first, and drawn where that is wanted."""
+    """What outputs [N, ...] say of those images of a block that could be read, in its order; drawn where wanted."""
     task, classes, spec = TASKS[bundle.facts.task], bundle.labels, bundle.facts.input.model_dump()
     rows = np.cumsum([isinstance(each, _Shown) for each in shown]) - 1
 
@@ -173,24 +158,17 @@ def _masks(
         if isinstance(each, str):
             return Said(path, fault=each)
         assert outputs is not None  # of what was shown
-        [said] = task.decide_at(outputs[rows[at] : rows[at] + 1], sides(spec))
-        seen = at_size(said, spec, each.height, each.width)
-        counts = np.bincount(seen[seen >= 0], minlength=len(classes))
-        order = [int(label) for label in np.argsort(-counts, kind="stable")[:top] if counts[label]]
-        if overlays is not None:
+        seen = task.see(outputs[rows[at] : rows[at] + 1], spec, each.height, each.width, top)
+        if overlays is not None and seen.places is not None:
             try:
                 image = np.asarray(read(path))
             except UserError as error:
                 return Said(path, fault=str(error))
-            if image.shape[:2] != seen.shape:
+            if image.shape[:2] != seen.places.shape:
                 return Said(path, fault=f"image {path} changed while it was looked at: ask again")
-            write(image, seen, overlays[at])
-        return Said(
-            path,
-            labels=tuple(classes[label] for label in order),
-            shares=tuple(float(counts[label] / counts.sum()) for label in order),
-            overlay=None if overlays is None else overlays[at],
-        )
+            write(image, seen.places, overlays[at])
+        labels = tuple(classes[label] for label in seen.classes)
+        return Said(path, labels, seen.figures, task.figure, None if overlays is None else overlays[at])
 
     yield from in_order(one, range(len(block)))
 

@@ -12,6 +12,7 @@ from ..core.errors import UserError
 from ..core.inputs import RAW, InputSpec
 from ..core.kinds import Model, ModelFacts, as_name
 from ..data.dataset import Dataset
+from ..runtime.task import USUAL_TASK
 from ..runtime.weights import ModelFileError, refuse_files_elsewhere
 
 TARGETS = {".onnx": "onnxruntime", ".tflite": "tflite", ".xml": "openvino"}
@@ -46,7 +47,7 @@ def wrap(path: Path, folder: Path, spec: InputSpec | None = None, dataset: Datas
             shutil.copyfile(file, draft.path / entry)
         write_json(draft.path / Model.LABELS, [] if dataset is None else list(dataset.classes))
         draft.facts = ModelFacts(
-            task="classification" if dataset is None else dataset.facts.task,
+            task=USUAL_TASK if dataset is None else dataset.facts.task,
             target=TARGETS[path.suffix],
             variant="theirs",
             precision="float32",

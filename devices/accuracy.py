@@ -28,7 +28,7 @@ from .session import threads_of
 from .talk import Talk
 
 BLOCK_BYTES = 128 * 2**20  # of images, or of what is said of them, that lie on a device at a time
-LEAST_BLOCK, LEAST_DENSE_BLOCK = 64, 8  # images
+LEAST_BLOCK = 8  # images
 SLACK, SLACK_SECONDS = 10, 60.0  # a process that takes so many times what it should, and a minute, hangs
 FIRST_SECONDS = 3600.0  # of the first process of a bundle, of which nothing is known
 FRAMES_FILE, MOST_FRAMES, FRAMES_BYTES = "frames.npz", 8, 64 * 2**20  # pictures of whole frames that are pushed
@@ -95,13 +95,8 @@ class Asked:
 def block_images(bundle: Runnable) -> int:
     """How many images of its input are sent at a time."""
     facts, image_bytes = bundle.facts, int(np.prod(images_shape(1, bundle.facts.input.model_dump())))
-    if not TASKS[facts.task].dense:
-        return max(LEAST_BLOCK, BLOCK_BYTES // image_bytes)
-    # Logits of four bytes, at a stride of two at least where they are not of every pixel.
-    said_bytes = (
-        {"logits": 1, "logits-full": 4}.get(facts.output, 0) * len(bundle.labels) * int(np.prod(facts.input.sides))
-    )
-    return max(LEAST_DENSE_BLOCK, BLOCK_BYTES // max(image_bytes, said_bytes))
+    said_bytes = TASKS[facts.task].output_bytes(len(bundle.labels), facts.input.sides, facts.output)
+    return max(LEAST_BLOCK, BLOCK_BYTES // max(image_bytes, said_bytes))
 
 
 def block_count(bundles: Mapping[str, Runnable], dataset: Dataset | None) -> int:

@@ -206,18 +206,16 @@ def bench(
 
 
 def _check_seen_alike(bundles: Mapping[str, Runnable]) -> None:
-    """Refuse networks that say something of each place, and are shown different parts of an image. Raises UserError."""
+    """Refuse networks that would be judged by different parts of an image. Raises UserError."""
     shown: dict[object, str] = {}
     for name, bundle in bundles.items():
-        spec = bundle.facts.input
-        if TASKS[bundle.facts.task].dense:
-            height, width = spec.sides
-            whole = spec.resize == "stretch" and spec.crop_fraction == 1
-            shown.setdefault("the whole" if whole else (spec.resize, spec.crop_fraction, height / width), name)
+        part = TASKS[bundle.facts.task].part_judged(bundle.facts.input.model_dump())
+        if part is not None:
+            shown.setdefault(part, name)
     if len(shown) > 1:
         first, second, *_ = shown.values()
         raise UserError(
-            f"'{first}' and '{second}' are shown different parts of an image, so that their masks cannot be compared: "
+            f"'{first}' and '{second}' are shown different parts of an image, and their answers cannot be compared: "
             "measure them one after the other, or give all of them the same input.resize and crop_fraction"
         )
 

@@ -137,21 +137,139 @@ class Adapter(nn.Sequential):
         super().__init__(nn.Conv2d(student_channels, teacher_channels, 1, bias=False), nn.BatchNorm2d(teacher_channels))
 
 
+class SideBySide(nn.ModuleList):
+    """Modules that each take a map of their own; as many maps as modules, or fewer."""
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """What each makes of its map."""
+        return [module(features) for module, features in zip(self, maps, strict=False)]
+
+
+class Fusion(nn.Module):
+    """Attention-based fusion of one stage with what is deeper, and from that the teacher's channels.
+
+    ``inner``: channels in which it is fused; ``fuses``: whether anything is deeper.
+    """
+
+    def __init__(self, student_channels: int, inner: int, teacher_channels: int, fuses: bool) -> None:
+        super().__init__()
+        self.narrow = nn.Sequential(nn.Conv2d(student_channels, inner, 1, bias=False), nn.BatchNorm2d(inner))
+        self.attention = nn.Conv2d(2 * inner, 2, 1) if fuses else None
+        self.widen = nn.Sequential(
+            nn.Conv2d(inner, teacher_channels, 3, padding=1, bias=False), nn.BatchNorm2d(teacher_channels)
+        )
+
+    def forward(self, features: Tensor, deeper: Tensor | None) -> tuple[Tensor, Tensor]:
+        """In the teacher's channels, and what shallower stages are fused with, at the size of ``features``."""
+        fused: Tensor = self.narrow(features)
+        if self.attention is not None and deeper is not None:
+            deeper = functional.interpolate(deeper, features.shape[2:], mode="nearest")
+            weights = self.attention(torch.cat([fused, deeper], 1)).sigmoid()
+            fused = fused * weights[:, :1] + deeper * weights[:, 1:]
+        return self.widen(fused), fused
+
+
+class Review(nn.Module):
+    """From the student's maps to the teacher's channels, each stage fused with all that are deeper.
+
+    After Chen et al. (2021). Maps are of ``student_channels`` from shallow to deep, and go to ``teacher_channels``.
+    """
+
+    def __init__(self, student_channels: Sequence[int], teacher_channels: Sequence[int]) -> None:
+        super().__init__()
+        inner, last = min(512, student_channels[-1]), len(student_channels) - 1
+        pairs = zip(student_channels, teacher_channels, strict=True)
+        self.fusions = nn.ModuleList(Fusion(mine, inner, its, at < last) for at, (mine, its) in enumerate(pairs))
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The maps, shallow to deep, for the teacher's."""
+        deeper: Tensor | None = None
+        made: list[Tensor] = []
+        for fusion, features in zip(reversed(self.fusions), reversed(maps), strict=True):
+            given, deeper = fusion(features, deeper)
+            made.insert(0, given)
+        return made
+
+
+class Contrast(nn.Module):
+    """Embeddings of both networks' pooled maps, and a memory of the last ``remembered`` images' embeddings.
+
+    What is remembered is a part of what is saved. Under torchrun it is the first process's, for all.
+    """
+
+    students: Tensor
+    teachers: Tensor
+    labels: Tensor
+    numbers: Tensor
+    is_filled: Tensor
+    begin: Tensor
+
+    def __init__(self, student_channels: int, teacher_channels: int, width: int, remembered: int) -> None:
+        super().__init__()
+        self.student, self.teacher = nn.Linear(student_channels, width), nn.Linear(teacher_channels, width)
+        for name in ("students", "teachers"):
+            self.register_buffer(name, torch.zeros(remembered, width))
+        for name in ("labels", "numbers"):
+            self.register_buffer(name, torch.full((remembered,), -1))
+        self.register_buffer("is_filled", torch.zeros(remembered, dtype=torch.bool))
+        self.register_buffer("begin", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The student's embeddings [B, D] of its one map [B, C, H, W]."""
+        return [self.student(maps[0].mean((2, 3)))]
+
+    def of_teacher(self, features: Tensor) -> Tensor:
+        """The teacher's embeddings [B, D] of its map [B, C, H, W]."""
+        embeddings: Tensor = self.teacher(features.mean((2, 3)))
+        return embeddings
+
+    @torch.no_grad()
+    def remember(self, student: Tensor, teacher: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
+        """Put a batch in the place of the oldest; which of all that is remembered is negative for it, bool [B, M].
+
+        Of each image that is what is of another number and another label; a number or a label of -1 is unknown, and
+        like none.
+
+        Args:
+            student, teacher: embeddings [B, D].
+            labels, numbers: int [B].
+        """
+        places = (self.begin + torch.arange(len(labels), device=labels.device)) % len(self.labels)
+        for memory, values in (
+            (self.students, student.float()),
+            (self.teachers, teacher.float()),
+            (self.labels, labels),
+            (self.numbers, numbers),
+            (self.is_filled, torch.ones_like(labels, dtype=torch.bool)),
+        ):
+            memory[places] = values
+        self.begin.add_(len(labels))
+        own = places[:, None] == torch.arange(len(self.labels), device=labels.device)
+        alike = [
+            (each[:, None] == memory) & (each >= 0)[:, None]
+            for each, memory in ((labels, self.labels), (numbers, self.numbers))
+        ]
+        return self.is_filled & ~own & ~alike[0] & ~alike[1]
+
+
 class AuxiliaryHead(nn.Sequential):
     """Logits from an inner stage: separable convolutions that halve the map, then pool and classify.
 
-    One halving for each stage that is still to come, as far as the map allows.
+    One halving for each stage that is still to come, as far as the map allows. With ``widest`` each doubles the
+    channels, up to so many.
     """
 
-    def __init__(self, channels: int, halvings: int, classes: int) -> None:
+    def __init__(self, channels: int, halvings: int, classes: int, widest: int = 0) -> None:
         steps: list[nn.Module] = []
         for _ in range(halvings):
+            wider = max(channels, min(2 * channels, widest))
             steps += [
                 nn.Conv2d(channels, channels, 3, stride=2, padding=1, groups=channels, bias=False),
-                nn.Conv2d(channels, channels, 1, bias=False),
-                nn.BatchNorm2d(channels),
+                nn.Conv2d(channels, wider, 1, bias=False),
+                nn.BatchNorm2d(wider),
                 nn.ReLU(),
             ]
+            channels = wider
         super().__init__(*steps, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 

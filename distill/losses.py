@@ -186,6 +186,29 @@ def standardise(logits: Tensor) -> Tensor:
     return _varying(logits) / (logits.std(1, keepdim=True) + 1e-7)
 
 
+def standardise_channels(maps: Tensor) -> Tensor:
+    """Each channel with mean 0 and standard deviation 1 over the samples and places of a batch.
+
+    What BatchNorm makes of a map before its own scale and shift, but for its epsilon: however small or large a channel
+    is, scaling or shifting it changes nothing. One that is constant as far as float32 can tell becomes 0.
+
+    Args:
+        maps: [B, C, H, W].
+
+    Returns:
+        float32 [B, C, H, W].
+
+    Raises:
+        ValueError: no maps.
+    """
+    if maps.ndim != 4 or not maps.numel():
+        raise ValueError(f"wanted maps [B, C, H, W], found {list(maps.shape)}")
+    rows = _varying(maps.float().transpose(0, 1).flatten(1))
+    size: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True) / rows.shape[1] ** 0.5
+    rows = rows / size.where(size > 0, 1)
+    return rows.reshape(maps.shape[1], maps.shape[0], *maps.shape[2:]).transpose(0, 1)
+
+
 def shuffle_non_maximal(logits: Tensor, generator: torch.Generator) -> Tensor:
     """A control: the teacher that knows its decision and its confidences but not which class got which.
 
@@ -323,8 +346,7 @@ def attention(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) ->
     Raises:
         ValueError: no pairs, maps without a partner, maps of other dimensions, batches that differ.
     """
-    if not student_maps or len(student_maps) != len(teacher_maps):
-        raise ValueError(f"wanted pairs of maps, found {len(student_maps)} and {len(teacher_maps)} maps")
+    _check_pairs(student_maps, teacher_maps)
     pairs = zip(student_maps, teacher_maps, strict=True)
     return torch.stack([_attention_pair(student, teacher) for student, teacher in pairs]).sum()
 
@@ -348,10 +370,7 @@ def rkd(
     Raises:
         ValueError: no matrices, or batches that differ.
     """
-    for embeddings in (student_embeddings, teacher_embeddings):
-        if embeddings.ndim != 2 or not embeddings.numel():
-            raise ValueError(f"wanted embeddings [B, D], found {list(embeddings.shape)}")
-    _check_batches(student_embeddings, teacher_embeddings)
+    _check_embeddings(student_embeddings, teacher_embeddings)
     with torch.autocast(student_embeddings.device.type, enabled=False):  # it would take the angles to half precision
         student_distances, student_directions = _relations(student_embeddings.float())
         teacher_distances, teacher_directions = _relations(teacher_embeddings.detach().float())
@@ -363,10 +382,119 @@ def rkd(
     return loss
 
 
+def cc(student_embeddings: Tensor, teacher_embeddings: Tensor, gamma: float = 0.4, order: int = 2) -> Tensor:
+    """Correlation congruence: the mean over B^2 of (k(s_i, s_j) - k(t_i, t_j))^2.
+
+    k is the Gaussian kernel exp(-gamma * |x - y|^2) of embeddings of length 1, in its Taylor series up to ``order``:
+    exp(-2 gamma) * sum over p of (2 gamma)^p / p! * <x, y>^p. It sees neither rotation nor the length of an embedding;
+    one of zeros is at cosine 0 with all, without gradient.
+
+    Source: Peng et al., "Correlation Congruence for Knowledge Distillation" (ICCV 2019), with its gamma and order;
+    there a learned projection of both sides comes first, here the kernels are of the features themselves.
+
+    Args:
+        student_embeddings, teacher_embeddings: [B, D], D may differ.
+        gamma: of the kernel, above 0.
+        order: the highest power, at least 1.
+
+    Raises:
+        ValueError: no matrices, or batches that differ.
+    """
+    _check_embeddings(student_embeddings, teacher_embeddings)
+    with torch.autocast(student_embeddings.device.type, enabled=False):
+        student, teacher = _directions(student_embeddings.float()), _directions(teacher_embeddings.detach().float())
+        factors = [math.exp(-2 * gamma) * (2 * gamma) ** power / math.factorial(power) for power in range(order + 1)]
+        mine, its = (
+            torch.stack([factor * cosines**power for power, factor in enumerate(factors)]).sum(0)
+            for cosines in (student @ student.mT, teacher @ teacher.mT)
+        )
+        return functional.mse_loss(mine, its)
+
+
+def crd(anchors: Tensor, positives: Tensor, others: Tensor, is_negative: Tensor, temperature: float) -> Tensor:
+    """Contrastive distillation, one side of it: mean over B of -log h(a, p) - sum over negatives of log(1 - h(a, n)).
+
+    h(a, x) = e / (e + N * m), e = exp(cos(a, x) / T), N the number of negatives of this anchor: the chance that x is
+    the anchor's own image and not one of N others. m is what e is in the mean: exp(1 / (2 D T^2)) for directions drawn
+    at random (the code of the source takes the mean of its first batch). Worked out in logs.
+
+    Source: Tian et al., "Contrastive Representation Distillation" (ICLR 2020), eq. 10 and 19, and its code. The whole
+    loss is this with the student's embeddings as anchors and the teacher's as others, and the other way round.
+
+    Args:
+        anchors: of one network [B, D].
+        positives: of the other network for the same images [B, D].
+        others: of the other network for some images [M, D], detached here.
+        is_negative: which of them are not of the anchor's image (and class), bool [B, M].
+        temperature: T > 0.
+
+    Raises:
+        ValueError: shapes that do not fit; a temperature that is not positive and finite.
+    """
+    _check_embeddings(anchors, positives)
+    _check_shapes(anchors, positives, "embeddings [B, D]", 2)
+    if others.ndim != 2 or others.shape[1] != anchors.shape[1] or is_negative.shape != (len(anchors), len(others)):
+        found = f"{list(others.shape)} and {list(is_negative.shape)}"
+        raise ValueError(
+            f"wanted others [M, {anchors.shape[1]}] and which are negative [{len(anchors)}, M], found {found}"
+        )
+    _check_temperature(temperature)
+    with torch.autocast(anchors.device.type, enabled=False):
+        anchors, positives, others = (_directions(each.float()) for each in (anchors, positives, others.detach()))
+        count = is_negative.sum(1, keepdim=True).clamp(min=1)
+        level = count.log() + 1 / (2 * anchors.shape[1] * temperature**2)
+        same = functional.softplus(level - (anchors * positives).sum(1, keepdim=True) / temperature)
+        other = functional.softplus(anchors @ others.mT / temperature - level).where(is_negative, 0)
+        return (same.sum(1) + other.sum(1)).mean()
+
+
+def review(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
+    """Hierarchical context loss of a review: the sum over pairs of a weighted mean of MSEs at up to four sizes.
+
+    The maps as they are, and average-pooled to 4x4, 2x2 and 1x1 as far as both sides of a map are larger than that;
+    each weighs half of what the one before weighs.
+
+    Source: Chen et al., "Distilling Knowledge via Knowledge Review" (CVPR 2021), section 3.3, and its code.
+
+    Args:
+        student_maps, teacher_maps: as many of the one as of the other; [B, C, H, W], both of a pair alike.
+
+    Raises:
+        ValueError: no pairs, maps without a partner, shapes that differ or are no maps.
+    """
+    _check_pairs(student_maps, teacher_maps)
+    parts = []
+    for student, teacher in zip(student_maps, teacher_maps, strict=True):
+        _check_shapes(student, teacher, "maps [B, C, H, W]", 4)
+        sizes = [size for size in (4, 2, 1) if size < min(student.shape[2:])]
+        shrunk = [
+            (
+                functional.adaptive_avg_pool2d(student.float(), size),
+                functional.adaptive_avg_pool2d(teacher.float(), size),
+            )
+            for size in sizes
+        ]
+        errors = [0.5**at * hint(*pair) for at, pair in enumerate([(student, teacher), *shrunk])]
+        parts.append(torch.stack(errors).sum() / sum(0.5**at for at in range(len(errors))))
+    return torch.stack(parts).sum()
+
+
 def _check_shapes(student: Tensor, teacher: Tensor, wanted: str, dimensions: int | None) -> None:
     wrong = dimensions is not None and student.ndim != dimensions
     if wrong or student.shape != teacher.shape or not student.numel():
         raise ValueError(f"wanted {wanted} twice, found {list(student.shape)} and {list(teacher.shape)}")
+
+
+def _check_pairs(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> None:
+    if not student_maps or len(student_maps) != len(teacher_maps):
+        raise ValueError(f"wanted pairs of maps, found {len(student_maps)} and {len(teacher_maps)} maps")
+
+
+def _check_embeddings(student: Tensor, teacher: Tensor) -> None:
+    for embeddings in (student, teacher):
+        if embeddings.ndim != 2 or not embeddings.numel():
+            raise ValueError(f"wanted embeddings [B, D], found {list(embeddings.shape)}")
+    _check_batches(student, teacher)
 
 
 def _check_batches(student: Tensor, teacher: Tensor) -> None:
@@ -450,6 +578,12 @@ def _attention_map(features: Tensor, size: tuple[int, int]) -> Tensor:
     if features.shape[2:] != size:
         features = functional.adaptive_avg_pool2d(features, size)
     return functional.normalize(features.square().mean(1).flatten(1), dim=1)
+
+
+def _directions(embeddings: Tensor) -> Tensor:
+    """Each embedding [B, D] over its length; zeros, with a finite gradient, stay zeros."""
+    squares = embeddings.square().sum(1, keepdim=True)
+    return embeddings / squares.where(squares > 0, 1).sqrt()
 
 
 def _relations(embeddings: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -31,8 +32,11 @@ from .features import (
     STAGES,
     Adapter,
     AuxiliaryHead,
+    Contrast,
     Painter,
     PlacesHead,
+    Review,
+    SideBySide,
     block_indices,
     by_place,
     in_places,
@@ -76,11 +80,17 @@ class StudentOutput(NamedTuple):
 
 
 class StudentWithAuxiliaries(nn.Module):
-    """The student with the modules that a method trains beside it (adapters, heads) and drops afterwards."""
+    """The student with what a method trains beside it (adapters, heads) and drops afterwards.
 
-    def __init__(self, student: nn.Module, indices: Sequence[int] = (), auxiliaries: Iterable[nn.Module] = ()) -> None:
+    ``auxiliaries``: a module for each of the student's maps, or one that takes the list of them and gives a list.
+    """
+
+    def __init__(
+        self, student: nn.Module, indices: Sequence[int] = (), auxiliaries: Iterable[nn.Module] | nn.Module = ()
+    ) -> None:
         super().__init__()
-        self.student, self.auxiliaries = student, nn.ModuleList(auxiliaries)
+        self.student = student
+        self.auxiliaries: nn.Module = SideBySide(auxiliaries) if isinstance(auxiliaries, Iterable) else auxiliaries
         self.indices: list[int] = list(indices)
 
     def forward(self, image: Tensor, deepest: int | None = None) -> StudentOutput:
@@ -91,8 +101,7 @@ class StudentWithAuxiliaries(nn.Module):
             maps, logits = maps_and_logits(self.student, image, self.indices)
         else:
             maps, logits = maps_alone(self.student, image, self.indices[: deepest + 1]), None
-        auxiliary = [module(features) for module, features in zip(self.auxiliaries, maps, strict=False)]
-        return StudentOutput(logits, maps, auxiliary)
+        return StudentOutput(logits, maps, self.auxiliaries(maps))
 
 
 def label_loss(config: DistillSettings, all_labeled: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
@@ -174,6 +183,11 @@ class Method(TrainingTask):  # type: ignore[misc]
     teaches_outputs: ClassVar[bool] = False  # rather than features alone
     default_weight: ClassVar[float] = 0.0  # of the method's loss, where the configuration names none
 
+    @classmethod
+    def weight_in(cls, config: DistillSettings) -> float:
+        """The weight of the method's loss."""
+        return cls.default_weight if config.kd_weight is None else config.kd_weight
+
     def __init__(
         self,
         config: DistillSettings,
@@ -197,7 +211,7 @@ class Method(TrainingTask):  # type: ignore[misc]
             raise UserError(f"method '{config.method}' needs a teacher: give the folder of a trained one")
         self.check(config)
         self.config, self.spec, self.name = config, spec, name
-        self.kd_weight = self.default_weight if config.kd_weight is None else config.kd_weight
+        self.kd_weight = self.weight_in(config)
         self.epoch = 0  # the trainer's, for losses that grow
         self.teacher_indices: list[int] = []  # of the teacher's maps that the method looks at
         # Of its outputs, where they say something of every place: height and width. Both sides are compared there.
@@ -208,8 +222,7 @@ class Method(TrainingTask):  # type: ignore[misc]
     @classmethod
     def compares_outputs(cls, config: DistillSettings) -> bool:
         """Whether the student's outputs are compared with the teacher's, as far as the settings say."""
-        weight = cls.default_weight if config.kd_weight is None else config.kd_weight
-        return cls.teaches_outputs and weight != 0
+        return cls.teaches_outputs and cls.weight_in(config) > 0
 
     @classmethod
     def check(cls, config: DistillSettings) -> None:
@@ -241,6 +254,10 @@ class Method(TrainingTask):  # type: ignore[misc]
 
     def enter(self, phase: int) -> None:
         """Prepare for phase number ``phase``: what learns, what is frozen."""
+
+    def grown(self, warmup_epochs: int) -> float:
+        """What of its weight a loss has in this epoch that grows to it over so many, evenly."""
+        return min((self.epoch + 1) / warmup_epochs, 1.0) if warmup_epochs else 1.0
 
     def trainable(self) -> Iterator[nn.Parameter]:
         """The parameters that learn in this phase."""
@@ -300,14 +317,25 @@ class DistillationMethod(Method, ABC):
         # Shuffled before the student's forward: both draw from the same generator.
         shown = None if teacher is None else self._shown(teacher, coarse)
         output: StudentOutput = self.trainable_module(input)
-        result = {"output": output.logits, "task_loss": self._label_loss(output.logits, target)}
+        result = {"output": output.logits, "task_loss": self.labels_part(output, target)}
         loss = self.config.label_weight * result["task_loss"]
-        if self.kd_weight:
+        if self.asks_teacher:
             if shown is None:
                 raise ValueError(f"method '{self.config.method}' wants the teacher's output of every batch")
-            result["kd_loss"] = self.distillation_loss(output, shown, coarse)
-            loss = loss + self.kd_weight * result["kd_loss"]
+            for name, (weight, part) in self.teacher_parts(output, shown, coarse).items():
+                result[name] = part
+                loss = loss + weight * part
         return {"loss": loss, **result}
+
+    def labels_part(self, student: StudentOutput, target: Tensor) -> Tensor:
+        """The loss against the labels, a scalar."""
+        return self._label_loss(student.logits, target)
+
+    def teacher_parts(
+        self, student: StudentOutput, teacher: TeacherOutput, target: Tensor
+    ) -> dict[str, tuple[float, Tensor]]:
+        """What the teacher adds to the loss: by name a weight and a scalar; takes what ``distillation_loss`` takes."""
+        return {"kd_loss": (self.kd_weight, self.distillation_loss(student, teacher, target))}
 
     @property
     def softening(self) -> float:
@@ -411,8 +439,8 @@ class Dkd(LogitMethod):
         # Where nobody knows the label, the student has nothing to learn: it is compared with itself.
         known = target >= 0 if target.ndim == 1 else target.sum(1) > 0
         teacher, target = teacher.where(known[:, None], student.detach()), target.clamp(min=0)
-        grown = min((self.epoch + 1) / settings.warmup_epochs, 1.0) if settings.warmup_epochs else 1.0
-        return grown * losses.dkd(student, teacher, target, settings.alpha, settings.beta, self.config.temperature)
+        loss = losses.dkd(student, teacher, target, settings.alpha, settings.beta, self.config.temperature)
+        return self.grown(settings.warmup_epochs) * loss
 
 
 class Dist(LogitMethod):
@@ -454,8 +482,18 @@ class FeatureMethod(DistillationMethod):
         if self.with_decoder:
             blocks, its_blocks = paired(block_indices(student), block_indices(teacher.network))
             students, teachers = students + blocks, teachers + its_blocks
-        self.teacher_indices = teachers[self.stages]
-        return students[self.stages]
+        chosen = self.chosen_of(len(students))
+        self.teacher_indices = [teachers[at] for at in chosen]
+        return [students[at] for at in chosen]
+
+    def chosen_of(self, pairs: int) -> list[int]:
+        """Which of so many paired stages are looked at, ascending. Raises UserError."""
+        return list(range(pairs))[self.stages]
+
+    def to_compare(self, student_map: Tensor, teacher_map: Tensor) -> tuple[Tensor, Tensor]:
+        """An adapted map and the teacher's [B, C, H, W] at the smaller height and width, its normalised if asked."""
+        mine, its = same_size(student_map, teacher_map)
+        return mine, losses.standardise_channels(its) if self.config.hint.normalize else its
 
     def adapters(
         self, student: nn.Module, indices: list[int], teacher: Teacher | CachedTeacher | None, where_equal: bool
@@ -471,17 +509,99 @@ class FeatureMethod(DistillationMethod):
 
 
 class Hint(FeatureMethod):
-    """FitNet's hint (Romero et al. 2015): MSE of an adapted middle stage, together with the labels."""
+    """FitNet's hint (Romero et al. 2015): MSE of an adapted middle stage, or of several, together with the labels.
+
+    Its authors let the stages up to the hint learn it first, and then the whole network from labels and kd without it
+    (``hint.two_stages``, ``hint.logits``). Their regressor ends in the convolution, here a BatchNorm follows.
+    """
 
     default_weight = 100.0
     stages = slice(-2, -1)
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._indices = self.student.indices
+        self._hints_alone = False
+        if self._is_staged:
+            parts = stage_parameters(self.student.student, self.spec.sides, self._indices)
+            self._below = {name for part in parts[:-1] for name in part}  # up to the deepest hint
+
+    @classmethod
+    def compares_outputs(cls, config: DistillSettings) -> bool:
+        return config.hint.logits
+
+    @property
+    def _is_staged(self) -> bool:
+        return self.config.hint.two_stages is not None
+
+    def chosen_of(self, pairs: int) -> list[int]:
+        stages = self.config.hint.stages
+        if stages is None:
+            return super().chosen_of(pairs) or [0]
+        if wrong := [stage for stage in stages if not 1 <= abs(stage) <= pairs]:
+            raise UserError(
+                f"hint.stages has {wrong[0]}, and '{self.name}' and its teacher share {pairs} stages: wanted "
+                f"1 to {pairs}, or -{pairs} to -1"
+            )
+        chosen = sorted(stage - 1 if stage > 0 else pairs + stage for stage in stages)
+        if twice := [stage + 1 for stage, after in pairwise(chosen) if stage == after]:
+            raise UserError(f"hint.stages names stage {twice[0]} of {pairs} twice: name each once")
+        return chosen
 
     def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
         indices = self.pair_stages(student, teacher)
         return StudentWithAuxiliaries(student, indices, self.adapters(student, indices, teacher, where_equal=True))
 
+    def phases(self, steps: int, steps_per_epoch: int) -> list[Phase]:
+        """One; or two, the first of ``hint.two_stages`` of the steps, at least one each."""
+        share, rate = self.config.hint.two_stages, self.config.train.learning_rate
+        if share is None:
+            return super().phases(steps, steps_per_epoch)
+        if steps < 2:
+            raise UserError("hint.two_stages shares 1 step between two phases: take more train.epochs")
+        first = min(max(1, round(steps * share)), steps - 1)
+        return [Phase("hint", first, rate, has_accuracy=False), Phase("all", steps - first, rate)]
+
+    def enter(self, phase: int) -> None:
+        if not self._is_staged:
+            return
+        student, self._hints_alone = self.student, phase == 0
+        for name, parameter in student.student.named_parameters():
+            parameter.requires_grad_(phase > 0 or name in self._below)
+        student.auxiliaries.requires_grad_(phase == 0)
+        student.indices = self._indices if phase == 0 else []
+
+    @property
+    def asks_teacher(self) -> bool:
+        return self.config.hint.logits or (self._hints_alone if self._is_staged else super().asks_teacher)
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        teacher: TeacherOutput | None = None,
+        numbers: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """One batch: labels and hints; or, in two stages, the hints alone and then the labels without them."""
+        if not self._hints_alone:
+            return super().forward(input, target, teacher, numbers)
+        if teacher is None:
+            raise ValueError("method 'hint' wants the teacher's output of every batch")
+        output: StudentOutput = self.trainable_module(input, len(self._indices) - 1)
+        loss = self.distillation_loss(output, teacher, target)
+        return {"loss": loss, "kd_loss": loss}
+
     def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
-        return losses.hint(*same_size(student.auxiliary[0], self.teacher_maps(teacher)[0]))
+        pairs = zip(student.auxiliary, self.teacher_maps(teacher), strict=True)
+        return torch.stack([losses.hint(*self.to_compare(*pair)) for pair in pairs]).mean()
+
+    def teacher_parts(
+        self, student: StudentOutput, teacher: TeacherOutput, target: Tensor
+    ) -> dict[str, tuple[float, Tensor]]:
+        parts = {} if self._is_staged else super().teacher_parts(student, teacher, target)
+        if self.config.hint.logits:
+            parts["logit_loss"] = (1.0, losses.kd(student.logits, teacher.logits, self.config.temperature))
+        return parts
 
 
 class ChannelWise(FeatureMethod):
@@ -512,6 +632,11 @@ class ChannelWise(FeatureMethod):
             raise UserError(
                 f"teacher_control '{self.config.teacher_control}' changes what the teacher answers, and method 'cwd' "
                 "looks at features here: leave it out, or set cwd_on to logits"
+            )
+        if not self.config.label_fraction:
+            raise UserError(
+                f"method 'cwd' compares features of '{self.name}', so that its outputs learn nothing at label_fraction "
+                "0: take more, or kd"
             )
         indices = self.pair_stages(student, teacher)
         assert isinstance(teacher, Teacher)
@@ -562,11 +687,102 @@ class Relational(FeatureMethod):
         return losses.rkd(pooled, teacher_pooled, weights.distance_weight, weights.angle_weight)
 
 
+class CorrelationCongruence(FeatureMethod):
+    """Correlation congruence (Peng et al. 2019) of the pooled deepest stage, without the projection of its authors.
+
+    Their weight is of another balance; this one makes the loss about as large as that of rkd.
+    """
+
+    default_weight = 100.0
+    stages = slice(-1, None)
+
+    def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
+        return StudentWithAuxiliaries(student, self.pair_stages(student, teacher))
+
+    def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
+        deepest = student.maps[-1], self.teacher_maps(teacher)[-1]
+        pooled, teacher_pooled = (maps.float().mean((2, 3)) for maps in deepest)
+        return losses.cc(pooled, teacher_pooled)
+
+
+class Contrastive(FeatureMethod):
+    """Contrastive distillation (Tian et al. 2020) of the pooled deepest stage.
+
+    An image's embedding by one network is to be near that by the other, and far from the other's of other images: of
+    another class, where classes are known. Its authors remember an embedding of every image of the data; here the last
+    ``crd.negatives`` are remembered, as they were.
+    """
+
+    default_weight = 0.8
+    stages = slice(-1, None)
+
+    def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
+        settings, batch_size = self.config.crd, self.config.train.batch_size
+        if settings.negatives < batch_size:
+            raise UserError(f"crd.negatives is {settings.negatives}: wanted as many as a batch, {batch_size}, at least")
+        indices = self.pair_stages(student, teacher)
+        assert isinstance(teacher, Teacher)
+        mine = map_shapes(student, self.spec.sides, indices)[0]
+        its = map_shapes(teacher.network, teacher.sides, self.teacher_indices)[0]
+        return StudentWithAuxiliaries(student, indices, Contrast(mine[0], its[0], settings.width, settings.negatives))
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        teacher: TeacherOutput | None = None,
+        numbers: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """One batch, as ``Method.forward``; an image's other views are never its negatives."""
+        self._numbers = numbers
+        return super().forward(input, target, teacher, numbers)
+
+    def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
+        contrast = cast("Contrast", self.student.auxiliaries)
+        mine, its = student.auxiliary[0], contrast.of_teacher(self.teacher_maps(teacher)[0])
+        unknown = torch.full((len(mine),), UNLABELED, device=mine.device)
+        numbers = unknown if self._numbers is None else self._numbers.to(mine.device, non_blocking=True)
+        is_negative = contrast.remember(mine, its, self._classes(target, unknown), numbers)
+        temperature = self.config.crd.temperature
+        return losses.crd(mine, its, contrast.teachers, is_negative, temperature) + losses.crd(
+            its, mine, contrast.students, is_negative, temperature
+        )
+
+    @staticmethod
+    def _classes(target: Tensor, unknown: Tensor) -> Tensor:
+        """The class of each image [B], where an image has one."""
+        if target.ndim > 2 or (target.ndim == 2 and not target.is_floating_point()):
+            return unknown
+        return target if target.ndim == 1 else target.argmax(1).where(target.sum(1) > 0, unknown)
+
+
+class KnowledgeReview(FeatureMethod):
+    """Knowledge review (Chen et al. 2021): all stages' maps, each fused with those that are deeper.
+
+    Its authors take the teacher's maps before their last activation, here they are as timm gives them.
+    """
+
+    default_weight = 1.0
+
+    def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
+        indices = self.pair_stages(student, teacher)
+        assert isinstance(teacher, Teacher)
+        mine = map_shapes(student, self.spec.sides, indices)
+        its = map_shapes(teacher.network, teacher.sides, self.teacher_indices)
+        channels = [[shape[0] for shape in shapes] for shapes in (mine, its)]
+        return StudentWithAuxiliaries(student, indices, Review(*channels))
+
+    def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
+        pairs = zip(student.auxiliary, self.teacher_maps(teacher), strict=True)
+        mine, its = zip(*(self.to_compare(*pair) for pair in pairs), strict=True)
+        return self.grown(self.config.review.warmup_epochs) * losses.review(mine, its)
+
+
 class DeepSupervision(DistillationMethod):
     """Vanilla distillation of the student's logits and of auxiliary heads on its inner stages.
 
     A design of this project: the idea (more information for the student) is Hao et al.'s (2025), whose own
-    branches are not public. Every head gets the same KL as the last, with equal weight. Of a network that draws masks
+    branches are not public; ``deep`` says how wide the heads are and what they weigh. Of a network that draws masks
     the heads sit on the encoder's stages and on the decoder's blocks, and say something of every place.
     """
 
@@ -574,21 +790,53 @@ class DeepSupervision(DistillationMethod):
     default_weight = 1.0
 
     def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
-        indices = [*stage_indices(student, self.name), *block_indices(student)][:-1]
+        indices = [*stage_indices(student, self.name), *block_indices(student)]
+        *shapes, deepest = map_shapes(student, self.spec.sides, indices)
+        widest = self._widest(deepest[0], teacher) if self.config.deep.width == "doubling" else 0
         classes = cast("int", student.num_classes)
         heads: list[nn.Module] = []
-        for at, (channels, height, width) in enumerate(map_shapes(student, self.spec.sides, indices)):
+        for at, (channels, height, width) in enumerate(shapes):
             if self.grid:
                 heads.append(PlacesHead(channels, (height, width), (self.grid[0], self.grid[1]), classes))
             else:
-                halvings = min(len(indices) - at, max(0, min(height, width).bit_length() - 1))
-                heads.append(AuxiliaryHead(channels, halvings, classes))
-        return StudentWithAuxiliaries(student, indices, heads)
+                halvings = min(len(shapes) - at, max(0, min(height, width).bit_length() - 1))
+                heads.append(AuxiliaryHead(channels, halvings, classes, widest))
+        return StudentWithAuxiliaries(student, indices[:-1], heads)
+
+    def _widest(self, channels: int, teacher: Teacher | CachedTeacher | None) -> int:
+        """The larger of the student's deepest ``channels`` and the teacher's. Raises UserError."""
+        if self.grid:
+            raise UserError(
+                "deep.width is doubling, and heads that say something of every place halve no map: leave it own"
+            )
+        if not isinstance(teacher, Teacher) or not hasattr(teacher.network, "forward_intermediates"):
+            raise UserError(
+                "deep.width is doubling, up to the teacher's width, and this teacher is a cache or gives no "
+                "intermediate features: leave it own, or leave out cache_views"
+            )
+        deepest = stage_indices(teacher.network, "the teacher")[-1:]
+        return max(channels, map_shapes(teacher.network, teacher.sides, deepest)[0][0])
+
+    @property
+    def head_weight(self) -> float:
+        """What a head weighs in this epoch."""
+        left = 1 - self.epoch / self.config.train.epochs if self.config.deep.fade else 1.0
+        return self.config.deep.weight * left
+
+    def labels_part(self, student: StudentOutput, target: Tensor) -> Tensor:
+        if not self.config.deep.labels:
+            return super().labels_part(student, target)
+        return self._sum(student, lambda logits: self._label_loss(logits, target))
 
     def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
-        said = [student.logits, *student.auxiliary]
-        parts = [losses.kd(each, resized(teacher.logits, each.shape[2:]), self.config.temperature) for each in said]
-        return torch.stack(parts).sum()
+        def loss(logits: Tensor) -> Tensor:
+            return losses.kd(logits, resized(teacher.logits, logits.shape[2:]), self.config.temperature)
+
+        return self._sum(student, loss)
+
+    def _sum(self, student: StudentOutput, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        """The loss of the student's logits, and those of the heads by their weight."""
+        return torch.stack([loss(student.logits), *(self.head_weight * loss(each) for each in student.auxiliary)]).sum()
 
 
 class Stagewise(FeatureMethod):
@@ -612,7 +860,9 @@ class Stagewise(FeatureMethod):
 
     def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
         indices = self.pair_stages(student, teacher)
-        return StudentWithAuxiliaries(student, indices, self.adapters(student, indices, teacher, where_equal=False))
+        # What a stage ends in may not be able to give what is below a mean, so that normalised maps want an adapter.
+        adapters = self.adapters(student, indices, teacher, where_equal=self.config.hint.normalize)
+        return StudentWithAuxiliaries(student, indices, adapters)
 
     def phases(self, steps: int, steps_per_epoch: int) -> list[Phase]:
         """One a stage and one of the head: equal shares of ``steps``, or ``stagewise.epochs`` each."""
@@ -650,7 +900,7 @@ class Stagewise(FeatureMethod):
         learning = set(self._stages[phase])
         for name, parameter in student.student.named_parameters():
             parameter.requires_grad_(name in learning)
-        for at, adapter in enumerate(student.auxiliaries):
+        for at, adapter in enumerate(student.auxiliaries.children()):
             adapter.requires_grad_(at == phase)
         self.train()
 
@@ -688,7 +938,8 @@ class Stagewise(FeatureMethod):
         deepest = self._phase if self.config.stagewise.frozen_batchnorm == "eval" else None
         shown = self._shown(teacher, thinned(target, self.grid))
         output: StudentOutput = self.trainable_module(input, deepest)
-        loss = losses.hint(*same_size(output.auxiliary[self._phase], self.teacher_maps(shown)[self._phase]))
+        pair = output.auxiliary[self._phase], self.teacher_maps(shown)[self._phase]
+        loss = losses.hint(*self.to_compare(*pair))
         return {"loss": loss, "kd_loss": loss}
 
     def distillation_loss(self, student: StudentOutput, teacher: TeacherOutput, target: Tensor) -> Tensor:
@@ -774,6 +1025,9 @@ METHODS: dict[configuration.Method, type[Method]] = {
     "hint": Hint,
     "at": AttentionTransfer,
     "rkd": Relational,
+    "cc": CorrelationCongruence,
+    "crd": Contrastive,
+    "review": KnowledgeReview,
     "deep_supervision": DeepSupervision,
     "stagewise": Stagewise,
     "masked": MaskedImages,

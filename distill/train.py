@@ -15,16 +15,25 @@ from timm.optim import list_optimizers
 from torch import nn
 
 from ..core.artifact import Draft, Order, drafting, write_json
-from ..core.config import AdoptConfig, CacheConfig, ModelSettings, RestartConfig, TrainConfig, TrainSettings
+from ..core.config import (
+    AdoptConfig,
+    CacheConfig,
+    DrawConfig,
+    ModelSettings,
+    RestartConfig,
+    TrainConfig,
+    TrainSettings,
+)
 from ..core.errors import UserError, choice
 from ..core.inputs import InputSpec, size_words
-from ..core.kinds import Cache, Checkpoint, CheckpointFacts, as_name
+from ..core.kinds import DRAWN, Cache, Checkpoint, CheckpointFacts, as_name
 from ..core.progress import note
 from ..core.stats import Interval
 from ..data.copies import side_for
-from ..data.dataset import Dataset
+from ..data.dataset import Dataset, load_images
 from ..data.labels import other_order
 from ..networks import models
+from ..networks.drawn import draw_scales
 from ..networks.onnx import OnnxNetwork
 from ..networks.start import begin
 from ..networks.weights import load_body, load_weights
@@ -192,7 +201,6 @@ def _runs(
 def _check_labels(config: TrainConfig, labeled: int, unlabeled: int) -> None:
     """Refuse a method that can't do without the labels that are missing. Raises UserError."""
     method = METHODS[config.method]
-    weight = method.default_weight if config.kd_weight is None else config.kd_weight
     if config.needs_teacher and method.needs_labels and unlabeled:
         raise UserError(
             f"method '{config.method}' needs the label of every image and {unlabeled} have none: "
@@ -203,7 +211,7 @@ def _check_labels(config: TrainConfig, labeled: int, unlabeled: int) -> None:
             f"teacher_control 'smoothing' knows the labels and nothing else, and {unlabeled} images have none: take "
             "flattened or leave out data.unlabeled"
         )
-    if not labeled and method.learns_outputs and not (method.teaches_outputs and weight):
+    if not labeled and method.learns_outputs and not method.compares_outputs(config):
         raise UserError(
             f"method '{config.method}' needs labels for the outputs and label_fraction is 0: take more, or a method "
             "that teaches the outputs, such as kd"
@@ -277,6 +285,25 @@ def restart(order: Order[RestartConfig], dataset: Dataset, trained: Checkpoint |
             )  # fmt: skip
     ranks.from_leader(None)  # until it is sealed
     return Checkpoint.open(out)
+
+
+def draw(order: Order[DrawConfig], dataset: Dataset, out: Path) -> Checkpoint:
+    """Seal a network of random weights, whose scales and statistics are as those of trained ones could be.
+
+    Raises:
+        UserError: an unknown network, a size that it can't take, outputs that are not finite.
+    """
+    config = order.config
+    with drafting(Checkpoint, order, out) as draft:
+        with seeded(config.seed):
+            network, spec = models.create(config, len(dataset.classes), dataset.facts.task)
+            shown = load_images(dataset.balanced("train", config.images, seed=0), spec.model_dump())
+            draw_scales(network, spec, shown)
+        draft.facts = _described(
+            draft.path, config, network, spec, dataset,
+            method=DRAWN, training_images=0, epochs=0, selected=DRAWN,
+        )  # fmt: skip
+    return draft.artifact
 
 
 def check_run(config: ModelSettings, settings: TrainSettings | None, task: str) -> None:

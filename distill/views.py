@@ -30,7 +30,7 @@ from ..core.proc import first_line
 from ..data.dataset import UNLABELED, Dataset, Sample
 from ..data.masks import IGNORED, resized
 from ..data.splits import spread_fraction, stratified_fraction
-from ..runtime.preprocess import fit, fit_mask
+from ..runtime.preprocess import fit, fit_classes
 from ..runtime.task import TASKS
 
 
@@ -165,7 +165,7 @@ def _cut(pair: Pair, config: AugmentSettings, spec: InputSpec) -> Pair:
         image = cropped.resize((width, height), Image.Resampling[spec.interpolation.upper()])
         return Pair(image, resized(pair.mask[top : top + high, left : left + wide], (width, height)))
     fitting = spec.model_dump()
-    image, mask = Image.fromarray(fit(pair.image, fitting)), fit_mask(pair.mask, fitting)
+    image, mask = Image.fromarray(fit(pair.image, fitting)), fit_classes(pair.mask, fitting)
     if config.crop == "none":
         return Pair(image, mask)
     across, down = (round(side * config.pad_fraction) for side in (width, height))

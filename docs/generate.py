@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 from pydantic import BaseModel
 
+from kdpipe.cli import app
 from kdpipe.core import config
 from kdpipe.options import metavar, walk
 
@@ -24,14 +27,16 @@ STAGES: dict[str, type[BaseModel]] = {
     "kdpipe quantize": config.QuantizeConfig,
     "kdpipe package": config.PackageConfig,
     "kdpipe bench": config.BenchPlan,
+    "kdpipe pick": config.PickPlan,
     "Device": config.DeviceSettings,
 }
 
 
 def help_of(*command: str) -> str:
-    arguments = [sys.executable, "-m", "kdpipe", *command, "--help"]
-    environment = {"COLUMNS": "100", "PATH": "/usr/bin:/bin"}
-    return subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment).stdout.strip()
+    os.environ["COLUMNS"] = "100"
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        app([*command, "--help"], prog_name="kdpipe", standalone_mode=False)
+    return told.getvalue().strip()
 
 
 def commands_in(text: str) -> list[str]:

@@ -28,7 +28,6 @@ from .parity import check, compare, float32_error, keep_worst, torch_outputs
 from .written import Written
 
 AS_WRITTEN = "raw.onnx"  # the file before it is simplified
-DECIDED_IMAGES = 16  # whose logits are in memory together
 MOST_CLASSES_A_BYTE = 256
 
 
@@ -130,25 +129,20 @@ def compare_hops(
 
 
 def _said(session: Session, samples: Sequence[Sample], wanted: Wanted) -> np.ndarray:
-    """Outputs [N, ...]; of masks what they come to at the size of the input, a few images at a time.
-
-    As logits, those of every pixel of so many images would be gigabytes.
-    """
+    """What is kept of the outputs [N, ...], of which a few images' are in memory at a time."""
     spec, task = wanted.spec.model_dump(), wanted.task
-    if not task.dense:
-        return predict_samples(session, samples, spec)
-    starts = range(0, len(samples), DECIDED_IMAGES)
-    parts = (predict_samples(session, samples[at : at + DECIDED_IMAGES], spec) for at in starts)
-    return np.concatenate([task.decide_at(part, wanted.spec.sides) for part in parts])
+    starts = range(0, len(samples), task.together)
+    parts = (predict_samples(session, samples[at : at + task.together], spec) for at in starts)
+    return np.concatenate([task.kept(part, wanted.spec.sides) for part in parts])
 
 
 def check_output(output: Output, source: Checkpoint | Graph) -> None:
     """Refuse what a network cannot give. Raises UserError."""
-    if output == "logits":
-        return
-    if not TASKS[source.facts.task].dense:
+    outputs = TASKS[source.facts.task].outputs
+    if output not in outputs:
         raise UserError(
-            f"output '{output}' is of networks that draw masks, {source.path} is for {source.facts.task}: leave it out"
+            f"output '{output}' is nothing that a network for {source.facts.task} gives, as {source.path} is: wanted "
+            f"{' or '.join(outputs)}"
         )
     if output == "classes" and (count := len(source.labels)) > MOST_CLASSES_A_BYTE:
         raise UserError(f"output 'classes' is a byte a pixel, {source.path} tells {count} classes apart: wanted logits")

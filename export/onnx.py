@@ -6,6 +6,8 @@ import ast
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..core.errors import UserError
+
 if TYPE_CHECKING:
     import onnx
     from torch import nn
@@ -23,6 +25,9 @@ def write_onnx(network: nn.Module, spec: InputSpec, path: Path) -> None:
 
     The example has two images: with one, the exporter takes the batch of 1 for a constant, which breaks
     ConvNeXt-like networks.
+
+    Raises:
+        UserError: a network that makes the number of its images a constant.
     """
     import onnx
     import torch
@@ -39,6 +44,11 @@ def write_onnx(network: nn.Module, spec: InputSpec, path: Path) -> None:
     )
     assert program is not None  # dynamo=True always returns a program
     model = program.model_proto
+    if not model.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
+        raise UserError(
+            "its forward makes the number of images a constant, wanted any number: take image.shape[0] there, not "
+            "len(image) or a number"
+        )
     name_nodes(model.graph)
     onnx.save(model, path)
 

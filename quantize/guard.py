@@ -30,9 +30,7 @@ from .variant import Taken, Variant
 from .work import TRACED_IMAGES, open_checked
 
 SETTINGS = "settings.json"
-# Of the layers that add most noise of their own each is tried alone, on so many images.
-RANKED, RANKING_IMAGES = 32, 64
-DENSE_IMAGES = 16  # whose outputs are in memory together where they have a place for every pixel
+RANKED = 32  # of the layers that add most noise of their own: each is tried alone, on some images
 TIMED_ROUNDS, TIMED_INFERENCES = 5, 20  # of a mix's latency ratio: for the curve, not for a verdict
 
 
@@ -56,18 +54,18 @@ def guarded(
     resume, facts = draft.resume, model.facts
     spec, task = facts.input.model_dump(), TASKS[facts.task]
     searching, confirming = parted(held_out)
-    step = DENSE_IMAGES if task.dense else RANKING_IMAGES
-    few = load_images(searching[:step], spec)
+    few = load_images(searching[: task.together], spec)
 
     def scores(folder: Path, as_run: ModelFacts, samples: Sequence[Sample]) -> np.ndarray:
         found = []
         with quiet():
             session = open_checked(folder, as_run)
-            for at in range(0, len(samples), step):
-                outputs = predict_samples(session, samples[at : at + step], spec)
+            for at in range(0, len(samples), task.together):
+                some = samples[at : at + task.together]
+                outputs = predict_samples(session, some, spec)
                 if not np.isfinite(outputs).all():
                     raise GateFailed("the variant's outputs are not finite: it is not sealed")
-                found.append(task.scores(outputs, load_labels(samples[at : at + step], spec)))
+                found.append(task.scores(outputs, load_labels(some, spec)))
         return np.concatenate(found)
 
     before = scores(model.path, facts, searching)

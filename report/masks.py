@@ -68,7 +68,7 @@ def masks(numbers: Numbers, measurement: Measurement, bundles: Mapping[str, Pack
 
     def shown(bundle: str, at: int) -> list[Tile]:
         pixels = samples[at].fitted(bundles[bundle].facts.input.model_dump())
-        return [Tile("image", _photo(pixels)), Tile("label", _map(drawn(labels[at])))]
+        return [Tile("image", photo(pixels)), Tile("label", _map(drawn(labels[at])))]
 
     def flip(row: Numbers) -> Strip:
         at, bundle, float32 = row["position"], row["bundle"], row["against"]
@@ -108,7 +108,7 @@ def _css(colour: Sequence[int] | np.ndarray) -> str:
     return "#" + "".join(f"{int(part):02x}" for part in colour)
 
 
-def _photo(picture: np.ndarray) -> str:
+def photo(picture: np.ndarray) -> str:
     return _uri(picture, "JPEG", {"quality": 85})
 
 

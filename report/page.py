@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from ..core.artifact import Order, drafting, write_json
 from ..core.config import ReportConfig
 from ..core.kinds import Checkpoint, DeviceReport, GainFacts, Measurement, Report, ReportFacts
 from . import tables, words
-from .compression import Sources, thumbnail
+from .compression import Packed, Sources, thumbnail
 from .images import contact_sheet
+from .maps import ABOUT, Explained
 from .masks import Masks, masks
 from .pooled import pool
 from .terms import TERMS
@@ -27,6 +28,7 @@ def report(
     checkpoints: Mapping[str, Checkpoint],
     sources: Sources,
     out: Path,
+    explain: Callable[[Sequence[tables.Numbers], Mapping[str, Packed]], Explained] | None = None,
 ) -> Report:
     """Write ``report.html`` (self-contained) and ``report.json`` (the same numbers).
 
@@ -34,6 +36,7 @@ def report(
         sessions: by device every attempt at one session, in their order.
         checkpoints: by name, the teacher and every student run that the page compares.
         sources: what else lies beside the measurements and stands behind them.
+        explain: draws maps for the images that changed, given their rows and the bundles by name.
 
     Raises:
         UserError: a shipped student that was tested on other images than the bundles.
@@ -42,9 +45,11 @@ def report(
         numbers = tables.collect(order.config, sessions, checkpoints, sources)
         write_json(draft.path / Report.NUMBERS, numbers)
         first = pool(next(iter(sessions.values()))).shown
-        drawn = masks(numbers, first, tables.bundles_of(first), sources)
+        bundles = tables.bundles_of(first)
+        drawn = masks(numbers, first, bundles, sources)
         pictures = {} if drawn.legend else _pictures(numbers, sources)
-        page = render(numbers, pictures, contact_sheet(sources.dataset), drawn)
+        explained = explain(numbers["flips"], bundles) if explain else Explained()
+        page = render(numbers, pictures, contact_sheet(sources.dataset), drawn, explained)
         (draft.path / Report.PAGE).write_text(page, encoding="utf-8")
         draft.facts = ReportFacts(
             devices=[
@@ -70,13 +75,20 @@ def _pictures(numbers: tables.Numbers, sources: Sources) -> dict[int, str]:
     return {each["position"]: thumbnail(samples[each["position"]].image()) for each in shown}
 
 
-def render(numbers: tables.Numbers, pictures: Mapping[int, str], sheet: str = "", masks: Masks | None = None) -> str:
+def render(
+    numbers: tables.Numbers,
+    pictures: Mapping[int, str],
+    sheet: str = "",
+    masks: Masks | None = None,
+    explained: Explained | None = None,
+) -> str:
     """The page of ``numbers``; everything is escaped but the figures drawn here.
 
     Args:
         pictures: test images as URIs, by position.
         sheet: the contact sheet of the data, as a data URI.
         masks: what is drawn in place of the pictures where answers are masks.
+        explained: maps in place of the pictures of images that changed.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -102,6 +114,8 @@ def render(numbers: tables.Numbers, pictures: Mapping[int, str], sheet: str = ""
         pareto_name=pareto_name,
         pictures=pictures,
         masks=masks or Masks(),
+        explained=explained or Explained(),
+        about_maps=ABOUT,
         sheet=sheet,
         chosen=rows,
         defaults=defaults,

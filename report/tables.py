@@ -212,9 +212,12 @@ def check_results(measurement: Measurement) -> None:
 
 
 def teacher_names(checkpoints: Checkpoints) -> set[str]:
-    """Checkpoints that taught another one, and the one that is called so."""
+    """Checkpoints that taught another one, and the one that is called so; not those that one began as."""
     taught_by = {
-        student.manifest.inputs[role].key for student in checkpoints.values() for role in student.manifest.inputs
+        source.key
+        for student in checkpoints.values()
+        for role, source in student.manifest.inputs.items()
+        if role == "teacher"
     }
     return {name for name, checkpoint in checkpoints.items() if name == "teacher" or checkpoint.key in taught_by}
 

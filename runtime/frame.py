@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .layout import sides
-from .overlay import overlay
-from .preprocess import fit, placement
+from .preprocess import fit
 from .task import TASKS, Task
 
 if TYPE_CHECKING:
@@ -20,53 +18,28 @@ WARM_FRAMES = 2  # which are not told: the first ones allocate
 FEWEST_FRAMES, MOST_FRAMES = 5, 64  # that are
 
 
-def at_size(classes: np.ndarray, spec: Mapping[str, Any], height: int, width: int) -> np.ndarray:
-    """A class map of a network's input [h, w], brought back to the image that the input was made of [height, width].
-
-    By nearest neighbour: what is told of a pixel is what the network's answer is judged by. Where the network was shown
-    nothing (what a crop left out) it is -1, and then int16; else the type is that of ``classes``.
-
-    Args:
-        spec: the InputSpec by which the image was fitted.
-    """
-    place = placement((width, height), spec)
-    rows = (np.arange(height) + 0.5) * place.height / height - place.top
-    columns = (np.arange(width) + 0.5) * place.width / width - place.left
-    shown = [(at >= 0) & (at < side) for at, side in zip((rows, columns), classes.shape)]
-    inside = [np.clip(at.astype(np.int64), 0, side - 1) for at, side in zip((rows, columns), classes.shape)]
-    spread = classes[inside[0]].take(inside[1], axis=1)
-    if all(each.all() for each in shown):
-        return np.asarray(spread)
-    return np.where(shown[0][:, None] & shown[1], spread, np.int16(-1)).astype(np.int16)
-
-
 def answer_frame(
     session: Session, frame: np.ndarray, spec: Mapping[str, Any], task: Task
 ) -> tuple[np.ndarray, dict[str, int]]:
     """Ask a model about a decoded picture uint8 [H, W, 3].
 
     Returns:
-        What a person is shown: the picture with the classes in colours over it, uint8 [H, W, 3], of a task that is
-        dense; else how likely the likeliest class is [1]. And the nanoseconds of each step: ``resize`` (to the
-        network's input), ``network`` (with the preparing of the runtime's own input), ``answer`` (resizing and deciding
-        it; of a task that is not dense its softmax), and of a dense one ``colours``.
+        What a person is shown, as the task's ``finish`` has it at last. And the nanoseconds of each step: ``resize``
+        (to the network's input), ``network`` (with the preparing of the runtime's own input), and the steps of
+        ``finish``.
     """
     from PIL import Image
 
     times = [time.perf_counter_ns()]
     pixels = fit(Image.fromarray(frame), spec)
     times.append(time.perf_counter_ns())
-    outputs = session.infer(session.prepare(pixels[None]))
+    shown = outputs = session.infer(session.prepare(pixels[None]))
     times.append(time.perf_counter_ns())
-    steps = ["resize", "network", "answer"]
-    if task.dense:
-        said = at_size(task.decide_at(outputs, sides(spec))[0], spec, *frame.shape[:2])
+    steps = ["resize", "network"]
+    for step, result in task.finish(outputs, frame, spec):
         times.append(time.perf_counter_ns())
-        shown = overlay(frame, said)
-        steps.append("colours")
-    else:
-        shown = task.likeliest(outputs, 1)[1][0]
-    times.append(time.perf_counter_ns())
+        steps.append(step)
+        shown = result
     return shown, {step: after - before for step, before, after in zip(steps, times, times[1:])}
 
 

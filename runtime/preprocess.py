@@ -143,20 +143,40 @@ def fit(image: Image.Image, spec: Mapping[str, Any]) -> np.ndarray:
     return np.asarray(image.crop(box), dtype=np.uint8)
 
 
-def fit_mask(mask: np.ndarray, spec: Mapping[str, Any]) -> np.ndarray:
-    """A mask [H, W] of an image as ``fit`` shows it, [height, width] of the same integers, by nearest neighbour.
+def fit_classes(classes: np.ndarray, spec: Mapping[str, Any]) -> np.ndarray:
+    """The class of every pixel of an image [H, W] as ``fit`` shows it, [height, width] of the same integers.
 
-    Where there is no image, the largest of unsigned integers, -1 of others.
+    By nearest neighbour. Where there is no image, the largest of unsigned integers, -1 of others.
     """
-    (height, width), place = sides(spec), placement((mask.shape[1], mask.shape[0]), spec)
-    rows = nearest(mask.shape[0], place.height)
-    columns = nearest(mask.shape[1], place.width)
+    (height, width), place = sides(spec), placement((classes.shape[1], classes.shape[0]), spec)
+    rows = nearest(classes.shape[0], place.height)
+    columns = nearest(classes.shape[1], place.width)
     top, left = max(0, -place.top), max(0, -place.left)
     rows = rows[max(0, place.top) :][: height - top]
     columns = columns[max(0, place.left) :][: width - left]
-    shown = np.full((height, width), -1).astype(mask.dtype)
-    shown[top : top + len(rows), left : left + len(columns)] = mask[np.ix_(rows, columns)]
+    shown = np.full((height, width), -1).astype(classes.dtype)
+    shown[top : top + len(rows), left : left + len(columns)] = classes[np.ix_(rows, columns)]
     return shown
+
+
+def unfit_classes(classes: np.ndarray, spec: Mapping[str, Any], height: int, width: int) -> np.ndarray:
+    """What the network says of its input [h, w], brought back to the image that the input was made of [height, width].
+
+    By nearest neighbour: what is told of a pixel is what the network's answer is judged by. Where the network was shown
+    nothing (what a crop left out) it is -1, and then int16; else the type is that of ``classes``.
+
+    Args:
+        spec: the InputSpec by which the image was fitted.
+    """
+    place = placement((width, height), spec)
+    rows = (np.arange(height) + 0.5) * place.height / height - place.top
+    columns = (np.arange(width) + 0.5) * place.width / width - place.left
+    shown = [(at >= 0) & (at < side) for at, side in zip((rows, columns), classes.shape)]
+    inside = [np.clip(at.astype(np.int64), 0, side - 1) for at, side in zip((rows, columns), classes.shape)]
+    spread = classes[inside[0]].take(inside[1], axis=1)
+    if all(each.all() for each in shown):
+        return np.asarray(spread)
+    return np.where(shown[0][:, None] & shown[1], spread, np.int16(-1)).astype(np.int16)
 
 
 def nearest(found: int, wanted: int) -> np.ndarray:

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from statistics import NormalDist
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
+from .layout import sides as input_sides
+from .overlay import overlay
+from .preprocess import unfit_classes
 
 CONFIDENCE = 0.95
 PIECE_BYTES = 8 * 2**20  # of the logits of a dense task that are in memory at full size at a time
@@ -46,15 +50,28 @@ class Surety(NamedTuple):
     weight: np.ndarray  # how many answers each value is of, of the same shape
 
 
+class Seen(NamedTuple):
+    """What a network sees in one image, the likeliest or the largest first."""
+
+    classes: tuple[int, ...]
+    figures: tuple[float, ...]  # of each, 0 to 1: what the task's ``figure`` says
+    places: np.ndarray | None = None  # the class of every pixel of the image itself, -1 where it was shown nothing
+
+
 class Task(Protocol):
     """What the outputs [N, ...] of a network mean."""
 
     name: str
     metric: str  # name of the figure that ``summary`` gives
+    hub_metric: str  # as Hugging Face's Hub calls it
     class_metric: str  # and that ``of_classes`` gives
     unit: str  # in which a person reads it; the figure itself is a share
     dense: bool  # whether an answer has a place for every pixel
+    draws: bool  # whether an answer can be drawn over its picture
+    outputs: tuple[str, ...]  # what a network may be exported to give
+    together: int  # images whose outputs may be in memory together
     counted: str  # what its answers are: "images" or "pixels"
+    figure: str  # what the figures of ``see`` are
     summary_note: str  # how its interval is made, for the foot of a table
     change_note: str  # what ``lost`` and ``won`` count, and how interval and p-value of a change are made
 
@@ -86,6 +103,43 @@ class Task(Protocol):
             At most ``count`` decisions [N, count, ...], the first being that of ``decide``; and how likely the network
             itself takes each to be, 0 to 1 [N, count].
         """
+
+    def kept(self, outputs: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
+        """As much of outputs [N, ...] as is needed to judge them, for networks whose input has this height and width.
+
+        It is judged as they are, and does not grow with what they are of.
+        """
+
+    def output_bytes(self, classes: int, sides: tuple[int, int], output: str) -> int:
+        """About how many bytes the outputs for one image have, for networks with this input and ``output``."""
+
+    def part_judged(self, spec: Mapping[str, Any]) -> Hashable:
+        """Which part of an image a network with this InputSpec is judged by; None if by the image as one."""
+
+    def see(
+        self, outputs: np.ndarray, spec: Mapping[str, Any], height: int, width: int, count: int | None = None
+    ) -> Seen:
+        """What outputs [1, ...] of an image of this height and width say that it shows.
+
+        Args:
+            spec: the InputSpec by which the image was fitted.
+            count: of classes, at most; None for as many as a person wants to see.
+        """
+
+    def finish(
+        self, outputs: np.ndarray, frame: np.ndarray, spec: Mapping[str, Any]
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """What becomes of outputs [1, ...] for a picture uint8 [H, W, 3] until it is what a person is shown.
+
+        Yields:
+            Name and result of each step, when it is done.
+        """
+
+    def pictures(self, decision: np.ndarray) -> dict[str, np.ndarray]:
+        """What ``decide_at`` gave for one image, as far as words do not tell it: pictures by their files' names."""
+
+    def among(self, images: int) -> str:
+        """What a share of the answers about so many images is a share of, in words."""
 
     def scores(self, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """How right outputs [N, ...] are about images with these labels: one score an image [N, ...]."""
@@ -137,10 +191,15 @@ class Classification:
 
     name: str = "classification"
     metric: str = "top-1"
+    hub_metric: str = "accuracy"
     class_metric: str = "top-1"
     unit: str = "%"
     dense: bool = False
+    draws: bool = False
+    outputs: tuple[str, ...] = ("logits",)
+    together: int = 64
     counted: str = "images"
+    figure: str = "probability"
     summary_note: str = "by Wilson over the test images"
     change_note: str = (
         "Lost: right before, wrong after. Intervals of the difference by Agresti and Min, p by McNemar's exact test."
@@ -181,6 +240,39 @@ class Classification:
         best = self.decide(outputs)[:, None]  # what takes no sorting
         classes = best if count == 1 else np.argsort(-outputs, axis=1, kind="stable")[:, :count]
         return classes, np.take_along_axis(shares, classes, 1)
+
+    def kept(self, outputs: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
+        """The logits [N, K] themselves."""
+        return outputs
+
+    def output_bytes(self, classes: int, sides: tuple[int, int], output: str) -> int:
+        """Of float32."""
+        return 4 * classes
+
+    def part_judged(self, spec: Mapping[str, Any]) -> Hashable:
+        """None: the image has its class whatever part of it is shown."""
+        return None
+
+    def see(
+        self, outputs: np.ndarray, spec: Mapping[str, Any], height: int, width: int, count: int | None = None
+    ) -> Seen:
+        """Classes with their probabilities; the likeliest one unless more are asked for."""
+        [classes], [shares] = self.likeliest(outputs, count or 1)
+        return Seen(tuple(classes.tolist()), tuple(shares.tolist()))
+
+    def finish(
+        self, outputs: np.ndarray, frame: np.ndarray, spec: Mapping[str, Any]
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """How likely the likeliest class is [1]."""
+        yield "answer", self.likeliest(outputs, 1)[1][0]
+
+    def pictures(self, decision: np.ndarray) -> dict[str, np.ndarray]:
+        """None: a word says it all."""
+        return {}
+
+    def among(self, images: int) -> str:
+        """The images."""
+        return f"{images} images"
 
     def scores(self, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Whether the class is right, bool [N], for logits [N, K] and classes [N]."""
@@ -274,10 +366,15 @@ class Segmentation:
 
     name: str = "segmentation"
     metric: str = "mIoU"
+    hub_metric: str = "mean_iou"
     class_metric: str = "IoU"
     unit: str = "%"
     dense: bool = True
+    draws: bool = True
+    outputs: tuple[str, ...] = ("logits", "logits-full", "classes")
+    together: int = 16
     counted: str = "pixels"
+    figure: str = "share"
     summary_note: str = "by a jackknife over the test images"
     change_note: str = (
         "Lost: the mean IoU of the image's own classes is lower after. Intervals of the difference by a jackknife over "
@@ -352,6 +449,50 @@ class Segmentation:
         best = self.decide(outputs)[:, None]
         classes = best if count == 1 else np.argsort(-outputs, axis=1, kind="stable")[:, :count].astype(best.dtype)
         return classes, np.take_along_axis(shares, classes.astype(np.intp), 1).mean((2, 3))
+
+    def kept(self, outputs: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
+        """Class maps at the size of the input: as logits, those of every pixel of many images would be gigabytes."""
+        return self.decide_at(outputs, sides)
+
+    def output_bytes(self, classes: int, sides: tuple[int, int], output: str) -> int:
+        """Of float32 at a stride of two at least, where they are not of every pixel; or of class maps."""
+        of_a_pixel = {"logits": 1, "logits-full": 4}.get(output, 0) * classes
+        return max(1, of_a_pixel) * int(np.prod(sides))
+
+    def part_judged(self, spec: Mapping[str, Any]) -> Hashable:
+        """What is left of the image by resizing and cropping: whatever is not shown is not judged."""
+        height, width = input_sides(spec)
+        resize, crop_fraction = spec.get("resize", "cover"), spec["crop_fraction"]
+        whole = resize == "stretch" and crop_fraction == 1
+        return "the whole" if whole else (resize, crop_fraction, height / width)
+
+    def see(
+        self, outputs: np.ndarray, spec: Mapping[str, Any], height: int, width: int, count: int | None = None
+    ) -> Seen:
+        """Classes with their shares of the pixels that the network was shown; all unless fewer are wanted."""
+        places = self._places(outputs, spec, height, width)
+        counts = np.bincount(places[places >= 0], minlength=1)
+        classes = [int(each) for each in np.argsort(-counts, kind="stable")[:count] if counts[each]]
+        return Seen(tuple(classes), tuple(float(counts[each] / counts.sum()) for each in classes), places)
+
+    def finish(
+        self, outputs: np.ndarray, frame: np.ndarray, spec: Mapping[str, Any]
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """The class of every pixel of the picture [H, W], then those in colours over it, uint8 [H, W, 3]."""
+        places = self._places(outputs, spec, *frame.shape[:2])
+        yield "answer", places
+        yield "colours", overlay(frame, places)
+
+    def _places(self, outputs: np.ndarray, spec: Mapping[str, Any], height: int, width: int) -> np.ndarray:
+        return unfit_classes(self.decide_at(outputs, input_sides(spec))[0], spec, height, width)
+
+    def pictures(self, decision: np.ndarray) -> dict[str, np.ndarray]:
+        """The class of every pixel."""
+        return {"mask.png": decision}
+
+    def among(self, images: int) -> str:
+        """Their pixels."""
+        return f"the pixels of {images} images"
 
     def scores(self, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Pixels of each class of each image, int64 [N, K, 3]: those that are right, that were said, that are labelled.
@@ -760,3 +901,4 @@ def _half_binomial_cdf(successes: int, n: int) -> float:
 
 
 TASKS: dict[str, Task] = {task.name: task for task in (Classification(), Segmentation())}
+USUAL_TASK = next(iter(TASKS))  # of what nothing is known

@@ -331,7 +331,7 @@ def test_a_runner_that_is_killed_or_writes_no_outputs_is_named(tmp_path: Path) -
 def test_the_null_device_goes_through_the_bench(made: Made, tmp_path: Path) -> None:
     """Emulated, so never ranked; its latency is what measuring costs."""
     bundles = {name: made.bundles[name] for name in ("onnxruntime-float32", "onnxruntime-int8")}
-    plan = BenchPlan(effort="quick", rounds=2, seconds=0.02, max_seconds=0.1, min_samples=10)
+    plan = BenchPlan(rounds=2, seconds=0.02, max_seconds=0.1, min_samples=10, warm_up_seconds=0.02, cold_starts=1)
     order = Order("bench", bench_config(plan, "null"), {**bundles, "data": made.dataset})
     facts = bench(order, bundles, made.dataset, tmp_path / "out").facts
     assert facts.emulated and facts.device == "null"

@@ -395,6 +395,7 @@ def test_two_builders_at_once(taught: tuple[Chain, Dataset, Checkpoint], tmp_pat
     first.wait()
 
 
+@pytest.mark.lab  # for its seconds
 def test_across_processes(taught: tuple[Chain, Dataset, Checkpoint], tmp_path: Path) -> None:
     """Two processes of torchrun make the cache that one makes."""
     _, dataset, teacher = taught

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SMALL_RECIPE
 
-from kdpipe.core.config import Recipe, read_recipe, validated
+from kdpipe.core.config import Recipe, TrainConfig, read_recipe, validated
 from kdpipe.core.errors import UserError
 
 
@@ -28,6 +28,10 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         ({"distill": {"label_fraction": "all"}}, r"'distill.label_fraction': .*found 'all'"),
         ({"distill": {"method": "kdd"}}, r"'distill.method': .*'labels'.*'stagewise'.*found 'kdd'"),
         ({"distill": {"seeds": []}}, r"'distill.seeds'"),
+        ({"distill": {"hint": {"stages": 0}}}, r"'distill.hint.stages': stages are counted from 1, .*found 0"),
+        ({"distill": {"hint": {"two_stages": 1}}}, r"'distill.hint.two_stages': .*less than 1, found 1"),
+        ({"distill": {"deep": {"width": "double"}}}, r"'distill.deep.width': .*'own' or 'doubling', found 'double'"),
+        ({"distill": {"deep": {"weight": 0}}}, r"'distill.deep.weight': .*greater than 0, found 0"),
         ({"name": "../escape"}, r"'name'"),
         ({"student": {}}, r"'student.model': field required, found nothing"),
         ({"data": 3}, r"'data'"),
@@ -63,3 +67,16 @@ def test_paths_are_taken_from_the_recipe(tmp_path: Path) -> None:
     recipe = read_recipe(tmp_path / "my.yaml")
     assert recipe.data.source == str(tmp_path / "photos")
     assert recipe.teacher.checkpoint == tmp_path / "t.pth"
+
+
+@pytest.mark.parametrize("mode", ["python", "json"])
+def test_what_came_later_is_in_no_key_until_it_is_said(mode: str) -> None:
+    """What was trained before there was an option is found again."""
+    plain = validated(TrainConfig, {"model": "resnet8"}, "test").model_dump(mode=mode)
+    assert not set(TrainConfig.LATER) & set(plain)
+    said = validated(TrainConfig, {"model": "resnet8", "deep": {"weight": 0.3}, "hint": {"stages": -1}}, "test")
+    dumped = said.model_dump(mode=mode)
+    assert set(dumped) - set(plain) == {"deep", "hint"} and dumped["deep"]["weight"] == 0.3
+    assert TrainConfig.model_validate(dumped) == said
+    again = validated(TrainConfig, {"model": "resnet8", "deep": {"weight": 1, "width": "own"}}, "test")
+    assert again.model_dump(mode=mode) == plain

@@ -559,6 +559,7 @@ def test_two_deployments_at_once_both_end(here: Path, root: Path, versions: list
     assert live_is_whole(root) in {digest(path) for path in both}
 
 
+@pytest.mark.lab  # for its seconds
 def test_deployments_cut_at_random_moments(versions: list[Path]) -> None:
     """A few of what benchmarks/deploy_cuts.py does fifty times."""
     few = ("--cuts", "5", "--switches", "5", "--padding", "8")

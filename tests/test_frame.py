@@ -23,9 +23,9 @@ from kdpipe.devices.trust import assess, control_name
 from kdpipe.report import words
 from kdpipe.report.pooled import pooled_frame
 from kdpipe.runtime import frame as framing
-from kdpipe.runtime.frame import FEWEST_FRAMES, MOST_FRAMES, answer_frame, at_size, time_frames
+from kdpipe.runtime.frame import FEWEST_FRAMES, MOST_FRAMES, answer_frame, time_frames
 from kdpipe.runtime.overlay import overlay
-from kdpipe.runtime.preprocess import fit
+from kdpipe.runtime.preprocess import fit, unfit_classes
 from kdpipe.runtime.task import TASKS
 
 MASKS, LABELS = TASKS["segmentation"], TASKS["classification"]
@@ -51,7 +51,7 @@ def test_the_answer_lies_where_the_network_saw_it(
     generator = np.random.default_rng(seed)
     height, width = (int(side / crop * factor) + 3 for side, factor in zip(sides, larger, strict=True))
     classes = generator.integers(0, 200, sides, dtype=np.uint8)
-    back = at_size(classes, spec, height, width)
+    back = unfit_classes(classes, spec, height, width)
     assert back.shape == (height, width)
     image = Image.fromarray(np.where(back < 0, 255, back).astype(np.uint8)).convert("RGB")
     shown = fit(image, spec)[..., 0]
@@ -64,7 +64,7 @@ def test_the_answer_lies_where_the_network_saw_it(
 def test_what_a_crop_left_out_has_no_answer() -> None:
     """A wide image covers a square: its middle is answered, both ends are not."""
     spec = {"size": 8, "crop_fraction": 1.0, "interpolation": "nearest"}
-    back = at_size(np.full((8, 8), 5, np.uint8), spec, 10, 40)
+    back = unfit_classes(np.full((8, 8), 5, np.uint8), spec, 10, 40)
     assert (back[:, 15:25] == 5).all() and (back[:, :15] == -1).all() and (back[:, 25:] == -1).all()
     image = np.full((10, 40, 3), 90, np.uint8)
     laid = overlay(image, back)

@@ -43,6 +43,8 @@ FEATURE_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cwd": lambda s, t: losses.cwd(s, t, 4),
     "attention": lambda s, t: losses.attention([s], [t]),
     "rkd": lambda s, t: losses.rkd(s.flatten(1), t.flatten(1)),
+    "cc": lambda s, t: losses.cc(s.flatten(1), t.flatten(1)),
+    "review": lambda s, t: losses.review([s], [t]),
 }
 logit_losses = pytest.mark.parametrize("loss", LOGIT_LOSSES.values(), ids=LOGIT_LOSSES)
 feature_losses = pytest.mark.parametrize("loss", FEATURE_LOSSES.values(), ids=FEATURE_LOSSES)
@@ -154,6 +156,30 @@ def test_attention_golden() -> None:
 @pytest.mark.parametrize(("weights", "expected"), [((1, 0), 0.0203166754), ((0, 1), 0.0406143193), ((), 2.5386328515)])
 def test_rkd_golden(weights: tuple[float, ...], expected: float) -> None:
     assert losses.rkd(STUDENT_POINTS, TEACHER_POINTS, *weights).item() == pytest.approx(expected, abs=5e-6)
+
+
+@pytest.mark.parametrize(("series", "expected"), [((), 0.0286287652), ((1.0, 1), 0.0087073157)])
+def test_cc_golden(series: tuple[float, ...], expected: float) -> None:
+    assert losses.cc(STUDENT_POINTS, TEACHER_POINTS, *series).item() == pytest.approx(expected, abs=1e-7)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("temperature", "expected"), [(0.5, 2.4789977573), (1.0, 2.3103405529)])
+def test_crd_golden(temperature: float, expected: float) -> None:
+    """Of the first three anchors the other three are negative, of the last one all but itself and the first."""
+    others, is_negative = TEACHER_POINTS[:, :2] + 0.5, ~torch.eye(4, dtype=torch.bool)
+    is_negative[3, 0] = False
+    found = losses.crd(STUDENT_POINTS, others, others, is_negative, temperature)
+    assert found.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_review_golden() -> None:
+    """Of six places a side at 6, 4, 2 and 1, of two at 2 and 1."""
+    grid = torch.arange(216.0).reshape(2, 3, 6, 6) / 10
+    larger, its = grid.sin(), (1.3 * grid).cos()
+    assert losses.review([STUDENT_MAP], [TEACHER_MAP]).item() == pytest.approx(1.1470075354, abs=1e-6)
+    assert losses.review([larger], [its]).item() == pytest.approx(0.8760877430, abs=1e-5)
+    both = losses.review([larger, STUDENT_MAP], [its, TEACHER_MAP])
+    assert both.item() == pytest.approx(2.0230952785, abs=1e-5), "a sum over pairs"
 
 
 # What all have in common
@@ -743,3 +769,136 @@ def test_rkd_of_one_sample_is_zero() -> None:
 def test_rkd_refuses(student: Tensor, teacher: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         losses.rkd(student, teacher)
+
+
+# cc
+
+
+@quickly
+@given(st.integers(0, 2**31), st.lists(st.floats(0.01, 100), min_size=6, max_size=6))
+def test_cc_ignores_rotation_and_length(seed: int, lengths: list[float]) -> None:
+    student, teacher = normal(6, 4, seed=seed), normal(6, 3, seed=seed + 1)
+    turned = torch.tensor(lengths)[:, None] * (student @ torch.linalg.qr(normal(4, 4, seed=seed + 2)).Q)
+    expected = losses.cc(student, teacher)
+    assert expected > 1e-4
+    close(losses.cc(turned, teacher), expected)
+    close(losses.cc(teacher, turned), losses.cc(teacher, student))
+    close(losses.cc(turned, student), 0, 1e-6)
+
+
+def test_cc_is_a_gaussian_kernels_series() -> None:
+    """Long enough it is exp(-gamma |x - y|^2) of the directions."""
+    student, teacher = normal(5, 3).double(), normal(5, 4, seed=1).double()
+    kernels = [
+        (-0.4 * torch.cdist(unit, unit).square()).exp() for unit in map(functional.normalize, (student, teacher))
+    ]
+    close(losses.cc(student, teacher, 0.4, 20), (kernels[0] - kernels[1]).square().mean().float())
+
+
+def test_cc_of_an_embedding_of_zeros() -> None:
+    student, teacher = normal(6, 4), normal(6, 4, seed=1)
+    student[1] = 0
+    found = gradient(lambda e: losses.cc(e, teacher), student)
+    assert found.isfinite().all() and found.abs().max() < 10
+
+
+# crd
+
+EVERY_OTHER = ~torch.eye(6, dtype=torch.bool)
+
+
+def test_crd_falls_as_pairs_find_each_other() -> None:
+    mine, its = normal(6, 16), normal(6, 16, seed=1)
+    apart = losses.crd(mine, its, its, EVERY_OTHER, 0.07)
+    together = losses.crd(its, its, its, EVERY_OTHER, 0.07)
+    swapped = losses.crd(its.roll(1, 0), its, its, EVERY_OTHER, 0.07)
+    assert together < apart < swapped
+    mine = mine.requires_grad_()
+    for _ in range(200):
+        (slope,) = torch.autograd.grad(losses.crd(mine, its, its, EVERY_OTHER, 0.5), mine)
+        mine = (mine - slope).detach().requires_grad_()
+    cosines = functional.normalize(mine) @ functional.normalize(its).T
+    assert (cosines.argmax(1) == torch.arange(6)).all()
+
+
+def test_crd_ignores_lengths_and_what_is_no_negative() -> None:
+    mine, its, others = normal(6, 16), normal(6, 16, seed=1), normal(6, 16, seed=2)
+    expected = losses.crd(mine, its, others, EVERY_OTHER, 0.07)
+    close(losses.crd(3 * mine, 0.2 * its, 7 * others, EVERY_OTHER, 0.07), expected)
+    some = EVERY_OTHER.clone()
+    some[:, 0] = False
+    changed = others.clone()
+    changed[0] = 100
+    close(losses.crd(mine, its, changed, some, 0.07), losses.crd(mine, its, others, some, 0.07), 0)
+    # With nothing to tell it from, a pair is one of two.
+    nothing = losses.crd(mine, its, others, torch.zeros(6, 6, dtype=torch.bool), 0.07)
+    assert nothing.isfinite() and 0 < nothing < expected
+
+
+def test_crd_moves_both_networks_but_not_what_is_remembered() -> None:
+    mine, its, others = (normal(6, 16, seed=seed).requires_grad_() for seed in range(3))
+    losses.crd(mine, its, others, EVERY_OTHER, 0.07).backward()
+    assert mine.grad is not None and its.grad is not None and others.grad is None
+    assert mine.grad.abs().max() > 1e-3 and its.grad.abs().max() > 1e-3
+
+
+@halves
+def test_crd_computes_in_float32(dtype: torch.dtype) -> None:
+    mine, its, others = (normal(6, 16, seed=seed).to(dtype) for seed in range(3))
+    expected = losses.crd(mine.float(), its.float(), others.float(), EVERY_OTHER, 0.07)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(losses.crd(mine, its, others, EVERY_OTHER, 0.07), expected)
+    far = losses.crd(1e4 * mine, 0 * its, others, EVERY_OTHER, 0.01)
+    assert far.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("others", "is_negative"), [(normal(6, 3), EVERY_OTHER), (normal(5, 16), EVERY_OTHER), (normal(6), EVERY_OTHER)]
+)
+def test_crd_refuses(others: Tensor, is_negative: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"wanted others \[M, 16\]"):
+        losses.crd(normal(6, 16), normal(6, 16), others, is_negative, 0.07)
+
+
+# review
+
+
+def test_review_sees_what_pooling_leaves() -> None:
+    """A pattern without a mean counts at full size alone; a shift at every size: then it is a plain MSE."""
+    teacher = normal(2, 3, 8, 8)
+    close(losses.review([teacher + 2], [teacher]), 4.0, 1e-5)
+    board = torch.ones(8, 8)
+    board[::2, ::2] = board[1::2, 1::2] = -1
+    close(losses.review([teacher + board], [teacher]), 1 / (1 + 0.5 + 0.25 + 0.125), 1e-5)
+    assert losses.review([teacher], [teacher]) == 0
+
+
+def test_review_refuses() -> None:
+    with pytest.raises(ValueError, match="wanted pairs of maps, found 1 and 2"):
+        losses.review([STUDENT_MAP], [TEACHER_MAP, TEACHER_MAP])
+    with pytest.raises(ValueError, match=r"wanted maps \[B, C, H, W\] twice"):
+        losses.review([STUDENT_MAP], [TEACHER_MAP[:, :1]])
+
+
+# channels of mean 0 and standard deviation 1
+
+
+@quickly
+@given(st.integers(0, 2**31), st.floats(1e-3, 1e3), st.floats(-10, 10))
+def test_standardised_channels_ignore_scale_and_shift(seed: int, scale: float, shift: float) -> None:
+    maps = normal(3, 4, 5, 2, seed=seed)
+    found = losses.standardise_channels(maps)
+    close(found.mean((0, 2, 3)), torch.zeros(4))
+    close(found.square().mean((0, 2, 3)), torch.ones(4))
+    factors = torch.tensor([scale, 1.0, 1 / scale, -scale])[:, None, None]
+    close(losses.standardise_channels(factors * (maps + shift)), found * factors.sign(), 2e-3)
+    close(found, functional.batch_norm(maps, None, None, training=True, eps=1e-12), 1e-4)
+
+
+def test_a_constant_channel_becomes_zero() -> None:
+    maps = normal(3, 2, 4, 4).to(torch.bfloat16)
+    maps[:, 1] = 1 / 3
+    found = losses.standardise_channels(maps)
+    assert found.dtype == torch.float32 and (found[:, 1] == 0).all() and found.isfinite().all()
+    with pytest.raises(ValueError, match="wanted maps"):
+        losses.standardise_channels(maps[0])

@@ -140,7 +140,7 @@ def test_a_graphs_accuracy_is_that_of_the_checkpoint(drawn: Drawn) -> None:
 
 
 def test_a_form_is_of_masks_alone(packed: Bundle, trained, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="output 'classes' is of networks that draw masks"):
+    with pytest.raises(UserError, match="output 'classes' is nothing that a network for classification gives"):
         Chain(tmp_path).export(ExportConfig(output="classes"), trained.student, trained.dataset)
 
 

@@ -34,7 +34,7 @@ from kdpipe.data.splits import spread_fraction
 from kdpipe.data.survey import Survey
 from kdpipe.distill.views import SPATIAL, Pair, TrainingViews, _Moved, moving_transform, seeded, training_images
 from kdpipe.networks.models import resolve_input
-from kdpipe.runtime.preprocess import GREY, fit, fit_mask, nearest, placement
+from kdpipe.runtime.preprocess import GREY, fit, fit_classes, nearest, placement
 
 HEIGHT, WIDTH = 24, 36
 CLASSES = ("ground", "left", "right")
@@ -108,7 +108,7 @@ def test_a_mask_goes_where_its_image_goes(resize: str, crop_fraction: float, sha
     blocks = np.random.default_rng(0).integers(0, 3, (3, 5), dtype=np.uint8)
     mask = blocks[np.ix_(nearest(3, shape[0]), nearest(5, shape[1]))]
     spec = {"size": [16, 24], "crop_fraction": crop_fraction, "interpolation": "nearest", "resize": resize}
-    image, fitted = fit(painted(mask), spec), fit_mask(mask, spec)
+    image, fitted = fit(painted(mask), spec), fit_classes(mask, spec)
     assert image.shape == (16, 24, 3) and fitted.shape == (16, 24) and fitted.dtype == np.uint8
     outside = fitted == IGNORED
     same = image[..., 0] == fitted * 80
@@ -116,7 +116,7 @@ def test_a_mask_goes_where_its_image_goes(resize: str, crop_fraction: float, sha
     assert (image[outside] == GREY).all()
     place = placement((shape[1], shape[0]), spec)
     assert outside.any() == (place.left < 0 or place.top < 0) and (resize == "letterbox" or not outside.any())
-    signed = fit_mask(mask.astype(np.int16), spec)
+    signed = fit_classes(mask.astype(np.int16), spec)
     assert np.array_equal(signed, np.where(outside, -1, fitted.astype(np.int16)))
 
 
@@ -137,7 +137,7 @@ def test_what_each_way_of_resizing_keeps() -> None:
     shown = {}
     for resize in ("cover", "stretch", "letterbox"):
         spec = {"size": 40, "crop_fraction": 1.0, "interpolation": "bilinear", "resize": resize}
-        fitted = fit_mask(mask, spec)
+        fitted = fit_classes(mask, spec)
         rows, columns = np.where(fitted == 1)
         shown[resize] = (np.ptp(rows) + 1, np.ptp(columns) + 1, int((fitted == IGNORED).sum()))
         image = fit(Image.fromarray(np.repeat(mask[..., None] * 200, 3, 2)), spec)
@@ -177,7 +177,7 @@ def test_a_folder_of_images_and_masks(street: Path, tmp_path: Path) -> None:
             assert sample.path.is_relative_to(street), "images stay where they are"
             mask = np.asarray(Image.open(street / part / "masks" / sample.path.name))
             assert np.array_equal(sample.mask(), mask)
-            assert np.array_equal(label, fit_mask(mask, SPEC.model_dump()))
+            assert np.array_equal(label, fit_classes(mask, SPEC.model_dump()))
             assert sample.label in mask
     survey = dataset.survey
     assert survey.images == dataset.facts.images and survey.by_class["train"][0] == 6
@@ -785,7 +785,7 @@ def test_masks_of_photographs_are_copied_as_they_are(tmp_path: Path) -> None:
     dataset = Chain(tmp_path / "artifacts").data(plan, wants=lambda: Wants(specs, 64))
     assert dataset.facts.copies.resized == 6 and len(dataset.fitted) == 2
     tested = [masks[root / f"test/masks/{at}.png"] for at in range(3)]
-    wanted = {spec.resize: [fit_mask(mask, spec.model_dump()) for mask in tested] for spec in specs}
+    wanted = {spec.resize: [fit_classes(mask, spec.model_dump()) for mask in tested] for spec in specs}
     shutil.move(root, tmp_path / "elsewhere")
     for sample in dataset.samples("train"):
         image, mask = np.asarray(sample.image()), sample.mask()

@@ -24,7 +24,16 @@ from kdpipe.core.errors import UserError
 from kdpipe.core.inputs import InputSpec
 from kdpipe.core.kinds import BestEpoch
 from kdpipe.distill import loop, losses
-from kdpipe.distill.features import by_place, map_shapes, paired, stage_indices, stage_parameters
+from kdpipe.distill.features import (
+    Contrast,
+    Review,
+    by_place,
+    map_shapes,
+    paired,
+    same_size,
+    stage_indices,
+    stage_parameters,
+)
 from kdpipe.distill.methods import LABEL_LOSSES, METHODS, DistillationMethod, LogitMethod, StudentOutput
 from kdpipe.distill.ranks import Ranks
 from kdpipe.distill.teacher import Teacher, TeacherOutput
@@ -416,6 +425,227 @@ def test_recipes_of_the_cifar_protocol_keep_it(trained: Trained, name: str) -> N
         assert type(run._optimizer) is torch.optim.SGD
         for group in run._optimizer.param_groups:
             assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, False, 5e-4)
+
+
+def ask(method: DistillationMethod, its: nn.Module, image: torch.Tensor) -> TeacherOutput:
+    """What a teacher says of the maps that the method looks at."""
+    teacher = Teacher(its, SPEC, SPEC)
+    teacher.wanted.update(method.teacher_indices)
+    said: TeacherOutput = teacher(image)
+    return said
+
+
+def settings(method: str, **change: object) -> DistillSettings:
+    return validated(DistillSettings, {"method": method, **change}, "test")
+
+
+def pointwise(head: nn.Module) -> list[int]:
+    """Channels that its convolutions of one place make, one after another."""
+    return [each.out_channels for each in head.modules() if isinstance(each, nn.Conv2d) and each.kernel_size == (1, 1)]
+
+
+def test_heads_double_up_to_the_wider_network() -> None:
+    """Of the teacher where that is wider, else of the student; as narrow as their stages where nothing is said."""
+    wide, narrow = network("test_resnet"), network("resnet8")
+    channels = [shape[0] for shape in map_shapes(wide, (32, 32), stage_indices(wide, ""))]
+    for its, widest in ((wide, max(64, channels[-1])), (narrow, 64)):
+        heads = Taught(settings("deep_supervision", deep={"width": "doubling"}), narrow, its).method.student.auxiliaries
+        assert [pointwise(head) for head in heads] == [[32, 64], [min(64, widest)]]
+        assert [head[-1].in_features for head in heads] == [64, min(64, widest)]
+    own = Taught(settings("deep_supervision"), narrow, wide).method.student.auxiliaries
+    assert [pointwise(head) for head in own] == [[16, 16], [32]]
+
+
+def test_heads_weigh_what_is_said() -> None:
+    """T^2 KL and the labels of each head at the heads' weight, less with every epoch."""
+    mine, its = network("resnet8"), network("test_resnet", seed=1)
+    change = {"weight": 0.3, "labels": True, "fade": True}
+    task = Taught(
+        settings("deep_supervision", deep=change, label_weight=0.5, kd_weight=2, train={"epochs": 4}), mine, its
+    )
+    task.eval()
+    image, label = batch()
+    with torch.no_grad():
+        said, wanted = task.method.student(image), its(image)
+
+        def one(logits: torch.Tensor) -> float:
+            kd = losses.kd(logits, wanted, 4.0)
+            return (0.5 * nn.functional.cross_entropy(logits, label) + 2 * kd).item()
+
+        for epoch, weight in enumerate((0.3, 0.225, 0.15, 0.075)):
+            task.method.epoch = epoch
+            expected = one(said.logits) + weight * sum(map(one, said.auxiliary))
+            assert task(image, label)["loss"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_teacher_of_no_known_width() -> None:
+    class Bare(nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return image.flatten(1)[:, :10]
+
+    with pytest.raises(UserError, match=r"deep.width is doubling, .* this teacher .* leave it own"):
+        Taught(settings("deep_supervision", deep={"width": "doubling"}), network("resnet8"), Bare())
+    Taught(settings("deep_supervision"), network("resnet8"), Bare())
+
+
+@pytest.mark.parametrize(
+    ("stages", "expected"), [(None, [1]), (1, [0]), (-1, [2]), ([3, 1], [0, 2]), ([-1, -2, -3], [0, 1, 2])]
+)
+def test_hints_are_of_the_stages_that_are_named(stages: object, expected: list[int]) -> None:
+    mine, its = network("resnet8"), network("test_resnet", seed=1)
+    own, others = paired(stage_indices(mine, ""), stage_indices(its, ""))
+    task = Taught(settings("hint", hint={"stages": stages}, kd_weight=1, label_weight=0), mine, its)
+    assert task.method.student.indices == [own[at] for at in expected]
+    assert task.method.teacher_indices == [others[at] for at in expected]
+    task.eval()
+    with torch.no_grad():
+        image, label = batch()
+        output, maps = task.method.student(image), task.teacher(image).maps
+        pairs = zip(output.auxiliary, (maps[others[at]] for at in expected), strict=True)
+        each = [losses.hint(*same_size(*pair)).item() for pair in pairs]
+        assert task(image, label)["loss"].item() == pytest.approx(sum(each) / len(each), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([1, 4], "hint.stages has 4, and 'the student' and its teacher share 3 stages: wanted 1 to 3, or -3 to -1"),
+        (-4, "hint.stages has -4"),
+        ([3, -1], "hint.stages names stage 3 of 3 twice"),
+    ],
+)
+def test_hints_of_stages_that_are_none(stages: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Taught(settings("hint", hint={"stages": stages}), network("resnet8"), network("test_resnet"))
+
+
+def test_kd_beside_hints() -> None:
+    mine, its = network("resnet8"), network("test_resnet", seed=1)
+    parts = {"kd_weight": 3, "label_weight": 0.5, "temperature": 2}
+    task = Taught(settings("hint", hint={"logits": True}, **parts), mine, its).method
+    task.eval()
+    image, label = batch()
+    with torch.no_grad():
+        result = task(image, label, ask(task, its, image))
+        kd = losses.kd(mine(image), its(image), 2.0)
+    assert result["logit_loss"].item() == pytest.approx(kd.item(), rel=1e-5)
+    expected = 0.5 * result["task_loss"] + 3 * result["kd_loss"] + kd
+    assert result["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["hint", "stagewise", "review"])
+def test_normalised_maps_have_one_scale(method: str) -> None:
+    """Whatever a teacher's channels are scaled by, its loss is the same, and of one size for every family."""
+    found = []
+    for name in ("test_resnet", "test_vit", "test_convnext"):
+        its = network(name, seed=1)
+        torch.manual_seed(0)
+        change = {"hint": {"normalize": True}, "review": {"warmup_epochs": 0}, "label_weight": 0, "kd_weight": 1}
+        task = Taught(settings(method, **change), network("resnet8"), its)
+        task.enter(0)
+        said = task.teacher(batch()[0])
+        larger = {at: maps * torch.linspace(0.1, 1000, maps.shape[1])[:, None, None] for at, maps in said.maps.items()}
+        task.train()
+        values = [
+            task.method(*batch(), TeacherOutput(said.logits, maps))["loss"].item() for maps in (said.maps, larger)
+        ]
+        assert values[1] == pytest.approx(values[0], rel=1e-3)
+        found.append(values[0])
+    assert min(found) > 0.3 and max(found) < 2 * min(found), found
+
+
+def test_hint_in_two_stages() -> None:
+    """First what lies up to the hint, by the hint alone; then the network without it."""
+    mine, its = network("resnet8"), network("test_resnet", seed=1)
+    task = Taught(settings("hint", hint={"two_stages": 0.3, "logits": True}), mine, its)
+    phases = task.phases(40, 10)
+    assert [(phase.name, phase.steps, phase.has_accuracy) for phase in phases] == [
+        ("hint", 12, False),
+        ("all", 28, True),
+    ]
+    assert [phase.steps for phase in task.phases(2, 1)] == [1, 1]
+    with pytest.raises(UserError, match="shares 1 step between two phases"):
+        task.phases(1, 1)
+    parts = stage_parameters(mine, (32, 32), stage_indices(mine, ""))
+    below, everything = {name for part in parts[:2] for name in part}, dict(mine.named_parameters())
+    for phase, wanted in enumerate((below, set(everything))):
+        before = {name: tensor.clone() for name, tensor in task.method.student.state_dict().items()}
+        task.enter(phase)
+        task.train()
+        assert task.asks_teacher
+        optimizer = torch.optim.SGD(list(task.trainable()), lr=0.1)
+        result = task(*batch())
+        result["loss"].backward()
+        assert all(parameter.grad is not None for parameter in task.trainable())
+        optimizer.step()
+        after = task.method.student.state_dict()
+        moved = {name for name in after if not torch.equal(before[name], after[name])}
+        assert {name.removeprefix("student.") for name in moved if name.startswith("student.")} >= wanted
+        assert not {name for name in moved if "running" not in name and "batches" not in name} - {
+            *(f"student.{name}" for name in wanted), *(name for name in after if phase == 0 and "auxiliaries" in name)
+        }  # fmt: skip
+        assert any("auxiliaries" in name for name in moved) == (phase == 0)
+        optimizer.zero_grad()
+    plain = Taught(settings("hint", hint={"two_stages": 0.3}), mine, its)
+    plain.enter(1)
+    assert not plain.asks_teacher, "labels alone"
+    assert set(plain(*batch())) == {"loss", "output", "task_loss"}
+
+
+def test_contrast_remembers_the_last_images() -> None:
+    """Negative is who is of another image and another class; the oldest make place."""
+    contrast = Contrast(4, 6, width=8, remembered=6)
+
+    def remember(labels: list[int], numbers: list[int]) -> torch.Tensor:
+        mine, its = torch.randn(len(labels), 8), torch.randn(len(labels), 8)
+        found = contrast.remember(mine, its, torch.tensor(labels), torch.tensor(numbers))
+        places = [(int(contrast.begin) - len(labels) + at) % 6 for at in range(len(labels))]
+        assert torch.equal(contrast.students[places], mine) and torch.equal(contrast.teachers[places], its)
+        return found
+
+    first = remember([0, 1, -1, 0], [10, 11, 12, 13])
+    assert first.int().tolist() == [
+        [0, 1, 1, 0, 0, 0], [1, 0, 1, 1, 0, 0], [1, 1, 0, 1, 0, 0], [0, 1, 1, 0, 0, 0]
+    ]  # fmt: skip
+    # Another view of image 12, whose class nobody knows, and one that takes the place of image 10.
+    second = remember([2, -1, -1], [20, 12, -1])
+    assert contrast.numbers.tolist() == [-1, 11, 12, 13, 20, 12] and contrast.is_filled.all()
+    assert second.int().tolist() == [[1, 1, 1, 1, 0, 1], [1, 1, 0, 1, 1, 0], [0, 1, 1, 1, 1, 1]]
+
+
+def test_contrast_knows_images_by_number_and_class() -> None:
+    mine, its = network("resnet8"), network("test_resnet", seed=1)
+    task = Taught(settings("crd", crd={"negatives": 64, "width": 16}), mine, its).method
+    (image, label), contrast = batch(), task.student.auxiliaries
+    said = ask(task, its, image)
+    task(image, label, said, torch.arange(8) + 100)
+    assert contrast.labels[:8].tolist() == label.tolist() and contrast.numbers[:8].tolist() == list(range(100, 108))
+    mixed = 0.7 * nn.functional.one_hot(label, 10) + 0.3 * nn.functional.one_hot(label.flip(0), 10)
+    mixed[3] = 0  # nobody knows
+    task(image, mixed, said, torch.arange(8))
+    assert contrast.labels[8:16].tolist() == [*label[:3].tolist(), -1, *label[4:].tolist()]
+    with pytest.raises(UserError, match=r"crd.negatives is 32: wanted as many as a batch, 64, at least"):
+        Taught(settings("crd", crd={"negatives": 32}), mine, its)
+
+
+def test_a_review_goes_from_deep_to_shallow() -> None:
+    """What a deeper stage shows reaches shallower ones, and not the other way round."""
+    review = Review([4, 8, 16], [5, 6, 7]).eval()
+    maps = [torch.randn(2, 4, 8, 6), torch.randn(2, 8, 4, 3), torch.randn(2, 16, 1, 1)]
+    before = review(maps)
+    assert [tuple(made.shape) for made in before] == [(2, 5, 8, 6), (2, 6, 4, 3), (2, 7, 1, 1)]
+    for at in range(3):
+        changed = [maps[i] + (i == at) for i in range(3)]
+        moved = [not torch.equal(*pair) for pair in zip(review(changed), before, strict=True)]
+        assert moved == [each <= at for each in range(3)]
+    task = Taught(settings("review"), network("resnet8"), network("test_resnet", seed=1))
+    task.eval()
+
+    def value(epoch: int) -> float:
+        task.method.epoch = epoch
+        return task(*batch())["kd_loss"].item()
+
+    assert value(9) == pytest.approx(10 * value(0), rel=1e-4)
 
 
 RUNS = [{"method": method} for method in METHODS] + [

@@ -87,7 +87,10 @@ class Awkward(nn.Module):
 
 
 class Stream(nn.Module):
-    """LayerNorm in the branches, and sums that it does not bound: one channel is far larger than the others."""
+    """LayerNorm in the branches, and sums that it does not bound: one channel is far larger than the others.
+
+    A token joins the others late and is small beside them.
+    """
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -105,9 +108,27 @@ class Stream(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         found = 3 * self.stem(image).flatten(2).transpose(1, 2) + self.position
+        found = torch.cat((0.01 * found.mean(1, keepdim=True), found), 1)
         for norm, wide, narrow in zip(self.norms, self.wide, self.narrow, strict=True):
             found = found + narrow(wide(norm(found)).relu())
         return self.head(found.mean(1))
+
+
+class Counted(nn.Module):
+    """What is easily written, and makes a constant of the number of images."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 16, 8, stride=8), nn.Linear(16, classes)
+        self.token = nn.Parameter(torch.ones(1, 16))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.head(self.stem(image).mean((2, 3)) + self.token.expand(len(image), -1))
+
+
+@register_model
+def counted(num_classes: int = 10, **_: Any) -> nn.Module:
+    return Counted(num_classes)
 
 
 @register_model
@@ -331,7 +352,10 @@ def test_sums_that_nothing_bounds_stay_float(chain: Chain, made: Made, tmp_path:
     products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
     assert len(products) == 9 and all(makers[node.input[0]] == "DequantizeLinear" for node in products)
     sums = [node for node in graph.node if node.op_type in ("Add", "LayerNormalization")]
-    assert sums and not any(makers.get(name) == "DequantizeLinear" for node in sums for name in node.input[:1])
+    joined = [node for node in graph.node if node.op_type == "Concat" and "cat" in node.output]
+    assert sums and len(joined) == 1
+    assert not any(makers.get(name) == "DequantizeLinear" for node in sums for name in node.input[:1])
+    assert not any(makers.get(name) == "DequantizeLinear" for name in joined[0].input)
     assert small.facts.against_float32 is not None and small.facts.against_float32.signal_to_noise_db > 12
 
 
@@ -371,6 +395,13 @@ def test_outputs_that_depend_on_the_batch_are_refused() -> None:
     network[1].weight.data.fill_(np.nan)
     with pytest.raises(UserError, match="not finite"):
         torch_outputs(network, images, "broken")
+
+
+def test_a_network_that_fixes_the_number_of_images_is_refused(chain: Chain, made: Made, tmp_path: Path) -> None:
+    models.save_weights(Counted(10), tmp_path / "counted.safetensors")
+    plan = TeacherPlan(model="counted", checkpoint=tmp_path / "counted.safetensors", input=InputSettings(size=32))
+    with pytest.raises(UserError, match=r"counted cannot be exported to ONNX: its forward makes .*image\.shape\[0\]"):
+        chain.export(ExportConfig(target="onnxruntime"), chain.teacher(plan, made.dataset), made.dataset)
 
 
 # ---- damage --------------------------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ def completed(*words: str) -> list[str]:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("kdpipe", "ex"), ["export"]),
+        (("kdpipe", "expo"), ["export"]),
         (("kdpipe", "devices", "st"), ["status"]),
         (("kdpipe", "distill", "--label-f"), ["--label-fraction"]),
         (("kdpipe", "distill", "a", "--method", "d"), ["dkd", "dist", "deep_supervision"]),

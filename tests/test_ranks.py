@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,22 +48,18 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Checkpoint]:
     return dataset, chain.train("teacher", validated(TrainConfig, values, "test"), dataset, None)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_two_processes_as_one(vit: tuple[Dataset, Checkpoint], tmp_path: Path, name: str) -> None:
-    (dataset, teacher), change = vit, RUNS[name]
-    sgd = {"epochs": 3, "batch_size": 32, "optimizer": "sgd", "learning_rate": 0.02, "weight_decay": 1e-4}
-    values = {"model": "test_vit", "input": {"size": 32}, "label_fraction": 0.1, **change}
-    values["train"] = {**SMALL_TRAIN, **sgd, **change.get("train", {})}
-    config = validated(TrainConfig, values, "test")
-    alone = train(config, dataset, teacher, tmp_path / "alone")
-    assert alone.facts.training_images % 32 % 2 == 1, "wanted a last batch that does not halve"
+SGD = {"epochs": 3, "batch_size": 32, "optimizer": "sgd", "learning_rate": 0.02, "weight_decay": 1e-4}
 
+
+def distil(vit: tuple[Dataset, Checkpoint], name: str) -> list[object]:
+    """The command of one of ``RUNS``, without where it writes."""
+    (dataset, teacher), change = vit, RUNS[name]
     options = {
         "method": change["method"],
         "model": "test_vit",
         "input.size": 32,
         "label-fraction": 0.1,
-        **{f"train.{key}": value for key, value in sgd.items()},
+        **{f"train.{key}": value for key, value in SGD.items()},
         "train.workers": 0,
         "train.validate-every": 4,
         "train.augment.crop": "pad",
@@ -74,11 +71,35 @@ def test_two_processes_as_one(vit: tuple[Dataset, Checkpoint], tmp_path: Path, n
         for key, value in change.get(section, {}).items()
     }
     flags = [text for key, value in options.items() for text in (f"--{key}", value)]
-    out = tmp_path / "two"
-    done = torchrun("distill", teacher.path, "--data", dataset.path, "--out", out, *flags)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [str(out)], "one process speaks"
-    together = Checkpoint.open(out)
+    return ["distill", teacher.path, "--data", dataset.path, *flags]
+
+
+@pytest.fixture(scope="module")
+def by_two(vit: tuple[Dataset, Checkpoint], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+    """What two processes make of one of ``RUNS``: each is made when first asked for."""
+    folder = tmp_path_factory.mktemp("two")
+
+    def made(name: str) -> Checkpoint:
+        out = folder / name
+        if not out.exists():
+            done = torchrun(*distil(vit, name), "--out", out)
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.splitlines() == [str(out)], "one process speaks"
+        return Checkpoint.open(out)
+
+    return made
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_as_one(
+    vit: tuple[Dataset, Checkpoint], by_two: Callable[[str], Checkpoint], tmp_path: Path, name: str
+) -> None:
+    (dataset, teacher), change = vit, RUNS[name]
+    values = {"model": "test_vit", "input": {"size": 32}, "label_fraction": 0.1, **change}
+    values["train"] = {**SMALL_TRAIN, **SGD, **change.get("train", {})}
+    alone = train(validated(TrainConfig, values, "test"), dataset, teacher, tmp_path / "alone")
+    assert alone.facts.training_images % 32 % 2 == 1, "wanted a last batch that does not halve"
+    together = by_two(name)
     assert together.key == alone.key
     mine, its = load_file(together.file("model.safetensors")), load_file(alone.file("model.safetensors"))
     worst = max(abs(mine[key] - its[key]).max() for key in its)
@@ -91,14 +112,12 @@ def test_two_processes_as_one(vit: tuple[Dataset, Checkpoint], tmp_path: Path, n
         assert row.get("train_accuracy") == pytest.approx(expected.get("train_accuracy"), abs=0.02)
 
 
-def test_killed_ranks_go_on(vit: tuple[Dataset, Checkpoint], tmp_path: Path) -> None:
+def test_killed_ranks_go_on(
+    vit: tuple[Dataset, Checkpoint], by_two: Callable[[str], Checkpoint], tmp_path: Path
+) -> None:
     """Every process killed in the middle of the run: the same command ends with the weights of an unhurried one."""
-    dataset, teacher = vit
-    options = "--model test_vit --input.size 32 --label-fraction 0.2 --train.epochs 4 --train.batch-size 32"
-    options += " --train.workers 0 --train.checkpoint-seconds 0"
-    arguments = ["distill", teacher.path, "--data", dataset.path, *options.split()]
-    assert torchrun(*arguments, "--out", tmp_path / "whole").returncode == 0
-    out = tmp_path / "killed"
+    whole = by_two("kd")
+    arguments, out = [*distil(vit, "kd"), "--train.checkpoint-seconds", 0], tmp_path / "killed"
     killed = subprocess.Popen(torchrun_command(*arguments, "--out", out))
     state, begun = tmp_path / "killed.part" / "resume" / "state.pt", time.monotonic()
     while not state.is_file() and time.monotonic() - begun < 120:
@@ -111,8 +130,8 @@ def test_killed_ranks_go_on(vit: tuple[Dataset, Checkpoint], tmp_path: Path) -> 
     assert state.is_file() and not out.exists()
     done = torchrun(*arguments, "--out", out)
     assert done.returncode == 0, done.stderr
-    whole, again = (Checkpoint.open(path).file("model.safetensors").read_bytes() for path in (tmp_path / "whole", out))
-    assert whole == again
+    weights = [made.file("model.safetensors").read_bytes() for made in (whole, Checkpoint.open(out))]
+    assert weights[0] == weights[1]
 
 
 def test_processes_part_each_batch() -> None:

@@ -34,6 +34,7 @@ from kdpipe.networks import models
 from kdpipe.networks.names import DECODERS, check_network
 from kdpipe.networks.segmenters import BLOCKS, Segmenter
 from kdpipe.networks.weights import load_encoder
+from kdpipe.report.tables import teacher_names
 from kdpipe.runtime.task import Segmentation
 
 SIDES = (64, 96)  # which every stride divides
@@ -201,6 +202,8 @@ def test_a_distilled_classifier_becomes_the_encoder(trained: Trained, masks: Dat
     assert student.manifest.inputs["encoder"].key == trained.student.key
     assert trained.student.key in {each.key for each in find_ancestors(student.manifest.provenance(), Checkpoint)}
     assert student.facts.model == "unet-test_resnet" and student.facts.task == "segmentation"
+    shown = {"encoder": trained.student, "student": student, "wise": trained.teacher}
+    assert teacher_names(shown) == {"wise"}, "who gave an encoder taught nobody"
     assert "encoder_checkpoint" not in student.manifest.config  # no path of this machine
     again, _ = models.restore(student)
     moved = [

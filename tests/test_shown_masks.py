@@ -24,9 +24,8 @@ from kdpipe.report.page import render
 from kdpipe.report.tables import bundles_of, print_summary
 from kdpipe.runtime import open_session
 from kdpipe.runtime import predict as outputs_of
-from kdpipe.runtime.frame import at_size
 from kdpipe.runtime.overlay import colours, overlay
-from kdpipe.runtime.preprocess import decode, fit
+from kdpipe.runtime.preprocess import decode, fit, unfit_classes
 from kdpipe.runtime.task import TASKS
 
 TASK = TASKS["segmentation"]
@@ -61,7 +60,7 @@ def answer(bundle: Bundle, path: Path) -> np.ndarray:
     image = decode(path)
     outputs = outputs_of(open_session(bundle.path, bundle.facts.for_runtime()), fit(image, spec)[None])
     enlarged = TASK.enlarged(outputs, bundle.facts.input.sides)
-    return at_size(enlarged[0].argmax(0), spec, image.height, image.width)
+    return unfit_classes(enlarged[0].argmax(0), spec, image.height, image.width)
 
 
 # ---- predict --------------------------------------------------------------------------------------------------------
@@ -156,7 +155,7 @@ def test_images_that_cannot_be_read_are_named(bundle: Bundle, streets: Path, tmp
 def test_labels_are_not_drawn(packed: Bundle, trained: Trained, tmp_path: Path) -> None:
     image = trained.dataset.samples("test")[0].path
     done = kdpipe("predict", packed.path, image, "--out", tmp_path / "seen")
-    assert_one_line(done, 2, "--out is for what draws masks")
+    assert_one_line(done, 2, "for classification, which draws nothing over an image: leave --out out")
     assert not (tmp_path / "seen").exists()
 
 

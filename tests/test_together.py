@@ -56,6 +56,40 @@ def test_together_as_alone(trained: Trained, tmp_path: Path, monkeypatch: pytest
         assert together[out].key == alone.key
 
 
+# A memory, phases that end within an epoch, heads that fade, batch statistics of the teacher's maps.
+LATER: list[dict[str, object]] = [
+    {"method": "crd", "crd": {"negatives": 96, "width": 16}},
+    {"method": "hint", "hint": {"stages": [1, -2], "normalize": True, "logits": True, "two_stages": 0.3}},
+    {"method": "deep_supervision", "deep": {"width": "doubling", "weight": 0.3, "fade": True, "labels": True}},
+    {"method": "stagewise", "hint": {"normalize": True}, "train": {"average": 0.9}},
+    {"method": "review"},
+]
+
+
+def test_interrupted_together_as_alone(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that a method remembers is in what is saved, and is its own."""
+    configs = {
+        tmp_path / f"together-{at}": configuration(change, checkpoint_seconds=0) for at, change in enumerate(LATER)
+    }
+    step, steps = loop.Run._learn, []
+
+    def interrupted(run: loop.Run, batch: loop.Batch) -> None:
+        steps.append(run.position)
+        if len(steps) == 3 * len(LATER) + 2:  # some of them are ahead of the others
+            raise KeyboardInterrupt
+        step(run, batch)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(loop.Run, "_learn", interrupted)
+        train_together(configs, trained.dataset, trained.teacher)
+    assert max(steps) == 3 and not any(out.exists() for out in configs)
+    together = train_together(configs, trained.dataset, trained.teacher)
+    for at, (out, config) in enumerate(configs.items()):
+        alone = train(config, trained.dataset, trained.teacher, tmp_path / f"alone-{at}")
+        for name in ("model.safetensors", "history.jsonl", "test_logits.npz"):
+            assert together[out].file(name).read_bytes() == alone.file(name).read_bytes(), (config.method, name)
+
+
 def test_what_sees_other_views_is_no_companion(trained: Trained, tmp_path: Path) -> None:
     changes: list[dict[str, object]] = [{}, {"seed": 1}, {"label_fraction": 0.2}, {"input": {"size": 40}}]
     configs = {tmp_path / str(at): configuration(change) for at, change in enumerate(changes)}

@@ -116,6 +116,7 @@ def test_no_labels_at_all(semi: tuple[Dataset, Checkpoint], tmp_path: Path, trai
         ({"method": "labels", "label_fraction": 0}, "method 'labels' needs labels"),
         ({"method": "hint", "label_fraction": 0}, "method 'hint' needs labels for the outputs"),
         ({"method": "stagewise", "label_fraction": 0}, "method 'stagewise' needs labels for the outputs"),
+        ({"method": "crd", "label_fraction": 0}, "method 'crd' needs labels for the outputs"),
     ],
 )
 def test_missing_labels_are_told(semi: tuple[Dataset, Checkpoint], tmp_path: Path, change: Any, message: str) -> None:
@@ -123,6 +124,15 @@ def test_missing_labels_are_told(semi: tuple[Dataset, Checkpoint], tmp_path: Pat
     with pytest.raises(UserError, match=message):
         train(configuration(**change), dataset, teacher, tmp_path / "student")
     assert not list(tmp_path.iterdir())
+
+
+def test_hints_with_kd_need_no_labels(semi: tuple[Dataset, Checkpoint], tmp_path: Path) -> None:
+    """Neither beside the hints nor after them."""
+    dataset, teacher = semi
+    values = {"method": "hint", "label_fraction": 0, "hint": {"logits": True, "two_stages": 0.5}}
+    done = train(configuration(**values, train={"epochs": 1}), dataset, teacher, tmp_path / "student")
+    assert done.facts.training_images == 0
+    assert [row.phase for row in done.history] == ["hint", "all"]
 
 
 @pytest.mark.parametrize("loss", ["ce", "bce"])
