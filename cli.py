@@ -661,6 +661,7 @@ def study(
     Example: kdpipe study photos artifacts/teacher-1a2b --student resnet8 --fractions 0.1,1 --budget 2h
     """
     from . import study as studying
+    from .core import progress
     from .core.kinds import Checkpoint
     from .core.proc import spread
     from .report.study import closing_lines
@@ -674,6 +675,8 @@ def study(
     }
     settings = config(student={"model": student}, **named)
     guide, chain = Checkpoint.open(teacher), _chain(artifacts, allow_code=allow_code)
+    if not speaks:
+        progress.listen(progress.Silence())
     dataset = _data_of(data, chain, dry_run)
     if dry_run:
         planned = studying.plan(settings, dataset, guide, chain)
