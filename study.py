@@ -16,9 +16,11 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, get_args
+
+import numpy as np
 
 from .chain import CELL, PRECISIONS, TRAIN_NEEDS, Chain, tolerated, train_order
 from .core.artifact import Order, Record, canonical, drafting, write_json
@@ -36,6 +38,7 @@ from .core.config import (
     control_of,
 )
 from .core.errors import KdpipeError, UserError, choice
+from .core.inputs import sides
 from .core.kinds import Checkpoint, ClaimFacts, Model, Study, StudyFacts
 from .core.proc import require
 from .core.progress import note, progress
@@ -43,6 +46,7 @@ from .core.sealed import printable
 from .data.dataset import Dataset
 from .devices import find_device
 from .networks.names import check_network
+from .runtime.task import TASKS
 
 STUDIES = ".studies"  # what a study decided, and the locks of its parts
 LOOK_SECONDS = 1.0  # between two looks whether another process has made its part
@@ -56,6 +60,7 @@ OF_TEACHER: dict[str, dict[str, Any]] = {
     "smoothing-teacher": {"teacher_control": "smoothing"},
 }
 LARGEST_DECISION_BYTES = 2**20
+TESTED_IMAGES = 16  # of which all outputs are in memory together
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class Arm:
     times: int = 1  # the views
     guide: str = ""
     start: str = ""
+    control: str = LABELS  # the labels alone that it is compared with: for as many views, from the same weights
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,7 @@ class Cell:
 
     method: str
     kind: str  # as of its arm
+    control: str  # as of its arm
     fraction: float
     seed: int
     guide: str  # name of the teacher; nothing for the study's own
@@ -207,17 +214,22 @@ class Design:
         found = [Arm(name, self.kinds[name], name) for name in self.configs]
         main = [name for name in self.configs if name == LABELS or self.kinds[name] == "method"]
         if self.plan.longer:
-            found += [Arm(f"{name}-x{self.plan.longer}", "longer", name, times=self.plan.longer) for name in main]
+            found += [self._varied(name, f"x{self.plan.longer}", "longer", times=self.plan.longer) for name in main]
         for guide in [*self.plan.teachers, *([OWN_SIZE] if self.plan.own_size else [])]:
             taught = [name for name in main if self.configs[name].needs_teacher]
             found += [Arm(f"{name}-by-{guide}", "teacher", name, guide=guide) for name in taught]
         for start in self.plan.starts:
-            found += [Arm(f"{name}-from-{start}", "start", name, start=start) for name in main]
+            found += [self._varied(name, f"from-{start}", "start", start=start) for name in main]
         names = [arm.name for arm in found]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise UserError(f"two methods would be called '{twice}': choose other names")
         return found
+
+    @staticmethod
+    def _varied(name: str, how: str, kind: str, **what: Any) -> Arm:
+        """A method in another way, compared with the labels in that way; those themselves with the plain ones."""
+        return Arm(f"{name}-{how}", kind, name, control=LABELS if name == LABELS else f"{LABELS}-{how}", **what)
 
     def _images(self, share: float) -> int:
         """How many a student learns from on that share."""
@@ -326,7 +338,9 @@ class Design:
                     if arm.start:
                         differs["start"] = self.plan.starts[arm.start]
                     config = config.model_copy(update=differs)
-                    cells.append(Cell(arm.name, arm.kind, share, seed, arm.guide, self.images[share], config))
+                    cells.append(
+                        Cell(arm.name, arm.kind, arm.control, share, seed, arm.guide, self.images[share], config)
+                    )
         return cells
 
 
@@ -345,9 +359,11 @@ def at_cost(config: TrainConfig, views: int, images: int) -> TrainConfig:
     }
     if train.select == "last":
         scaled["validate_every"] = epochs
-    grown = max(1, round(share * config.dkd.warmup_epochs)) if config.dkd.warmup_epochs else 0
-    dkd = config.dkd.model_copy(update={"warmup_epochs": grown})
-    return config.model_copy(update={"train": train.model_copy(update=scaled), "dkd": dkd})
+    changes: dict[str, Any] = {"train": train.model_copy(update=scaled)}
+    if config.method == "dkd" and config.dkd.warmup_epochs:
+        grown = max(1, round(share * config.dkd.warmup_epochs))
+        changes["dkd"] = config.dkd.model_copy(update={"warmup_epochs": grown})
+    return config.model_copy(update=changes)
 
 
 def read_seconds(text: str) -> float:
@@ -619,15 +635,19 @@ def _sealed(
         require("the page of a study", ("matplotlib", "jinja2"), "report")
         from .report import study as page
 
-        with drafting(Study, order, path) as draft, progress("looking at the runs", len(runs)) as advance:
+        def nothing() -> None:
+            return None
+
+        with drafting(Study, order, path) as draft:
             rows = []
             for cell, checkpoint in runs:
-                small = _int8_outputs(design, checkpoint) if design.wants_int8(cell) else None
+                small = partial(_int8_outputs, design, checkpoint) if design.wants_int8(cell) else nothing
                 guide = guides[cell.guide] if cell.config.needs_teacher else None
                 rows.append(
                     Ran(
                         cell.method,
                         cell.kind,
+                        cell.control,
                         cell.fraction,
                         cell.seed,
                         cell.images,
@@ -637,7 +657,6 @@ def _sealed(
                         small,
                     )
                 )
-                advance(1, cell.name)
             asked = page.Asked(design.dataset, design.teacher, design.claims, design.middle, planned.detectable)
             numbers = page.collect(config, rows, asked)
             write_json(draft.path / Study.NUMBERS, numbers)
@@ -660,7 +679,7 @@ def _sealed(
 
 
 def _int8_outputs(design: Design, student: Checkpoint) -> Any:
-    """What its INT8 says of the test images [N, ...]; None where there is none."""
+    """What its INT8 says of the test images [N, ...], of masks the classes; None where there is none."""
     from .data.dataset import predict_samples
     from .runtime import open_session
 
@@ -669,7 +688,12 @@ def _int8_outputs(design: Design, student: Checkpoint) -> Any:
         session = open_session(model.path, model.facts.for_runtime(), len(os.sched_getaffinity(0)))
     except KdpipeError:
         return None  # it was tried with its run, and told there
-    return predict_samples(session, design.dataset.samples("test"), model.facts.input.model_dump())
+    task, spec = TASKS[model.facts.task], model.facts.input
+    samples, step, found = design.dataset.samples("test"), TESTED_IMAGES, []
+    for at in range(0, len(samples), step):
+        outputs = predict_samples(session, samples[at : at + step], spec.model_dump())
+        found.append(task.decide_at(outputs, sides(spec.size)) if task.dense else outputs)
+    return np.concatenate(found)
 
 
 def _recipe(design: Design, cells: Sequence[Cell], method: str, sentence: str, folder: Path) -> str:
@@ -693,12 +717,19 @@ def _recipe(design: Design, cells: Sequence[Cell], method: str, sentence: str, f
         for name, value in design.dataset.settings.items()
         if name in DataPlan.model_fields and value != DataPlan.model_fields[name].default
     }
+    student = _network(config.model_dump(mode="json"))
+    # What a key knows by its hash is no part of a dump.
+    student |= {
+        name: str(path.absolute())
+        for name in ("start", "encoder_checkpoint")
+        if (path := getattr(config, name)) is not None
+    }
     teacher = _network(design.teacher.settings)
     values = {
         "name": "advised",
         "data": data,
         "teacher": {**teacher, "checkpoint": weights},
-        "student": _network(config.model_dump(mode="json")),
+        "student": student,
         "distill": distill,
     }
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -161,7 +161,7 @@ def judge(claims: Sequence[Claim], table: Table, worth_points: float, images: in
     for at, (claim, told) in enumerate(zip(claims, found, strict=True)):
         level = float(levels[at])
         if told is None:
-            judged.append(Judged(str(claim), "not enough data", Interval(math.nan, None, None, 0), None, level))
+            judged.append(Judged(str(claim), "not enough data", Interval(0.0, None, None, 0), None, level))
             continue
         interval, p_value = told.interval(level), None if math.isnan(p_values[at]) else float(p_values[at])
         if interval.high is None:

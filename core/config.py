@@ -1330,6 +1330,12 @@ class StudyPlan(Config):
     )
     distill: DistillSettings = DistillSettings()  # what every method begins with
 
+    @model_validator(mode="after")
+    def _one_cost(self) -> Self:
+        if self.views is not None and self.budget is not None:
+            raise ValueError("wanted views or budget, which says how many views there are, not both")
+        return self
+
     @field_validator("fractions", "temperatures", "methods", "controls")
     @classmethod
     def _each_once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -460,6 +460,24 @@ class FeatureMethod(DistillationMethod):
     with_stem: ClassVar[bool] = False  # whether what comes before the first stage counts as one
     with_decoder: ClassVar[bool] = False  # whether a decoder's blocks follow the stages
 
+    @classmethod
+    def looks_at_maps(cls, config: DistillSettings) -> bool:  # noqa: ARG003 (one of them looks at its settings)
+        """Whether the settings alone say that it looks at feature maps."""
+        return True
+
+    @classmethod
+    def check(cls, config: DistillSettings) -> None:
+        super().check(config)
+        if config.cache_views is not None and cls.looks_at_maps(config):
+            raise cls._lacks_maps(config)
+
+    @staticmethod
+    def _lacks_maps(config: DistillSettings) -> UserError:
+        return UserError(
+            f"method '{config.method}' looks at the teacher's feature maps and a cache holds its logits: "
+            "leave out cache_views, or take a method such as kd"
+        )
+
     def teacher_maps(self, teacher: TeacherOutput) -> list[Tensor]:
         """The teacher's maps [B, C, H, W] at the paired stages."""
         return [teacher.maps[index] for index in self.teacher_indices]
@@ -471,10 +489,7 @@ class FeatureMethod(DistillationMethod):
             UserError: one network has no stages, or the teacher is not asked but remembered.
         """
         if isinstance(teacher, CachedTeacher):
-            raise UserError(
-                f"method '{self.config.method}' looks at the teacher's feature maps and a cache holds its logits: "
-                "leave out cache_views, or take a method such as kd"
-            )
+            raise self._lacks_maps(self.config)
         assert teacher is not None
         students, teachers = paired(
             stage_indices(student, self.name, self.with_stem),
@@ -617,6 +632,10 @@ class ChannelWise(FeatureMethod):
     with_decoder = True
 
     @classmethod
+    def looks_at_maps(cls, config: DistillSettings) -> bool:
+        return config.cwd_on == "features"
+
+    @classmethod
     def compares_outputs(cls, config: DistillSettings) -> bool:
         return config.cwd_on != "features"  # left out, the network decides
 
@@ -691,7 +710,7 @@ class Relational(FeatureMethod):
 class CorrelationCongruence(FeatureMethod):
     """Correlation congruence (Peng et al. 2019) of the pooled deepest stage, without the projection of its authors.
 
-    Their weight is of another balance; this one makes the loss about as large as that of rkd.
+    Their weight is of another balance; this one is our own.
     """
 
     default_weight = 100.0
@@ -717,10 +736,15 @@ class Contrastive(FeatureMethod):
     default_weight = 0.8
     stages = slice(-1, None)
 
+    @classmethod
+    def check(cls, config: DistillSettings) -> None:
+        super().check(config)
+        remembered, batch_size = config.crd.negatives, config.train.batch_size
+        if remembered < batch_size:
+            raise UserError(f"crd.negatives is {remembered}: wanted as many as a batch, {batch_size}, at least")
+
     def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
-        settings, batch_size = self.config.crd, self.config.train.batch_size
-        if settings.negatives < batch_size:
-            raise UserError(f"crd.negatives is {settings.negatives}: wanted as many as a batch, {batch_size}, at least")
+        settings = self.config.crd
         indices = self.pair_stages(student, teacher)
         assert isinstance(teacher, Teacher)
         mine = map_shapes(student, self.spec.sides, indices)[0]
@@ -804,6 +828,15 @@ class DeepSupervision(DistillationMethod):
                 heads.append(AuxiliaryHead(channels, halvings, classes, widest))
         return StudentWithAuxiliaries(student, indices[:-1], heads)
 
+    @classmethod
+    def check(cls, config: DistillSettings) -> None:
+        super().check(config)
+        if config.deep.width == "doubling" and config.cache_views is not None:
+            raise UserError(
+                "deep.width is doubling, up to the teacher's width, and a cache does not tell that: leave it own, or "
+                "leave out cache_views"
+            )
+
     def _widest(self, channels: int, teacher: Teacher | CachedTeacher | None) -> int:
         """The larger of the student's deepest ``channels`` and the teacher's. Raises UserError."""
         if self.grid:
@@ -812,8 +845,8 @@ class DeepSupervision(DistillationMethod):
             )
         if not isinstance(teacher, Teacher) or not hasattr(teacher.network, "forward_intermediates"):
             raise UserError(
-                "deep.width is doubling, up to the teacher's width, and this teacher is a cache or gives no "
-                "intermediate features: leave it own, or leave out cache_views"
+                "deep.width is doubling, up to the teacher's width, and this teacher gives no intermediate features: "
+                "leave it own"
             )
         deepest = stage_indices(teacher.network, "the teacher")[-1:]
         return max(channels, map_shapes(teacher.network, teacher.sides, deepest)[0][0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 from ..core.claims import Claim, Figures, Judged, Table, difference, groups_of, judge
 from ..core.config import StudyConfig
 from ..core.kinds import Checkpoint
+from ..core.sealed import printable
 from ..core.stats import CALIBRATION_BINS, CONFIDENCE, expected_calibration_error, mean_interval
 from ..data.dataset import Dataset
 from ..runtime.task import TASKS, Task
@@ -28,17 +29,18 @@ MARKERS = ("o", "D", "s", "^", "v", "P")
 
 @dataclass(frozen=True)
 class Ran:
-    """One run of a study. ``small``: what its INT8 says of the test images [N, ...], where there is one."""
+    """One run of a study. ``small`` gives what its INT8 says of the test images [N, ...], None where there is none."""
 
     method: str
     kind: str
+    control: str  # the labels alone that it is compared with
     fraction: float
     seed: int
     images: int
     views: int
     checkpoint: Checkpoint
     guide: Checkpoint | None
-    small: np.ndarray | None
+    small: Callable[[], np.ndarray | None]
 
 
 @dataclass(frozen=True)
@@ -59,32 +61,33 @@ def collect(config: StudyConfig, runs: Sequence[Ran], asked: Asked) -> Numbers:
     the cells share (``core.claims``); only the claims are corrected for their number.
     """
     task = TASKS[asked.dataset.facts.task]
-    labels = runs[0].checkpoint.tested[1]
-    groups = groups_of(len(labels))
+    groups = groups_of(runs[0].checkpoint.facts.test_images)
     table: dict[tuple[str, float], dict[int, Figures]] = {}
     small: dict[tuple[str, float], dict[int, Figures]] = {}
     by_class: dict[tuple[str, float], dict[int, dict[int, float]]] = {}
     rows: dict[tuple[str, float], Numbers] = {}
     for run in runs:
-        outputs, _ = run.checkpoint.tested
+        outputs, labels = run.checkpoint.tested
         scores = task.scores(outputs, labels)
         where = run.method, run.fraction
         table.setdefault(where, {})[run.seed] = figures(task, scores, groups)
         classes = task.of_classes(task.by_class(scores, labels))
         by_class.setdefault(where, {})[run.seed] = {each: 100 * its.value for each, its in classes.items()}
         found = _judged(task, outputs, labels, run.guide, asked.dataset)
-        if run.small is not None:
-            its_scores = task.scores(run.small, labels)
+        quantised = run.small()
+        if quantised is not None:
+            its_scores = task.scores(quantised, labels)
             small.setdefault(where, {})[run.seed] = figures(task, its_scores, groups)
             found["int8"] = {
                 "accuracy": float(small[where][run.seed][0]),
-                **_judged(task, run.small, labels, run.guide, asked.dataset),
+                **_judged(task, quantised, labels, run.guide, asked.dataset),
             }
         row = rows.setdefault(
             where,
             {
                 "method": run.method,
                 "kind": run.kind,
+                "over": None if run.method == LABELS else run.control,
                 "fraction": run.fraction,
                 "images": run.images,
                 "views": run.views,
@@ -95,16 +98,16 @@ def collect(config: StudyConfig, runs: Sequence[Ran], asked: Asked) -> Numbers:
         row["runs"].append({"seed": run.seed, "key": run.checkpoint.key, "accuracy": accuracy, "int8": None, **found})
     for (method, share), row in rows.items():
         row["accuracy"] = mean_interval([each["accuracy"] for each in row["runs"]]).as_dict()
-        row["gain"] = None if method == LABELS else _interval(table, method, share)
+        row["gain"] = _interval(table, method, row["over"], share)
         row |= {name: _mean(row["runs"], name) for name in JUDGED}
         quantized = [each["int8"] for each in row["runs"] if each["int8"]]
         row["int8"] = quantized and {
             "accuracy": mean_interval([each["accuracy"] for each in quantized]).as_dict(),
-            "gain": None if method == LABELS else _interval(small, method, share),
+            "gain": _interval(small, method, row["over"], share),
             **{name: _mean(quantized, name) for name in JUDGED},
         }
         row["int8"] = row["int8"] or None
-    judged = judge(asked.claims, table, config.plan.worth, len(labels))
+    judged = judge(asked.claims, table, config.plan.worth, len(groups))
     advice = advise(table, list(rows.values()), config.plan.worth)
     teacher = asked.teacher
     return {
@@ -117,7 +120,7 @@ def collect(config: StudyConfig, runs: Sequence[Ran], asked: Asked) -> Numbers:
             "training_images": teacher.facts.training_images,
         },
         "task": {"metric": task.metric, "unit": task.unit, "class_metric": task.class_metric},
-        "test_images": len(labels),
+        "test_images": len(groups),
         "plan": config.plan.model_dump(mode="json"),
         "views": config.views,
         "cost": config.plan.cost,
@@ -148,7 +151,10 @@ def _judged(task: Task, outputs: np.ndarray, labels: np.ndarray, guide: Checkpoi
     agreement = None
     # A teacher that was tested on other images says nothing of these.
     if guide is not None and guide.manifest.inputs["data"].key == dataset.key:
-        agreement = 100 * task.agreement(guide.tested[0], outputs)
+        said, _ = guide.tested
+        # Nor one whose masks are of another size of every place.
+        if not task.dense or said.shape == outputs.shape:
+            agreement = 100 * task.agreement(said, outputs)
     error = None
     if surety is not None:
         error = 100 * expected_calibration_error(surety.confidence, surety.right, surety.weight if task.dense else None)
@@ -160,9 +166,9 @@ def _mean(rows: Sequence[Numbers], name: str) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def _interval(table: Table, method: str, share: float, level: float = 1 - CONFIDENCE) -> Numbers | None:
-    found = difference(table, method, LABELS, share)
-    return None if found is None else found.interval(level).as_dict()
+def _interval(table: Table, method: str, control: str | None, share: float) -> Numbers | None:
+    found = None if control is None else difference(table, method, control, share)
+    return None if found is None else found.interval().as_dict()
 
 
 def _temperatures(config: StudyConfig, rows: Mapping[tuple[str, float], Numbers]) -> list[Numbers]:
@@ -230,7 +236,7 @@ def _classes(
             ]
             gains.append(mean_interval(apart).as_dict() if apart else None)
         if any(gains):
-            found.append({"class": name, "gains": gains})
+            found.append({"class": printable(name), "gains": gains})
     return {"method": method, "fractions": shown, "rows": found}
 
 
@@ -276,8 +282,9 @@ def _caveats(config: StudyConfig, rows: Sequence[Numbers]) -> list[str]:
         shares = ", ".join(f"{100 * share:g} %" for share in sorted({row["fraction"] for row in uneven}))
         found.append(f"Whole epochs give other views than the {config.views:,} of the plan on these shares: {shares}.")
     if any(row["kind"] == "longer" for row in rows):
+        times = config.plan.longer
         found.append(
-            f"What ends in -x{config.plan.longer} saw {config.plan.longer} times the views: compare it with its like."
+            f"What ends in -x{times} saw {times} times the views, as the labels alone that it is compared with."
         )
     if config.failed:
         found.append(f"Not made: {', '.join(config.failed)}. What is said rests on the other runs.")
@@ -293,7 +300,9 @@ def drawings(numbers: Numbers) -> dict[str, Figure]:
 
     found: dict[str, Figure] = {}
     with matplotlib.rc_context(STYLE):
-        gained = [row for row in numbers["rows"] if row["gain"]]
+        # Labels alone in another way are what others are compared with, not what is gained by a teacher.
+        controls = {row["over"] for row in numbers["rows"]}
+        gained = [row for row in numbers["rows"] if row["gain"] and row["method"] not in controls]
         if gained:
             found["gain"] = _gain_by_images(gained)
         if len({row["temperature"] for row in numbers["temperatures"]}) > 1:

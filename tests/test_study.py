@@ -286,6 +286,19 @@ def test_runs_of_studies_are_no_part_of_other_pages(studied: tuple[Path, list[ob
     assert all(path.name.startswith(CELL) for path in folder.glob("*seed*"))
 
 
+def test_a_run_that_fails_leaves_the_others(trained: Trained, tmp_path: Path) -> None:
+    """Its loss is not finite: the page says so, its claim has no data, and the command exits 2."""
+    wild = "wild={method: kd, train: {optimizer: sgd, learning_rate: 1.0e+12}}"
+    more = {"methods": "[]", "controls": "[]", "seeds": 1, "views": 60, "fractions": 0.05, "further": wild}
+    asked = ["study", trained.dataset.path, trained.teacher.path, "--artifacts", tmp_path, *options(**more)]
+    done = kdpipe(*asked, "--claim", "wild > labels at 0.05")
+    assert_one_line(done, 2, "cell-wild-0.05-seed0", "loss became")
+    assert "claim: wild > labels at 0.05: not enough data: the two have no seed in common" in done.stdout
+    [made] = tmp_path.glob("study-*")
+    assert "loss became" in (made / Study.PAGE).read_text()
+    assert Study.open(made).facts.advice == "labels"
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -295,6 +308,7 @@ def test_runs_of_studies_are_no_part_of_other_pages(studied: tuple[Path, list[ob
         ({"claim": "kd-T9 > labels at 0.1"}, ["kd-T9", "kd-T4"]),
         ({"claim": "kd beats labels"}, ["wanted METHOD > METHOD at SHARE"]),
         ({"views": 10}, ["less than a pass"]),
+        ({"budget": "2h"}, ["not both"]),
         ({"views": None, "budget": "2 weeks"}, ["budget", "2h"]),
         ({"further": "labels={method: kd}"}, ["taken"]),
         ({"further": "own"}, ["NAME=VALUE"]),
@@ -333,6 +347,10 @@ def test_longer_runs_and_other_teachers_are_methods_of_their_own(
     assert {cell.config.start for cell in found.cells if cell.kind == "start"} == {trained.student.path}
     assert {cell.config.teacher_control for cell in found.cells if cell.method == "flattened"} == {"flattened"}
     assert found.design.names == names
+    # Each is compared with labels alone that were trained alike.
+    over = {arm.name: arm.control for arm in found.design.arms}
+    assert (over["kd-T4-x2"], over["kd-T4-from-taught"]) == ("labels-x2", "labels-from-taught")
+    assert (over["kd-T4-by-big"], over["labels-x2"]) == ("labels", "labels")
     views = {cell.method: cell.views for cell in found.cells}
     assert views["kd-T4-x2"] == pytest.approx(2 * views["kd-T4"], rel=0.05)
     assert len(found.cells) == len(names) * 3
