@@ -60,7 +60,7 @@ def is_teacher(network: Provenance, of: Provenance) -> bool:
 
 def begins_elsewhere(network: Provenance) -> bool:
     """Whether a network's weights were brought, or began as somebody's pretrained ones."""
-    given = ("pretrained", "encoder_checkpoint_sha256")
+    given = ("pretrained", "encoder_checkpoint_sha256", "start_sha256")
     return network.stage == "adopt" or any(network.config.get(name) for name in given)
 
 

@@ -1014,7 +1014,13 @@ class MaskedImages(Method):
             raise UserError("train.select best: method 'masked' has no accuracy to select by, take last")
 
     def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
-        deepest = [*stage_indices(student, self.name), *block_indices(student)][-1:]
+        try:
+            deepest = [*stage_indices(student, self.name), *block_indices(student)][-1:]
+        except UserError:
+            raise UserError(
+                f"method 'masked' paints from a stage's features, and '{self.name}' gives none through timm: take a "
+                "network of timm's own"
+            ) from None
         [(channels, height, width)] = map_shapes(student, self.spec.sides, deepest)
         return StudentWithAuxiliaries(student, deepest, [Painter(channels, (height, width), self.spec.sides)])
 

@@ -271,6 +271,7 @@ def restart(order: Order[RestartConfig], dataset: Dataset, trained: Checkpoint |
         UserError: an unknown network, or a trained one of another architecture.
     """
     config, ranks = order.config, join()
+    ranks.total({"here": 1.0})  # none of them is still looking whether it is sealed
     if ranks.leads:
         with drafting(Checkpoint, order, out) as draft:
             fresh = config.model_copy(update={"pretrained": False, "encoder_checkpoint": None})

@@ -187,6 +187,14 @@ def machine(device: Mapping[str, Any]) -> str:
     return f"{probe.get('cpu', 'unavailable')}, {probe.get('usable_cores', 'unavailable')} usable cores"
 
 
+# By what a network was made, why its answers mean nothing.
+NO_ANSWERS = {
+    "masked": "it painted what was hidden of images, and is what a student starts from",
+    "untrained": "its weights are random, as a control",
+    "random_head": "its head is random, as a control",
+}
+
+
 def found_lines(found: CheckpointFacts | GraphFacts, task: Task) -> list[str]:
     """How right a network is, and loudly where that is not shown to be more than guessing; nothing where unknown."""
     trained = isinstance(found, CheckpointFacts) and found.method != "as given"
@@ -195,6 +203,8 @@ def found_lines(found: CheckpointFacts | GraphFacts, task: Task) -> list[str]:
         return []
     value, between = percent(accuracy.value), share_bounds(accuracy.as_dict())
     lines = [f"{task.metric} {value} {task.unit} {between} on {accuracy.n} test images"]
+    if isinstance(found, CheckpointFacts) and found.method in NO_ANSWERS:
+        return [*lines, f"no answers are to be expected of it: {NO_ANSWERS[found.method]}"]
     if may_guess(accuracy, found.guessing):
         causes = (
             "it learned nothing yet: more train.epochs, another train.learning_rate"

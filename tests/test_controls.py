@@ -32,10 +32,13 @@ from kdpipe.core.errors import UserError
 from kdpipe.core.inputs import InputSpec
 from kdpipe.core.kinds import Checkpoint
 from kdpipe.data.dataset import Dataset
+from kdpipe.deploy.licences import begins_elsewhere
 from kdpipe.distill import loop, losses
 from kdpipe.distill.methods import METHODS, LogitMethod, MaskedImages
 from kdpipe.distill.teacher import Teacher, TeacherOutput
 from kdpipe.networks import models
+from kdpipe.report.words import found_lines
+from kdpipe.runtime.task import TASKS
 
 SPEC = InputSpec(size=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), crop_fraction=1.0, interpolation="bicubic")
 NETWORK = {"model": "test_resnet", "input": {"size": 32}}
@@ -203,6 +206,8 @@ def test_an_untrained_teacher(chain: Chain, dataset: Dataset) -> None:
     again = Chain(chain.folder.parent / "again").teacher(teacher(start="untrained"), dataset)
     assert again.key == never.key
     assert again.file(Checkpoint.WEIGHTS).read_bytes() == never.file(Checkpoint.WEIGHTS).read_bytes()
+    [_, why] = found_lines(never.facts, TASKS["classification"])
+    assert why == "no answers are to be expected of it: its weights are random, as a control"
     student = chain.distill(configuration(method="hint", label_fraction=0.5), dataset, never)
     assert student.manifest.inputs["teacher"].key == never.key, "it teaches like any other"
 
@@ -285,6 +290,8 @@ def test_a_start_of_other_classes_leaves_the_head_fresh(dataset: Dataset, taught
     config = configuration(method="labels", start=path)
     order = train_order(config, dataset, None)
     assert order.config.start_sha256 == sha256_file(path) and "start" not in order.inputs
+    done = Checkpoint.open(train(config, dataset, None, tmp_path / "begun").path)
+    assert begins_elsewhere(done.manifest.provenance()), "a release tells under which licence"
     begun = first_weights(config, dataset, tmp_path / "student")
     scratch = first_weights(configuration(method="labels"), dataset, tmp_path / "scratch")
     whole = load_file(taught.file(Checkpoint.WEIGHTS))
@@ -487,3 +494,5 @@ def test_masked_images_of_a_command(dataset: Dataset, tmp_path: Path, workdir: P
     assert_one_line(done, 2, "method 'masked' has no accuracy to select by")
     done = kdpipe("distill", dataset.path, "--method", "labels", *options, "--start", tmp_path / "nothing")
     assert_one_line(done, 2, "start: nothing at")
+    done = kdpipe("distill", dataset.path, "--method", "masked", *options, "--model", "torchvision/resnet18")
+    assert_one_line(done, 2, "method 'masked' paints from a stage's features", "torchvision/resnet18")
