@@ -99,7 +99,7 @@ def check_names(recipe: Recipe) -> None:
         check_network(config)
     exported_runs(recipe)
     if recipe.report.explain:
-        check_explained(recipe.data.task, "report.explain: a network of masks")
+        check_explained(recipe.data.task, "report.explain: the network")
     for target in recipe.export.targets:
         if target not in TARGETS:
             raise choice("target", target, TARGETS)

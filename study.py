@@ -38,7 +38,6 @@ from .core.config import (
     control_of,
 )
 from .core.errors import KdpipeError, UserError, choice
-from .core.inputs import sides
 from .core.kinds import Checkpoint, ClaimFacts, Model, Study, StudyFacts
 from .core.proc import require
 from .core.progress import note, progress
@@ -679,7 +678,7 @@ def _sealed(
 
 
 def _int8_outputs(design: Design, student: Checkpoint) -> Any:
-    """What its INT8 says of the test images [N, ...], of masks the classes; None where there is none."""
+    """What its INT8 says of the test images [N, ...], as the task keeps it; None where there is none."""
     from .data.dataset import predict_samples
     from .runtime import open_session
 
@@ -692,7 +691,7 @@ def _int8_outputs(design: Design, student: Checkpoint) -> Any:
     samples, step, found = design.dataset.samples("test"), TESTED_IMAGES, []
     for at in range(0, len(samples), step):
         outputs = predict_samples(session, samples[at : at + step], spec.model_dump())
-        found.append(task.decide_at(outputs, sides(spec.size)) if task.dense else outputs)
+        found.append(task.kept(outputs, spec.sides))
     return np.concatenate(found)
 
 
