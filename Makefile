@@ -31,7 +31,7 @@ layers: install
 # What trains runs in a process of its own, as far as it can from the converters' and runtimes' native libraries; what
 # both of them train is made once. The others wait much, for processes and devices: two files of them side by side.
 TWO := --numprocesses=2 --dist=loadfile
-TRAIN := $(patsubst %,tests/test_%.py,cache cifar_networks data losses methods pixels ranks resume segmenters together trackers training unlabeled)
+TRAIN := $(patsubst %,tests/test_%.py,cache cifar_networks data families losses methods pixels ranks resume segmenters together trackers training unlabeled)
 unit: install
 ifdef TESTS
 	$(BIN)/pytest -m "not lab" $(TESTS)

@@ -1496,6 +1496,7 @@ def pick(
         Path | None,
         typer.Option("--teacher", help="folder of the teacher's checkpoint, for --train", parser=folder_or_url),
     ] = None,
+    again: Annotated[bool, typer.Option("--again", help="measure the chosen one in one session more")] = False,
     allow_code: AllowCodeOption = None,
     as_json: JsonFlag = False,
     *,
@@ -1517,14 +1518,14 @@ def pick(
 
     plan, opened = config(), _open_dataset(dataset)
     guide = None if teacher is None else Checkpoint.open(teacher)
-    made = choose(plan, opened, _chain_of(dataset, allow_code=allow_code), guide)
-    facts, rows = made.facts, list(made.networks.values())
+    made = choose(plan, opened, _chain_of(dataset, allow_code=allow_code), guide, again=again)
+    facts, rows, left_out = made.facts, list(made.networks.values()), made.left_out
     told = sentence(facts, rows, plan.prior)
     if as_json:
         networks = [row.model_dump(mode="json") for row in rows]
-        _print_json(**_described(made), networks=networks, left_out=made.json(made.LEFT_OUT), sentence=told)
+        _print_json(**_described(made), networks=networks, left_out=left_out, sentence=told)
     else:
-        print_pick(_wide_console(), facts, rows)
+        print_pick(_wide_console(), facts, rows, left_out)
         if facts.chosen is not None:
             typer.echo(printable(told))
             typer.echo(printable(f"next: {shlex.join(['kdpipe', 'run', str(made.path / made.RECIPE)])}"))
@@ -1533,7 +1534,10 @@ def pick(
         raise GateFailed(told)
     chosen = made.networks[facts.chosen]
     if chosen.trust is not None and chosen.trust.word != "trusted":
-        raise Untrusted(f"the latency of {chosen.name} is {chosen.trust.word}: {chosen.trust.reason}")
+        raise Untrusted(
+            f"the latency of {chosen.name} is {chosen.trust.word}: {chosen.trust.reason}; measure again when the "
+            "machine is quiet: the same command with --again"
+        )
 
 
 @app.command()

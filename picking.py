@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -70,7 +70,6 @@ from .networks import prior
 from .networks.prior import Prior
 from .quantize import VARIANTS
 from .report.picks import latency_of
-from .runtime.task import TASKS
 
 if TYPE_CHECKING:
     from .networks.cost import Cost
@@ -90,6 +89,7 @@ SESSION: dict[str, Any] = {
 IMAGENET, RUNS = "imagenet", "runs"
 SHORT_VIEWS = 8  # of each image that the teacher answers for all that are trained shortly
 MOST_NAMES_BYTES = 2**20
+SAVED_EVERY = 25  # graphs that are read
 
 
 class Candidate(NamedTuple):
@@ -177,6 +177,8 @@ class State(BaseModel):
 
     anchors: list[str] = []
     asked: list[str] = []  # networks that were measured for it
+    pending: list[str] = []  # those of a session that was begun when there were so many
+    sessions: int = 0
     confirmed: int = 0
     refused: dict[str, str] = {}
     tries: dict[str, int] = {}
@@ -245,7 +247,7 @@ def names_of(plan: PickPlan, known: Mapping[str, Prior]) -> list[str]:
     for pattern in patterns:
         # A pattern for all means all that anything is known of.
         among = list(known) if pattern == "*" else every
-        matched = fnmatch.filter(among, pattern)
+        matched = fnmatch.filter(among, pattern) or fnmatch.filter(among, prior.without_tag(pattern))
         if not matched:
             raise choice("candidate", pattern, every)
         found |= dict.fromkeys(matched)
@@ -274,7 +276,7 @@ def pool_of(plan: PickPlan, known: Mapping[str, Prior], classes: int, memory: Pa
                 try:
                     size = input_spec(config).size
                     name = as_name(f"{model}-{_size_name(size)}")
-                    cost = costs.of(name, partial(cost_of, config, classes))
+                    cost = costs.of(name, model, partial(cost_of, config, classes))
                 except KdpipeError as error:
                     left_out[name] = str(error)
                 else:
@@ -297,27 +299,30 @@ class _Costs:
     _KIND = TypeAdapter(dict[str, tuple[int, int, int] | str])
 
     def __init__(self, file: Path, classes: int) -> None:
-        self._file, self._new = file, False
+        self._file, self._new = file, 0
         versions = versions_of("timm", "torch")
         self._for = f"{classes} {' '.join(versions.values())} "
         self._known: dict[str, Any] = {}
         with suppress(OSError, ValueError, ValidationError):
             self._known = self._KIND.validate_python(json.loads(file.read_text()))
 
-    def of(self, name: str, count: Any) -> Cost:
+    def of(self, name: str, model: str, count: Callable[[], Cost]) -> Cost:
         """That of a candidate. Raises UserError, also where it was refused before."""
         from .networks.cost import Cost
 
-        found = self._known.get(self._for + name)
+        found = None if code.is_code(model) else self._known.get(self._for + name)
         if found is None:
-            self._new = True
+            self._new += 1
             try:
                 found = tuple(count())
             except UserError as error:
                 found = str(error)
             except Exception as error:  # a network that cannot be run alone raises anything
                 found = f"it cannot be run: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-            self._known[self._for + name] = found
+            if not code.is_code(model):  # which may be another tomorrow
+                self._known[self._for + name] = found
+            if self._new % SAVED_EVERY == 0:
+                self._save()
         if isinstance(found, str):
             raise UserError(found)
         return Cost(*found)
@@ -328,8 +333,11 @@ class _Costs:
             yield
         finally:
             if self._new:
-                self._file.parent.mkdir(parents=True, exist_ok=True)
-                _replace(self._file, self._known)
+                self._save()
+
+    def _save(self) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        _replace(self._file, self._known)
 
 
 def _replace(path: Path, value: Any) -> None:
@@ -363,11 +371,12 @@ def _remove(path: Path) -> None:
 
 
 class Session(NamedTuple):
-    """One sealed session: p90 of each candidate in ms, and whether that is to be believed."""
+    """One sealed session: p90 of each candidate in ms, and whether that is to be believed; who could not be run."""
 
     measurement: Measurement
     p90_ms: dict[str, float]
     trust: dict[str, Trust]
+    failed: dict[str, str]
 
 
 class Search:
@@ -397,6 +406,7 @@ class Search:
         with suppress(OSError, ValidationError):
             self.state = State.model_validate_json(self._file.read_text())
         self.state.anchors = [name for name in self.state.anchors if name in pool.position]
+        self.state.pending = [name for name in self.state.pending if name in pool.position]
 
     @cached_property
     def sample(self) -> Dataset:
@@ -404,26 +414,28 @@ class Search:
 
     def run(self) -> None:
         """Measure until nothing more is to be expected, or as many networks as may be."""
+        if self.state.pending and len(self.sessions()) <= self.state.sessions:  # it was ended in the middle of it
+            self.measure(self.state.pending)
+        self._measured(self.state.pending)
         while (names := self._next()) is not None:
             self.measure(names)
 
     def sessions(self) -> list[Session]:
         """What was measured of candidates on this device as it is now, for this target, whoever asked for it."""
         found = []
-        for path, manifest in sorted(
-            sealed(self.workshop.folder, skip=UserError), key=lambda each: each[1].created_utc
-        ):
-            if manifest.kind == Measurement.kind and manifest.config.get("device_fingerprint") == self.fingerprint:
-                names = self._names_in(manifest)
-                if names and path not in self._read_before:
-                    self._read_before[path] = self._read(Measurement.open(path), names)
-                if names:
-                    found.append(self._read_before[path])
+        every = sealed(self.workshop.folder, skip=UserError)
+        for path, manifest in sorted(every, key=lambda each: each[1].created_utc):
+            names = self._names_in(manifest) if manifest.kind == Measurement.kind else {}
+            if names and path not in self._read_before:
+                self._read_before[path] = self._read(Measurement.open(path), names)
+            if names:
+                found.append(self._read_before[path])
         return [session for session in found if session.p90_ms]
 
     def _names_in(self, manifest: Manifest) -> dict[str, str]:
-        """Of a measurement the candidates by role."""
-        if list(manifest.config.get("threads", ())) != [self.plan.threads]:
+        """Of a measurement on this device the candidates by role."""
+        wanted = {"device": self.plan.device, "device_fingerprint": self.fingerprint, "threads": [self.plan.threads]}
+        if any(manifest.config.get(name) != value for name, value in wanted.items()):
             return {}
         return self._names_of(manifest.inputs)
 
@@ -445,15 +457,16 @@ class Search:
         return found
 
     def _read(self, measurement: Measurement, names: Mapping[str, str]) -> Session:
-        p90, trust = {}, {}
+        p90, trust, failed = {}, {}, {}
         for role, name in names.items():
             result = measurement.facts.results.get(role)
             if result is None or result.latency_p90_ms is None or result.trust is None:
+                failed[name] = "no result" if result is None else result.status
                 continue
             trust[name] = result.trust
             if result.trust.word != "invalid":
                 p90[name] = result.latency_p90_ms.value
-        return Session(measurement, p90, trust)
+        return Session(measurement, p90, trust, failed)
 
     def known(self) -> Known | None:
         found = [{name: math.log(p90) for name, p90 in each.p90_ms.items()} for each in self.sessions()]
@@ -490,10 +503,18 @@ class Search:
             f"measuring {', '.join(name for name in names if name in bundles)} "
             f"({done} of at most {self.plan.budget} networks are measured)"
         )
+        self.state.pending = [name for name in names if name in bundles]
+        self.state.sessions = len(self.sessions())
+        self._save()
         benched = self.workshop.bench(self.bench, bundles, self.sample, again=True)
         if benched.lost:
             raise DeviceLost(f"{benched.told_lost}; the same command goes on from here")
-        self.state.asked += [name for name in names if name in bundles and name not in self.state.asked]
+        self._measured(self.state.pending)
+
+    def _measured(self, names: Sequence[str]) -> None:
+        """Those count as measured, whatever came of it."""
+        self.state.asked += [name for name in names if name not in self.state.asked]
+        self.state.pending = []
         self._save()
 
     def _bundle(self, name: str) -> Bundle | None:
@@ -556,13 +577,16 @@ class Search:
 # ---- the answer ----------------------------------------------------------------------------------------------
 
 
-def pick(plan: PickPlan, dataset: Dataset, chain: Chain, teacher: Checkpoint | None = None) -> Pick:
+def pick(
+    plan: PickPlan, dataset: Dataset, chain: Chain, teacher: Checkpoint | None = None, *, again: bool = False
+) -> Pick:
     """The best network within a latency, as far as a prior and a few measurements tell; and the recipe that trains it.
 
     What was measured is kept: the same call goes on where it ended, and finds the answer once there is one.
 
     Args:
         teacher: who teaches those that are trained shortly, and the student of the recipe.
+        again: measure the one that is chosen in one session more.
 
     Raises:
         UserError: unknown names, nothing to choose from, a task or a target that networks are not chosen for.
@@ -572,6 +596,10 @@ def pick(plan: PickPlan, dataset: Dataset, chain: Chain, teacher: Checkpoint | N
     with alone(chain.folder / WORKSHOP):
         search = search_of(plan, dataset, chain)
         search.run()
+        best = search.pool.best(search.known(), search.limit)
+        if again and best is not None:
+            search.measure([best])
+            search.run()
     return _answer(search, teacher)
 
 
@@ -589,11 +617,10 @@ def check(plan: PickPlan, dataset: Dataset, teacher: Checkpoint | None) -> None:
         raise choice("target", plan.target, TARGETS)
     if plan.variant not in ("float32", *VARIANTS[plan.target]):
         raise choice("variant", plan.variant, ["float32", *VARIANTS[plan.target]])
-    task = TASKS[dataset.facts.task]
-    if task.dense:
+    if dataset.facts.task != prior.TASK:
         raise UserError(
-            f"{dataset.path} is for {task.name}: networks are chosen for classification, choose an encoder on its "
-            "images by class, or name one"
+            f"{dataset.path} is for {dataset.facts.task}: networks are chosen for {prior.TASK}, of which alone a prior "
+            "is known; name a network yourself"
         )
     require("making networks", TRAIN_NEEDS, "train")
     require("the figure", ("matplotlib",), "report")
@@ -648,12 +675,13 @@ def _answer(search: Search, teacher: Checkpoint | None) -> Pick:
                 chosen=chosen,
                 fastest=fastest,
                 front=fronted,
-                candidates=len(pool.candidates),
+                candidates=len(rows),
                 measured=len(known.levels),
                 left_out=len(pool.left_out) + len(search.state.refused),
             )
             write_json(draft.path / Pick.ROWS, [row.model_dump(mode="json") for row in rows])
-            write_json(draft.path / Pick.LEFT_OUT, {**pool.left_out, **search.state.refused})
+            left_out = {**pool.left_out, **search.state.refused}
+            write_json(draft.path / Pick.LEFT_OUT, [{"name": name, "why": why} for name, why in left_out.items()])
             if chosen is not None:
                 (draft.path / Pick.RECIPE).write_text(recipe_text(search, chosen, teacher))
             from .report.picks import drawn
@@ -667,7 +695,7 @@ def _answer(search: Search, teacher: Checkpoint | None) -> Pick:
 def _rows(
     search: Search, sessions: Sequence[Session], known: Known, chosen: str | None, validation: Mapping[str, float]
 ) -> list[Picked]:
-    """What became of every candidate, the best by the prior first."""
+    """What became of every candidate that can be made, the best by the prior first."""
     from scipy.stats import t
 
     pool = search.pool
@@ -676,9 +704,12 @@ def _rows(
     fronted = set(choosing.front(points))
     wide = np.hypot(forecast.scale, known.again_sd) * float(t.ppf((1 + CONFIDENCE) / 2, forecast.freedom))
     best = None if chosen is None else pool.points[pool.position[chosen]]
+    judged = len(search.dataset.samples("val"))
     rows = []
     for at, each in enumerate(pool.candidates):
         name, level = each.name, known.levels.get(each.name)
+        if name in search.state.refused:
+            continue
         if level is None:
             value, (low, high) = forecast.value[at], (forecast.value[at] - wide[at], forecast.value[at] + wide[at])
             chance, count = float(chances[at]), 0
@@ -687,15 +718,15 @@ def _rows(
             chance, count = known.chance(name, search.limit), level.sessions
         words = [session.trust[name] for session in sessions if name in session.trust]
         trust = next((word for word in words if word.word == "trusted"), words[-1] if words else None)
-        if name in search.state.refused:
-            why = search.state.refused[name]
-        elif name == chosen:
+        if name == chosen:
             why = "chosen: " + (
-                f"the best of {len(validation)} that were trained shortly" if validation
+                f"the best of {len(validation)} that were trained shortly, by {judged} validation images" if validation
                 else "the best by the prior that is within the limit"
             )  # fmt: skip
         elif name in validation:
-            why = f"trained shortly, and not as good: {100 * validation[name]:.1f} % of the validation images"
+            why = f"trained shortly, and not as good: {100 * validation[name]:.1f} % of {judged} validation images"
+        elif level is None and (failures := [each.failed[name] for each in sessions if name in each.failed]):
+            why = f"it could not be run: {failures[-1]}"
         elif level is None and words:
             why = f"measured, and not to be believed: {words[-1].reason}"
         elif level is None and best is not None and each.points <= best:

@@ -86,6 +86,7 @@ def check_names(recipe: Recipe) -> None:
     """Refuse what can be told in a second, without PyTorch: names and files. Raises UserError."""
     from .devices import find_device
     from .networks.names import check_network
+    from .report.maps import check_explained
 
     checkpoint = recipe.teacher.checkpoint
     check_source(recipe.data)
@@ -97,6 +98,8 @@ def check_names(recipe: Recipe) -> None:
     for config in student_runs(recipe.student, recipe.distill, recipe.data.unlabeled is not None).values():
         check_network(config)
     exported_runs(recipe)
+    if recipe.report.explain:
+        check_explained(recipe.data.task, "report.explain: a network of masks")
     for target in recipe.export.targets:
         if target not in TARGETS:
             raise choice("target", target, TARGETS)
@@ -111,12 +114,10 @@ def check_packages(recipe: Recipe) -> None:
     """Refuse where a package is missing that a stage needs; imports none of them. Raises UserError."""
     from .export.onnx import NEEDS as GRAPH_NEEDS
     from .report.maps import NEEDS as EXPLAIN_NEEDS
-    from .report.maps import check_explained
 
     require("training", TRAIN_NEEDS, "train")
     require("the report", ("jinja2", "matplotlib"), "report")
     if recipe.report.explain:
-        check_explained(recipe.data.task, "report.explain")
         require("report.explain", EXPLAIN_NEEDS, "explain")
     for target in recipe.export.targets:
         require(f"target '{target}'", TARGETS[target].needs, target)

@@ -215,7 +215,7 @@ def timed(plan: Plan, dataset: Dataset, imagenet: Path | None) -> tuple[Cost, Co
     """What the teacher's training and a block of all methods take, from runs of a few batches in another folder."""
     with tempfile.TemporaryDirectory() as folder:
         chain = Chain(Path(folder))
-        few = TrainConfig.of(teacher_plan(plan, dataset, imagenet), method="labels", label_fraction=0.1)
+        few = teacher_plan(plan, dataset, imagenet).training().model_copy(update={"label_fraction": 0.1})
 
         def teach(views: int) -> Checkpoint:
             return chain.train("teacher", _of_views(few, views, dataset), dataset, None)

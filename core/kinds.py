@@ -1156,6 +1156,13 @@ class Picked(Record):
     why: str  # what became of it, in a few words
 
 
+class LeftOut(Record):
+    """What could not be chosen, and why."""
+
+    name: str
+    why: str
+
+
 class PickFacts(Record):
     """Which network is the best within a latency, as far as a prior and a few measurements tell.
 
@@ -1184,7 +1191,7 @@ class Pick(Artifact[PickFacts]):
     Facts = PickFacts
     Configs: ClassVar = {"pick": PickConfig}
     ROWS = "networks.json"  # a ``Picked`` each
-    LEFT_OUT = "left-out.json"  # by name, why it was no candidate
+    LEFT_OUT = "left-out.json"  # a ``LeftOut`` each
     RECIPE = "recipe.yaml"
     FIGURE = "pick.svg"
 
@@ -1192,6 +1199,11 @@ class Pick(Artifact[PickFacts]):
     def networks(self) -> dict[str, Picked]:
         """Every candidate by name. Raises UserError."""
         return {found.name: found for found in self.rows(self.ROWS, Picked)}
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """By name why one could not be chosen. Raises UserError."""
+        return {found.name: found.why for found in self.rows(self.LEFT_OUT, LeftOut)}
 
 
 # ---- release ---------------------------------------------------------------------------------------------

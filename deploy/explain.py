@@ -36,6 +36,7 @@ from ..report.maps import (
 )
 from ..report.masks import Strip, Tile, photo
 from ..runtime.preprocess import fit
+from .bundle import check_task
 from .predict import answering, stand_in
 
 MARK = '<meta name="generator" content="kdpipe explain">'  # of the pages that may be written anew
@@ -71,8 +72,10 @@ def open_networks(folders: Sequence[Path]) -> dict[str, Network]:
         kind = read_manifest(folder).kind
         if kind not in kinds:
             raise UserError(f"{folder} is a {kind}: wanted checkpoints and bundles, then images")
+        network = kinds[kind].open(folder)
+        check_task(folder, network.facts.task)
         names = [folder.name.rpartition("-")[0], folder.name, str(folder)]
-        found[next(name for name in names if name and name not in found)] = kinds[kind].open(folder)
+        found[next(name for name in names if name and name not in found)] = network
     return found
 
 
@@ -261,7 +264,7 @@ def _looking(row: Numbers, bundles: Mapping[str, Packed], checkpoints: Mapping[s
     """Teacher and student of the row's bundle, of what is there, then the bundle of float32 and the row's own."""
     key = bundles[row["bundle"]].student_key
     student = next((name for name, checkpoint in checkpoints.items() if checkpoint.key == key), None)
-    sources = set() if student is None else {each.key for each in checkpoints[student].manifest.inputs.values()}
-    teacher = next((name for name, checkpoint in checkpoints.items() if checkpoint.key in sources), None)
+    taught = None if student is None else checkpoints[student].manifest.inputs.get("teacher")
+    teacher = next((name for name, each in checkpoints.items() if taught is not None and each.key == taught.key), None)
     found = [_Looking(Checkpoint.kind, name) for name in (teacher, student) if name is not None]
     return [*found, _Looking(Bundle.kind, row["against"]), _Looking(Bundle.kind, row["bundle"])]

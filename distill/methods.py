@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple, cast
 
+import numpy as np
 import torch
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.task import TrainingTask
@@ -459,6 +460,24 @@ class FeatureMethod(DistillationMethod):
     with_stem: ClassVar[bool] = False  # whether what comes before the first stage counts as one
     with_decoder: ClassVar[bool] = False  # whether a decoder's blocks follow the stages
 
+    @classmethod
+    def looks_at_maps(cls, config: DistillSettings) -> bool:  # noqa: ARG003 (one of them looks at its settings)
+        """Whether the settings alone say that it looks at feature maps."""
+        return True
+
+    @classmethod
+    def check(cls, config: DistillSettings) -> None:
+        super().check(config)
+        if config.cache_views is not None and cls.looks_at_maps(config):
+            raise cls._lacks_maps(config)
+
+    @staticmethod
+    def _lacks_maps(config: DistillSettings) -> UserError:
+        return UserError(
+            f"method '{config.method}' looks at the teacher's feature maps and a cache holds its logits: "
+            "leave out cache_views, or take a method such as kd"
+        )
+
     def teacher_maps(self, teacher: TeacherOutput) -> list[Tensor]:
         """The teacher's maps [B, C, H, W] at the paired stages."""
         return [teacher.maps[index] for index in self.teacher_indices]
@@ -470,10 +489,7 @@ class FeatureMethod(DistillationMethod):
             UserError: one network has no stages, or the teacher is not asked but remembered.
         """
         if isinstance(teacher, CachedTeacher):
-            raise UserError(
-                f"method '{self.config.method}' looks at the teacher's feature maps and a cache holds its logits: "
-                "leave out cache_views, or take a method such as kd"
-            )
+            raise self._lacks_maps(self.config)
         assert teacher is not None
         students, teachers = paired(
             stage_indices(student, self.name, self.with_stem),
@@ -616,6 +632,10 @@ class ChannelWise(FeatureMethod):
     with_decoder = True
 
     @classmethod
+    def looks_at_maps(cls, config: DistillSettings) -> bool:
+        return config.cwd_on == "features"
+
+    @classmethod
     def compares_outputs(cls, config: DistillSettings) -> bool:
         return config.cwd_on != "features"  # left out, the network decides
 
@@ -690,7 +710,7 @@ class Relational(FeatureMethod):
 class CorrelationCongruence(FeatureMethod):
     """Correlation congruence (Peng et al. 2019) of the pooled deepest stage, without the projection of its authors.
 
-    Their weight is of another balance; this one makes the loss about as large as that of rkd.
+    Their weight is of another balance; this one is our own.
     """
 
     default_weight = 100.0
@@ -716,10 +736,15 @@ class Contrastive(FeatureMethod):
     default_weight = 0.8
     stages = slice(-1, None)
 
+    @classmethod
+    def check(cls, config: DistillSettings) -> None:
+        super().check(config)
+        remembered, batch_size = config.crd.negatives, config.train.batch_size
+        if remembered < batch_size:
+            raise UserError(f"crd.negatives is {remembered}: wanted as many as a batch, {batch_size}, at least")
+
     def with_auxiliaries(self, student: nn.Module, teacher: Teacher | CachedTeacher | None) -> StudentWithAuxiliaries:
-        settings, batch_size = self.config.crd, self.config.train.batch_size
-        if settings.negatives < batch_size:
-            raise UserError(f"crd.negatives is {settings.negatives}: wanted as many as a batch, {batch_size}, at least")
+        settings = self.config.crd
         indices = self.pair_stages(student, teacher)
         assert isinstance(teacher, Teacher)
         mine = map_shapes(student, self.spec.sides, indices)[0]
@@ -803,6 +828,15 @@ class DeepSupervision(DistillationMethod):
                 heads.append(AuxiliaryHead(channels, halvings, classes, widest))
         return StudentWithAuxiliaries(student, indices[:-1], heads)
 
+    @classmethod
+    def check(cls, config: DistillSettings) -> None:
+        super().check(config)
+        if config.deep.width == "doubling" and config.cache_views is not None:
+            raise UserError(
+                "deep.width is doubling, up to the teacher's width, and a cache does not tell that: leave it own, or "
+                "leave out cache_views"
+            )
+
     def _widest(self, channels: int, teacher: Teacher | CachedTeacher | None) -> int:
         """The larger of the student's deepest ``channels`` and the teacher's. Raises UserError."""
         if self.grid:
@@ -811,8 +845,8 @@ class DeepSupervision(DistillationMethod):
             )
         if not isinstance(teacher, Teacher) or not hasattr(teacher.network, "forward_intermediates"):
             raise UserError(
-                "deep.width is doubling, up to the teacher's width, and this teacher is a cache or gives no "
-                "intermediate features: leave it own, or leave out cache_views"
+                "deep.width is doubling, up to the teacher's width, and this teacher gives no intermediate features: "
+                "leave it own"
             )
         deepest = stage_indices(teacher.network, "the teacher")[-1:]
         return max(channels, map_shapes(teacher.network, teacher.sides, deepest)[0][0])
@@ -971,6 +1005,7 @@ class MaskedImages(Method):
         self._squares = rows, columns
         self._count = min(max(1, round(settings.ratio * rows * columns)), rows * columns - 1)
         self._learning = set(stage_parameters(student.student, self.spec.sides, student.indices)[0])
+        self._seed = int(torch.randint(2**31, ()))  # from that of the run, in whose name this is made
 
     @classmethod
     def check(cls, config: DistillSettings) -> None:
@@ -992,11 +1027,15 @@ class MaskedImages(Method):
             if name not in self._learning:
                 parameter.requires_grad_(False)
 
-    def hidden(self, count: int) -> Tensor:
-        """Which pixels of so many views are hidden, bool [B, 1, H, W]: as many squares of each, drawn anew."""
+    def hidden(self, numbers: Tensor) -> Tensor:
+        """Which pixels of the views of these images [B] are hidden, bool [B, 1, H, W]: as many squares of each.
+
+        A function of the run's seed, the epoch and the image's number: neither the batch nor the process has a say.
+        """
         (rows, columns), (height, width) = self._squares, self.spec.sides
-        order = torch.rand(count, rows * columns, generator=torch.default_generator).argsort(1)
-        squares = (order < self._count).reshape(count, 1, rows, columns)
+        drawn = (np.random.default_rng((self._seed, self.epoch, number)) for number in numbers.tolist())
+        order = np.stack([generator.permutation(rows * columns) for generator in drawn])
+        squares = torch.from_numpy(order < self._count).reshape(len(order), 1, rows, columns)
         return squares.repeat_interleave(self._patch, 2).repeat_interleave(self._patch, 3)[..., :height, :width]
 
     def forward(
@@ -1007,10 +1046,11 @@ class MaskedImages(Method):
         numbers: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """One batch: how far what is painted is from what was hidden."""
-        hidden = self.hidden(len(input)).to(input.device)  # before the student's forward, which draws too
+        known = torch.arange(len(input)) if numbers is None else numbers
+        hidden = self.hidden(known).to(input.device, non_blocking=True)
         output: StudentOutput = self.trainable_module(input.masked_fill(hidden, 0), 0)
-        missed = (output.auxiliary[0] - input.float()).abs() * hidden
-        return {"loss": missed.sum() / (3 * hidden.sum())}
+        missed = ((output.auxiliary[0] - input.float()).abs() * hidden).sum((1, 2, 3))
+        return {"loss": (missed / (3 * hidden.sum((1, 2, 3)))).mean()}
 
 
 METHODS: dict[configuration.Method, type[Method]] = {

@@ -60,7 +60,7 @@ def _counted(config: ModelSettings, classes: int) -> Cost:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     network, spec = models.create(config, classes)
-    deployed = reparameterize_model(network).eval()
+    deployed = reparameterize_model(network).eval().requires_grad_(False)  # counting hooks need none
     activations = _Activations()
     # Attention as the matrix products that it is.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, activations:

@@ -220,7 +220,7 @@ def multiply_accumulates(network: nn.Module, spec: InputSpec) -> int | None:
     from torch.utils.flop_counter import FlopCounterMode
 
     try:
-        deployed = reparameterize_model(network).cpu().eval()
+        deployed = reparameterize_model(network).cpu().eval().requires_grad_(False)
         # Attention as the matrix products that it is: CPU's own kernel has no count.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             deployed(torch.zeros(1, *spec.shape))

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from ..core.errors import UserError
 from ..core.sealed import printable
 
+TASK = "classification"  # by which networks are known
 TABLE = Path(__file__).with_name("imagenet.csv")
 LARGEST_TABLE_BYTES, MOST_ROWS = 2**22, 100_000
 # Errors grow as the side shrinks, to this power: that of MobileNetV2, trained at 224, 192, 160 and 128 pixels (errors
@@ -57,7 +58,12 @@ def of_file(path: Path) -> Mapping[str, Prior]:
     Raises:
         UserError: no such file, or no such table.
     """
-    return dict(read(path))
+    return {without_tag(name): prior for name, prior in read(path)}
+
+
+def without_tag(name: str) -> str:
+    """The name of a network of timm without that of its weights; of any other as it is."""
+    return name if ":" in name or "/" in name else name.partition(".")[0]
 
 
 def read(path: Path) -> list[tuple[str, Prior]]:

@@ -86,6 +86,8 @@ def check_explained(task: str, name: str) -> None:
 def activation_maps(network: nn.Module, spec: InputSpec, task: str) -> Maps:
     """What tells where ``network`` sees what it says; by occlusion where no layer is a map, as in an ONNX file.
 
+    What it gives raises UserError for a network whose outputs or gradients are not finite.
+
     Args:
         network: takes images normalised as ``spec`` says; it is changed, and nobody's afterwards.
     """
@@ -116,7 +118,10 @@ def activation_maps(network: nn.Module, spec: InputSpec, task: str) -> Maps:
             block = np.stack(shown[at : at + BLOCK])
             labels, shares = _said(ask(block), task, None if classes is None else classes[at : at + BLOCK])
             found = gradients.attribute(_as_input(block), torch.from_numpy(labels), relu_attributions=True)
-            for label, share, evidence in zip(labels, shares, found.detach().float().numpy()[:, 0], strict=True):
+            evidences = found.detach().float().numpy()[:, 0]
+            if not np.isfinite(evidences).all():
+                raise UserError("the gradients of what the network says are not finite: there is nothing to explain")
+            for label, share, evidence in zip(labels, shares, evidences, strict=True):
                 yield Map(int(label), float(share), "class activation", evidence)
 
     return maps
@@ -125,7 +130,7 @@ def activation_maps(network: nn.Module, spec: InputSpec, task: str) -> Maps:
 def occlusion_maps(ask: Ask, spec: InputSpec, task: str) -> Maps:
     """As ``activation_maps``, of anything that can be asked: each place is hidden by a patch of the mean colour.
 
-    What it gives raises as ``ask`` does.
+    What it gives raises as ``ask`` does, and UserError for outputs that are not finite.
     """
     import torch
     from captum.attr import Occlusion
@@ -171,7 +176,13 @@ def _as_input(images: np.ndarray) -> Tensor:
 
 
 def _said(outputs: np.ndarray, task: str, classes: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Classes [N] and how likely each is: what ``outputs`` say, or of the ``classes`` that are asked for."""
+    """Classes [N] and how likely each is: what ``outputs`` say, or of the ``classes`` that are asked for.
+
+    Raises:
+        UserError: outputs that are not finite.
+    """
+    if not np.isfinite(outputs).all():
+        raise UserError("what the network says of these images is not finite: there is nothing to explain")
     if classes is None:
         labels, shares = TASKS[task].likeliest(outputs, 1)
         return labels[:, 0].astype(np.int64), shares[:, 0]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..core.kinds import Picked, PickFacts
+from ..core.sealed import printable
 from .plots import GREY, INK, LONGEST_NAME, PALETTE, STYLE, WIDTH, Figure, _drawn, _figure, _plain_ticks, shortened
 from .words import interval
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-SHOWN = 20  # rows of the terminal's table
+SHOWN, SHOWN_LEFT_OUT = 20, 8  # rows of the terminal's table, and lines of who is left out
 LABELLED = 12  # points of the figure that are named
 
 
@@ -44,8 +45,8 @@ def _latency(row: Picked) -> str:
     return "unknown" if row.p90_ms is None else interval(row.p90_ms.as_dict())
 
 
-def print_pick(console: Console, facts: PickFacts, rows: Sequence[Picked]) -> None:
-    """What was measured, the fastest first, then what was not and could have been chosen."""
+def print_pick(console: Console, facts: PickFacts, rows: Sequence[Picked], left_out: Mapping[str, str]) -> None:
+    """What was measured, the fastest first, then what was not and could have been chosen, and what could not."""
     from rich.table import Table
 
     measured = sorted((row for row in rows if row.sessions), key=latency_of)
@@ -54,11 +55,15 @@ def print_pick(console: Console, facts: PickFacts, rows: Sequence[Picked]) -> No
     for row in [*measured, *others[: max(0, SHOWN - len(measured))]]:
         mark = "*" if row.name == facts.chosen else "-" if row.on_front else ""
         latency = _latency(row) if row.sessions else f"about {_latency(row)}"
-        table.add_row(mark, row.name, latency, f"{row.prior:.1f}", str(row.sessions or ""), row.why)
+        table.add_row(mark, row.name, latency, f"{row.prior:.1f}", str(row.sessions or ""), printable(row.why))
     console.print(table)
     hidden = len(measured) + len(others) - table.row_count
     if hidden:
         console.print(f"{hidden} more were not measured (--json has all)")
+    for name, why in list(left_out.items())[:SHOWN_LEFT_OUT]:
+        console.print(printable(f"{name} is left out: {why}"))
+    if len(left_out) > SHOWN_LEFT_OUT:
+        console.print(f"{len(left_out) - SHOWN_LEFT_OUT} more are left out (--json has all)")
     console.print("* chosen, - on the front of those that were measured; intervals are of another session")
 
 

@@ -527,7 +527,7 @@ def distillation_gains(checkpoints: Checkpoints) -> list[Numbers]:
     groups: dict[str, list[Checkpoint]] = {}
     for run in runs:
         if run.facts.method != "labels":
-            settings = {name: value for name, value in run.settings.items() if name != "seed"}
+            settings = {name: value for name, value in run.settings.items() if name != "seed"} | _begun_as(run)
             groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
     found = []
     for group in groups.values():
@@ -556,7 +556,14 @@ def _setting(run: Checkpoint) -> str:
     In one spelling: whoever leaves the views' seed to the rule has the same views as who names it.
     """
     control = control_of(_config(run), epochs=1)
-    return control.model_copy(update={"view_seed": control.views_by}).model_dump_json()
+    shared = control.model_copy(update={"view_seed": control.views_by}).model_dump(mode="json")
+    return json.dumps(shared | _begun_as(run))
+
+
+def _begun_as(run: Checkpoint) -> dict[str, str]:
+    """Keys of the checkpoints that its weights began as, by their role."""
+    given = ("encoder", "start")
+    return {role: source.key for role, source in run.manifest.inputs.items() if role in given}
 
 
 def _length(run: Checkpoint) -> tuple[int, bool]:

@@ -399,7 +399,7 @@ def test_checkpoint_of_another_class_count(workdir: Path) -> None:
 
 
 def test_pretrained_without_a_hub(trained: Trained, workdir: Path) -> None:
-    call = ["teacher", trained.dataset.path, "--model", "test_resnet", "--pretrained", "--input.size", 32]
+    call = ["teacher", trained.dataset.path, "--model", "test_resnet", "--pretrained", "true", "--input.size", 32]
     done = kdpipe_process(*call, HF_HUB_OFFLINE="1")
     assert_one_line(done, 2, "cannot fetch the pretrained weights of 'test_resnet'")
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_MASKS, Made, Trained, assert_one_line, kdpipe
+from conftest import SMALL_MASKS, Made, Trained, assert_one_line, kdpipe, rewrite_manifest
 from PIL import Image
 from torch import Tensor, nn
 
@@ -19,7 +20,8 @@ from kdpipe.core.inputs import InputSpec
 from kdpipe.core.kinds import Bundle
 from kdpipe.deploy import explain as explaining
 from kdpipe.networks.models import Normalise
-from kdpipe.pipeline import check_packages
+from kdpipe.networks.onnx import OnnxNetwork
+from kdpipe.pipeline import check_names
 from kdpipe.report import compression, maps
 from kdpipe.report.tables import bundles_of
 
@@ -134,6 +136,32 @@ def test_without_a_layer_it_is_by_occlusion() -> None:
     assert found.how == "occlusion" and found.evidence.shape == (8, 8)
 
 
+def test_what_is_not_finite() -> None:
+    network = network_of("resnet8")
+    with torch.no_grad():
+        network.fc.weight[:] = 1e38
+    with pytest.raises(UserError, match="not finite"):
+        activation(network, some_images(1))
+
+
+def test_an_onnx_file(tmp_path: Path) -> None:
+    """It has no gradients: the same map as of its network by occlusion."""
+    network, path = network_of("resnet8"), tmp_path / "net.onnx"
+    torch.onnx.export(network, (torch.zeros(1, 3, 32, 32),), path, dynamo=False, dynamic_axes={"input": {0: "n"}},
+                      input_names=["input"])  # fmt: skip
+    images = some_images(2)
+
+    def ask(shown: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            pixels = torch.from_numpy(shown.transpose(0, 3, 1, 2).astype(np.float32))
+            return np.asarray(Normalise(network, SPEC)(pixels).numpy())
+
+    wanted = maps.occlusion_maps(ask, SPEC, "classification")(images, None)
+    for each, other in zip(activation(OnnxNetwork(path, SPEC), images), wanted, strict=True):
+        assert (each.how, each.label) == ("occlusion", other.label)
+        np.testing.assert_allclose(each.evidence, other.evidence, atol=1e-3)
+
+
 @pytest.mark.parametrize("scale", [1.0, 40.0])  # the larger one is sure beyond what a probability can tell
 @pytest.mark.parametrize("sides", [(32, 32), (24, 40)])
 def test_occlusion(sides: tuple[int, int], scale: float) -> None:
@@ -233,7 +261,9 @@ def test_checkpoints_and_a_bundle(packed: Bundle, trained: Trained, pictures: Pa
 def test_mistakes(packed: Bundle, trained: Trained, pictures: Path, workdir: Path) -> None:
     """A line each, and nothing is written."""
     (workdir / "mine.html").write_text("mine")
-    image = pictures / "0<b>.png"
+    image, later = pictures / "0<b>.png", pictures.parent / "later"
+    shutil.copytree(trained.student.path, later)
+    rewrite_manifest(later, lambda value: value["facts"].update(task="detection"))
     for arguments, words in (
         ((image,), ("wanted CHECKPOINT|BUNDLE",)),
         ((packed.path,), ("nothing says images",)),
@@ -242,6 +272,7 @@ def test_mistakes(packed: Bundle, trained: Trained, pictures: Path, workdir: Pat
         ((packed.path, image, "--out", "mine.html"), ("mine.html is there already",)),
         ((packed.path, image, "--out", pictures), ("is a folder",)),
         ((packed.path, "no.png"), ("no image at no.png",)),
+        ((later, image), ("detection", "segmentation")),
     ):
         assert_one_line(kdpipe("explain", *arguments), 2, *words)
     assert (workdir / "mine.html").read_text() == "mine" and len(list(workdir.iterdir())) == 1
@@ -254,7 +285,7 @@ def test_masks_are_refused(masked: Made, pictures: Path, workdir: Path) -> None:
     assert_one_line(kdpipe("report", masked.measurement.path, "--explain", "true"), 2, "something of every pixel")
     recipe = validated(Recipe, {**SMALL_MASKS, "report": {"explain": True}}, "test")
     with pytest.raises(UserError, match="something of every pixel"):
-        check_packages(recipe)
+        check_names(recipe)
 
 
 # ---- the report's page -----------------------------------------------------------------------------------

@@ -181,6 +181,7 @@ def test_wheel_is_complete_and_works_without_the_sources(tmp_path: Path) -> None
     wanted = {f"kdpipe/{path.relative_to(ROOT).as_posix()}" for path in SOURCES}
     wanted |= {"kdpipe/py.typed", *(f"kdpipe/report/{path.name}" for path in (ROOT / "report").glob("*.html"))}
     wanted |= {f"kdpipe/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
+    wanted |= {f"kdpipe/networks/{path.name}" for path in (ROOT / "networks").glob("*.csv")}
     assert {name for name in names if name.startswith("kdpipe/")} == wanted
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

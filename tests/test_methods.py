@@ -628,6 +628,25 @@ def test_contrast_knows_images_by_number_and_class() -> None:
         Taught(settings("crd", crd={"negatives": 32}), mine, its)
 
 
+@pytest.mark.parametrize(
+    ("method", "change", "message"),
+    [
+        *((name, {}, "a cache holds its logits") for name in ("hint", "at", "rkd", "cc", "crd", "review", "stagewise")),
+        ("cwd", {"cwd_on": "features"}, "a cache holds its logits"),
+        ("deep_supervision", {"deep": {"width": "doubling"}}, "a cache does not tell that: leave it own"),
+    ],
+)
+def test_what_a_cache_lacks_is_told_before_it_is_made(method: str, change: dict[str, object], message: str) -> None:
+    METHODS[method].check(settings(method, **change))  # type: ignore[index]
+    with pytest.raises(UserError, match=message):
+        METHODS[method].check(settings(method, cache_views=2, **change))  # type: ignore[index]
+
+
+@pytest.mark.parametrize("method", ["kd", "dist", "deep_supervision", "cwd"])
+def test_what_a_cache_has_is_enough(method: Any) -> None:
+    METHODS[method].check(settings(method, cache_views=2))  # type: ignore[index]
+
+
 def test_a_review_goes_from_deep_to_shallow() -> None:
     """What a deeper stage shows reaches shallower ones, and not the other way round."""
     review = Review([4, 8, 16], [5, 6, 7]).eval()

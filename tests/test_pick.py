@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import assert_one_line, kdpipe
+from conftest import assert_one_line, kdpipe, rewrite_manifest
 
 from kdpipe.chain import Chain, sealed
 from kdpipe.core.artifact import read_manifest
@@ -162,6 +163,12 @@ def test_mistakes_are_one_line(bench: Bench, arguments: tuple[str, ...], words: 
     assert_one_line(bench.pick("--candidates", "test_resnet", *arguments), 2, *words)
 
 
+def test_another_task_is_refused(bench: Bench, tmp_path: Path) -> None:
+    masks = shutil.copytree(bench.dataset.path, tmp_path / "masks")
+    rewrite_manifest(masks, lambda value: value["facts"].update({"task": "segmentation"}))
+    assert_one_line(kdpipe("pick", masks, "--p90", "1s"), 2, "is for segmentation", "classification")
+
+
 def test_options_are_read_as_people_write_them() -> None:
     plan = validated(
         PickPlan, {"p90": "0.02s", "candidates": "mobilenet*, repvit*", "input": {"size": "160,192"}}, "options"
@@ -185,6 +192,9 @@ def test_the_shipped_prior_says_where_it_is_from_and_knows_networks() -> None:
     small = known["mobilenetv4_conv_small"]
     assert 60 < small.at(128) < small.at(160) < small.at(224) < 75
     assert prior.Prior(0.5, None).at(8) == 0.5
+    assert [prior.without_tag(name) for name in ("resnet18.a1_in1k", "my.nets:small", "torchvision/resnet18")] == [
+        "resnet18", "my.nets:small", "torchvision/resnet18"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -439,9 +439,6 @@ class Ruined:
 def test_the_guilty_layer_stays_float(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, layer: str
 ) -> None:
-    monkeypatch.setattr(
-        "kdpipe.quantize.guard.RANKED", 6
-    )  # of layers that are tried alone: the torn one is among the first
     # ONNX Runtime's file has one range for a layer and its activation.
     layer_torn = "act1:Relu" if target == "onnxruntime" else layer
     Ruined.tear(monkeypatch, target, layer_torn)

@@ -27,6 +27,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "kd": {"method": "kd"},
     # Phases, each wrapped anew, with averaging; its teacher is of the same family, so that no adapter has a BatchNorm.
     "stagewise": {"method": "stagewise", "stagewise": {"epochs": 1}, "train": {"average": 0.9}},
+    "masked": {"method": "masked"},
 }
 
 
@@ -90,7 +91,10 @@ def by_two(vit: tuple[Dataset, Checkpoint], tmp_path_factory: pytest.TempPathFac
     return made
 
 
-@pytest.mark.parametrize("name", RUNS)
+IN_LAB = ("masked",)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.lab] * (name in IN_LAB)) for name in RUNS])
 def test_two_processes_as_one(
     vit: tuple[Dataset, Checkpoint], by_two: Callable[[str], Checkpoint], tmp_path: Path, name: str
 ) -> None:
