@@ -23,6 +23,7 @@ from .core.artifact import (
     check_provenance,
     is_held,
     read_manifest,
+    settings_of,
     unsound_is_users,
 )
 from .core.errors import UserError
@@ -290,12 +291,12 @@ class Cleaning:
 
 
 def unneeded(folder: Path, reports: int | None = None, everything: bool = False, unfinished: bool = False) -> Cleaning:
-    """What no report needs, and what was left behind; what something that stays came from is not among it.
+    """What no report and no study needs, and what was left behind; what something that stays came from is not among it.
 
     What was made since the last report stays, since its report may be still to come.
 
     Args:
-        reports: how many of the newest reports count; None: all.
+        reports: how many of the newest reports and studies count; None: all.
         everything: what was made since the last report goes too, and what was fetched from URLs.
         unfinished: what was interrupted and could be gone on with goes too.
 
@@ -306,11 +307,16 @@ def unneeded(folder: Path, reports: int | None = None, everything: bool = False,
     if running := [run for run in diary.status(folder).runs if run.lives]:
         raise UserError(f"process {running[0].process} runs in {folder}: wait until it is done, then clean")
     whole = [(entry.path, entry.manifest) for entry in found if entry.manifest is not None]
-    pages = [manifest for _, manifest in whole if manifest.kind == Report.kind]
+    pages = [manifest for _, manifest in whole if manifest.kind in (Report.kind, Study.kind)]
     counted = pages if reports is None else pages[len(pages) - min(reports, len(pages)) :]
     needed: set[str] = set()
     for page in counted:
         needed |= _needed_by(page)
+    # A study names its runs by their keys alone: there are many.
+    runs = {key for page in counted if page.kind == Study.kind for key in settings_of(page)["cells"].values()}
+    for _, manifest in whole:
+        if manifest.key in runs:
+            needed |= _needed_by(manifest)
     last = max((page.created_utc for page in counted), default=None)
     unreported = [manifest for _, manifest in whole if manifest.key not in needed]
     since = [each for each in unreported if last is None or (each.created_utc > last and not everything)]

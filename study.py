@@ -138,6 +138,8 @@ class Design:
             if not re.fullmatch(METHOD, name) or name == OWN_SIZE:
                 raise UserError(f"'{printable(name)}' can be no name here: wanted letters, digits and . _ -")
         self.guides = {name: Checkpoint.open(path) for name, path in plan.teachers.items()}
+        for guide in (teacher, *self.guides.values()):
+            dataset.check_classes_of(guide, f"the teacher {guide.path.name}")
         self.images = {share: self._images(share) for share in plan.fractions}
 
     @cached_property

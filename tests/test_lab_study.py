@@ -63,7 +63,7 @@ def whole(folder: Path) -> list[Path]:
 
 
 def test_killed_and_shared_by_torchrun_a_study_is_the_same(tmp_path: Path) -> None:
-    """Killed in the middle, then ended by three processes: every run once, and as one process alone makes it."""
+    """Killed in the middle, then ended by two processes: every run once, and as one process alone makes it."""
     folder = tmp_path / "artifacts"
     arguments = asked(folder, "--int8", "none")
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -73,7 +73,7 @@ def test_killed_and_shared_by_torchrun_a_study_is_the_same(tmp_path: Path) -> No
     process.wait()
     before = {path.parent: path.stat().st_mtime_ns for path in whole(folder)}
     assert 3 <= len(before) < 16
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", "--master-port", str(free_port())]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*launch, *arguments[1:], "--json"], env=environment, capture_output=True, text=True, check=False
@@ -119,12 +119,12 @@ def test_a_study_of_masks(tmp_path: Path) -> None:
     }
     train = {**TRAIN, "batch_size": 8}
     teacher = chain.teacher(validated(TeacherPlan, {**network, "train": train}, "test"), dataset)
-    plan = {**PLAN, "student": network, "fractions": [0.5, 1.0], "views": 48, "distill": {"train": train}}
+    plan = {**PLAN, "student": network, "fractions": [1.0], "seeds": 1, "views": 48, "distill": {"train": train}}
     plan["claims"] = ["kd-T4 > labels at 1"]
     made = study.run(validated(StudyPlan, plan, "test"), dataset, teacher, chain)
     numbers = made.numbers
     assert numbers["task"]["metric"] == "mIoU"
-    assert len(numbers["rows"]) == 4 * 2
+    assert len(numbers["rows"]) == 4
     assert all(0 <= row["agreement"] <= 100 for row in numbers["rows"] if row["method"] != "labels")
     assert all(row["calibration_error"] is None for row in numbers["rows"])  # class maps say nothing of it
     assert [row for row in numbers["rows"] if row["int8"]]

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Told, Trained, assert_one_line, kdpipe, listening
+from conftest import Told, Trained, assert_one_line, kdpipe, listening, replace_file
 from scipy import stats
 
 from kdpipe import pipeline, study
@@ -23,6 +24,7 @@ from kdpipe.core.claims import Claim, Table, difference, groups_of, judge, parse
 from kdpipe.core.config import StudyPlan, TrainConfig, read_recipe, validated
 from kdpipe.core.errors import UserError
 from kdpipe.core.kinds import Checkpoint, Study
+from kdpipe.inventory import unneeded
 from kdpipe.report.study import figures
 from kdpipe.runtime.task import TASKS
 
@@ -279,6 +281,14 @@ def test_a_part_that_another_process_makes_is_left_to_it(
     assert sum("waiting" in line for line in told.notes) == 1
 
 
+def test_a_study_needs_its_runs(studied: tuple[Path, list[object], Mapping[str, Any]]) -> None:
+    """Nobody cleans them away: the same command would make them again."""
+    folder, _, _ = studied
+    cleaning = unneeded(folder)
+    assert [each.path.name for each in cleaning.go] == []
+    assert "made since the last report" not in cleaning.stay
+
+
 def test_runs_of_studies_are_no_part_of_other_pages(studied: tuple[Path, list[object], Mapping[str, Any]]) -> None:
     from kdpipe.chain import CELL
 
@@ -403,3 +413,13 @@ def test_processes_of_torchrun_work_by_themselves(monkeypatch: pytest.MonkeyPatc
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
     assert proc.spread() == 0
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
+
+
+def test_a_teacher_of_other_classes_is_refused_before_anything_runs(trained: Trained, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(trained.teacher.path, other)
+    replace_file(other, Checkpoint.LABELS, json.dumps(trained.dataset.classes[::-1]).encode())
+    asked = ["study", trained.dataset.path, trained.teacher.path, "--artifacts", tmp_path, *options()]
+    done = kdpipe(*asked, "--teachers", f"reversed={other}")
+    assert_one_line(done, 2, "teacher other", "another order")
+    assert not list(tmp_path.glob("cell-*"))
