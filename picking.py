@@ -767,7 +767,9 @@ def student_config(
 
 
 def _trained_shortly(search: Search, names: Sequence[str], teacher: Checkpoint | None) -> dict[str, Checkpoint]:
-    """The best few, each for a share of the epochs, from what one teacher said beforehand."""
+    """The best few, each for a share of the epochs, from what one teacher said beforehand, where that does."""
+    from .distill.methods import METHODS
+
     plan = search.plan
     whole = plan.distill.train
     epochs = max(1, round(plan.short * whole.epochs))
@@ -775,7 +777,7 @@ def _trained_shortly(search: Search, names: Sequence[str], teacher: Checkpoint |
     runs = {}
     for name in names:
         config = student_config(plan, search.pool.candidates[search.pool.position[name]], teacher, train)
-        if config.needs_teacher and config.cache_views is None:
+        if config.needs_teacher and config.cache_views is None and not METHODS[config.method].looks_at_maps(config):
             config = config.model_copy(update={"cache_views": min(epochs, SHORT_VIEWS)})
         runs[f"short-{name}"] = config
     made = search.chain.train_all(runs, search.dataset, teacher, together=False)

@@ -226,6 +226,11 @@ class Method(TrainingTask):  # type: ignore[misc]
         return cls.teaches_outputs and cls.weight_in(config) > 0
 
     @classmethod
+    def looks_at_maps(cls, config: DistillSettings) -> bool:  # noqa: ARG003 (one of them looks at its settings)
+        """Whether the settings alone say that it looks at the teacher's feature maps."""
+        return False
+
+    @classmethod
     def check(cls, config: DistillSettings) -> None:
         """Refuse settings that can't be meant with this method, before anything is made. Raises UserError."""
         if config.teacher_control is not None and not cls.compares_outputs(config):
@@ -461,8 +466,7 @@ class FeatureMethod(DistillationMethod):
     with_decoder: ClassVar[bool] = False  # whether a decoder's blocks follow the stages
 
     @classmethod
-    def looks_at_maps(cls, config: DistillSettings) -> bool:  # noqa: ARG003 (one of them looks at its settings)
-        """Whether the settings alone say that it looks at feature maps."""
+    def looks_at_maps(cls, config: DistillSettings) -> bool:  # noqa: ARG003 (as above)
         return True
 
     @classmethod
