@@ -29,15 +29,18 @@ layers: install
 	$(BIN)/lint-imports --no-cache
 
 # What trains runs in a process of its own, as far as it can from the converters' and runtimes' native libraries; what
-# both of them train is made once. The others wait much, for processes and devices: two files of them side by side.
+# both of them train is made once. The others wait much, for processes and devices: two files of them side by side,
+# and threads that wait leave their core to the other file.
 TWO := --numprocesses=2 --dist=loadfile
+SHARING := OMP_WAIT_POLICY=PASSIVE
 TRAIN := $(patsubst %,tests/test_%.py,cache cifar_networks data families losses methods pixels ranks resume segmenters together trackers training unlabeled)
 unit: install
 ifdef TESTS
 	$(BIN)/pytest -m "not lab" $(TESTS)
 else
 	@made=$$(mktemp -d) && trap 'rm -rf "$$made"' EXIT && export KDPIPE_TEST_ARTIFACTS="$$made/artifacts" && \
-	  $(BIN)/pytest -m "not lab" $(TRAIN) && $(BIN)/pytest -m "not lab" $(TWO) $(addprefix --ignore=,$(TRAIN))
+	  $(BIN)/pytest -m "not lab" $(TRAIN) && \
+	  $(SHARING) $(BIN)/pytest -m "not lab" $(TWO) $(addprefix --ignore=,$(TRAIN))
 endif
 
 # What needs packages of the system, and what takes minutes: fuzzing, devices, the demo. The demo trains on every core,
@@ -53,10 +56,10 @@ else
 endif
 
 lab-runs:
-	$(BIN)/pytest -m lab $(RUNS)
+	$(SHARING) $(BIN)/pytest -m lab $(RUNS)
 
 lab-rest:
-	$(BIN)/pytest -m lab $(addprefix --ignore=,$(DEMO) $(RUNS))
+	$(SHARING) $(BIN)/pytest -m lab $(addprefix --ignore=,$(DEMO) $(RUNS))
 
 install: $(STAMP)
 
