@@ -371,6 +371,7 @@ class Counting(LocalDevice):
 
 def test_a_cut_goes_on_with_what_is_lacking(halves: Dark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accuracy, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(accuracy, "LEAST_BLOCK", 64)
     config = bench_config(PLAN.model_copy(update={"corruptions": ("dark",)}), "local")
     (tmp_path / "journal").mkdir()
     asked_by: list[list[str]] = []
