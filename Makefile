@@ -46,7 +46,7 @@ endif
 # What needs packages of the system, and what takes minutes: fuzzing, devices, the demo. The demo trains on every core,
 # so it goes alone; then two lanes side by side, since much of them waits: whole runs of small recipes, and the rest.
 DEMO := tests/test_lab_demo.py
-RUNS := $(patsubst %,tests/test_lab_%.py,ci masks page pipeline scale start)
+RUNS := $(patsubst %,tests/test_lab_%.py,ci masks methods page pick pipeline scale start study)
 lab: install
 ifdef TESTS
 	$(BIN)/pytest -m lab $(TESTS)
