@@ -47,7 +47,9 @@ def cost_of(config: ModelSettings, classes: int) -> Cost:
     try:
         with torch.device("meta"):  # shapes alone
             return _counted(config, classes)
-    except (KdpipeError, NotImplementedError, RuntimeError):  # one that looks at its weights while it is made
+    except (KdpipeError, NotImplementedError, RuntimeError):
+        # One that looks at its weights while it is made, or does what has no shape alone. With real weights it is
+        # counted all the same, or says itself what is wrong.
         return _counted(config, classes)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,6 +15,7 @@ from ..core.errors import UserError
 from ..core.inputs import InputSpec
 from ..runtime.task import TASKS
 from .masks import Strip
+from .templates import filled
 
 if TYPE_CHECKING:
     import torch
@@ -324,13 +324,4 @@ def caption(name: str, label: str, found: Map) -> str:
 
 def page(title: str, strips: Sequence[Strip], lines: Sequence[str]) -> str:
     """A self-contained page of maps; everything is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("explained.html").render(title=title, strips=strips, lines=lines, about=ABOUT)
+    return filled("explained.html", {"title": title, "strips": strips, "lines": lines, "about": ABOUT})

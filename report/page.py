@@ -16,6 +16,7 @@ from .images import contact_sheet
 from .maps import ABOUT, Explained
 from .masks import Masks, masks
 from .pooled import pool
+from .templates import filled
 from .terms import TERMS
 
 MOST_CLASSES = 1000  # rows of the page; report.json has all
@@ -90,38 +91,28 @@ def render(
         masks: what is drawn in place of the pictures where answers are masks.
         explained: maps in place of the pictures of images that changed.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     from .plots import figures, gain_names, pareto_name
     from .settings import chosen
 
     rows, defaults = chosen(numbers["lineage"])
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(pretty=pretty, brief=brief)
-    return environment.get_template("page.html").render(
+    values = {
         **numbers,
-        words=words,
-        numbers=numbers,
-        figures=figures(numbers),
-        gain_names=gain_names(numbers["gains"]),
-        pareto_name=pareto_name,
-        pictures=pictures,
-        masks=masks or Masks(),
-        explained=explained or Explained(),
-        about_maps=ABOUT,
-        sheet=sheet,
-        chosen=rows,
-        defaults=defaults,
-        terms=TERMS,
-        most_classes=MOST_CLASSES,
-    )
+        "words": words,
+        "numbers": numbers,
+        "figures": figures(numbers),
+        "gain_names": gain_names(numbers["gains"]),
+        "pareto_name": pareto_name,
+        "pictures": pictures,
+        "masks": masks or Masks(),
+        "explained": explained or Explained(),
+        "about_maps": ABOUT,
+        "sheet": sheet,
+        "chosen": rows,
+        "defaults": defaults,
+        "terms": TERMS,
+        "most_classes": MOST_CLASSES,
+    }
+    return filled("page.html", values, pretty=pretty, brief=brief)
 
 
 def pretty(value: Any) -> str:

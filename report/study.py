@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from ..data.dataset import Dataset
 from ..runtime.task import TASKS, Task
 from .answers import is_finite
 from .plots import GREY, PALETTE, STYLE, Figure, _drawn, _figure, _legend_rows, _plain_ticks, shortened
+from .templates import filled
 
 Numbers = dict[str, Any]
 LABELS = "labels"
@@ -366,16 +366,7 @@ def spread(found: Numbers | None, sign: bool = False) -> str:
 
 def render(numbers: Numbers) -> str:
     """The page of ``numbers``, which stands alone; everything is escaped but the figures drawn here."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("study.html").render(**numbers, figures=drawings(numbers), spread=spread)
+    return filled("study.html", {**numbers, "figures": drawings(numbers), "spread": spread})
 
 
 def closing_lines(numbers: Numbers) -> list[str]:
