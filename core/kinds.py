@@ -105,6 +105,30 @@ class BestEpoch(Record):
     validation_accuracy: float
 
 
+class PrunedFacts(Record):
+    """How much of another network is left: asked for, and reached."""
+
+    of: str  # its name
+    keep: float = Field(gt=0, lt=1)  # the share of its multiply-accumulates that may be left
+    round_to: int = Field(ge=1)  # multiple that widths of layers are of
+    macs_share: float = Field(gt=0, le=1)
+    parameters_share: float = Field(gt=0, le=1)
+    groups: int = Field(ge=1)  # of layers that lose channels together
+    spared_groups: int = Field(ge=0)  # that cannot do without some of theirs
+
+    @property
+    def name(self) -> str:
+        """What the narrower network is called."""
+        return as_name(f"{self.of} pruned to {self.keep:.2f}")
+
+    def __str__(self) -> str:
+        """What is left, as a reader is told."""
+        return (
+            f"{self.macs_share:.1%} of the multiply-accumulates and {self.parameters_share:.1%} of the parameters of "
+            f"{self.of}"
+        )
+
+
 class CheckpointFacts(Record):
     """What is known of a network: what it is, how it came to its weights, how it does on the test images."""
 
@@ -130,6 +154,7 @@ class CheckpointFacts(Record):
     last_validation: float | None = None
     precision: TrainingPrecision | None = None  # None where it was not trained here
     cache: str | None = None  # key of the cache it learned from
+    pruned: PrunedFacts | None = None  # None: it is as wide as its name says
 
     @property
     def may_guess(self) -> bool:
