@@ -827,7 +827,8 @@ class QuantizeConfig(QuantizeSettings):
     """Which variant is made of a float32 model, and how."""
 
     variant: str = Field(
-        "int8", description="int8, int8-qdq, int8-dynamic, float16 or bf16, as the target has them; auto: see below"
+        "int8",
+        description="int8, int8-qdq, int8-full, int8-dynamic, float16 or bf16, as the target has them; auto: see below",
     )
 
 

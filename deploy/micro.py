@@ -38,6 +38,7 @@ AROUND = {
     "ethos-u85": ("Ethos_U85_SYS_Flash_High", "Shared_Sram"),
 }
 ALIGNMENT = 16  # bytes, as the interpreter wants arena and model
+CONFIRMING = 4  # images
 A_LINE = 16  # bytes of the array
 
 
@@ -132,9 +133,11 @@ def _run(engine: str, model: Path, inputs: Path, *more: object) -> tuple[np.ndar
 
 def _confirmed(model: Path, inputs: Path, allocated: Mapping[str, int], expected: np.ndarray) -> Arena:
     """What the interpreter says that it took, and whether it runs again in an arena of so many bytes."""
+    few = inputs.with_name("few.npy")
+    np.save(few, np.load(inputs, allow_pickle=False)[:CONFIRMING])
     try:
-        again, _ = _run("micro", model, inputs, "--arena-bytes", allocated["total"])
-        confirmed = np.array_equal(again, expected)
+        again, _ = _run("micro", model, few, "--arena-bytes", allocated["total"])
+        confirmed = np.array_equal(again, expected[:CONFIRMING])
     except GateFailed:
         confirmed = False
     return Arena(**allocated, confirmed=confirmed)

@@ -89,7 +89,7 @@ class Flatbuffer:
         at = next((at for at, each in enumerate(codes) if each.builtinCode == code), len(codes))
         if at == len(codes):
             new = self.schema.OperatorCodeT()
-            new.builtinCode = new.deprecatedBuiltinCode = code
+            new.builtinCode, new.deprecatedBuiltinCode = code, min(code, 127)
             new.version = 1
             codes.append(new)
         made = self.schema.OperatorT()

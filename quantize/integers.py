@@ -214,10 +214,10 @@ def _as_convolution(file: Flatbuffer, operator: Any) -> None:
     row, weights, *more = (int(at) for at in operator.inputs)
     output = int(operator.outputs[0])
     known, options = file.constant(weights), operator.builtinOptions
-    shapes = [list(graph.tensors[at].shape) for at in (row, output)]
-    if known is None or options.weightsFormat != 0 or any(len(shape) != 2 or shape[0] != 1 for shape in shapes):
+    shape = [int(side) for side in graph.tensors[output].shape]
+    if known is None or options.weightsFormat != 0 or int(np.prod(shape)) != len(known):
         return
-    (_, takes), (_, gives) = shapes
+    gives, takes = known.shape
     bias = more[0] if more and more[0] >= 0 else file.add_constant(np.zeros(gives))
     name = graph.tensors[output].name.decode()
     pixel, answer = (file.add_tensor(name, (1, 1, 1, width), types.FLOAT32) for width in (takes, gives))
@@ -230,7 +230,7 @@ def _as_convolution(file: Flatbuffer, operator: Any) -> None:
     graph.operators[at : at + 1] = [
         file.operator("RESHAPE", [row, file.add_constant(np.array([1, 1, 1, takes]), np.int32)], pixel),
         convolution,
-        file.operator("RESHAPE", [answer, file.add_constant(np.array([1, gives]), np.int32)], output),
+        file.operator("RESHAPE", [answer, file.add_constant(np.array(shape), np.int32)], output),
     ]
 
 
