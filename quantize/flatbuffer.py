@@ -35,8 +35,10 @@ class Flatbuffer:
         self._names = {code: name for name, code in vars(schema.BuiltinOperator).items() if isinstance(code, int)}
 
     def kind(self, operator: Any) -> str:
+        """CONV_2D and the like."""
         code = self.model.operatorCodes[operator.opcodeIndex]
-        return self._names[max(code.builtinCode, code.deprecatedBuiltinCode)]
+        name: str = self._names[max(code.builtinCode, code.deprecatedBuiltinCode)]
+        return name
 
     def users(self, tensor: int) -> list[Any]:
         return [operator for operator in self.graph.operators if tensor in operator.inputs]
@@ -53,7 +55,7 @@ class Flatbuffer:
     def pads(self, operator: Any) -> bool:
         """Whether a convolution pads by itself."""
         height, width = self.graph.tensors[int(operator.inputs[1])].shape[1:3]
-        return operator.builtinOptions.padding == SAME and max(height, width) > 1
+        return bool(operator.builtinOptions.padding == SAME and max(height, width) > 1)
 
     def add_constant(self, values: np.ndarray, dtype: type[np.generic] = np.float32) -> int:
         buffer = self.schema.BufferT()
