@@ -94,9 +94,9 @@ class _Heard:
         return os.pread(self._file.fileno(), 2**20, 0).decode(errors="replace")
 
     @property
-    def last(self) -> str:
-        """The last line."""
-        return (self.text.strip().splitlines() or [""])[-1]
+    def lines(self) -> list[str]:
+        """Those that say something."""
+        return [line.strip() for line in self.text.splitlines() if line.strip()]
 
     def answer(self, **values: Any) -> None:
         """One line to whoever asked."""
@@ -109,17 +109,17 @@ def _micro(args: argparse.Namespace, heard: _Heard) -> dict[str, Any]:
     from tflite_micro.python.tflite_micro.runtime import Interpreter
 
     data, inputs = args.model.read_bytes(), np.load(args.inputs, allow_pickle=False)
+    outputs = []
     try:
         interpreter = Interpreter.from_bytes(data, arena_size=args.arena_bytes)
+        for values in inputs:
+            interpreter.set_input(values[None], 0)
+            interpreter.invoke()
+            outputs.append(np.array(interpreter.get_output(0)[0]))
     except RuntimeError as error:
         if LACKING.search(heard.text):
             _lacking(args.model, args.arena_bytes, heard)
-        raise RuntimeError(heard.last or str(error)) from error
-    outputs = []
-    for values in inputs:
-        interpreter.set_input(values[None], 0)
-        interpreter.invoke()
-        outputs.append(np.array(interpreter.get_output(0)[0]))
+        raise RuntimeError("; ".join(heard.lines[-2:]) or str(error)) from error  # what and where, most of the time
     np.save(args.outputs, np.stack(outputs))
     interpreter.print_allocations()
     return {name: int(count) for name, count in ARENA.findall(heard.text)}
@@ -197,7 +197,7 @@ def _ethos(args: argparse.Namespace, heard: _Heard) -> dict[str, Any]:
         failed = vela.main([str(args.model), *asked_for, *more])
         rows = [row for path in Path(scratch).glob("*summary*.csv") for row in csv.DictReader(path.open())]
     if failed or not rows:
-        raise RuntimeError(heard.last)
+        raise RuntimeError("; ".join(heard.lines[-1:]))
     row = rows[-1]
     share = dict(re.findall(r"^(CPU|NPU) operators = (\d+)", heard.text, re.MULTILINE))
     return {
