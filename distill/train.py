@@ -116,7 +116,7 @@ def train_together(
         leading = next(iter(drafts.values()))
         ranks.shared(leading.path if leading else None)
         configs = {out: order.config for out, order in orders.items()}
-        runs = _runs(configs, drafts, dataset, teacher, cache, choices, ranks)
+        runs = trained_runs(configs, drafts, dataset, teacher, cache, choices, ranks)
         for out, run in runs.items():
             draft = drafts[out]
             if draft is None:
@@ -132,7 +132,7 @@ def train_together(
     return {out: draft.artifact if draft else Checkpoint.open(out) for out, draft in drafts.items()}
 
 
-def _runs(
+def trained_runs(
     configs: Mapping[Path, TrainConfig],
     drafts: Mapping[Path, Draft[Checkpoint] | None],
     dataset: Dataset,
@@ -141,7 +141,7 @@ def _runs(
     choices: Path | None,
     ranks: Ranks,
 ) -> dict[Path, Run]:
-    """Every run, trained."""
+    """Every run of ``configs``, trained and tested; of one whose draft is None nothing is written."""
     first = next(iter(configs.values()))
     # An image is known by its number among all of the training part and those without labels.
     source = training_images(
