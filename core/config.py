@@ -879,10 +879,10 @@ class McuConfig(Config):
     """What a bundle is held against on its way to a microcontroller."""
 
     ram: Annotated[int, BeforeValidator(_bytes_of)] = Field(
-        "256k", validate_default=True, ge=1, description="that the arena may take: bytes, or as 256k or 1M"
+        256 * 1024, ge=1, description="that the arena may take: bytes, or as 256k or 1M"
     )
     flash: Annotated[int, BeforeValidator(_bytes_of)] = Field(
-        "1M", validate_default=True, ge=1, description="that the model's bytes may take: bytes, or as 256k or 1M"
+        1024 * 1024, ge=1, description="that the model's bytes may take: bytes, or as 256k or 1M"
     )
     images: int = Field(64, ge=1, description="of the test part of --data, besides the bundle's golden ones")
     accelerators: tuple[Accelerator, ...] = Field(

@@ -137,7 +137,7 @@ def fold_normalisation(path: Path, out: Path) -> Normalisation:
             file.operator("ADD", [scaled, constants[1]], normalised),
         ]
     for operator in [each for each in graph.operators if file.kind(each) == "FULLY_CONNECTED"]:
-        _as_convolution(file, operator)
+        as_convolution(file, operator)
     file.name_by_layers(IMAGE)
     file.write(out)
     return Normalisation(into, 1 / size, zero_point, padded_with)
@@ -204,7 +204,7 @@ def _into_convolution(
     operator.inputs = np.array([int(operator.inputs[0]), *constants], np.int32)
 
 
-def _as_convolution(file: Flatbuffer, operator: Any) -> None:
+def as_convolution(file: Flatbuffer, operator: Any) -> None:
     """Make a fully connected layer of one row [1, C] a convolution of one pixel [1, 1, 1, C]; another stays.
 
     LiteRT rounds what a fully connected layer sums up once, TFLM twice: of some hundred images one would have another
