@@ -1143,12 +1143,11 @@ class Port(Record):
 
 
 class Arena(Record):
-    """Bytes of the arena that an interpreter ran in, and whether it ran in so many and no more."""
+    """Bytes of the smallest arena that an interpreter ran in, and the parts that its allocator counts."""
 
     total: int
     head: int  # activations
     tail: int  # bookkeeping, whose pointers have 8 bytes on the host that counted
-    confirmed: bool
 
 
 class Estimate(Record):

@@ -33,6 +33,7 @@ SECONDS = 600.0
 MEMORY_BYTES = 8 * 2**30
 MOST_FILE_BYTES = 2**30
 LARGEST_ARENA = 64 * 2**20
+ALIGNED = 16  # bytes
 LACKS_CURE = "choose a network without, or a firmware that brings them"
 LACKING = re.compile(r"Didn't find op for builtin opcode '(\w+)'")
 BUILT_IN = re.compile(r"[A-Z][A-Z0-9_]{1,63}")
@@ -105,7 +106,11 @@ class _Heard:
 
 
 def _micro(args: argparse.Namespace, heard: _Heard) -> dict[str, Any]:
-    """TFLM's interpreter on all inputs in an arena of so many bytes: outputs, and what it took of the arena."""
+    """TFLM's interpreter on all inputs in an arena of so many bytes: outputs, and what it took of the arena.
+
+    ``total``: the smallest arena that it runs in, to ``ALIGNED`` bytes. What its allocator counts, ``head`` and
+    ``tail``, may be less: while it plans where tensors go it takes more.
+    """
     from tflite_micro.python.tflite_micro.runtime import Interpreter
 
     data, inputs = args.model.read_bytes(), np.load(args.inputs, allow_pickle=False)
@@ -122,7 +127,26 @@ def _micro(args: argparse.Namespace, heard: _Heard) -> dict[str, Any]:
         raise RuntimeError("; ".join(heard.lines[-2:]) or str(error)) from error  # what and where, most of the time
     np.save(args.outputs, np.stack(outputs))
     interpreter.print_allocations()
-    return {name: int(count) for name, count in ARENA.findall(heard.text)}
+    counted = {name: int(count) for name, count in ARENA.findall(heard.text)}
+
+    def runs_in(arena_bytes: int) -> bool:
+        with contextlib.suppress(RuntimeError):
+            interpreter = Interpreter.from_bytes(data, arena_size=arena_bytes)
+            interpreter.set_input(inputs[:1], 0)
+            interpreter.invoke()
+            return np.array_equal(interpreter.get_output(0)[0], outputs[0])
+        return False
+
+    # Never below what is counted: in far too small an arena it crashes.
+    low = enough = -(-counted["total"] // ALIGNED) * ALIGNED
+    while not runs_in(enough):
+        low, enough = enough, enough + max(enough - low, ALIGNED) * 2
+        if enough > args.arena_bytes:
+            raise RuntimeError(f"it runs in {args.arena_bytes} bytes of arena, and not in {low}")
+    while enough - low > ALIGNED:
+        middle = (low + enough) // 2 // ALIGNED * ALIGNED
+        low, enough = (low, middle) if runs_in(middle) else (middle, enough)
+    return {**counted, "total": enough}
 
 
 def _lacking(path: Path, arena_bytes: int, heard: _Heard) -> None:
@@ -189,11 +213,14 @@ def _reference(args: argparse.Namespace, _: _Heard) -> dict[str, Any]:
 
 def _ethos(args: argparse.Namespace, heard: _Heard) -> dict[str, Any]:
     """Vela's estimate for an accelerator: a row of its summary."""
+    import ethosu
     from ethosu.vela import vela
 
+    # Its own file, by its whole path: one of that name may lie where the command was given.
+    described = Path(ethosu.__path__[0]) / "config_files" / "Arm" / "vela.ini"
     with tempfile.TemporaryDirectory() as scratch:
         asked_for = ("--accelerator-config", args.accelerator, "--system-config", args.system_config)
-        more = ("--memory-mode", args.memory_mode, "--config", "Arm/vela.ini", "--output-dir", scratch)
+        more = ("--memory-mode", args.memory_mode, "--config", str(described), "--output-dir", scratch)
         failed = vela.main([str(args.model), *asked_for, *more])
         rows = [row for path in Path(scratch).glob("*summary*.csv") for row in csv.DictReader(path.open())]
     if failed or not rows:

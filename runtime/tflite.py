@@ -45,7 +45,7 @@ class TfliteSession:
         dtype = self._input["dtype"]
         if np.issubdtype(dtype, np.floating):
             return values
-        if self._bytes:
+        if self._bytes and dtype == np.uint8:
             return values.astype(dtype)
         scale, zero_point = self._input["quantization"]
         limits = np.iinfo(dtype)
