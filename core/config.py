@@ -882,7 +882,8 @@ class QuantizeConfig(QuantizeSettings):
     """Which variant is made of a float32 model, and how."""
 
     variant: str = Field(
-        "int8", description="int8, int8-qdq, int8-dynamic, float16 or bf16, as the target has them; auto: see below"
+        "int8",
+        description="int8, int8-qdq, int8-full, int8-dynamic, float16 or bf16, as the target has them; auto: see below",
     )
 
 
@@ -912,6 +913,36 @@ class PackageConfig(Config):
 
     golden_images: int = Field(
         8, ge=1, description="test inputs shipped with their expected outputs; of masks fewer, where they are large"
+    )
+
+
+def _bytes_of(value: object) -> object:
+    """A number of bytes from ``256k`` or ``1M`` (of 1024)."""
+    found = re.fullmatch(r"([0-9]{1,9})([kM]?)", value.strip()) if isinstance(value, str) else None
+    if isinstance(value, str) and found is None:
+        raise ValueError("wanted bytes, as 65536, 256k or 1M")
+    return value if found is None else int(found[1]) * {"": 1, "k": 2**10, "M": 2**20}[found[2]]
+
+
+Accelerator = Literal[
+    "ethos-u55-32", "ethos-u55-64", "ethos-u55-128", "ethos-u55-256", "ethos-u65-256", "ethos-u65-512",
+    "ethos-u85-128", "ethos-u85-256", "ethos-u85-512", "ethos-u85-1024", "ethos-u85-2048",
+]  # fmt: skip
+
+
+class McuConfig(Config):
+    """What a bundle is held against on its way to a microcontroller."""
+
+    ram: Annotated[int, BeforeValidator(_bytes_of)] = Field(
+        256 * 1024, ge=1, description="that the arena may take: bytes, or as 256k or 1M"
+    )
+    flash: Annotated[int, BeforeValidator(_bytes_of)] = Field(
+        1024 * 1024, ge=1, description="that the model's bytes may take: bytes, or as 256k or 1M"
+    )
+    images: int = Field(64, ge=1, description="of the test part of --data, besides the bundle's golden ones")
+    accelerators: tuple[Accelerator, ...] = Field(
+        ("ethos-u55-128", "ethos-u55-256", "ethos-u65-256", "ethos-u85-256"),
+        description="whose cycles vela estimates; [] for none",
     )
 
 

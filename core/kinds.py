@@ -24,6 +24,7 @@ from .config import (
     Corruption,
     DrawConfig,
     GateConfig,
+    McuConfig,
     Output,
     PickConfig,
     ReleaseConfig,
@@ -1153,6 +1154,76 @@ class Verdict(Artifact[VerdictFacts]):
     NUMBERS = "verdict.json"
     COMMENT = "comment.md"
     JUNIT = "junit.xml"
+
+
+# ---- microcontrollers ------------------------------------------------------------------------------------
+
+
+class Port(Record):
+    """The one input or output of a flatbuffer. Values stand for ``scale`` times (value - ``zero_point``)."""
+
+    shape: tuple[int, ...]
+    type: str
+    scale: float = Field(ge=0, allow_inf_nan=False)  # 0: they are classes, and stand for themselves
+    zero_point: int
+
+
+class Arena(Record):
+    """Bytes of the smallest arena that an interpreter ran in, and the parts that its allocator counts."""
+
+    total: int
+    head: int  # activations
+    tail: int  # bookkeeping, whose pointers have 8 bytes on the host that counted
+
+
+class Estimate(Record):
+    """What a compiler reckons of an accelerator, without one. ``fault`` says why it reckons nothing."""
+
+    accelerator: str
+    system_config: str
+    memory_mode: str
+    clock_hz: float | None = None
+    cycles: int | None = None
+    inference_ms: float | None = None
+    sram_bytes: int | None = None
+    flash_bytes: int | None = None
+    operators_on_npu: int | None = None
+    operators_on_cpu: int | None = None
+    fault: str | None = None
+
+
+class McuFacts(Record):
+    """What a bundle's model takes in the interpreter of microcontrollers, and whether it computes the same there.
+
+    ``different`` counts the images of which any output is another integer than by LiteRT's reference kernels.
+    ``refused`` has a line for each limit that is not kept.
+    """
+
+    model: str
+    images: int
+    different: int
+    largest_difference: int
+    arena: Arena
+    ram_bytes: int
+    model_bytes: int
+    flash_bytes: int
+    sha256: str  # of the model
+    input: Port
+    output: Port
+    operators: dict[str, int]
+    in_float: dict[str, int]  # of them those that compute in float
+    estimates: tuple[Estimate, ...]
+    refused: tuple[str, ...]
+
+
+class McuCheck(Artifact[McuFacts]):
+    """A bundle held against a microcontroller; where nothing is refused, its model as an array in C++."""
+
+    kind = "mcu-check"
+    Facts = McuFacts
+    Configs: ClassVar = {"check": McuConfig}
+    HEADER = "kdpipe_model.h"
+    SOURCE = "kdpipe_model.cc"
 
 
 # ---- pick ------------------------------------------------------------------------------------------------
