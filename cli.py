@@ -1358,7 +1358,7 @@ def explain(
     told = [each for each in seen if each.map is not None]
     if told:
         lines = explaining.asked_lines(networks, where)
-        explaining.write(out, f"Where in images: {', '.join(networks)}", explaining.strips(seen), lines)
+        explaining.write(out, f"What answers rest on: {', '.join(networks)}", explaining.strips(seen), lines)
     if as_json:
         rows = [explaining.described(each) for each in told]
         unreadable = [{"image": name, "reason": fault} for name, fault in faults.items()]

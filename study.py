@@ -32,6 +32,7 @@ from .core.config import (
     Method,
     ModelSettings,
     QuantizeConfig,
+    StudentSettings,
     StudyConfig,
     StudyPlan,
     TrainConfig,
@@ -52,6 +53,7 @@ from .runtime.task import TASKS
 STUDIES = ".studies"  # what a study decided, and the locks of its parts
 LOOK_SECONDS = 1.0  # between two looks whether another process has made its part
 LABELS, OWN_SIZE = "labels", "own-size"
+TEACHES_NOTHING = "method masked teaches no answers: name the checkpoint that it made with --starts"
 ALIASES = {"deep": "deep_supervision"}
 SMOOTHED = {"smoothing": {"method": "labels", "train": {"label_smoothing": 0.1}}}
 # Of the teacher's answer, what is left in each.
@@ -165,7 +167,7 @@ class Design:
             if method == LABELS:
                 continue  # is in every study
             if method == "masked":
-                raise UserError("method masked teaches no answers: name the checkpoint that it made with --starts")
+                raise UserError(TEACHES_NOTHING)
             if method not in get_args(Method):
                 raise choice("method", name, [*get_args(Method), *ALIASES])
             if method == "kd":
@@ -178,6 +180,13 @@ class Design:
         for name, change in self.plan.further.items():
             if not re.fullmatch(METHOD, name) or name in {*found, LABELS, *SMOOTHED, *OF_TEACHER}:
                 raise UserError(f"further: the name '{name}' is taken, or has other letters than a-z, 0-9 and . _ -")
+            if others := sorted(change.keys() & {*StudentSettings.model_fields, "label_fraction", "seed"}):
+                raise UserError(
+                    f"further: '{name}' changes {', '.join(others)}, but a study compares methods on one network, on "
+                    "its own shares and seeds (--student, --fractions, --seeds; --starts for other weights)"
+                )
+            if change.get("method") == "masked":
+                raise UserError(TEACHES_NOTHING)
             found[name] = change
         kinds = dict.fromkeys(found, "method")
         for name in self.plan.controls:

@@ -117,12 +117,12 @@ class DataPlan(Config):
     train_split: str = Field("train", description="name of the part to learn from")
     test_split: str | None = Field(
         "auto",
-        description="name of the held-out part; auto takes a folder's test, else its val (of other sources val); none "
-        "(null in YAML) cuts it from the training part",
+        description="name of the held-out part; auto takes a folder's test, else its val (of other sources val); null "
+        "cuts it from the training part",
     )
     val_split: str | None = Field(
         "auto",
-        description="name of the part for selection; auto takes a folder's val where test is held out; none cuts "
+        description="name of the part for selection; auto takes a folder's val where test is held out; null cuts "
         "val_fraction from the training part",
     )
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,7 +76,7 @@ def open_networks(folders: Sequence[Path]) -> dict[str, Network]:
             raise UserError(f"{folder} is a {kind}: wanted checkpoints and bundles, then images")
         network = kinds[kind].open(folder)
         check_task(folder, network.facts.task)
-        names = [folder.name.rpartition("-")[0], folder.name, str(folder)]
+        names = [re.sub(r"-[0-9a-f]{12}$", "", folder.name), folder.name, str(folder)]
         found[next(name for name in names if name and name not in found)] = network
     return found
 

@@ -329,6 +329,8 @@ def test_a_run_that_fails_leaves_the_others(trained: Trained, tmp_path: Path) ->
         ({"methods": "masked"}, ["--starts"]),
         ({"further": "kd-T4={method: hint}"}, ["taken"]),
         ({"further": "own=7"}, ["own"]),
+        ({"further": "own={method: kd, model: resnet14, seed: 3}"}, ["'own' changes model, seed", "one network"]),
+        ({"further": "own={method: masked}"}, ["--starts"]),
         ({"further": "own={temprature: 3}"}, ["temprature", "temperature"]),
         ({"student": "resnet9000"}, ["resnet9000"]),
         ({"fractions": "0.1,0.1"}, ["once"]),
