@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .micro import FullInt8
 from .onnxruntime import DynamicMatMul
 from .openvino import BFloat16, CompressedFloat16, Nncf, PortableQdq
 from .qdq import Qdq
@@ -13,5 +14,5 @@ VARIANTS: dict[str, dict[str, type[Variant]]] = {
     "onnxruntime": {"int8": Qdq, "int8-dynamic": DynamicMatMul},
     "openvino": {"int8": Nncf, "int8-qdq": PortableQdq, "bf16": BFloat16, "float16": CompressedFloat16},
     "tensorrt": {"int8": ExplicitQdq, "float16": TypedFloat16},
-    "tflite": {"int8": StaticInt8, "int8-dynamic": DynamicInt8, "float16": Float16Weights},
+    "tflite": {"int8": StaticInt8, "int8-full": FullInt8, "int8-dynamic": DynamicInt8, "float16": Float16Weights},
 }
