@@ -777,6 +777,8 @@ def _recipe(design: Design, cells: Sequence[Cell], method: str, sentence: str, f
         for name in ("start", "encoder_checkpoint")
         if (path := getattr(config, name)) is not None
     }
+    if config.prune.keep is not None:
+        student["prune"] = config.prune.model_dump(mode="json", exclude_defaults=True)
     teacher = _network(design.teacher.settings)
     values = {
         "name": "advised",
