@@ -74,6 +74,13 @@ class TfliteActivations:
         }
 
 
+def quantized_names(path: Path) -> set[str]:
+    """Names of the tensors between layers that are on a grid in a file, without its input."""
+    activations = TfliteActivations(path)
+    tensors = activations._tensors.values()
+    return {each["name"] for each in tensors if each["dtype"] == np.int8} - {activations._input["name"]}
+
+
 def _module_of(tensor: str) -> str:
     """``blocks.0.conv`` from a tensor's name, which lists class and attribute of every module it came through."""
     pieces = tensor.split(";;")[-1].rpartition(";")[0].split("/")
