@@ -796,7 +796,7 @@ TRAINED_VARIANT = "int8-qad"  # the one that is trained
 class QadSettings(Config):
     """How a student is trained to compute in 8 bits, by what it says itself in float32: no label is asked for."""
 
-    steps: int = Field(2000, ge=3, description="training steps; ranges are learned in the first two thirds of them")
+    steps: int = Field(2000, ge=1, description="training steps; ranges are learned in the first two thirds of them")
     batch_size: int = Field(64, ge=2, description="images a step")
     learning_rate: float = Field(2e-5, gt=0, description="peak learning rate of the weights, which falls as a cosine")
     range_learning_rate: float = Field(

@@ -124,14 +124,14 @@ def tune(
 
 def trained_as(student: Checkpoint) -> TrainConfig | None:
     """How the student was trained; None where it was not trained here."""
-    return TrainConfig.model_validate(student.manifest.config) if student.manifest.stage == "train" else None
+    return TrainConfig.model_validate(student.settings) if student.manifest.stage == "train" else None
 
 
 def learned_images(config: QadConfig, student: Checkpoint, dataset: Dataset) -> TrainingImages:
     """What is learned from: all images, or where a cache may answer, those that the student learned from.
 
     Raises:
-        UserError: none.
+        UserError: there are none.
     """
     from ..data.views import training_images
 
