@@ -8,14 +8,31 @@ import sys
 def main() -> None:
     """Run the command line. Ctrl-C is one line from the first import on, and a stream that is closed harms no file."""
     try:
+        import os
+        import signal
+
         from .core import streams
-        from .core.errors import ExitCode
+        from .core.errors import INTERRUPTED, ExitCode
 
         if not streams.hold():
             sys.stderr.write("kdpipe: standard output is closed: send it to a file, or to /dev/null\n")
             sys.exit(ExitCode.MISTAKE)
+
+        def leave(*_: object) -> None:
+            try:
+                os.write(2, f"{INTERRUPTED}\n".encode())
+            finally:
+                os._exit(ExitCode.INTERRUPTED)
+
+        # While libraries load an exception is not enough: extension modules make an error of their own of it. Nothing
+        # has begun that would have to end.
+        is_heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not so in a job in the background
+        if is_heard:
+            signal.signal(signal.SIGINT, leave)
         from .cli import main as command_line
 
+        if is_heard:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         command_line()
     except KeyboardInterrupt:
         from .core.errors import INTERRUPTED, ExitCode

@@ -52,6 +52,7 @@ from .core.config import (
     GateConfig,
     GatePlan,
     GraphConfig,
+    McuConfig,
     ModelSettings,
     PackageConfig,
     QadConfig,
@@ -74,6 +75,7 @@ from .core.kinds import (
     Cache,
     Checkpoint,
     Graph,
+    McuCheck,
     Measurement,
     Model,
     Probe,
@@ -943,6 +945,26 @@ class Chain:
             return package(order, model, dataset, path)
 
         return self.step(f"bundle-{model.facts.target}-{model.facts.variant}", Bundle, order, make, out)
+
+    def check_mcu(
+        self, config: McuConfig, bundle: Bundle, dataset: Dataset | None = None, out: Path | None = None
+    ) -> McuCheck:
+        """The bundle held against a microcontroller, on its golden images and on test images of ``dataset``.
+
+        Raises:
+            UserError: as ``deploy.micro.check``.
+            GateFailed: an interpreter cannot run it. What goes beyond a limit is sealed, and no error here.
+        """
+        from .deploy import micro
+
+        micro.check_ready(config, bundle, dataset)
+        inputs: dict[str, AnyArtifact] = {"bundle": bundle, **({"data": dataset} if dataset else {})}
+        order = Order("check", config, inputs)
+
+        def make(path: Path) -> McuCheck:
+            return micro.check(order, bundle, dataset, path)
+
+        return self.step("mcu-check", McuCheck, order, make, out)
 
     def bench(
         self,

@@ -23,6 +23,7 @@ from .core.config import (
     CachePlan,
     DataPlan,
     DeviceSettings,
+    McuConfig,
     NetworkExportPlan,
     PackageConfig,
     PickPlan,
@@ -1088,6 +1089,56 @@ def _golden(found: Mapping[str, Any]) -> str:
         f"{found['golden_images']} golden images within {found['max_difference']:.2g} "
         f"(tolerance {found['tolerance']:.2g}){by}"
     )
+
+
+@app.command()
+@configured(McuConfig)
+def check(
+    bundle: Annotated[Path, typer.Argument(help="folder of a bundle, int8-full of tflite", parser=folder_or_url)],
+    mcu: Annotated[
+        bool, typer.Option("--mcu", help="against a microcontroller: the one kind of check there is")
+    ] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            help="folder of a dataset artifact, whose test images are run besides the golden ones",
+            parser=folder_or_url,
+        ),
+    ] = None,
+    out: OutOption = None,
+    as_json: JsonFlag = False,
+    *,
+    config: Callable[..., McuConfig],
+) -> None:
+    """Hold a bundle against a microcontroller: the same integers there, memory, cycles, an array in C++.
+
+    The interpreter of TensorFlow Lite for Microcontrollers runs the model here, on real images, and has to give the
+    integers of LiteRT's reference kernels; its arena is held against --ram, the model's bytes against --flash. Exits 1
+    where that fails, with what failed. Cycles on Ethos-U are vela's estimate. What was found is sealed beside the
+    bundle, with the model as kdpipe_model.h and .cc where it fits. No firmware is built.
+
+    Examples: kdpipe check BUNDLE --mcu --ram 256k --flash 1M; kdpipe check BUNDLE --mcu --accelerators ethos-u55-128
+    """
+    from .core.errors import GateFailed, UserError
+    from .core.kinds import Bundle
+    from .deploy import micro
+    from .deploy.release import holding
+
+    if not mcu:
+        raise UserError("nothing says against what to check: wanted --mcu")
+    if out is None and holding(bundle) is not None:
+        raise UserError(f"{bundle} is in a release, which stays as it is: say by --out where the check goes")
+    opened = Bundle.open(bundle)
+    made = _chain_of(out or bundle).check_mcu(config(), opened, _open_dataset(data) if data else None, out)
+    if as_json:
+        _print_json(**_described(made))
+    else:
+        for line in micro.lines(made.facts):
+            typer.echo(printable(line))
+        typer.echo(printable(f"{'refused' if made.facts.refused else 'fits'}: {made.path}"))
+    if made.facts.refused:
+        raise GateFailed(f"{printable(str(bundle))} is refused: {'; '.join(made.facts.refused)}")
 
 
 @app.command()

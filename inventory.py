@@ -27,7 +27,7 @@ from .core.artifact import (
     unsound_is_users,
 )
 from .core.errors import UserError
-from .core.kinds import Cache, Checkpoint, Measurement, Refusal, Release, Report, Study, Tuned, Verdict
+from .core.kinds import Cache, Checkpoint, McuCheck, Measurement, Refusal, Release, Report, Study, Tuned, Verdict
 from .core.sealed import check_files, printable
 from .data.dataset import Dataset, Fitted
 from .report.words import interval, percent, shares
@@ -124,6 +124,11 @@ def findings(source: Provenance) -> str:
             return f"{source.config.get('title', '')}: {', '.join(devices)}"
         case Study.kind:
             return f"{facts['student']} by {facts['teacher']}: {facts['runs']} runs, advises {facts['advice']}"
+        case McuCheck.kind:
+            said = "refused" if facts["refused"] else "fits"
+            return (
+                f"{facts['model']}: {said}, arena {facts['arena']['total']} bytes, model {facts['model_bytes']} bytes"
+            )
         case Verdict.kind:
             against = f" against {facts['baseline']}" if facts["baseline"] else ""
             return f"{facts['answer']}: {facts['candidate']}{against}, {len(facts['rules'])} rules"
@@ -328,9 +333,10 @@ def unneeded(folder: Path, reports: int | None = None, everything: bool = False,
         stay["there is no report to say what is needed" if last is None else "made since the last report"] = len(since)
     for manifest in since:
         needed |= _needed_by(manifest)
-    # Held-out images as a network sees them belong to their data, what was refused to its model, a verdict to what it
-    # judged, what was trained for 8 bits to its student: nothing names them as what it came from.
-    belonging = [each for _, each in whole if each.kind in (Fitted.kind, Refusal.kind, Tuned.kind, Verdict.kind)]
+    # Held-out images as a network sees them belong to their data, what was refused to its model, verdicts and checks to
+    # what they judged, what was trained for 8 bits to its student: nothing names them as what it came from.
+    kinds = (Fitted.kind, McuCheck.kind, Refusal.kind, Tuned.kind, Verdict.kind)
+    belonging = [each for _, each in whole if each.kind in kinds]
     needed |= {each.key for each in belonging if all(source.key in needed for source in each.inputs.values())}
     for entry in found:
         if entry.manifest is None:

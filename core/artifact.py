@@ -50,7 +50,7 @@ MOST_REMEMBERED = 1000  # manifests
 TOOLS = (
     "kdpipe", "torch", "torchvision", "timm", "safetensors", "onnx", "onnxscript", "onnxruntime", "openvino",
     "nncf", "litert-torch", "litert-converter", "ai-edge-quantizer", "ai-edge-litert", "tflite-runtime",
-    "tensorrt", "numpy", "onnxslim", "pillow", "scikit-learn",
+    "tensorrt", "numpy", "onnxslim", "pillow", "scikit-learn", "tflite-micro", "ethos-u-vela",
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import types
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -26,6 +26,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     WithJsonSchema,
+    create_model,
     field_validator,
     model_serializer,
     model_validator,
@@ -350,8 +351,48 @@ class ModelSettings(Config):
         return {name: v for name, v in values.items() if name not in usual or getattr(self, name) != usual[name]}
 
 
+class Pruning(Config):
+    """How much of a trained network is left before it learns on."""
+
+    keep: Annotated[float, Field(ge=0.01, lt=1)] | None = Field(
+        None,
+        description="share of the multiply-accumulates of the network that is left at most, such as 0.5: channels are "
+        "taken out of its layers, those with the smallest weights; left out, it stays whole",
+    )
+    round_to: int = Field(
+        8, ge=1, le=1024, description="multiple that the widths of pruned layers are of, as kernels like them"
+    )
+
+
+if TYPE_CHECKING:
+
+    class PruneSettings(Pruning):
+        """Pruning, and of what."""
+else:
+    # A field whose name is a word of Python.
+    PruneSettings = create_model(
+        "PruneSettings",
+        __base__=Pruning,
+        __module__=__name__,
+        __doc__="How much of a trained network is left before it learns on.",
+        **{
+            "from": (
+                Path | None,
+                Field(
+                    None,
+                    exclude=True,
+                    description="the network that is pruned: the folder of its checkpoint, or its weights as a file; "
+                    "the same as start",
+                ),
+            )
+        },
+    )
+
+
 class StudentSettings(ModelSettings):
     """A network that learns, and what its weights begin as."""
+
+    LATER: ClassVar[tuple[str, ...]] = (*ModelSettings.LATER, "prune")
 
     # Weights are known by their hash, a checkpoint by its key among the inputs.
     start: Path | None = Field(
@@ -363,6 +404,20 @@ class StudentSettings(ModelSettings):
     start_sha256: str | None = Field(
         None, description="hash of the weights to start from, if they are a file; worked out where it is left out"
     )
+    prune: PruneSettings = PruneSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _starts_at_what_is_pruned(cls, values: Any) -> Any:
+        """``prune.from`` is where the weights are from, and said once from here on."""
+        prune = values.get("prune") if isinstance(values, dict) else None
+        if isinstance(prune, Pruning) and (path := getattr(prune, "from", None)) is not None:
+            return {**values, "start": path, "prune": prune.model_copy(update={"from": None})}
+        if not isinstance(prune, dict) or prune.get("from") is None:
+            return values
+        if values.get("start") not in (None, prune["from"]):
+            raise ValueError("start and prune.from both say where the weights are from: wanted one")
+        return {**values, "start": prune["from"], "prune": {**prune, "from": None}}
 
 
 class AdoptConfig(ModelSettings):
@@ -590,7 +645,7 @@ class TrainConfig(DistillSettings, StudentSettings):
     """One training run: a network and how it learns."""
 
     LATER: ClassVar[tuple[str, ...]] = (
-        *ModelSettings.LATER,
+        *StudentSettings.LATER,
         *("start_sha256", "cwd_on", "teacher_control", "masked", "deep", "hint", "crd", "review"),
     )
 
@@ -880,7 +935,8 @@ class QuantizeConfig(QuantizeSettings):
 
     variant: str = Field(
         "int8",
-        description="int8, int8-qad, int8-qdq, int8-dynamic, float16 or bf16, as the target has them; auto: see below",
+        description="int8, int8-qad, int8-qdq, int8-full, int8-dynamic, float16 or bf16, as the target has them; auto: "
+        "see below",
     )
 
 
@@ -910,6 +966,36 @@ class PackageConfig(Config):
 
     golden_images: int = Field(
         8, ge=1, description="test inputs shipped with their expected outputs; of masks fewer, where they are large"
+    )
+
+
+def _bytes_of(value: object) -> object:
+    """A number of bytes from ``256k`` or ``1M`` (of 1024)."""
+    found = re.fullmatch(r"([0-9]{1,9})([kM]?)", value.strip()) if isinstance(value, str) else None
+    if isinstance(value, str) and found is None:
+        raise ValueError("wanted bytes, as 65536, 256k or 1M")
+    return value if found is None else int(found[1]) * {"": 1, "k": 2**10, "M": 2**20}[found[2]]
+
+
+Accelerator = Literal[
+    "ethos-u55-32", "ethos-u55-64", "ethos-u55-128", "ethos-u55-256", "ethos-u65-256", "ethos-u65-512",
+    "ethos-u85-128", "ethos-u85-256", "ethos-u85-512", "ethos-u85-1024", "ethos-u85-2048",
+]  # fmt: skip
+
+
+class McuConfig(Config):
+    """What a bundle is held against on its way to a microcontroller."""
+
+    ram: Annotated[int, BeforeValidator(_bytes_of)] = Field(
+        256 * 1024, ge=1, description="that the arena may take: bytes, or as 256k or 1M"
+    )
+    flash: Annotated[int, BeforeValidator(_bytes_of)] = Field(
+        1024 * 1024, ge=1, description="that the model's bytes may take: bytes, or as 256k or 1M"
+    )
+    images: int = Field(64, ge=1, description="of the test part of --data, besides the bundle's golden ones")
+    accelerators: tuple[Accelerator, ...] = Field(
+        ("ethos-u55-128", "ethos-u55-256", "ethos-u65-256", "ethos-u85-256"),
+        description="whose cycles vela estimates; [] for none",
     )
 
 
@@ -1634,6 +1720,9 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
 
 def _weights_from(folder: Path, change: dict[str, Any]) -> dict[str, Any]:
     paths = {field: change[field] for field in WEIGHTS if isinstance(change.get(field), str)}
+    prune = change.get("prune")
+    if isinstance(prune, dict) and isinstance(prune.get("from"), str):
+        change = {**change, "prune": {**prune, "from": str(_absolute(folder, Path(prune["from"])))}}
     return {**change, **{field: str(_absolute(folder, Path(path))) for field, path in paths.items()}}
 
 

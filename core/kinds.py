@@ -24,6 +24,7 @@ from .config import (
     Corruption,
     DrawConfig,
     GateConfig,
+    McuConfig,
     Output,
     PickConfig,
     QadConfig,
@@ -106,6 +107,30 @@ class BestEpoch(Record):
     validation_accuracy: float
 
 
+class PrunedFacts(Record):
+    """How much of another network is left: asked for, and reached."""
+
+    of: str  # its name
+    keep: float = Field(gt=0, lt=1)  # the share of its multiply-accumulates that may be left
+    round_to: int = Field(ge=1)  # multiple that widths of layers are of
+    macs_share: float = Field(gt=0, le=1)
+    parameters_share: float = Field(gt=0, le=1)
+    groups: int = Field(ge=1)  # of layers that lose channels together
+    spared_groups: int = Field(ge=0)  # that cannot do without some of theirs
+
+    @property
+    def name(self) -> str:
+        """What the narrower network is called."""
+        return as_name(f"{self.of} pruned to {self.keep:.2f}")
+
+    def __str__(self) -> str:
+        """What is left, as a reader is told."""
+        return (
+            f"{self.macs_share:.1%} of the multiply-accumulates and {self.parameters_share:.1%} of the parameters of "
+            f"{self.of}"
+        )
+
+
 class CheckpointFacts(Record):
     """What is known of a network: what it is, how it came to its weights, how it does on the test images."""
 
@@ -131,6 +156,7 @@ class CheckpointFacts(Record):
     last_validation: float | None = None
     precision: TrainingPrecision | None = None  # None where it was not trained here
     cache: str | None = None  # key of the cache it learned from
+    pruned: PrunedFacts | None = None  # None: it is as wide as its name says
 
     @property
     def may_guess(self) -> bool:
@@ -1205,6 +1231,76 @@ class Verdict(Artifact[VerdictFacts]):
     NUMBERS = "verdict.json"
     COMMENT = "comment.md"
     JUNIT = "junit.xml"
+
+
+# ---- microcontrollers ------------------------------------------------------------------------------------
+
+
+class Port(Record):
+    """The one input or output of a flatbuffer. Values stand for ``scale`` times (value - ``zero_point``)."""
+
+    shape: tuple[int, ...]
+    type: str
+    scale: float = Field(ge=0, allow_inf_nan=False)  # 0: they are classes, and stand for themselves
+    zero_point: int
+
+
+class Arena(Record):
+    """Bytes of the smallest arena that an interpreter ran in, and the parts that its allocator counts."""
+
+    total: int
+    head: int  # activations
+    tail: int  # bookkeeping, whose pointers have 8 bytes on the host that counted
+
+
+class Estimate(Record):
+    """What a compiler reckons of an accelerator, without one. ``fault`` says why it reckons nothing."""
+
+    accelerator: str
+    system_config: str
+    memory_mode: str
+    clock_hz: float | None = None
+    cycles: int | None = None
+    inference_ms: float | None = None
+    sram_bytes: int | None = None
+    flash_bytes: int | None = None
+    operators_on_npu: int | None = None
+    operators_on_cpu: int | None = None
+    fault: str | None = None
+
+
+class McuFacts(Record):
+    """What a bundle's model takes in the interpreter of microcontrollers, and whether it computes the same there.
+
+    ``different`` counts the images of which any output is another integer than by LiteRT's reference kernels.
+    ``refused`` has a line for each limit that is not kept.
+    """
+
+    model: str
+    images: int
+    different: int
+    largest_difference: int
+    arena: Arena
+    ram_bytes: int
+    model_bytes: int
+    flash_bytes: int
+    sha256: str  # of the model
+    input: Port
+    output: Port
+    operators: dict[str, int]
+    in_float: dict[str, int]  # of them those that compute in float
+    estimates: tuple[Estimate, ...]
+    refused: tuple[str, ...]
+
+
+class McuCheck(Artifact[McuFacts]):
+    """A bundle held against a microcontroller; where nothing is refused, its model as an array in C++."""
+
+    kind = "mcu-check"
+    Facts = McuFacts
+    Configs: ClassVar = {"check": McuConfig}
+    HEADER = "kdpipe_model.h"
+    SOURCE = "kdpipe_model.cc"
 
 
 # ---- pick ------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ IMPORT_NAMES = {
     "ai-edge-litert": "ai_edge_litert.interpreter",
     "cuda-python": "cuda",
     "cyclonedx-python-lib": "cyclonedx",
+    "ethos-u-vela": "ethosu",
     "mlflow-skinny": "mlflow",
     "pillow": "PIL",
     "scikit-learn": "sklearn",

@@ -14,7 +14,7 @@ from ..data.dataset import Dataset
 from ..networks import models
 from .loop import evaluate
 from .ranks import Ranks
-from .train import _runs
+from .train import trained_runs
 
 # Steps of the two trainings whose times are compared, at least as many as any method has phases: what both take
 # besides, to begin and to validate, falls out.
@@ -38,7 +38,7 @@ def view_seconds(config: TrainConfig, dataset: Dataset, teacher: Checkpoint | No
         asked = config.model_copy(update={"train": train, "label_fraction": share, "cache_views": None})
         begun = time.perf_counter()
         with muted():
-            runs = _runs({Path("pace"): asked}, {Path("pace"): None}, dataset, teacher, None, choices, Ranks())
+            runs = trained_runs({Path("pace"): asked}, {Path("pace"): None}, dataset, teacher, None, choices, Ranks())
         return sum(run.steps for run in runs.values()) * batch, time.perf_counter() - begun
 
     few, first = timed(FEW_STEPS)

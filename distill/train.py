@@ -26,7 +26,7 @@ from ..core.config import (
 )
 from ..core.errors import UserError, choice
 from ..core.inputs import InputSpec, size_words
-from ..core.kinds import DRAWN, Cache, Checkpoint, CheckpointFacts, as_name
+from ..core.kinds import DRAWN, Cache, Checkpoint, CheckpointFacts, PrunedFacts, as_name
 from ..core.progress import note
 from ..core.stats import Interval
 from ..data.copies import side_for
@@ -116,7 +116,7 @@ def train_together(
         leading = next(iter(drafts.values()))
         ranks.shared(leading.path if leading else None)
         configs = {out: order.config for out, order in orders.items()}
-        runs = _runs(configs, drafts, dataset, teacher, cache, choices, ranks)
+        runs = trained_runs(configs, drafts, dataset, teacher, cache, choices, ranks)
         for out, run in runs.items():
             draft = drafts[out]
             if draft is None:
@@ -132,7 +132,7 @@ def train_together(
     return {out: draft.artifact if draft else Checkpoint.open(out) for out, draft in drafts.items()}
 
 
-def _runs(
+def trained_runs(
     configs: Mapping[Path, TrainConfig],
     drafts: Mapping[Path, Draft[Checkpoint] | None],
     dataset: Dataset,
@@ -141,7 +141,7 @@ def _runs(
     choices: Path | None,
     ranks: Ranks,
 ) -> dict[Path, Run]:
-    """Every run, trained."""
+    """Every run of ``configs``, trained and tested; of one whose draft is None nothing is written."""
     first = next(iter(configs.values()))
     # An image is known by its number among all of the training part and those without labels.
     source = training_images(
@@ -151,10 +151,11 @@ def _runs(
         _check_labels(config, source.labeled, len(dataset.samples("unlabeled")))
     asked: Teacher | CachedTeacher | None = None
     networks: dict[Path, tuple[nn.Module, InputSpec]] = {}
+    pruned: dict[Path, PrunedFacts | None] = {}
     for out, config in configs.items():
         with seeded(config.seed):
             networks[out] = models.create(config, len(dataset.classes), dataset.facts.task)
-        begin(networks[out][0], config, networks[out][1], dataset.classes)
+        pruned[out] = begin(networks[out][0], config, networks[out][1], dataset.classes)
     spec = networks[next(iter(configs))][1]
     copies, wanted = dataset.facts.copies, side_for(spec, first.train.augment)
     if copies is not None and copies.shorter_side < wanted:
@@ -191,7 +192,9 @@ def _runs(
         resume, shown = (draft.resume, tracker(config, out)) if draft else (None, Nothing())
         of_all = lockstep.steps_of(whole) if config.steps_as_unlabeled else lockstep.steps_per_epoch
         steps = config.train.epochs * of_all
-        runs[out] = Run(config, method, dataset, spec, steps, lockstep.steps_per_epoch, ranks, resume, shown)
+        runs[out] = Run(
+            config, method, dataset, spec, steps, lockstep.steps_per_epoch, ranks, resume, shown, pruned[out]
+        )
         if draft is not None:
             np.save(draft.path / Checkpoint.IMAGES, source.numbers[: source.labeled])
     lockstep.train(list(runs.values()))
@@ -270,6 +273,7 @@ def _write(draft: Draft[Checkpoint], run: Run, dataset: Dataset, cache: Cache | 
         last_validation=run.last_validation,
         precision=run.precision.as_dict(),
         cache=cache.key if cache and run.config.needs_teacher else None,
+        pruned=run.pruned,
     )
 
 
@@ -358,7 +362,13 @@ def _worth_keeping(task: Task, outputs: np.ndarray, labels: np.ndarray) -> np.nd
 
 
 def _described(
-    folder: Path, config: ModelSettings, network: nn.Module, spec: InputSpec, dataset: Dataset, **training: Any
+    folder: Path,
+    config: ModelSettings,
+    network: nn.Module,
+    spec: InputSpec,
+    dataset: Dataset,
+    pruned: PrunedFacts | None = None,
+    **training: Any,
 ) -> CheckpointFacts:
     """Write weights, labels and the test outputs, for the last time this network is seen as a torch module.
 
@@ -387,7 +397,7 @@ def _described(
     np.savez(folder / Checkpoint.TEST_OUTPUTS, logits=logits, labels=labels)
     return CheckpointFacts(
         task=task.name,
-        model=as_name(models.name_of(config)),
+        model=as_name(models.name_of(config)) if pruned is None else pruned.name,
         model_args=config.model_args,
         classes=len(dataset.classes),
         input=spec,
@@ -398,5 +408,6 @@ def _described(
         test_interval=Interval(**accuracy._asdict()),
         guessing=task.guessing(labels),
         license=models.license_of(config),
+        pruned=pruned,
         **training,
     )

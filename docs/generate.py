@@ -27,6 +27,7 @@ STAGES: dict[str, type[BaseModel]] = {
     "kdpipe quantize": config.QuantizeConfig,
     "kdpipe package": config.PackageConfig,
     "kdpipe bench": config.BenchPlan,
+    "kdpipe check": config.McuConfig,
     "kdpipe pick": config.PickPlan,
     "Device": config.DeviceSettings,
 }

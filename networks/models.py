@@ -29,6 +29,7 @@ from . import (
     torchvision,
 )
 from .names import DECODERS, check_encoder
+from .narrow import narrow_as
 from .onnx import OnnxNetwork
 from .weights import load_weights
 
@@ -211,6 +212,8 @@ def restore(checkpoint: Checkpoint | Tuned) -> tuple[nn.Module, InputSpec]:
         code.check_same(config.model, settings.get("code_sha256"), str(checkpoint.path))
     network = make(config, facts.input, facts.classes, facts.task if facts.task in TASKS else None)
     network = deployed(network) if isinstance(checkpoint, Tuned) else network
+    if facts.pruned is not None:
+        narrow_as(network, checkpoint.file(checkpoint.WEIGHTS), facts.input, facts.classes)
     load_weights(network, checkpoint.file(checkpoint.WEIGHTS))
     return network.eval(), facts.input
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .micro import FullInt8
 from .onnxruntime import DynamicMatMul
 from .openvino import BFloat16, CompressedFloat16, Nncf, PortableQdq
 from .qdq import Qdq
@@ -23,6 +24,7 @@ VARIANTS: dict[str, dict[str, type[Variant]]] = {
     "tflite": {
         "int8": StaticInt8,
         "int8-qad": TrainedStaticInt8,
+        "int8-full": FullInt8,
         "int8-dynamic": DynamicInt8,
         "float16": Float16Weights,
     },

@@ -89,7 +89,7 @@ def guarded(
 
     def ranked() -> list[str]:
         quantized = variant.activations(resume / mix_name(0) / facts.entry)
-        float32 = variant.activations(variant.whole)
+        float32 = variant.activations(variant.traced)
         if float32 is None or quantized is None:  # no single layer of this variant can stay float
             return []
         traced = CalibrationInputs(searching[:TRACED_IMAGES], spec, "tracing layers")

@@ -208,7 +208,7 @@ def _compare(
         return None
     found = damaged_by(variant, model, folder, facts, checked)
     with quiet():
-        float32 = variant.activations(variant.whole)
+        float32 = variant.activations(variant.traced)
         quantized = variant.activations(folder / facts.entry)
     traced = CalibrationInputs(checked[:TRACED_IMAGES], spec, "comparing layers")
     damaged = found.agreement < LEAST_AGREEMENT and found.images >= JUDGING_IMAGES

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..core.kinds import ModelFacts
 from .bias import Correction, Shifts, correct
+from .flatbuffer import module_of
 from .layers import Activations, Layer
 from .ranges import Range, estimate, normalisation, observe
 from .variant import Taken, Variant
@@ -23,7 +24,6 @@ BIASED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
 # Where LayerNorm (the one thing that takes the root of a variance as it runs) stands in the branches nothing bounds the
 # sums: with all of a ViT in 8 bits 18 dB were lost, and it ran four times slower than in float.
 NORMALISING = "RSQRT"
-INPUT_RANGE = (0.0, 255.0)  # known: observing it would let 255 clip on a brighter image
 
 
 class TfliteActivations:
@@ -54,7 +54,7 @@ class TfliteActivations:
             if len(outputs) != 1 or outputs[0] not in self._tensors or kind in ("QUANTIZE", "DEQUANTIZE", "DELEGATE"):
                 continue
             tensor: str = self._tensors[outputs[0]]["name"]
-            name = f"{_module_of(tensor)}:{kind}"
+            name = f"{module_of(tensor)}:{kind}"
             taken[name] += 1
             inputs = (self._tensors[at]["name"] for at in operation["inputs"] if at in self._tensors)
             # A bias that is absent has the index -1; one that is computed has no values to move.
@@ -81,13 +81,6 @@ def quantized_names(path: Path) -> set[str]:
     return {each["name"] for each in tensors if each["dtype"] == np.int8} - {activations._input["name"]}
 
 
-def _module_of(tensor: str) -> str:
-    """``blocks.0.conv`` from a tensor's name, which lists class and attribute of every module it came through."""
-    pieces = tensor.split(";;")[-1].rpartition(";")[0].split("/")
-    attributes = [piece.rpartition(".")[2].partition("_")[2] for piece in pieces]
-    return ".".join(name for name in attributes if name and name != "network") or tensor.split("/")[-1]
-
-
 def _holds_numbers(tensor: Mapping[str, Any]) -> bool:
     return bool(tensor["dtype"] == np.float32 or (tensor["dtype"] == np.int8 and tensor["quantization"][0] > 0))
 
@@ -95,6 +88,8 @@ def _holds_numbers(tensor: Mapping[str, Any]) -> bool:
 def _quantized(image: np.ndarray, tensor: Mapping[str, Any]) -> np.ndarray:
     if tensor["dtype"] == np.float32:
         return image
+    if tensor["dtype"] == np.uint8:  # the bytes of an image stand for themselves
+        return image.astype(np.uint8)
     scale, zero_point = tensor["quantization"]
     return np.asarray(np.clip(np.round(image / scale) + zero_point, -128, 127), dtype=tensor["dtype"])
 
@@ -131,11 +126,30 @@ class StaticInt8(Variant):
     precision = "int8"
     calibrated = True
     quick = True
+    normalises_in_float = True  # rounding the image once more for each step costs a decibel or two, floats no time
+
+    @property
+    def whole(self) -> Path:
+        """The float32 file that is quantised."""
+        return self._work.entry
+
+    @property
+    def input_range(self) -> Range:
+        """Of its image: known, as observing it would let 255 clip on a brighter one."""
+        return 0.0, 255.0
+
+    def given(self, image: np.ndarray) -> np.ndarray:
+        """What the float32 file takes for an image [1, H, W, 3] of 0..255."""
+        return image
+
+    def float32(self) -> TfliteActivations:
+        """What passes between the layers of the float32 file, given images of 0..255."""
+        return TfliteActivations(self.whole)
 
     @cached_property
     def ranges(self) -> Mapping[str, Range]:
         rule = self._work.config.calibrate.ranges
-        return estimate(observe(TfliteActivations(self._work.entry), self._work.inputs), rule, symmetric=False)
+        return estimate(observe(self.float32(), self._work.inputs), rule, symmetric=False)
 
     @cached_property
     def correction(self) -> Correction:
@@ -147,7 +161,7 @@ class StaticInt8(Variant):
                 self._write(Path(scratch) / "model.tflite", (), shifts)
                 return TfliteActivations(Path(scratch) / "model.tflite")
 
-        return correct(TfliteActivations(self._work.entry), make, self._work.inputs)
+        return correct(self.float32(), make, self._work.inputs)
 
     def quantize(self, keep_float: Collection[str], folder: Path) -> Taken:
         self._write(folder / self._work.model.facts.entry, keep_float, self.correction.shifts)
@@ -167,9 +181,9 @@ class StaticInt8(Variant):
         from ai_edge_quantizer.algorithm_manager import AlgorithmName
         from ai_edge_quantizer.qtyping import TFLOperationName
 
-        whole = TfliteActivations(self._work.entry)
+        whole = self.float32()
         _move_biases(
-            self._work.entry,
+            self.whole,
             {whole.operators[name]: shift for name, shift in shifts.items() if name not in keep_float},
             out,
         )
@@ -177,8 +191,8 @@ class StaticInt8(Variant):
         work = quantizer.Quantizer(source)
         work.load_quantization_recipe(recipe.static_wi8_ai8())
         outputs = {layer.name: layer.output for layer in whole.layers}
-        # Rounding the image once more for each of its steps costs a decibel or two, and float ones no time.
-        for name in (outputs[layer] for layer in (*(layer.name for layer in normalisation(whole)), *keep_float)):
+        first = [layer.name for layer in normalisation(whole)] if self.normalises_in_float else []
+        for name in (outputs[layer] for layer in (*first, *keep_float)):
             work.update_quantization_recipe(
                 f"^{re.escape(name)};?$", TFLOperationName.ALL_SUPPORTED, algorithm_key=AlgorithmName.NO_QUANTIZE
             )
@@ -191,8 +205,8 @@ class StaticInt8(Variant):
         [argument] = names["inputs"]
         # Two images make the quantiser list what it wants to know; what it wants to know is answered by our ranges,
         # since its own are moving averages that lose a decibel.
-        wanted = work.calibrate({signature: [{argument: self._work.inputs[at]} for at in range(2)]})
-        known = {**self.ranges, interpreter.get_input_details()[0]["name"]: INPUT_RANGE}
+        wanted = work.calibrate({signature: [{argument: self.given(self._work.inputs[at])} for at in range(2)]})
+        known = {**self.ranges, interpreter.get_input_details()[0]["name"]: self.input_range}
         for name in wanted.keys() & known.keys():
             for end, value in zip(("min", "max"), known[name], strict=True):
                 if end in wanted[name]:

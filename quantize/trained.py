@@ -166,9 +166,7 @@ class TrainedStaticInt8(Trained, StaticInt8):
 
     @cached_property
     def ranges(self) -> Mapping[str, Range]:
-        activations = self.activations(self._work.entry)
-        assert activations is not None  # of a flatbuffer there are always some
-        return self._trained(activations, super().ranges)
+        return self._trained(self.float32(), super().ranges)
 
     def quantize(self, keep_float: Collection[str], folder: Path) -> Taken:
         taken = super().quantize(keep_float, folder)

@@ -67,8 +67,8 @@ class Variant(ABC):
         return taken
 
     @property
-    def whole(self) -> Path:
-        """The float32 file whose layers this variant's are called after."""
+    def traced(self) -> Path:
+        """The float32 file whose layers this variant's are called after, as ``activations`` takes it."""
         return self._work.entry
 
     @abstractmethod

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..core.kinds import Picked, PickFacts
 from ..core.sealed import printable
-from .plots import GREY, INK, LONGEST_NAME, PALETTE, STYLE, WIDTH, Figure, _drawn, _figure, _plain_ticks, shortened
+from .plots import GREY, INK, LONGEST_NAME, PALETTE, STYLE, WIDTH, Figure, canvas, finished, plain_ticks, shortened
 from .words import interval
 
 if TYPE_CHECKING:
@@ -72,10 +72,10 @@ def drawn(rows: Sequence[Picked], facts: PickFacts, prior: str) -> Figure:
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        figure = _figure(WIDTH, 5.2, left=0.075, right=0.985, bottom=0.11, top=0.96)
+        figure = canvas(WIDTH, 5.2, left=0.075, right=0.985, bottom=0.11, top=0.96)
         axes = figure.add_subplot()
         axes.set_xscale("log")
-        _plain_ticks(axes.xaxis)
+        plain_ticks(axes.xaxis)
         told = {}
         pale = [row for row in rows if not row.sessions and row.p90_ms is not None]
         axes.plot(
@@ -109,4 +109,4 @@ def drawn(rows: Sequence[Picked], facts: PickFacts, prior: str) -> Figure:
         if measured and math.isfinite(facts.limit_ms):
             axes.set_xlabel(f"latency of one image on '{facts.device}', p90, ms; the line is the limit")
         axes.set_ylabel(f"prior ({shortened(prior, 20)}), points")
-        return _drawn(figure, f"Networks within {facts.limit_ms:g} ms", "pick", told)
+        return finished(figure, f"Networks within {facts.limit_ms:g} ms", "pick", told)

@@ -103,7 +103,8 @@ def gain_names(gains: Sequence[Numbers]) -> list[str]:
     return [f"gain {name}" + (f" {count}" if count > 1 else "") for name, count in zip(methods, counts, strict=True)]
 
 
-def _figure(width: float, height: float, **margins: float) -> Any:
+def canvas(width: float, height: float, **margins: float) -> Any:
+    """An empty figure of so many inches, as matplotlib has them; margins are shares of its width and height."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=72, facecolor="none")  # 72 dpi: a pixel is a point
@@ -111,8 +112,8 @@ def _figure(width: float, height: float, **margins: float) -> Any:
     return figure
 
 
-def _drawn(figure: Any, title: str, salt: str, told: Mapping[str, str] | None = None) -> Figure:
-    """Only the ``<svg>`` element; ``salt`` keeps ids reproducible and apart from other figures'.
+def finished(figure: Any, title: str, salt: str, told: Mapping[str, str] | None = None) -> Figure:
+    """What was drawn on ``figure``, as an ``<svg>`` element; ``salt`` keeps ids reproducible and apart from others'.
 
     Args:
         told: by id of a drawn thing what a pointer on it is shown.
@@ -145,7 +146,7 @@ def extent(name: str) -> float:
     return CHARACTER * sum(2 if unicodedata.east_asian_width(each) in "WF" else 1 for each in name)
 
 
-def _plain_ticks(axis: Any) -> None:
+def plain_ticks(axis: Any) -> None:
     """Ticks of a logarithmic axis at 1, 2 and 5, as plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -154,7 +155,7 @@ def _plain_ticks(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _legend_rows(names: Sequence[str]) -> tuple[int, int]:
+def legend_rows(names: Sequence[str]) -> tuple[int, int]:
     """Columns and rows of a legend above a figure."""
     columns = max(1, min(len(names), int(620 // (40 + max(map(extent, names))))))
     return columns, math.ceil(len(names) / columns)
@@ -169,13 +170,13 @@ def accuracy_against_latency(
     that there is always room for their labels.
     """
     height = room([shortened(row["name"]) for row in rows]) / 72 + 0.69
-    figure = _figure(WIDTH, height, left=0.075, right=0.985, bottom=0.55 / height, top=1 - 0.14 / height)
+    figure = canvas(WIDTH, height, left=0.075, right=0.985, bottom=0.55 / height, top=1 - 0.14 / height)
     axes = figure.add_subplot()
     targets = list(dict.fromkeys(row["target"] for row in rows))
     latencies = [row["latency_p50_ms"]["value"] for row in rows]
     if max(latencies) > 10 * min(latencies):
         axes.set_xscale("log")
-        _plain_ticks(axes.xaxis)
+        plain_ticks(axes.xaxis)
     told = {}
     for at, row in enumerate(rows):
         colour = PALETTE[targets.index(row["target"]) % len(PALETTE)]
@@ -195,7 +196,7 @@ def accuracy_against_latency(
     _draw_labels(axes, rows, covered)
     axes.set_xlabel("latency of one image, p50, ms")
     axes.set_ylabel(f"{task['metric']} on the test images, {task['unit']}")
-    return _drawn(figure, "Accuracy against latency of every timed bundle", salt, told)
+    return finished(figure, "Accuracy against latency of every timed bundle", salt, told)
 
 
 def _point(row: Numbers) -> tuple[float, float]:
@@ -338,7 +339,7 @@ def accuracy_of_each(rows: Sequence[Numbers], task: Numbers) -> Figure:
     inches, line = 72 * WIDTH, 17 / 72
     height = 0.95 + line * len(rows)
     left = (max(map(extent, names)) + 14) / inches
-    figure = _figure(WIDTH, height, left=left, right=0.985, bottom=0.6 / height, top=1 - 0.32 / height)
+    figure = canvas(WIDTH, height, left=left, right=0.985, bottom=0.6 / height, top=1 - 0.32 / height)
     axes = figure.add_subplot()
     styles = {"teacher": ("s", PALETTE[1]), "student": ("o", GREY), "bundle": ("D", PALETTE[0])}
     told: dict[str, str] = {}
@@ -357,7 +358,7 @@ def accuracy_of_each(rows: Sequence[Numbers], task: Numbers) -> Figure:
         list(legend.values()), list(legend), loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2,
         handletextpad=0.5,
     )  # fmt: skip
-    return _drawn(figure, "Accuracy of every network and bundle", "accuracy", told)
+    return finished(figure, "Accuracy of every network and bundle", "accuracy", told)
 
 
 def confusion(answers: Numbers, counted: str = "images") -> Figure:
@@ -379,7 +380,7 @@ def confusion(answers: Numbers, counted: str = "images") -> Figure:
     longest, cell = max(map(extent, shown)), max(15.0, min(26.0, 420 / len(names)))
     height = (cell * len(names) + longest + 50) / 72
     left = (longest + 34) / inches
-    figure = _figure(
+    figure = canvas(
         WIDTH, height, left=left, right=0.985, bottom=(longest + 34) / (72 * height), top=1 - 8 / (72 * height)
     )
     axes = figure.add_subplot()
@@ -406,14 +407,14 @@ def confusion(answers: Numbers, counted: str = "images") -> Figure:
     axes.set_yticks(range(len(names)), shown, fontsize=9)
     axes.set_xlabel("is called")
     axes.set_ylabel("is")
-    return _drawn(figure, f"What {answers['bundle']} takes for what", "confusion", told)
+    return finished(figure, f"What {answers['bundle']} takes for what", "confusion", told)
 
 
 def gain_by_seed(gain: Numbers, task: Numbers) -> Figure:
     """One line a seed from the control to the method; the teacher as a dashed line."""
     seeds = [seed for seed in gain["seeds"] if seed["labels_accuracy"] is not None][::-1]
     height = 1.25 + 0.34 * len(seeds)
-    figure = _figure(WIDTH, height, left=0.075, right=0.985, bottom=0.58 / height, top=1 - 0.38 / height)
+    figure = canvas(WIDTH, height, left=0.075, right=0.985, bottom=0.58 / height, top=1 - 0.38 / height)
     axes = figure.add_subplot()
     for at, seed in enumerate(seeds):
         alone, taught = 100 * seed["labels_accuracy"], 100 * seed["accuracy"]
@@ -428,15 +429,15 @@ def gain_by_seed(gain: Numbers, task: Numbers) -> Figure:
     axes.set_xlabel(f"{task['metric']} on the test images, {task['unit']}")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, handletextpad=0.5)
     title = f"Accuracy of {gain['method']} and of labels alone by seed"
-    return _drawn(figure, title, f"gain-{gain['method']}-{gain['label_fraction']}")
+    return finished(figure, title, f"gain-{gain['method']}-{gain['label_fraction']}")
 
 
 def noise_by_layer(models: Sequence[Numbers]) -> Figure:
     """Signal-to-quantisation-noise ratio at each layer's output against its place, one line a variant."""
-    columns, lines = _legend_rows([model["bundle"] for model in models])
+    columns, lines = legend_rows([model["bundle"] for model in models])
     height = 3.15 + 0.24 * lines
     bottom, top = 0.51 / height, 1 - (0.24 + 0.24 * lines) / height
-    figure = _figure(WIDTH, height, left=0.075, right=0.985, bottom=bottom, top=top)
+    figure = canvas(WIDTH, height, left=0.075, right=0.985, bottom=bottom, top=top)
     axes = figure.add_subplot()
     for at, model in enumerate(models):
         ratios = [layer["out_db"] for layer in model["layers"]]
@@ -448,16 +449,16 @@ def noise_by_layer(models: Sequence[Numbers]) -> Figure:
     axes.set_xlabel("place among the layers, % from input to output")
     axes.set_ylabel("signal to noise, dB")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, handletextpad=0.5)
-    return _drawn(figure, "Signal-to-quantisation-noise ratio by layer", "noise")
+    return finished(figure, "Signal-to-quantisation-noise ratio by layer", "noise")
 
 
 def training_curves(curves: Sequence[Numbers], task: Numbers) -> Figure:
     """Loss and, where there was a validation part, its accuracy; one colour a method, the teacher apart."""
     names = {"labels": "labels alone"}
-    columns, lines = _legend_rows([names.get(group, group) for group in {curve["group"] for curve in curves}])
+    columns, lines = legend_rows([names.get(group, group) for group in {curve["group"] for curve in curves}])
     height = 3.4 + 0.24 * lines
     bottom, top = 0.55 / height, 1 - (0.2 + 0.24 * lines) / height
-    figure = _figure(WIDTH, height, left=0.075, right=0.985, bottom=bottom, top=top, wspace=0.2)
+    figure = canvas(WIDTH, height, left=0.075, right=0.985, bottom=bottom, top=top, wspace=0.2)
     groups = sorted({curve["group"] for curve in curves} - {"labels", "teacher"})
     colours = {"labels": GREY, "teacher": PALETTE[1], **dict(zip(groups, (PALETTE[0], *PALETTE[2:]), strict=False))}
     validated = any(curve["validation_epochs"] for curve in curves)
@@ -471,7 +472,7 @@ def training_curves(curves: Sequence[Numbers], task: Numbers) -> Figure:
             accuracy = [100 * value for value in curve["validation_accuracy"]]
             panels[1].plot(curve["validation_epochs"], accuracy, **style)
     panels[0].set_yscale("log")
-    _plain_ticks(panels[0].yaxis)
+    plain_ticks(panels[0].yaxis)
     validation = f"{task['metric']} on the validation images, {task['unit']}"
     for axes, what in zip(panels, ("training loss (log scale)", validation), strict=False):
         axes.set_xlabel("epoch")
@@ -480,4 +481,4 @@ def training_curves(curves: Sequence[Numbers], task: Numbers) -> Figure:
         list(drawn.values()), [names.get(name, name) for name in drawn],
         loc="upper left", bbox_to_anchor=(0.065, 1), ncols=columns, handletextpad=0.5,
     )  # fmt: skip
-    return _drawn(figure, "Training loss and validation accuracy by epoch", "curves")
+    return finished(figure, "Training loss and validation accuracy by epoch", "curves")

@@ -18,7 +18,7 @@ from ..core.stats import CALIBRATION_BINS, CONFIDENCE, expected_calibration_erro
 from ..data.dataset import Dataset
 from ..runtime.task import TASKS, Task
 from .answers import is_finite
-from .plots import GREY, PALETTE, STYLE, Figure, _drawn, _figure, _legend_rows, _plain_ticks, shortened
+from .plots import GREY, PALETTE, STYLE, Figure, canvas, finished, legend_rows, plain_ticks, shortened
 from .templates import filled
 
 Numbers = dict[str, Any]
@@ -312,9 +312,9 @@ def drawings(numbers: Numbers) -> dict[str, Figure]:
 
 def _lines(series: Mapping[str, Sequence[tuple[float, Numbers]]], over: str, title: str, salt: str) -> Figure:
     """One line with error bars a name, over a logarithmic axis; nothing gained as a line across."""
-    columns, lines = _legend_rows([shortened(name) for name in series])
+    columns, lines = legend_rows([shortened(name) for name in series])
     height = 3.4 + 0.24 * lines
-    figure = _figure(9.4, height, left=0.075, right=0.985, bottom=0.55 / height, top=1 - (0.2 + 0.24 * lines) / height)
+    figure = canvas(9.4, height, left=0.075, right=0.985, bottom=0.55 / height, top=1 - (0.2 + 0.24 * lines) / height)
     axes = figure.add_subplot()
     axes.axhline(0, color=GREY, linewidth=1)
     for at, (name, places) in enumerate(series.items()):
@@ -334,11 +334,11 @@ def _lines(series: Mapping[str, Sequence[tuple[float, Numbers]]], over: str, tit
             marker=MARKERS[at % len(MARKERS)], **style,
         )  # fmt: skip
     axes.set_xscale("log")
-    _plain_ticks(axes.xaxis)
+    plain_ticks(axes.xaxis)
     axes.set_xlabel(over)
     axes.set_ylabel("gain over labels alone, points")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, handletextpad=0.5)
-    return _drawn(figure, title, salt)
+    return finished(figure, title, salt)
 
 
 def _gain_by_images(rows: Sequence[Numbers]) -> Figure:

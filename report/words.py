@@ -203,6 +203,8 @@ def found_lines(found: CheckpointFacts | GraphFacts, task: Task) -> list[str]:
         return []
     value, between = percent(accuracy.value), share_bounds(accuracy.as_dict())
     lines = [f"{task.metric} {value} {task.unit} {between} on {accuracy.n} test images"]
+    if isinstance(found, CheckpointFacts) and found.pruned is not None:
+        lines.append(f"pruned to {found.pruned}")
     if isinstance(found, CheckpointFacts) and found.method in NO_ANSWERS:
         return [*lines, f"no answers are to be expected of it: {NO_ANSWERS[found.method]}"]
     if may_guess(accuracy, found.guessing):

@@ -27,6 +27,8 @@ class TfliteSession:
         module = installed(self.modules[0])
         self._distribution = module.partition(".")[0].replace("_", "-")
         self._spec = facts["input"]
+        # The file's input is the image's bytes as they are, whatever its scale and zero point say that they stand for.
+        self._bytes = bool(facts.get("runtime", {}).get("bytes_input"))
         self._threads = threads
         self._interpreter = importlib.import_module(module).Interpreter(
             str(folder / facts["entry"]), num_threads=threads
@@ -43,6 +45,8 @@ class TfliteSession:
         dtype = self._input["dtype"]
         if np.issubdtype(dtype, np.floating):
             return values
+        if self._bytes and dtype == np.uint8:
+            return values.astype(dtype)
         scale, zero_point = self._input["quantization"]
         limits = np.iinfo(dtype)
         return np.asarray(np.clip(np.round(values / scale) + zero_point, limits.min, limits.max), dtype=dtype)

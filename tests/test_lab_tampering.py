@@ -1,9 +1,10 @@
-"""One changed byte at a thousand random places: refused by the host and by a device, each time."""
+"""One changed byte at hundreds of random places: refused by the host and by a device, each time."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import re
 import shutil
@@ -29,7 +30,7 @@ from kdpipe.runtime.bundle import BundleError
 
 pytestmark = pytest.mark.lab
 
-PLACES = 1000
+PLACES = int(os.environ.get("KDPIPE_TAMPERED_PLACES", "300"))  # a thousand take three minutes
 PROCESSES = 8  # of those, by a runner in a process of its own, as a device starts it
 NAMED = "onnxruntime-int8"
 
