@@ -256,7 +256,7 @@ class Design:
 
     def _images(self, share: float) -> int:
         """How many a student learns from on that share."""
-        from .distill.views import training_images
+        from .data.views import training_images
 
         return training_images(self.dataset, share, 0, with_unlabeled=False).labeled
 
