@@ -29,9 +29,11 @@ from torch.utils.data import DataLoader
 from ..core.config import TrainConfig, TrainSettings
 from ..core.errors import KdpipeError, UserError
 from ..core.inputs import InputSpec, size_words
+from ..core.kinds import PrunedFacts
 from ..core.proc import children_signal_kept, first_line
 from ..core.progress import note, progress
 from ..data.dataset import Dataset, Part
+from ..data.views import EpochBatches, EvaluationViews, TrainingView, TrainingViews, seeded
 from ..networks.models import Normalise
 from ..runtime.task import TASKS, Task
 from .cache import CachedTeacher
@@ -41,7 +43,6 @@ from .precision import Choices, Precision, fastest
 from .ranks import Ranks
 from .teacher import Address, Teacher, TeacherOutput
 from .trackers import Tracker
-from .views import EpochBatches, EvaluationViews, TrainingView, TrainingViews, seeded
 
 STATE = "state.pt"
 READ_EVERY = 16  # steps on a device that works on while nobody asks it
@@ -146,6 +147,7 @@ class Run:
         history: one row an epoch (losses, accuracies, images/s).
         best: the best epoch on the validation part, or None without one.
         precision: what was taken.
+        pruned: how narrow the network was made before it learned, or None.
         failure: why it was given up, or None.
     """
 
@@ -160,10 +162,11 @@ class Run:
         ranks: Ranks,
         resume: Path | None,
         tracker: Tracker,
+        pruned: PrunedFacts | None = None,
     ) -> None:
         """``steps`` in all, unless the method's phases have a length of their own. Raises UserError."""
         self.config, self.settings, self.method, self.spec, self._dataset = config, config.train, method, spec, dataset
-        self.network = method.student.student
+        self.network, self.pruned = method.student.student, pruned
         self._task = TASKS[dataset.facts.task]
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None

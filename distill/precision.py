@@ -82,6 +82,8 @@ class Choices:
 
     def _file(self, folder: Path, config: TrainConfig) -> Path:
         network = ModelSettings.of(config, pretrained=False).model_dump(mode="json")
+        if config.prune.keep is not None:
+            network["prune"] = config.prune.model_dump(mode="json")
         identity = canonical([network, config.train.batch_size, *self._where])
         return folder / f"{hashlib.sha256(identity).hexdigest()[:12]}.json"
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from timm.optim import list_optimizers
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.artifact import Draft, Order, drafting, write_json
 from ..core.config import (
@@ -26,12 +26,13 @@ from ..core.config import (
 )
 from ..core.errors import UserError, choice
 from ..core.inputs import InputSpec, size_words
-from ..core.kinds import DRAWN, Cache, Checkpoint, CheckpointFacts, as_name
+from ..core.kinds import DRAWN, Cache, Checkpoint, CheckpointFacts, PrunedFacts, as_name
 from ..core.progress import note
 from ..core.stats import Interval
 from ..data.copies import side_for
 from ..data.dataset import Dataset, load_images
 from ..data.labels import other_order
+from ..data.views import TrainingViews, moving_transform, seeded, training_images, training_transform
 from ..networks import models
 from ..networks.drawn import draw_scales
 from ..networks.onnx import OnnxNetwork
@@ -44,9 +45,8 @@ from .loop import Lockstep, Run, evaluate
 from .methods import METHODS
 from .precision import Choices
 from .ranks import Ranks, join
-from .teacher import Teacher, open_teacher
+from .teacher import Address, Teacher, TeacherOutput, open_teacher
 from .trackers import Nothing, tracker
-from .views import TrainingViews, moving_transform, seeded, training_images, training_transform
 
 
 def train(
@@ -151,10 +151,11 @@ def trained_runs(
         _check_labels(config, source.labeled, len(dataset.samples("unlabeled")))
     asked: Teacher | CachedTeacher | None = None
     networks: dict[Path, tuple[nn.Module, InputSpec]] = {}
+    pruned: dict[Path, PrunedFacts | None] = {}
     for out, config in configs.items():
         with seeded(config.seed):
             networks[out] = models.create(config, len(dataset.classes), dataset.facts.task)
-        begin(networks[out][0], config, networks[out][1], dataset.classes)
+        pruned[out] = begin(networks[out][0], config, networks[out][1], dataset.classes)
     spec = networks[next(iter(configs))][1]
     copies, wanted = dataset.facts.copies, side_for(spec, first.train.augment)
     if copies is not None and copies.shorter_side < wanted:
@@ -191,11 +192,44 @@ def trained_runs(
         resume, shown = (draft.resume, tracker(config, out)) if draft else (None, Nothing())
         of_all = lockstep.steps_of(whole) if config.steps_as_unlabeled else lockstep.steps_per_epoch
         steps = config.train.epochs * of_all
-        runs[out] = Run(config, method, dataset, spec, steps, lockstep.steps_per_epoch, ranks, resume, shown)
+        runs[out] = Run(
+            config, method, dataset, spec, steps, lockstep.steps_per_epoch, ranks, resume, shown, pruned[out]
+        )
         if draft is not None:
             np.save(draft.path / Checkpoint.IMAGES, source.numbers[: source.labeled])
     lockstep.train(list(runs.values()))
     return runs
+
+
+def answers(
+    teacher: Checkpoint,
+    run: TrainConfig | None,
+    student: InputSpec,
+    images: np.ndarray,
+    dataset: Dataset,
+    cache: Cache | None,
+) -> Callable[[Tensor, Address], Tensor]:
+    """What says the teacher's logits [B, K, ...] of a student's views [B, 3, H, W] by their addresses.
+
+    Args:
+        run: the student's training, whose views a ``cache`` must be of.
+        student: what the student takes.
+        images: the numbers of those it is asked about.
+
+    Raises:
+        UserError: a teacher of other classes, a cache of other views.
+    """
+    if cache is not None and run is not None:
+        check_fit(cache, run, student, images, dataset, teacher)
+        asked: CachedTeacher | Teacher = CachedTeacher(cache)
+    else:
+        asked = open_teacher(teacher, dataset, student)
+
+    def say(view: Tensor, address: Address) -> Tensor:
+        said: TeacherOutput = asked(view, address)
+        return said.logits
+
+    return say
 
 
 def _check_labels(config: TrainConfig, labeled: int, unlabeled: int) -> None:
@@ -239,6 +273,7 @@ def _write(draft: Draft[Checkpoint], run: Run, dataset: Dataset, cache: Cache | 
         last_validation=run.last_validation,
         precision=run.precision.as_dict(),
         cache=cache.key if cache and run.config.needs_teacher else None,
+        pruned=run.pruned,
     )
 
 
@@ -327,7 +362,13 @@ def _worth_keeping(task: Task, outputs: np.ndarray, labels: np.ndarray) -> np.nd
 
 
 def _described(
-    folder: Path, config: ModelSettings, network: nn.Module, spec: InputSpec, dataset: Dataset, **training: Any
+    folder: Path,
+    config: ModelSettings,
+    network: nn.Module,
+    spec: InputSpec,
+    dataset: Dataset,
+    pruned: PrunedFacts | None = None,
+    **training: Any,
 ) -> CheckpointFacts:
     """Write weights, labels and the test outputs, for the last time this network is seen as a torch module.
 
@@ -356,7 +397,7 @@ def _described(
     np.savez(folder / Checkpoint.TEST_OUTPUTS, logits=logits, labels=labels)
     return CheckpointFacts(
         task=task.name,
-        model=as_name(models.name_of(config)),
+        model=as_name(models.name_of(config)) if pruned is None else pruned.name,
         model_args=config.model_args,
         classes=len(dataset.classes),
         input=spec,
@@ -367,5 +408,6 @@ def _described(
         test_interval=Interval(**accuracy._asdict()),
         guessing=task.guessing(labels),
         license=models.license_of(config),
+        pruned=pruned,
         **training,
     )

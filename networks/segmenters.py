@@ -272,6 +272,10 @@ def given_encoder(config: ModelSettings) -> Checkpoint | None:
         raise UserError(f"encoder_checkpoint: nothing at {path}: wanted a checkpoint's folder, .safetensors or .pth")
     given = Checkpoint.open(path)
     known = given.settings.get("encoder") or given.settings["model"]
+    if given.facts.pruned is not None:
+        raise UserError(
+            f"encoder_checkpoint: {path} is pruned, and narrower than '{config.encoder}': wanted a network that is not"
+        )
     if known.partition(".")[0] != (config.encoder or "").partition(".")[0]:
         raise UserError(
             f"encoder_checkpoint: {path} is of '{known}', the encoder is '{config.encoder}': wanted the same network"

@@ -316,13 +316,19 @@ def _whole(state: State, wanted: Iterable[str]) -> list[str]:
     return [prefix for prefix, count in _prefixes(state, needed).items() if count == len(needed)]
 
 
-def _head(network: nn.Module, wanted: State) -> list[str]:
-    """Names of the tensors of the classifier: as timm knows it, else the layer that stands last."""
+def head_layers(network: nn.Module) -> list[str]:
+    """Names of the layers that give a network's outputs: as timm knows them, else the one that stands last."""
     known = getattr(network, "pretrained_cfg", None)
     named = known.get("classifier") if isinstance(known, dict) else None
-    layers = (named,) if isinstance(named, str) else tuple(named or ())
-    if not layers and wanted:
-        layers = (list(wanted)[-1].rpartition(".")[0],)
+    layers = [named] if isinstance(named, str) else list(named or ())
+    if not layers and (names := list(network.state_dict())):
+        layers = [names[-1].rpartition(".")[0]]
+    return layers
+
+
+def _head(network: nn.Module, wanted: State) -> list[str]:
+    """Names of the tensors of the classifier."""
+    layers = head_layers(network)
     return [name for name in wanted if name.rpartition(".")[0] in layers]
 
 
