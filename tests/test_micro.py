@@ -49,7 +49,8 @@ def full(small: tuple[Recipe, Path], trained: Trained) -> Full:
     recipe, folder = small
     chain, dataset = Chain(folder), trained.dataset
     float32 = chain.export(ExportConfig.of(recipe.export, target="tflite"), trained.student, dataset)
-    variants = chain.variants(recipe.quantize, float32, dataset, find_device("local").probe())
+    plan = recipe.quantize.model_copy(update={"variants": ("int8", "int8-full")})
+    variants = chain.variants(plan, float32, dataset, find_device("local").probe())
     by_name = {each.facts.variant: each for each in variants}
     model = by_name["int8-full"]
     return Full(float32, by_name["int8"], model, chain.package(recipe.package, model, dataset), chain, trained)
