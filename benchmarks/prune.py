@@ -38,11 +38,12 @@ from kdpipe.terminal import listener, tell_step
 KEEPS = {"pruned-70": 0.7, "pruned-50": 0.5}
 # The whole network, and smaller ones of its family on both sides of what is left of it.
 FAMILIES: dict[str, dict[str, Any]] = {
-    "resnet": {"whole": "resnet20", "smaller": ("resnet14", "resnet8"), "size": 32},
+    "resnet": {"whole": "resnet20", "smaller": ("resnet14", "resnet8"), "size": 32, "round_to": 8},
     "mobilenet": {
         "whole": "mobilenetv4_conv_small",
         "smaller": ("mobilenetv4_conv_small_050", "mobilenetv4_conv_small_035"),
         "size": 64,
+        "round_to": 16,
     },
 }
 
@@ -80,7 +81,7 @@ def recipe_of(
         "student": {
             "model": found["whole"],
             **network,
-            **({"start": str(start), "prune": {"keep": KEEPS[first]}} if start else {}),
+            **({"start": str(start), "prune": {"keep": KEEPS[first], "round_to": found["round_to"]}} if start else {}),
         },
         "distill": {
             "method": "kd",
@@ -123,9 +124,8 @@ def main(
     legs = pipeline.plan(recipe, chain)
     there = {leg.name: leg.path for leg in legs if leg.sealed and leg.path is not None}
     students = {name: Checkpoint.open(path) for name, path in there.items() if name.startswith("student-")}
-    reports = [Report.open(path).numbers for path in out.glob("report-*")]
-    newest_last = sorted(reports, key=lambda numbers: str(numbers["measured_utc"]))
-    rows = [row for numbers in newest_last for device in numbers["devices"] for row in device["bundles"]]
+    reports = [Report.open(leg.path) for leg in legs if leg.name == "report" and leg.sealed and leg.path is not None]
+    rows = [row for report in reports for device in report.numbers["devices"] for row in device["bundles"]]
     print_table(recipe, teacher, students, rows)
 
 
@@ -151,7 +151,8 @@ def print_table(
         first = pairs[0][0]
         kd, labels = ([100 * each.facts.test_accuracy for each in side] for side in zip(*pairs, strict=True))
         gain = mean_interval([taught - alone for taught, alone in zip(kd, labels, strict=True)])
-        mine = {row["variant"]: row for row in rows if row["student"] == first.key}
+        shipped = f"student-{name}-seed{recipe.distill.seeds[0]}"
+        mine = {row["variant"]: row for row in rows if row["student"] == shipped}
         measured = [mine[variant] for variant in ("float32", "int8") if variant in mine]
         cells = [
             first.facts.model + ("" if not name.endswith("-twice") else ", twice as long"),

@@ -360,7 +360,11 @@ class Pruning(Config):
         "taken out of its layers, those with the smallest weights; left out, it stays whole",
     )
     round_to: int = Field(
-        8, ge=1, le=1024, description="multiple that the widths of pruned layers are of, as kernels like them"
+        16,
+        ge=1,
+        le=1024,
+        description="multiple that the widths of pruned layers are of, as kernels like them; 8 suits networks with "
+        "layers of 16 or 32 channels, as those for CIFAR",
     )
 
 
@@ -415,6 +419,8 @@ class StudentSettings(ModelSettings):
             return {**values, "start": path, "prune": prune.model_copy(update={"from": None})}
         if not isinstance(prune, dict) or prune.get("from") is None:
             return values
+        if "keep" not in prune:
+            raise ValueError("prune.from says what is pruned: wanted prune.keep too, the share that is left")
         if values.get("start") not in (None, prune["from"]):
             raise ValueError("start and prune.from both say where the weights are from: wanted one")
         return {**values, "start": prune["from"], "prune": {**prune, "from": None}}

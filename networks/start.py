@@ -25,13 +25,11 @@ def check_start(config: ModelSettings) -> None:
     if not isinstance(config, StudentSettings):
         return
     if config.start is None:
-        if config.prune != type(config.prune)():
+        if config.prune.keep is not None:
             raise UserError("prune: wanted what is pruned as prune.from: a trained network's checkpoint or weights")
         return
     if config.prune.keep is not None:
         require("pruning", ("torch-pruning",), "train")
-    elif config.prune != type(config.prune)():
-        raise UserError("prune: wanted prune.keep, the share of the multiply-accumulates that is left, such as 0.5")
     for name in ("pretrained", "encoder_checkpoint"):
         if getattr(config, name):
             raise UserError(f"{said(config)} and {name} both say where the weights are from: wanted one")

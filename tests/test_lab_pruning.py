@@ -110,7 +110,7 @@ def _configuration(trained: Trained) -> TrainConfig:
         "model": "test_resnet",
         "input": {"size": 32},
         "label_fraction": 0.25,
-        "prune": {"from": trained.teacher.path, "keep": 0.5},
+        "prune": {"from": trained.teacher.path, "keep": 0.5, "round_to": 8},
         "train": {**SMALL_TRAIN, "epochs": 2, "batch_size": 32},
     }
     return validated(TrainConfig, values, "test")
@@ -145,7 +145,16 @@ def test_a_study_of_a_pruned_student(trained: Trained, tmp_path: Path) -> None:
     """Every run of it is as narrow, and the recipe that it advises prunes too."""
     asked = (
         *("study", trained.dataset.path, trained.teacher.path, "--artifacts", tmp_path, "--student", "test_resnet"),
-        *("--student.input.size", 32, "--student.prune.from", trained.teacher.path, "--student.prune.keep", 0.5),
+        *(
+            "--student.input.size",
+            32,
+            "--student.prune.from",
+            trained.teacher.path,
+            "--student.prune.keep",
+            0.5,
+            "--student.prune.round-to",
+            8,
+        ),
         *("--fractions", 0.05, "--methods", "kd", "--temperatures", 4, "--controls", "smoothing", "--seeds", 2),
         *("--views", 60, "--distill.train.batch-size", 16, "--distill.train.workers", 0, "--int8", "none"),
     )
