@@ -256,7 +256,7 @@ class Design:
 
     def _images(self, share: float) -> int:
         """How many a student learns from on that share."""
-        from .distill.views import training_images
+        from .data.views import training_images
 
         return training_images(self.dataset, share, 0, with_unlabeled=False).labeled
 
@@ -777,6 +777,8 @@ def _recipe(design: Design, cells: Sequence[Cell], method: str, sentence: str, f
         for name in ("start", "encoder_checkpoint")
         if (path := getattr(config, name)) is not None
     }
+    if config.prune.keep is not None:
+        student["prune"] = config.prune.model_dump(mode="json", exclude_defaults=True)
     teacher = _network(design.teacher.settings)
     values = {
         "name": "advised",

@@ -250,14 +250,14 @@ def test_what_a_student_is_pruned_from(dataset: Dataset, taught: Checkpoint, tmp
     for change, told in [
         ({"prune": {"keep": 0.5}}, "wanted what is pruned as prune.from"),
         ({"start": taught.path, "prune": {"round_to": 4}}, "wanted prune.keep"),
-        ({"prune": {"from": tmp_path / "nothing", "keep": 0.5}}, "start: nothing at .*nothing"),
+        ({"prune": {"from": tmp_path / "nothing", "keep": 0.5}}, r"prune\.from: nothing at .*nothing"),
         ({"model": "resnet8", "prune": {"from": taught.path, "keep": 0.5}}, "is of 'test_resnet', wanted one of"),
         (
             {"prune": {"from": tmp_path / "three.safetensors", "keep": 0.5}},
             "has no head for the 10 classes of",
         ),
         ({"prune": {"from": taught.path, "keep": 0.011}}, "prune.keep 0.011: 'test_resnet' keeps 0"),
-        ({"pretrained": True, "prune": {"from": taught.path, "keep": 0.5}}, "start and pretrained both say"),
+        ({"pretrained": True, "prune": {"from": taught.path, "keep": 0.5}}, r"prune\.from and pretrained both say"),
     ]:
         with pytest.raises(UserError, match=told):
             train(configuration(**change), dataset, taught, tmp_path / "student")
