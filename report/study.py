@@ -26,7 +26,7 @@ LABELS = "labels"
 JUDGED = ("agreement", "calibration_error")
 # Of runs other than methods and controls a figure each.
 TITLES = {
-    "longer": "Gain over labels alone for as many more views",
+    "longer": "Gain over labels alone that were trained as much longer",
     "teacher": "Gain over labels alone by other teachers",
     "start": "Gain over labels alone from the same weights",
 }
