@@ -55,6 +55,7 @@ from .core.config import (
     McuConfig,
     ModelSettings,
     PackageConfig,
+    QadConfig,
     QuantizeConfig,
     QuantizePlan,
     RandomConfig,
@@ -81,6 +82,7 @@ from .core.kinds import (
     Refusal,
     Report,
     Runnable,
+    Tuned,
     Verdict,
     VerdictFacts,
     as_name,
@@ -105,6 +107,7 @@ from .runtime.task import TASKS
 if TYPE_CHECKING:
     from .deploy.gate import Pair
     from .deploy.sides import Side
+    from .quantize.work import Retrained, Training
     from .report.compression import Sources
     from .report.pooled import Pooled
 
@@ -729,6 +732,9 @@ class Chain:
     ) -> Model:
         """As ``quantize``, with what is told for a device; ``refused``: where it is sealed that the variant is."""
         order = Order("quantize", config, {"model": model, "data": dataset})
+        name = f"{model.facts.target}-{config.variant}"
+        there = self._is_there(name, Model, order, out or self.path(name, order))
+        training = None if there or not is_trained(model, config) else self._trained(config, model, dataset)
 
         def make(path: Path) -> Model:
             from .export import TARGETS
@@ -738,14 +744,103 @@ class Chain:
             check = TARGETS[model.facts.target].check
             graph, teacher = self._graph_of(model), self._teacher_of(model)
             try:
-                return quantize(order, model, dataset, path, check, graph, teacher)
+                return quantize(order, model, dataset, path, check, graph, teacher, training)
             except GateFailed as error:
                 if refused is not None and not refused.exists():
                     refuse(order, model, error, refused)
                     forget(path)  # nobody goes on with it
                 raise
 
-        return self.step(f"{model.facts.target}-{config.variant}", Model, order, make, out)
+        return self.step(name, Model, order, make, out)
+
+    def _trained(self, config: QuantizeConfig, model: Model, dataset: Dataset) -> Training:
+        """What the student of ``model`` becomes by training for 8 bits, and its control.
+
+        Trained once for all targets whose files quantise alike; like a cache, a function of settings, student and data.
+
+        Raises:
+            UserError: no student to train, or no teacher where it is learned from; as training does.
+        """
+        from .quantize import VARIANTS
+        from .quantize.trained import is_symmetric, weight_levels
+        from .quantize.work import Training
+
+        kind = VARIANTS[model.facts.target][config.variant]
+        require(f"{config.variant} for '{model.facts.target}'", kind.needs, model.facts.target)
+        ancestor = next(iter(find_ancestors(model.manifest.provenance(), Checkpoint)), None)
+        if ancestor is None:
+            raise UserError(
+                f"{config.variant} trains the student, and {model.path} came as an ONNX file: wanted a model that was "
+                "exported from a checkpoint"
+            )
+        student = self._at_hand(model, Checkpoint, ancestor.key, "student")
+        if student is None:
+            raise UserError(
+                f"{config.variant} trains the student, and the checkpoint {ancestor.key[:12]} that {model.path} was "
+                "exported from is not beside it: put it there"
+            )
+        exported = ExportConfig.model_validate(model.manifest.config)
+        graph = self._graph_of(model) or self.graph(GraphConfig.of(exported), student, dataset)
+        symmetric, levels = is_symmetric(kind, config), weight_levels(kind, config)
+        usual = {"calibrate": config.calibrate, "symmetric": False, "weight_levels": 127}
+        own = QadConfig.of(config.qad, **usual | {"symmetric": symmetric, "weight_levels": levels}, quantized=True)
+        name = "qad" + "-symmetric" * symmetric + "-7-bit" * (levels < 127)
+
+        def became(name: str, settings: QadConfig) -> Retrained:
+            tuned = self._tuned(name, settings, model, student, graph, dataset)
+            return self._written(name, exported, tuned, dataset)
+
+        return Training(became(name, own), became("qad-control", QadConfig.of(config.qad, **usual, quantized=False)))
+
+    def _tuned(
+        self, name: str, config: QadConfig, model: Model, student: Checkpoint, graph: Graph, dataset: Dataset
+    ) -> Tuned:
+        inputs: dict[str, AnyArtifact] = {"data": dataset, "student": student}
+        teacher = self._teacher_of(model) if config.learn_from == "teacher" else None
+        if teacher is not None:
+            inputs["teacher"] = teacher
+        elif config.learn_from == "teacher":
+            raise UserError(
+                f"quantize.qad.learn_from: the teacher of {model.path} is not beside it: put it there, or student"
+            )
+        order = Order("tune", config, inputs)
+
+        def make(path: Path) -> Tuned:
+            from .distill.train import answers
+            from .quantize.training import learned_images, trained_as, tune
+
+            say = None
+            if teacher is not None:
+                run, images = trained_as(student), learned_images(config, student, dataset).numbers
+                cache = None if run is None else self._cache_of(run, dataset, teacher)
+                say = answers(teacher, run, student.facts.input, images, dataset, cache)
+            return tune(order, student, graph, dataset, path, say)
+
+        return self.step(name, Tuned, order, make)
+
+    def _written(self, name: str, config: ExportConfig, tuned: Tuned, dataset: Dataset) -> Retrained:
+        """What was tuned as its target is made from it: as ONNX, or where that is made from torch itself in float32."""
+        from .export import TARGETS
+        from .quantize.work import Retrained
+
+        if TARGETS[config.target].source is Graph:
+            # Its accuracy by hop is nobody's question.
+            traced = Order("graph", GraphConfig.of(config, hop_images=1), {"student": tuned, "data": dataset})
+
+            def make_graph(path: Path) -> Graph:
+                from .export.graph import trace
+
+                return trace(traced, tuned, dataset, path)
+
+            return Retrained(tuned, self.step(f"graph-{name}", Graph, traced, make_graph))
+        order = Order("export", config, {tuned.kind: tuned, "data": dataset})
+
+        def make_model(path: Path) -> Model:
+            from .export.stage import export
+
+            return export(order, tuned, dataset, path)
+
+        return Retrained(tuned, model=self.step(f"{config.target}-float32-{name}", Model, order, make_model))
 
     def _unless_refused(self, config: QuantizeConfig, model: Model, dataset: Dataset) -> Model | None:
         """A variant, or None and a line where it is refused: now, or before, which is known without trying again."""
@@ -1319,6 +1414,14 @@ def pooled_beside(measurement: Measurement) -> Pooled:
     from .report.pooled import pool
 
     return pool([Measurement.open(path) for path in attempts_beside(measurement)])
+
+
+def is_trained(model: Model, config: QuantizeConfig) -> bool:
+    """Whether such a variant of ``model`` is trained."""
+    from .quantize import VARIANTS
+
+    kind = VARIANTS.get(model.facts.target, {}).get(config.variant)
+    return kind is not None and kind.untrained is not None and model.facts.precision == "float32"
 
 
 def adopt_config(plan: TeacherPlan) -> AdoptConfig:

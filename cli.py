@@ -821,8 +821,9 @@ def quantize(
 ) -> None:
     """Make a smaller variant of a model: INT8 calibrated on training images, bf16, float16.
 
-    --variant auto makes every one that could be the best on this machine: bench them to know which is. With
-    --max-drop it exits 1 if more is surely lost (nothing is sealed), and 75 if the held-out images cannot tell.
+    --variant auto makes every one that could be the best on this machine: bench them to know which is. int8-qad
+    trains the student for 8 bits, without labels, and compares it with INT8 without training. With --max-drop it
+    exits 1 if more is surely lost (nothing is sealed), and 75 if the held-out images cannot tell.
 
     Example: kdpipe quantize MODEL --max-drop 0.5
     """
@@ -1408,8 +1409,8 @@ def explain(
         progress.note(fault)
     told = [each for each in seen if each.map is not None]
     if told:
-        lines = explaining.stand_in_lines(networks, where)
-        explaining.write(out, f"What {', '.join(networks)} see", explaining.strips(seen), lines)
+        lines = explaining.asked_lines(networks, where)
+        explaining.write(out, f"What answers rest on: {', '.join(networks)}", explaining.strips(seen), lines)
     if as_json:
         rows = [explaining.described(each) for each in told]
         unreadable = [{"image": name, "reason": fault} for name, fault in faults.items()]

@@ -27,7 +27,7 @@ from .core.artifact import (
     unsound_is_users,
 )
 from .core.errors import UserError
-from .core.kinds import Cache, Checkpoint, McuCheck, Measurement, Refusal, Release, Report, Study, Verdict
+from .core.kinds import Cache, Checkpoint, McuCheck, Measurement, Refusal, Release, Report, Study, Tuned, Verdict
 from .core.sealed import check_files, printable
 from .data.dataset import Dataset, Fitted
 from .report.words import interval, percent, shares
@@ -97,6 +97,9 @@ def findings(source: Provenance) -> str:
             metric = f"{task.metric} " if task else ""
             found = f"{percent(facts['test_accuracy'])} % {metric}of {facts['test_images']} images"
             return f"{model}, {facts['method']}, {found}, {facts['parameters'] / 1e6:.3g} M parameters"
+        case Tuned.kind:
+            bits = "for 8 bits" if source.config.get("quantized") else "in float32, as a control"
+            return f"{model}, {facts['steps']} steps {bits}"
         case Cache.kind:
             return f"{facts['views']} views of {facts['images']} images"
         case "graph":
@@ -331,8 +334,9 @@ def unneeded(folder: Path, reports: int | None = None, everything: bool = False,
     for manifest in since:
         needed |= _needed_by(manifest)
     # Held-out images as a network sees them belong to their data, what was refused to its model, verdicts and checks to
-    # what they judged: nothing names them as what it came from.
-    belonging = [each for _, each in whole if each.kind in (Fitted.kind, McuCheck.kind, Refusal.kind, Verdict.kind)]
+    # what they judged, what was trained for 8 bits to its student: nothing names them as what it came from.
+    kinds = (Fitted.kind, McuCheck.kind, Refusal.kind, Tuned.kind, Verdict.kind)
+    belonging = [each for _, each in whole if each.kind in kinds]
     needed |= {each.key for each in belonging if all(source.key in needed for source in each.inputs.values())}
     for entry in found:
         if entry.manifest is None:

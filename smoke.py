@@ -44,6 +44,7 @@ def smoke(recipe: Recipe) -> Recipe:
             update={
                 "calibrate": quantize.calibrate.model_copy(update=few),
                 "check_images": min(quantize.check_images, CHECK_IMAGES),
+                "qad": quantize.qad.model_copy(update={"steps": min(quantize.qad.steps, BATCHES)}),
                 "allow_damage": True,
                 "max_drop": None if quantize.max_drop is None else WHOLE_DROP,
                 "guard_steps": 1,

@@ -30,6 +30,7 @@ from kdpipe.core.config import DataPlan, Method, ModelSettings, TeacherPlan, Tra
 from kdpipe.core.kinds import Cache, Checkpoint
 from kdpipe.core.stats import ratio_interval
 from kdpipe.data.dataset import Dataset
+from kdpipe.data.views import TrainingView, TrainingViews, training_images
 from kdpipe.distill.cache import CachedTeacher
 from kdpipe.distill.loop import Batch, Run
 from kdpipe.distill.methods import METHODS
@@ -37,7 +38,6 @@ from kdpipe.distill.ranks import Ranks
 from kdpipe.distill.teacher import open_teacher
 from kdpipe.distill.trackers import Nothing
 from kdpipe.distill.train import cache_config
-from kdpipe.distill.views import TrainingView, TrainingViews, training_images
 from kdpipe.networks import models
 
 FRACTION, VIEWS = 0.1, 2

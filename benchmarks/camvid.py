@@ -37,7 +37,7 @@ from kdpipe.core.errors import UserError
 from kdpipe.core.kinds import Checkpoint
 from kdpipe.core.stats import mean_interval
 from kdpipe.data.dataset import Dataset
-from kdpipe.distill.views import training_images
+from kdpipe.data.views import training_images
 from kdpipe.runtime.task import TASKS
 from kdpipe.terminal import listener, tell_step
 

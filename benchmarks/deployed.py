@@ -22,7 +22,6 @@ import typer
 from kdpipe.core.config import ModelSettings, validated
 from kdpipe.core.proc import quiet
 from kdpipe.export.onnx import simplify, write_onnx
-from kdpipe.export.rewrites import deployed
 from kdpipe.networks import models
 
 FAMILIES = ("mobileone_s0", "repvgg_a0", "repvit_m0_9", "fastvit_t8", "repghostnet_050")
@@ -75,7 +74,7 @@ def main(
         network, spec = models.create(settings, 10)
         with tempfile.TemporaryDirectory() as scratch:
             paths = []
-            for form, each in (("trained", network), ("merged", deployed(network))):
+            for form, each in (("trained", network), ("merged", models.deployed(network))):
                 raw, path = Path(scratch) / f"{form}.raw", Path(scratch) / f"{form}.onnx"
                 with quiet():
                     write_onnx(models.Normalise(each, spec).eval(), spec, raw)

@@ -30,12 +30,12 @@ from kdpipe.chain import Chain
 from kdpipe.core.config import DataPlan, InputSettings, ModelSettings, TrainConfig, validated
 from kdpipe.core.inputs import InputSpec
 from kdpipe.core.stats import ratio_interval
+from kdpipe.data.views import TrainingView
 from kdpipe.distill.loop import Batch, Run
 from kdpipe.distill.methods import METHODS
 from kdpipe.distill.ranks import Ranks
 from kdpipe.distill.teacher import Teacher
 from kdpipe.distill.trackers import Nothing
-from kdpipe.distill.views import TrainingView
 from kdpipe.networks import models
 
 TEMPERATURE, LEARNING_RATE, WEIGHT_DECAY = 4.0, 1e-3, 0.05

@@ -136,7 +136,7 @@ def opened(artifacts: Path) -> Any:
 def stage_epoch(root: Path, artifacts: Path) -> None:
     """From a sealed data set to the first batch of an epoch."""
     from kdpipe.core.config import TrainSettings
-    from kdpipe.distill.views import EpochBatches, TrainingViews, training_images
+    from kdpipe.data.views import EpochBatches, TrainingViews, training_images
     from kdpipe.networks.models import input_spec
 
     source = training_images(opened(artifacts), 1.0, 0, with_unlabeled=False)
@@ -250,7 +250,7 @@ def compare_photographs(folder: Path, count: int, rounds: int) -> None:
     from kdpipe.chain import Chain
     from kdpipe.core.config import ModelSettings, TrainConfig, validated
     from kdpipe.core.stats import ratio_interval
-    from kdpipe.distill.views import TrainingViews, training_images
+    from kdpipe.data.views import TrainingViews, training_images
     from kdpipe.networks import models
     from kdpipe.pipeline import wants
 

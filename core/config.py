@@ -118,12 +118,12 @@ class DataPlan(Config):
     train_split: str = Field("train", description="name of the part to learn from")
     test_split: str | None = Field(
         "auto",
-        description="name of the held-out part; auto takes a folder's test, else its val (of other sources val); none "
-        "(null in YAML) cuts it from the training part",
+        description="name of the held-out part; auto takes a folder's test, else its val (of other sources val); null "
+        "cuts it from the training part",
     )
     val_split: str | None = Field(
         "auto",
-        description="name of the part for selection; auto takes a folder's val where test is held out; none cuts "
+        description="name of the part for selection; auto takes a folder's val where test is held out; null cuts "
         "val_fraction from the training part",
     )
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
@@ -594,7 +594,9 @@ class DistillSettings(Config):
     label_weight: float = Field(1.0, ge=0, description="weight of the loss against the labels")
     label_loss: Literal["ce", "bce"] = Field("ce", description="cross-entropy, or binary cross-entropy per class")
     kd_weight: float | None = Field(None, ge=0, description="weight of the method's loss; left out, the method's own")
-    temperature: float = Field(4.0, gt=0, description="temperature T of softened outputs; the loss is scaled by T^2")
+    temperature: float = Field(
+        4.0, gt=0, le=1e6, description="temperature T of softened outputs; the loss is scaled by T^2"
+    )
     standardize_logits: bool = Field(False, description="kd and dkd: compare standardised logits")
     shuffled_teacher: bool = Field(
         False, description="control: the teacher's non-maximal logits change places, so that only its top-1 is left"
@@ -851,8 +853,51 @@ class CalibrateSettings(Config):
     seed: int = Field(0, description="seed of the choice")
 
 
+TRAINED_VARIANT = "int8-qad"  # the one that is trained
+
+
+class QadSettings(Config):
+    """How a student is trained to compute in 8 bits, by what it says itself in float32: no label is asked for."""
+
+    steps: int = Field(2000, ge=1, description="training steps; ranges are learned in the first two thirds of them")
+    batch_size: int = Field(64, ge=2, description="images a step")
+    learning_rate: float = Field(2e-5, gt=0, description="peak learning rate of the weights, which falls as a cosine")
+    range_learning_rate: float = Field(
+        1e-3, gt=0, description="that of the ranges of activations, as shares of what they begin as"
+    )
+    temperature: float = Field(2.0, gt=0, description="temperature T of softened outputs; the loss is scaled by T^2")
+    learn_from: Literal["student", "teacher"] = Field(
+        "student",
+        description="whose answers are learned: those of the student itself in float32, or its teacher's, looked up "
+        "where the student learned from a cache",
+    )
+    label_weight: float = Field(0.0, ge=0, description="weight of the loss against the labels, of images that have one")
+    unlabeled: bool = Field(True, description="learn from the images of data.unlabeled too, where there are any")
+    average: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="decay of an exponential moving average of the weights, which is then what is kept"
+    )
+    precision: Literal["float32", "bf16"] = Field(
+        "float32", description="of the arithmetic in training; bf16 rounds more coarsely than some 8-bit grids"
+    )
+    seed: int = Field(0, description="seed of the order and the views of images")
+    checkpoint_seconds: float = Field(30.0, ge=0, exclude=True, description="time between two states to resume from")
+    workers: int = Field(2, ge=0, exclude=True, description="data loading processes")
+
+
+class QadConfig(QadSettings):
+    """One such training, complete."""
+
+    calibrate: CalibrateSettings = CalibrateSettings()
+    quantized: bool = Field(description="false: the same steps in float32, the control")
+    symmetric: bool = Field(description="ranges of activations around zero, as TensorRT and INT8 on ARM want them")
+    weight_levels: Literal[64, 127] = Field(description="largest integer of a weight; 64 where sums would saturate")
+
+
 class QuantizeSettings(Config):
     """How a float32 model becomes a smaller one."""
+
+    # What came later: as long as it says no more than its default it is in no key.
+    LATER: ClassVar[tuple[str, ...]] = ("qad",)
 
     calibrate: CalibrateSettings = CalibrateSettings()
     correct_biases: bool = Field(
@@ -879,6 +924,15 @@ class QuantizeSettings(Config):
         "val", description="held-out images of max_drop: the test part makes its own accuracy look better than it is"
     )
     guard_steps: int = Field(10, ge=1, description="mixes that max_drop tries at most")
+    qad: QadSettings = QadSettings()
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_unsaid(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Nor is it in the key of a variant that nobody trains."""
+        values: dict[str, Any] = serialize(self)
+        trained = getattr(self, "variant", TRAINED_VARIANT) == TRAINED_VARIANT
+        said = trained and self.qad.model_dump() != QadSettings().model_dump()
+        return values if said else {name: value for name, value in values.items() if name not in self.LATER}
 
 
 S = TypeVar("S", bound=QuantizeSettings)
@@ -889,7 +943,8 @@ class QuantizeConfig(QuantizeSettings):
 
     variant: str = Field(
         "int8",
-        description="int8, int8-qdq, int8-full, int8-dynamic, float16 or bf16, as the target has them; auto: see below",
+        description="int8, int8-qad, int8-qdq, int8-full, int8-dynamic, float16 or bf16, as the target has them; auto: "
+        "see below",
     )
 
 
@@ -985,12 +1040,13 @@ def _of_unit(units: Mapping[str, float], wanted: str) -> BeforeValidator:
     """Takes a number, or the text of one with its unit."""
 
     def read(value: Any) -> Any:
-        found = re.fullmatch(r"([0-9]*\.?[0-9]+) ?([a-z]+)", value.strip()) if isinstance(value, str) else None
-        if found is None:
+        if not isinstance(value, str):
             return value
-        if found[2] not in units:
-            raise ValueError(f"wanted a number, or one such as {wanted}")
-        return float(found[1]) * units[found[2]]
+        found = re.fullmatch(r"([0-9]*\.?[0-9]+) ?([a-z]+)", value.strip())
+        try:
+            return float(value) if found is None else float(found[1]) * units[found[2]]
+        except (KeyError, ValueError):
+            raise ValueError(f"wanted a number, or one such as {wanted}") from None
 
     return BeforeValidator(read)
 
@@ -1370,7 +1426,7 @@ class StudyPlan(Config):
         max_length=30,
         description="what is compared with labels alone: methods of distill; deep is deep_supervision",
     )
-    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+    temperatures: tuple[Annotated[float, Field(gt=0, le=1e6)], ...] = Field(
         (1.0, 4.0, 20.0), min_length=1, max_length=20, description="of method kd, each a method of its own, kd-T4"
     )
     further: dict[str, dict[str, Any]] = Field(
@@ -1439,7 +1495,7 @@ class StudyPlan(Config):
 class StudyConfig(Config):
     """A study, complete: its plan, what the runs cost, and by their keys the runs."""
 
-    version: Literal[1] = Field(1, description="of the numbers and the page: those of another one are made anew")
+    version: Literal[2] = Field(2, description="of the numbers and the page: those of another one are made anew")
     plan: StudyPlan
     views: int
     claims: tuple[str, ...]

@@ -27,6 +27,7 @@ from .config import (
     McuConfig,
     Output,
     PickConfig,
+    QadConfig,
     ReleaseConfig,
     RestartConfig,
     StudyConfig,
@@ -200,6 +201,63 @@ class Checkpoint(Labelled[CheckpointFacts]):
         return self.lines(self.HISTORY, Epoch) if self.HISTORY in self.manifest.files else []
 
 
+# ---- tuned -----------------------------------------------------------------------------------------------
+
+
+class TunedRange(Record):
+    """The 8-bit grid of what a call of the network's forward gives: unsigned, its integer ``zero_point`` is zero."""
+
+    place: int = Field(ge=0)  # the number of the call, of those that give a tensor
+    scale: float = Field(gt=0)
+    zero_point: int = Field(ge=0, le=255)
+
+
+class TunedFacts(Record):
+    """How a student was trained for 8 bits."""
+
+    task: str
+    model: str
+    input: InputSpec
+    steps: int = Field(ge=1)
+    training_images: int = Field(ge=0)
+    unlabeled_images: int = Field(0, ge=0)
+    weights: int = Field(ge=0)  # tensors of weights on a grid
+    places: int = Field(ge=0)  # tensors between layers on a grid
+    unplaced: int = Field(ge=0)  # that the file has on a grid and training has not found in the network
+    first_loss: float  # the means of the first and the last tenth of the steps
+    last_loss: float
+
+
+class Tuned(Labelled[TunedFacts]):
+    """A student's weights trained for 8 bits, BatchNorms folded, on their grids, and the ranges between its layers.
+
+    All targets whose files quantise alike are written from it. Or its control, trained as long in float32.
+    """
+
+    kind = "tuned"
+    Facts = TunedFacts
+    Configs: ClassVar = {"tune": QadConfig}
+    roles = frozenset({"data", "student"})
+    WEIGHTS = Checkpoint.WEIGHTS  # of the student as it is deployed, branches merged
+    RANGES = "ranges.json"
+    HISTORY = Checkpoint.HISTORY  # the loss of every step
+
+    @property
+    def ranges(self) -> list[TunedRange]:
+        """Of every place that was trained. Raises UserError."""
+        return self.rows(self.RANGES, TunedRange)
+
+    @property
+    def student(self) -> Provenance:
+        """The checkpoint that it began as."""
+        return self.manifest.inputs["student"]
+
+    @property
+    def of_student(self) -> CheckpointFacts:
+        """What is known of that, and so of this network."""
+        return Checkpoint.facts_of(self.student)
+
+
 # ---- cache -----------------------------------------------------------------------------------------------
 
 
@@ -351,6 +409,25 @@ class GuardFacts(Record):
     confirmed: NoWorse
 
 
+class Control(Record):
+    """What one way to 8 bits changed of the float32 model, on the images that all ways are compared on."""
+
+    against_float32: Damage | None = None
+    accuracy: Interval | None = None  # its own less the float32 model's on held-out images, where there are any
+
+
+class TrainedFacts(Record):
+    """A variant that was trained, beside its two controls, written by the same tool."""
+
+    tuned: str  # key of what was trained
+    placed: int = Field(ge=0)  # tensors of the file whose ranges were trained
+    from_images: int = Field(ge=0)  # those whose ranges come from images, as without training
+    own: Control
+    untrained: Control  # the float32 model, with ranges from images
+    float32_steps: Control  # as many steps in float32, then ranges from images
+    over_untrained: Interval | None = None  # its accuracy less that of the untrained, on held-out images
+
+
 class LayerNoise(Record):
     """A layer's signal-to-noise ratio, in decibels; None where the tensor is exact or does not exist when small."""
 
@@ -380,6 +457,7 @@ class ModelFacts(Record):
     calibration_images: int = 0
     against_float32: Damage | None = None
     guard: GuardFacts | None = None
+    trained: TrainedFacts | None = None
 
     def for_runtime(self) -> dict[str, Any]:
         """The same as plain values, as ``runtime`` takes it on every machine."""

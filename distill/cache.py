@@ -39,13 +39,13 @@ from ..core.proc import children_signal_kept
 from ..core.progress import note, progress
 from ..core.remote import RemoteFolder, is_url
 from ..data.dataset import Dataset
+from ..data.views import TrainingViews, seeded, training_images
 from ..networks.models import create, input_spec
 from ..runtime.task import TASKS
 from .features import by_place, in_places, output_grid, resized
 from .precision import Precision
 from .ranks import Ranks, join
 from .teacher import Address, Teacher, TeacherOutput, open_teacher
-from .views import TrainingViews, seeded, training_images
 
 BATCH = 64
 PLACES_BATCH = 16  # images, of a teacher that says something of every place

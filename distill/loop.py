@@ -33,6 +33,7 @@ from ..core.kinds import PrunedFacts
 from ..core.proc import children_signal_kept, first_line
 from ..core.progress import note, progress
 from ..data.dataset import Dataset, Part
+from ..data.views import EpochBatches, EvaluationViews, TrainingView, TrainingViews, seeded
 from ..networks.models import Normalise
 from ..runtime.task import TASKS, Task
 from .cache import CachedTeacher
@@ -42,7 +43,6 @@ from .precision import Choices, Precision, fastest
 from .ranks import Ranks
 from .teacher import Address, Teacher, TeacherOutput
 from .trackers import Tracker
-from .views import EpochBatches, EvaluationViews, TrainingView, TrainingViews, seeded
 
 STATE = "state.pt"
 READ_EVERY = 16  # steps on a device that works on while nobody asks it

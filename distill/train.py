@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from timm.optim import list_optimizers
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.artifact import Draft, Order, drafting, write_json
 from ..core.config import (
@@ -32,6 +32,7 @@ from ..core.stats import Interval
 from ..data.copies import side_for
 from ..data.dataset import Dataset, load_images
 from ..data.labels import other_order
+from ..data.views import TrainingViews, moving_transform, seeded, training_images, training_transform
 from ..networks import models
 from ..networks.drawn import draw_scales
 from ..networks.onnx import OnnxNetwork
@@ -44,9 +45,8 @@ from .loop import Lockstep, Run, evaluate
 from .methods import METHODS
 from .precision import Choices
 from .ranks import Ranks, join
-from .teacher import Teacher, open_teacher
+from .teacher import Address, Teacher, TeacherOutput, open_teacher
 from .trackers import Nothing, tracker
-from .views import TrainingViews, moving_transform, seeded, training_images, training_transform
 
 
 def train(
@@ -199,6 +199,37 @@ def trained_runs(
             np.save(draft.path / Checkpoint.IMAGES, source.numbers[: source.labeled])
     lockstep.train(list(runs.values()))
     return runs
+
+
+def answers(
+    teacher: Checkpoint,
+    run: TrainConfig | None,
+    student: InputSpec,
+    images: np.ndarray,
+    dataset: Dataset,
+    cache: Cache | None,
+) -> Callable[[Tensor, Address], Tensor]:
+    """What says the teacher's logits [B, K, ...] of a student's views [B, 3, H, W] by their addresses.
+
+    Args:
+        run: the student's training, whose views a ``cache`` must be of.
+        student: what the student takes.
+        images: the numbers of those it is asked about.
+
+    Raises:
+        UserError: a teacher of other classes, a cache of other views.
+    """
+    if cache is not None and run is not None:
+        check_fit(cache, run, student, images, dataset, teacher)
+        asked: CachedTeacher | Teacher = CachedTeacher(cache)
+    else:
+        asked = open_teacher(teacher, dataset, student)
+
+    def say(view: Tensor, address: Address) -> Tensor:
+        said: TeacherOutput = asked(view, address)
+        return said.logits
+
+    return say
 
 
 def _check_labels(config: TrainConfig, labeled: int, unlabeled: int) -> None:

@@ -17,7 +17,7 @@ from ..core.artifact import EVIDENCE, Order, drafting
 from ..core.config import GraphConfig, Output
 from ..core.errors import UserError
 from ..core.inputs import InputSpec
-from ..core.kinds import Checkpoint, Graph, GraphFacts, HopParity
+from ..core.kinds import Checkpoint, Graph, GraphFacts, HopParity, Tuned
 from ..core.proc import first_line, quiet, require
 from ..core.progress import progress
 from ..data.dataset import Dataset, Sample, load_images, predict_samples
@@ -43,7 +43,7 @@ class Wanted:
     error_of_torch: Callable[[], float | None]  # as ``check`` has it
 
 
-def trace(order: Order[GraphConfig], student: Checkpoint, dataset: Dataset, out: Path) -> Graph:
+def trace(order: Order[GraphConfig], student: Checkpoint | Tuned, dataset: Dataset, out: Path) -> Graph:
     """Write the student as ONNX with its normalisation folded in, compare, simplify, compare again.
 
     Raises:
@@ -59,7 +59,7 @@ def trace(order: Order[GraphConfig], student: Checkpoint, dataset: Dataset, out:
             import torch
 
             from ..networks import models
-            from .rewrites import FOR_ONNX, AsTorchComputes, deployed
+            from .rewrites import FOR_ONNX, AsTorchComputes
 
             network, spec = models.restore(student)
             whole = models.Normalise(network, spec, config.output).eval()
@@ -73,7 +73,7 @@ def trace(order: Order[GraphConfig], student: Checkpoint, dataset: Dataset, out:
             seconds, begun = {}, time.monotonic()
             with quiet(), torch.no_grad(), AsTorchComputes(FOR_ONNX):
                 try:
-                    write_onnx(models.Normalise(deployed(network), spec, config.output).eval(), spec, raw)
+                    write_onnx(models.Normalise(models.deployed(network), spec, config.output).eval(), spec, raw)
                 except Exception as error:  # the exporter raises its own
                     reason = first_line(error)
                     raise UserError(f"{student.facts.model} cannot be exported to ONNX: {reason}") from error
@@ -136,7 +136,7 @@ def _said(session: Session, samples: Sequence[Sample], wanted: Wanted) -> np.nda
     return np.concatenate([task.kept(part, wanted.spec.sides) for part in parts])
 
 
-def check_output(output: Output, source: Checkpoint | Graph) -> None:
+def check_output(output: Output, source: Checkpoint | Graph | Tuned) -> None:
     """Refuse what a network cannot give. Raises UserError."""
     outputs = TASKS[source.facts.task].outputs
     if output not in outputs:

@@ -1,4 +1,4 @@
-"""Networks of timm computed another way: as they are deployed, and as a converter can take them.
+"""Networks of timm computed another way, as a converter can take them.
 
 Parity is always with the original, as it was trained.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
 from functools import cache
 from types import MethodType
 from typing import Any
@@ -16,20 +15,9 @@ import numpy as np
 import torch
 from timm.models.csatv2 import SpatialTransformerBlock
 from timm.models.mobilevit import LinearSelfAttention
-from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, conv1d, interpolate, linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
-
-
-def deployed(network: nn.Module) -> nn.Module:
-    """A copy of ``network`` with branches and BatchNorms merged into convolutions where timm knows how.
-
-    MobileOne, RepVGG, RepViT, FastViT and the like are trained with several branches that one convolution can hold.
-    They are merged in double precision: products of float32 weights lose what the network's own arithmetic kept.
-    """
-    merged: nn.Module = reparameterize_model(deepcopy(network).double(), inplace=True)
-    return merged.float()
 
 
 def for_tflite(network: nn.Module) -> nn.Module:

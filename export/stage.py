@@ -8,7 +8,7 @@ from pathlib import Path
 from ..core.artifact import EVIDENCE, Order, drafting
 from ..core.config import ExportConfig
 from ..core.errors import KdpipeError, UserError, choice
-from ..core.kinds import Checkpoint, Graph, Model, ModelFacts
+from ..core.kinds import Checkpoint, Graph, Model, ModelFacts, Tuned
 from ..core.proc import first_line, quiet, require
 from ..core.progress import progress
 from ..data.dataset import Dataset, load_images
@@ -19,7 +19,7 @@ from .graph import check_output
 from .parity import check, compare, keep_worst
 
 
-def export(order: Order[ExportConfig], source: Checkpoint | Graph, dataset: Dataset, out: Path) -> Model:
+def export(order: Order[ExportConfig], source: Checkpoint | Graph | Tuned, dataset: Dataset, out: Path) -> Model:
     """Write the student for ``config.target`` in float32, normalisation folded in, and check parity with torch.
 
     Args:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..core.artifact import AnyArtifact
-from ..core.kinds import Checkpoint
+from ..core.kinds import Checkpoint, Tuned
 from .parity import float32_error, torch_outputs
 from .written import Written
 
@@ -30,13 +30,15 @@ class TfliteTarget:
     stand_in: str | None = None
     not_built_here: bool = False
 
-    def write(self, source: Checkpoint, spec: InputSpec, images: np.ndarray, output: Output, folder: Path) -> Written:
+    def write(
+        self, source: Checkpoint | Tuned, spec: InputSpec, images: np.ndarray, output: Output, folder: Path
+    ) -> Written:
         import litert_torch
         import torch
         from ai_edge_litert.interpreter import Interpreter
 
         from ..networks import models
-        from .rewrites import FOR_TFLITE, AsTorchComputes, deployed, for_tflite
+        from .rewrites import FOR_TFLITE, AsTorchComputes, for_tflite
 
         network, torch_spec = models.restore(source)
 
@@ -52,7 +54,7 @@ class TfliteTarget:
         original = models.Normalise(network, torch_spec, output).eval()
         expected = torch_outputs(original, images, str(source.path))
         with torch.no_grad():
-            whole = ChannelsLast(for_tflite(deployed(network))).eval()
+            whole = ChannelsLast(for_tflite(models.deployed(network))).eval()
             example = torch.zeros(1, *spec.shape)
             with AsTorchComputes(FOR_TFLITE):
                 # Folded, or a resized position embedding would be resized anew for every image.

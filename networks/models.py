@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from torch import nn
 from torch.nn import functional
 
 from ..core import code
+from ..core.artifact import settings_of
 from ..core.config import ONNX_MODEL, AdoptConfig, InputSettings, ModelSettings, Output
 from ..core.errors import UserError, did_you_mean
 from ..core.inputs import InputSpec, sides, size_words
-from ..core.kinds import Checkpoint
+from ..core.kinds import Checkpoint, Tuned
 from ..core.proc import first_line
 from ..runtime.task import TASKS
 from . import (
@@ -190,26 +192,40 @@ def save_weights(network: nn.Module, path: Path) -> None:
     save_file({name: tensor.detach().clone().contiguous() for name, tensor in network.state_dict().items()}, path)
 
 
-def restore(checkpoint: Checkpoint) -> tuple[nn.Module, InputSpec]:
-    """The network of a sealed checkpoint, in eval mode, with its InputSpec.
+def restore(checkpoint: Checkpoint | Tuned) -> tuple[nn.Module, InputSpec]:
+    """The network of a sealed checkpoint, in eval mode, with its InputSpec; of what was tuned as it is deployed.
 
     Raises:
         UserError: it does not fit; it is of code of its maker's own that is not allowed, or was changed since.
     """
-    facts, settings = checkpoint.facts, checkpoint.settings
+    if isinstance(checkpoint, Tuned):
+        facts, settings = checkpoint.of_student, settings_of(checkpoint.student)
+    else:
+        facts, settings = checkpoint.facts, checkpoint.settings
     config = AdoptConfig(model=settings["model"], encoder=settings.get("encoder"), model_args=facts.model_args)
     input_spec(config)  # a name that is known
     if config.model == ONNX_MODEL:
-        config = config.model_copy(update={"checkpoint": checkpoint.file(checkpoint.ONNX)})
+        config = config.model_copy(update={"checkpoint": checkpoint.file(Checkpoint.ONNX)})
         return make(config, facts.input, facts.classes).eval(), facts.input
     if code.is_code(config.model):
         code.check_allowed(config.model, str(checkpoint.path))
         code.check_same(config.model, settings.get("code_sha256"), str(checkpoint.path))
     network = make(config, facts.input, facts.classes, facts.task if facts.task in TASKS else None)
+    network = deployed(network) if isinstance(checkpoint, Tuned) else network
     if facts.pruned is not None:
         narrow_as(network, checkpoint.file(checkpoint.WEIGHTS), facts.input, facts.classes)
     load_weights(network, checkpoint.file(checkpoint.WEIGHTS))
     return network.eval(), facts.input
+
+
+def deployed(network: nn.Module) -> nn.Module:
+    """A copy of ``network`` with branches and BatchNorms merged into convolutions where timm knows how.
+
+    MobileOne, RepVGG, RepViT, FastViT and the like are trained with several branches that one convolution can hold.
+    They are merged in double precision: products of float32 weights lose what the network's own arithmetic kept.
+    """
+    merged: nn.Module = reparameterize_model(deepcopy(network).double(), inplace=True)
+    return merged.float()
 
 
 def multiply_accumulates(network: nn.Module, spec: InputSpec) -> int | None:

@@ -118,8 +118,10 @@ def decibels(float32: Activations, quantized: Activations, images: Sequence[np.n
     Those are the last numbers of a graph, whether it gives them or decides by them.
     """
     name = float32.layers[-1].output
+    # What was written anew may call it otherwise.
+    its = name if name in quantized(images[0]) else quantized.layers[-1].output
     expected = np.concatenate([float32(image)[name] for image in images])
-    noise = np.concatenate([quantized(image)[name] for image in images]) - expected
+    noise = np.concatenate([quantized(image)[its] for image in images]) - expected
     # Of N values a variance is N / (N - 1) times what their own mean leaves.
     centred = (noise - noise.mean(0)) * np.sqrt(len(noise) / (len(noise) - 1))
     return signal_to_noise_db(expected, noise), signal_to_noise_db(expected, centred)

@@ -38,7 +38,15 @@ class CalibrationInputs(Sequence[np.ndarray]):
     def __getitem__(self, at: int | slice) -> np.ndarray | Sequence[np.ndarray]:
         if isinstance(at, slice):
             return CalibrationInputs(self._samples[at], self._spec, self._what)
-        return to_input(load_images([self._samples[at]], self._spec), self._spec)
+        return self.as_input(self.image(at))
+
+    def image(self, at: int) -> np.ndarray:
+        """One of them as it is shown, uint8 [H, W, 3]."""
+        return np.asarray(load_images([self._samples[at]], self._spec)[0])
+
+    def as_input(self, image: np.ndarray) -> np.ndarray:
+        """An image uint8 [H, W, 3] as the graph takes it."""
+        return to_input(image[None], self._spec)
 
     def __len__(self) -> int:
         return len(self._samples)

@@ -57,16 +57,7 @@ def guarded(
     few = load_images(searching[: task.together], spec)
 
     def scores(folder: Path, as_run: ModelFacts, samples: Sequence[Sample]) -> np.ndarray:
-        found = []
-        with quiet():
-            session = open_checked(folder, as_run)
-            for at in range(0, len(samples), task.together):
-                some = samples[at : at + task.together]
-                outputs = predict_samples(session, some, spec)
-                if not np.isfinite(outputs).all():
-                    raise GateFailed("the variant's outputs are not finite: it is not sealed")
-                found.append(task.scores(outputs, load_labels(some, spec)))
-        return np.concatenate(found)
+        return scored(folder, as_run, samples, task)
 
     before = scores(model.path, facts, searching)
 
@@ -98,7 +89,7 @@ def guarded(
 
     def ranked() -> list[str]:
         quantized = variant.activations(resume / mix_name(0) / facts.entry)
-        float32 = variant.activations(model.entry)
+        float32 = variant.activations(variant.traced)
         if float32 is None or quantized is None:  # no single layer of this variant can stay float
             return []
         traced = CalibrationInputs(searching[:TRACED_IMAGES], spec, "tracing layers")
@@ -141,6 +132,24 @@ def guarded(
         confirmed=confirmed,
     )
     return _taken(folder), found
+
+
+def scored(folder: Path, facts: ModelFacts, samples: Sequence[Sample], task: Task) -> np.ndarray:
+    """Scores of ``samples`` by the model in ``folder``, a part of them in memory at a time.
+
+    Raises:
+        GateFailed: outputs that are not finite.
+    """
+    found, spec = [], facts.input.model_dump()
+    with quiet():
+        session = open_checked(folder, facts)
+        for at in range(0, len(samples), task.together):
+            some = samples[at : at + task.together]
+            outputs = predict_samples(session, some, spec)
+            if not np.isfinite(outputs).all():
+                raise GateFailed("the variant's outputs are not finite: it is not sealed")
+            found.append(task.scores(outputs, load_labels(some, spec)))
+    return np.concatenate(found)
 
 
 def parted(held_out: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:

@@ -25,6 +25,7 @@ NORMALIZING = ("InstanceNormalization", "LayerNormalization")  # their third inp
 # one range, and a ViT lost 13 dB to it. Matrix products take 8 bits and give float; that is faster as well. A class
 # token that joins the others late is small beside them: in a range for all it was zero, and XCiT lost 29 dB.
 RESIDUAL = ("Add", "Mul", "Concat", "LayerNormalization", "Softmax")
+QUANTIZED_INPUT = "_QuantizeLinear_Input"  # behind the name of a graph's output, where that is quantised
 INPUT_RANGE = (0.0, 255.0)  # known: observing it would let 255 clip on a brighter image
 
 
@@ -138,6 +139,11 @@ def write_qdq(
         )
 
 
+def left_in_float(nodes_by_kind: Mapping[str, int]) -> tuple[str, ...]:
+    """Kinds of nodes that are never quantised in a graph of these."""
+    return RESIDUAL if nodes_by_kind.get("LayerNormalization", 0) else ()
+
+
 def _move_biases(path: Path, shifts: Mapping[str, np.ndarray]) -> None:
     """Add the shifts, and give a bias that several nodes share to each as its own.
 
@@ -218,10 +224,9 @@ class Qdq(Variant):
 
     def _write_onnx(self, out: Path, keep_float: Collection[str], shifts: Shifts) -> None:
         extra = {"ActivationSymmetric": self._activations == "int8", **self._extra}
-        left_float: tuple[str, ...] = ()
-        if self._work.model.facts.nodes_by_kind.get("LayerNormalization", 0):
+        left_float = left_in_float(self._work.model.facts.nodes_by_kind)
+        if left_float:
             extra |= {"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]}
-            left_float = RESIDUAL
         write_qdq(
             self.source, self.ranges, shifts, out, self._activations, keep_float, self._reduce_range, extra, left_float
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -10,22 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.artifact import EVIDENCE, Order, drafting, write_json
+from ..core.artifact import EVIDENCE, Order, drafting, find_ancestors, write_json
 from ..core.config import QuantizeConfig
 from ..core.errors import GateFailed, UserError, choice
-from ..core.kinds import Checkpoint, Damage, Graph, Model, ModelFacts, Refusal, RefusalFacts
+from ..core.kinds import Checkpoint, Control, Damage, Graph, Model, ModelFacts, Refusal, RefusalFacts, TrainedFacts
 from ..core.proc import quiet, require
+from ..core.progress import note, progress
 from ..core.sealed import printable
+from ..core.stats import Interval, lost_or_won
 from ..data.dataset import Dataset, Sample, load_images, predict_samples
 from ..runtime import Session, predict
 from ..runtime.task import TASKS, Task
 from . import VARIANTS
 from .bias import decibels
 from .calibrate import CalibrationInputs, choose
-from .guard import guarded
+from .guard import guarded, scored
 from .layers import noise_by_layer, signal_to_noise_db
+from .trained import Trained
 from .variant import Variant
-from .work import TRACED_IMAGES, Work, open_checked
+from .work import TRACED_IMAGES, Training, Work, open_checked
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,6 +48,7 @@ def quantize(
     check: Callable[[Path], None],
     graph: Graph | None = None,
     teacher: Checkpoint | None = None,
+    training: Training | None = None,
 ) -> Model:
     """Make the variant of a float32 model; ranges come from training images, never from random data.
 
@@ -56,12 +61,13 @@ def quantize(
         check: refuses a file that cannot be run where it is going.
         graph: the ONNX that ``model`` was made from, if it was made from one.
         teacher: for ``calibrate.select: teacher``.
+        training: of a variant that is trained, what the student became, and its control.
 
     Raises:
         UserError: not a float32 model, an unknown variant, images of other classes, too few images, a missing
             package, an operator the quantiser lacks.
         GateFailed: the variant's outputs are not finite, do not depend on the image, or agree with float32's on too
-            few images; or no mix keeps the drop.
+            few images; or no mix keeps the drop; or a trained one is worse than the same without training.
     """
     config, target = order.config, model.facts.target
     if model.facts.precision != "float32":
@@ -70,13 +76,16 @@ def quantize(
         raise choice(f"variant of {target}", config.variant, VARIANTS[target])
     kind = VARIANTS[target][config.variant]
     require(f"{config.variant} for '{target}'", kind.needs, target)
+    if kind.untrained is not None:
+        check_training(config.variant, model, training)
     dataset.check_classes_of(model, "the model")
     spec = model.facts.input.model_dump()
     held_out = _held_out(config, dataset)
     with drafting(Model, order, out, resumable=config.max_drop is not None) as draft:
         calibration = _calibration(config, model, dataset, teacher) if kind.calibrated else []
         inputs = CalibrationInputs(calibration, spec, f"calibrating {target}")
-        variant = kind(Work(model, graph, inputs, config, check))
+        work = Work(model, graph, inputs, config, check)
+        variant = kind(work if training is None else work.of(training.own))
         (draft.path / EVIDENCE).mkdir()
         guard = None
         if config.max_drop is None:
@@ -98,8 +107,13 @@ def quantize(
             files = [sample.path.name for sample in calibration]
             write_json(draft.path / Model.CALIBRATION, {"part": "train", "files": files})
         shutil.copyfile(model.file(model.LABELS), draft.path / Model.LABELS)
-        damage = _compare(config, variant, model, dataset, draft.path, facts, {sample.path for sample in calibration})
-        draft.facts = facts.model_copy(update={"against_float32": damage})
+        checked = _checked(config, dataset, {sample.path for sample in calibration})
+        damage = _compare(config, variant, model, checked, draft.path, facts)
+        facts = facts.model_copy(update={"against_float32": damage})
+        if training is not None and isinstance(variant, Trained):
+            controlled = against_controls(variant, work, training, draft.path, facts, dataset, checked)
+            facts = facts.model_copy(update={"trained": controlled})
+        draft.facts = facts
     return draft.artifact
 
 
@@ -161,33 +175,42 @@ def _calibration(
     return choose(config.calibrate, dataset, by_model, None if teacher is None else by_teacher)
 
 
+def check_training(variant: str, model: Model, training: Training | None) -> None:
+    """Refuse what was trained of another student, or nothing. Raises UserError."""
+    student = next(iter(find_ancestors(model.manifest.provenance(), Checkpoint)), None)
+    if training is None or student is None:
+        raise UserError(f"{variant} trains the student of {model.path}: wanted what it became, found nothing")
+    for retrained in (training.own, training.float32_steps):
+        if retrained.tuned.student.key != student.key:
+            raise UserError(
+                f"{retrained.tuned.path} was trained of another student ({retrained.tuned.student.key[:12]}) than "
+                f"{model.path} is of ({student.key[:12]}): train that one"
+            )
+
+
+def _checked(config: QuantizeConfig, dataset: Dataset, seen: set[Path]) -> list[Sample]:
+    """Training images that set no range."""
+    samples = dataset.balanced("train", config.check_images + len(seen), config.calibrate.seed)
+    return [sample for sample in samples if sample.path not in seen][: config.check_images]
+
+
 def _compare(
     config: QuantizeConfig,
     variant: Variant,
     model: Model,
-    dataset: Dataset,
+    checked: Sequence[Sample],
     folder: Path,
     facts: ModelFacts,
-    seen: set[Path],
 ) -> Damage | None:
-    """What changed, on training images that set no range: of the outputs, and layer by layer (written down)."""
+    """What changed, on ``checked`` images: of the outputs, and layer by layer (written down)."""
     spec = model.facts.input.model_dump()
-    samples = dataset.balanced("train", config.check_images + len(seen), config.calibrate.seed)
-    checked = [sample for sample in samples if sample.path not in seen][: config.check_images]
     if not checked:
         return None
-    images = load_images(checked, spec)
+    found = damaged_by(variant, model, folder, facts, checked)
     with quiet():
-        whole = open_checked(model.path, model.facts)
-        images = images[: most_images(predict(whole, images[:1]), len(images))]
-        before, after = predict(whole, images), predict(open_checked(folder, facts), images)
-        float32 = variant.activations(model.entry)
+        float32 = variant.activations(variant.traced)
         quantized = variant.activations(folder / facts.entry)
-    found = damage(TASKS[facts.task], before, after)
     traced = CalibrationInputs(checked[:TRACED_IMAGES], spec, "comparing layers")
-    if found.signal_to_noise_db is None and float32 is not None and quantized is not None:
-        with quiet():
-            found = found.model_copy(update={"signal_to_noise_db": decibels(float32, quantized, traced)[0]})
     damaged = found.agreement < LEAST_AGREEMENT and found.images >= JUDGING_IMAGES
     if damaged and not config.allow_damage:
         raise GateFailed(
@@ -200,6 +223,92 @@ def _compare(
             layers = noise_by_layer(float32, quantized, traced)
             write_json(folder / Model.NOISE_BY_LAYER, [layer.model_dump() for layer in layers])
     return found
+
+
+def damaged_by(variant: Variant, model: Model, folder: Path, facts: ModelFacts, checked: Sequence[Sample]) -> Damage:
+    """What the file in ``folder`` changed of the outputs of the float32 ``model``. Raises GateFailed as ``damage``."""
+    spec = model.facts.input.model_dump()
+    images = load_images(checked, spec)
+    with quiet():
+        whole = open_checked(model.path, model.facts)
+        images = images[: most_images(predict(whole, images[:1]), len(images))]
+        before, after = predict(whole, images), predict(open_checked(folder, facts), images)
+        found = damage(TASKS[facts.task], before, after)
+        if found.signal_to_noise_db is None:
+            float32, small = variant.activations(model.entry), variant.activations(folder / facts.entry)
+            if float32 is not None and small is not None:
+                traced = CalibrationInputs(checked[:TRACED_IMAGES], spec, "comparing outputs")
+                found = found.model_copy(update={"signal_to_noise_db": decibels(float32, small, traced)[0]})
+    return found
+
+
+def against_controls(
+    variant: Trained,
+    work: Work,
+    training: Training,
+    folder: Path,
+    facts: ModelFacts,
+    dataset: Dataset,
+    checked: Sequence[Sample],
+) -> TrainedFacts:
+    """The trained variant in ``folder`` beside the same file without training, and after as many steps in float32.
+
+    Raises:
+        GateFailed: it is shown to be less right on held-out images than without training.
+    """
+    assert variant.untrained is not None
+    model, task, held_out = work.model, TASKS[facts.task], dataset.samples(work.config.guard_part)
+    scores: dict[str, np.ndarray] = {}
+    if held_out:
+        scores["float32"] = scored(model.path, model.facts, held_out, task)
+
+    def control(name: str, made_by: Variant, folder: Path) -> Control:
+        found = damaged_by(made_by, model, folder, facts, checked) if checked else None
+        if not held_out:
+            return Control(against_float32=found)
+        scores[name] = scored(folder, facts, held_out, task)
+        return Control(against_float32=found, accuracy=_apart(task, scores["float32"], scores[name]))
+
+    def written(name: str, work: Work) -> Control:
+        assert variant.untrained is not None
+        kind = variant.untrained(work)
+        with tempfile.TemporaryDirectory() as scratch:
+            kind.write((), Path(scratch))
+            return control(name, kind, Path(scratch))
+
+    with progress("comparing with the controls", 3) as advance:
+        own = control("own", variant, folder)
+        advance(1, "without training")
+        untrained = written("untrained", work)
+        advance(1, "as long in float32")
+        float32_steps = written("float32_steps", work.of(training.float32_steps))
+        advance(1, "")
+    gained = _apart(task, scores["untrained"], scores["own"]) if held_out else None
+    if gained is not None:
+        of = f"{work.config.variant} of {facts.model} for {facts.target}"
+        told = f"{lost_or_won(-100 * gained.value)} of accuracy to the same without training"
+        if gained.high is not None and gained.high < 0 and not work.config.allow_damage:
+            raise GateFailed(
+                f"{of} {told} on {gained.n} held-out images, surely: not sealed; take the variant without training, or "
+                "train it longer or more slowly (--qad.steps, --qad.learning-rate)"
+            )
+        if gained.value < 0:
+            note(f"{of} {told} on {gained.n} held-out images, which cannot tell: it is not advised where both are")
+    return TrainedFacts(
+        tuned=training.own.tuned.key,
+        placed=variant.placed,
+        from_images=variant.from_images,
+        own=own,
+        untrained=untrained,
+        float32_steps=float32_steps,
+        over_untrained=gained,
+    )
+
+
+def _apart(task: Task, before: np.ndarray, after: np.ndarray) -> Interval:
+    """The accuracy after less that before, of the same images."""
+    found = task.change(before, after)
+    return Interval(found.difference, found.low, found.high, found.n)
 
 
 def most_images(output: np.ndarray, count: int) -> int:

@@ -74,6 +74,13 @@ class TfliteActivations:
         }
 
 
+def quantized_names(path: Path) -> set[str]:
+    """Names of the tensors between layers that are on a grid in a file, without its input."""
+    activations = TfliteActivations(path)
+    tensors = activations._tensors.values()
+    return {each["name"] for each in tensors if each["dtype"] == np.int8} - {activations._input["name"]}
+
+
 def _holds_numbers(tensor: Mapping[str, Any]) -> bool:
     return bool(tensor["dtype"] == np.float32 or (tensor["dtype"] == np.int8 and tensor["quantization"][0] > 0))
 

@@ -28,6 +28,9 @@ class Variant(ABC):
     precision: Precision  # of most of its arithmetic or weights
     calibrated: bool = False  # whether training images set its ranges
     quick: bool = False  # whether writing it again, with other layers in float, takes a second or so
+    untrained: type[Variant] | None = None  # of one that is trained: the same without training, its control
+    symmetric: bool = False  # whether its ranges of activations lie around zero, whatever the settings say
+    narrow_able: bool = True  # whether it can have 7-bit weights
 
     def __init__(self, work: Work) -> None:
         """What is worked on; nothing is computed yet."""
@@ -62,6 +65,11 @@ class Variant(ABC):
                 ) from error
             self._work.check(folder / facts.entry)
         return taken
+
+    @property
+    def traced(self) -> Path:
+        """The float32 file whose layers this variant's are called after, as ``activations`` takes it."""
+        return self._work.entry
 
     @abstractmethod
     def quantize(self, keep_float: Collection[str], folder: Path) -> Taken:

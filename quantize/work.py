@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..core.config import QuantizeConfig
 from ..core.errors import UserError
-from ..core.kinds import Graph, Model, ModelFacts
+from ..core.kinds import Graph, Model, ModelFacts, Tuned
 from ..core.proc import first_line
 from ..runtime import Session, open_session
 from .calibrate import CalibrationInputs
 
 TRACED_IMAGES = 16  # on which the noise of every layer is measured
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """What a student became by more training, in the forms that its target is made from."""
+
+    tuned: Tuned
+    graph: Graph | None = None
+    model: Model | None = None  # float32, of a target that is not made from the graph
+
+
+@dataclass(frozen=True)
+class Training:
+    """What was trained for 8 bits, and its control: as many steps in float32."""
+
+    own: Retrained
+    float32_steps: Retrained
 
 
 @dataclass(frozen=True)
@@ -26,6 +43,12 @@ class Work:
     inputs: CalibrationInputs  # calibration images as the float model takes them
     config: QuantizeConfig
     check: Callable[[Path], None]  # refuses a file that cannot be run where it is going
+    tuned: Tuned | None = None  # what both were trained to be, where they were
+
+    def of(self, retrained: Retrained) -> Work:
+        """The same of what the student became."""
+        model = retrained.model or self.model
+        return replace(self, model=model, graph=retrained.graph, tuned=retrained.tuned)
 
     @property
     def entry(self) -> Path:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.artifact import AnyArtifact, Provenance
+from ..core.config import TRAINED_VARIANT
 from ..core.errors import UserError
 from ..core.kinds import BundleFacts, Graph, Measurement, Model, student_of
 from ..core.sealed import printable
@@ -66,9 +67,10 @@ def advice(
 
     That is, are shown to lose at most ``max_drop`` points. Float32 itself where there is none; nothing where float32
     was not timed. Variants that the session cannot tell from the fastest tie with it. ``may_do`` is a faster one that
-    keeps the accuracy by the point value, of which the test images cannot tell whether it does. What could change the
-    advice, it rests on: ``untrusted`` names those whose latency is not to be believed, and then nothing is to be
-    shipped by it.
+    keeps the accuracy by the point value, of which the test images cannot tell whether it does. A variant that was
+    trained must be worth it: it is left out, and ``gains_nothing`` says so, where one that was not and is not shown to
+    be slower loses no more. What could change the advice, it rests on: ``untrusted`` names those whose latency is not
+    to be believed, and then nothing is to be shipped by it.
 
     Args:
         rows: the bundles of one student.
@@ -85,6 +87,18 @@ def advice(
         kept = {row["name"]: no_worse(Interval(**drops[row["name"]]), max_drop) for row in mine if row["name"] in drops}
         able = [row for row in mine if row["name"] in kept and kept[row["name"]].answer == "holds"]
         perhaps = [row for row in mine if row["name"] in kept and _may_do(kept[row["name"]], max_drop)]
+        untrained = [row for row in able if row["variant"] != TRAINED_VARIANT]
+        gains_nothing = {
+            row["name"]: row
+            for row in (*able, *perhaps)
+            if row["variant"] == TRAINED_VARIANT
+            and any(
+                drops[other["name"]]["value"] >= drops[row["name"]]["value"]
+                and not surely_faster(row["name"], other["name"])
+                for other in untrained
+            )
+        }
+        able, perhaps = ([row for row in each if row["name"] not in gains_nothing] for each in (able, perhaps))
         faster = [row for row in (*able, *perhaps) if _believed(row) and surely_faster(row["name"], float32["name"])]
         best = min((row for row in faster if row in able), key=_p50, default=float32)
         may_do = min((row for row in faster if row in perhaps and _p50(row) < _p50(best)), key=_p50, default=None)
@@ -102,6 +116,8 @@ def advice(
             "may_do": None,
             "untrusted": [{"name": row["name"], **row["trust"]} for row in rests_on if not _believed(row)],
         }
+        if gains_nothing:
+            advised["gains_nothing"] = [row["variant"] for row in gains_nothing.values()]
         if may_do is not None:
             accuracy = kept[may_do["name"]].as_dict()
             advised["may_do"] = {**_advised(may_do, drops[may_do["name"]]), "accuracy": accuracy}

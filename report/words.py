@@ -389,7 +389,13 @@ def of_student(told: Mapping[str, Any]) -> str:
 
 def advice_sentence(advised: Mapping[str, Any]) -> str:
     """Which variant of a target to ship, and why; and which faster one may do."""
-    return _advice(advised) + guessing_clause(advised)
+    return _advice(advised) + gains_nothing_clause(advised) + guessing_clause(advised)
+
+
+def gains_nothing_clause(advised: Mapping[str, Any]) -> str:
+    """That a trained variant is not worth its training, after a semicolon; else nothing."""
+    found = advised.get("gains_nothing")
+    return f"; {listed(found)} is not worth its training: one without it loses no more" if found else ""
 
 
 def guessing_clause(advised: Mapping[str, Any]) -> str:

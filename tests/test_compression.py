@@ -77,6 +77,26 @@ def test_the_fastest_that_keeps_its_accuracy_is_advised(
     assert found["may_do"] is None
 
 
+@pytest.mark.parametrize(
+    ("drops", "shown", "wanted", "nothing"),
+    [
+        ({"int8": 0.3, "int8-qad": 0.1}, "", "int8-qad", []),  # it loses less
+        ({"int8": 0.9, "int8-qad": 0.1}, "", "int8-qad", []),  # and the other too much
+        ({"int8": 0.1, "int8-qad": 0.3}, "", "int8", ["int8-qad"]),
+        ({"int8": 0.1, "int8-qad": 0.1}, "", "int8", ["int8-qad"]),
+        ({"int8": 0.1, "int8-qad": 0.3}, "int8-qad int8", "int8-qad", []),  # it is shown to be faster
+        ({"int8": 0.1, "int8-qad": 0.9}, "", "int8", []),  # it loses too much by itself
+    ],
+)
+def test_what_was_trained_is_advised_where_it_gains(
+    drops: dict[str, float], shown: str, wanted: str, nothing: list[str]
+) -> None:
+    rows = [FLOAT32, INT8, row("int8-qad", 0.49)]
+    [found] = advice(rows, hops(0.1, **drops), 0.5, faster("int8 float32", "int8-qad float32", shown))
+    assert (found["variant"], found.get("gains_nothing", [])) == (wanted, nothing)
+    assert ("not worth its training" in advice_sentence(found)) == bool(nothing)
+
+
 def test_what_is_not_shown_is_not_to_be_shipped() -> None:
     """Few images: the fastest by the point value may do, and what it may lose is said beside it."""
     rows, shown = [FLOAT32, INT8, BF16], faster("int8 bf16 float32")

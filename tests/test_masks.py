@@ -32,7 +32,7 @@ from kdpipe.data.labels import ClassNumbers
 from kdpipe.data.masks import IGNORED, Masks, encode, read_palette
 from kdpipe.data.splits import spread_fraction
 from kdpipe.data.survey import Survey
-from kdpipe.distill.views import SPATIAL, Pair, TrainingViews, _Moved, moving_transform, seeded, training_images
+from kdpipe.data.views import SPATIAL, Pair, TrainingViews, _Moved, moving_transform, seeded, training_images
 from kdpipe.networks.models import resolve_input
 from kdpipe.runtime.preprocess import GREY, fit, fit_classes, nearest, placement
 

@@ -26,7 +26,7 @@ from kdpipe.core.errors import GateFailed, UserError
 from kdpipe.core.kinds import Checkpoint, Model
 from kdpipe.devices import find_device
 from kdpipe.export.parity import Parity, check, compare, float32_error, torch_outputs
-from kdpipe.export.rewrites import FOR_TFLITE, AsTorchComputes, deployed, for_tflite
+from kdpipe.export.rewrites import FOR_TFLITE, AsTorchComputes, for_tflite
 from kdpipe.networks import models
 from kdpipe.quantize import VARIANTS
 from kdpipe.quantize.layers import signal_to_noise_db
@@ -233,7 +233,7 @@ def test_what_is_deployed_computes_the_same(name: str) -> None:
     image = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
         before = network(image)
-        small = deployed(network)
+        small = models.deployed(network)
         torch.testing.assert_close(small(image), before, rtol=1e-3, atol=1e-4 * float(before.std()))
     convolutions = [sum(isinstance(each, nn.Conv2d) for each in form.modules()) for form in (network, small)]
     assert convolutions[0] >= convolutions[1]

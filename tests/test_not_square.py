@@ -34,9 +34,9 @@ from kdpipe.core.errors import UserError
 from kdpipe.core.inputs import InputSpec
 from kdpipe.core.kinds import Bundle, Checkpoint
 from kdpipe.data.dataset import Dataset
+from kdpipe.data.views import seeded, training_transform
 from kdpipe.devices import find_device
 from kdpipe.distill.cache import config_of
-from kdpipe.distill.views import seeded, training_transform
 from kdpipe.networks import models
 from kdpipe.runtime.bundle import BundleError, read_facts, replay_golden
 from kdpipe.runtime.preprocess import fit

@@ -24,6 +24,7 @@ from kdpipe.core.config import CachePlan, DataPlan, DistillSettings, TeacherPlan
 from kdpipe.core.errors import UserError
 from kdpipe.core.kinds import Cache, Checkpoint
 from kdpipe.data.dataset import UNLABELED, Dataset
+from kdpipe.data.views import TrainingViews, training_images
 from kdpipe.distill import losses
 from kdpipe.distill.cache import (
     ALL_CLASSES_OF_PLACES,
@@ -43,7 +44,6 @@ from kdpipe.distill.methods import METHODS, label_loss, places_label_loss
 from kdpipe.distill.ranks import Ranks
 from kdpipe.distill.teacher import Teacher, open_teacher
 from kdpipe.distill.train import cache_config, companions
-from kdpipe.distill.views import TrainingViews, training_images
 from kdpipe.networks import models
 from kdpipe.runtime.task import TASKS
 

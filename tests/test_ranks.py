@@ -21,7 +21,7 @@ from kdpipe.core.config import DataPlan, TrainConfig, validated
 from kdpipe.core.errors import UserError
 from kdpipe.core.kinds import Checkpoint
 from kdpipe.data.dataset import Dataset
-from kdpipe.distill.views import EpochBatches
+from kdpipe.data.views import EpochBatches
 
 RUNS: dict[str, dict[str, Any]] = {
     "kd": {"method": "kd"},

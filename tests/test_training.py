@@ -38,6 +38,7 @@ from kdpipe.core.kinds import Checkpoint
 from kdpipe.core.proc import children_signal_kept
 from kdpipe.data.dataset import UNLABELED, Sample
 from kdpipe.data.labels import LABELS, ClassNumbers
+from kdpipe.data.views import EpochBatches, TrainingImages, TrainingView, TrainingViews, training_images
 from kdpipe.distill import loop
 from kdpipe.distill import precision as precisions
 from kdpipe.distill import train as trainer
@@ -46,7 +47,6 @@ from kdpipe.distill.precision import Choices
 from kdpipe.distill.ranks import Ranks
 from kdpipe.distill.teacher import Teacher
 from kdpipe.distill.trackers import Nothing
-from kdpipe.distill.views import EpochBatches, TrainingImages, TrainingView, TrainingViews, training_images
 from kdpipe.networks import models
 from kdpipe.runtime.preprocess import decode, fit
 

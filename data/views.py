@@ -27,11 +27,11 @@ from ..core.config import AugmentSettings, TrainSettings
 from ..core.errors import UserError
 from ..core.inputs import InputSpec
 from ..core.proc import first_line
-from ..data.dataset import UNLABELED, Dataset, Sample
-from ..data.masks import IGNORED, resized
-from ..data.splits import spread_fraction, stratified_fraction
 from ..runtime.preprocess import fit, fit_classes
 from ..runtime.task import TASKS
+from .dataset import UNLABELED, Dataset, Sample
+from .masks import IGNORED, resized
+from .splits import spread_fraction, stratified_fraction
 
 
 @contextmanager
