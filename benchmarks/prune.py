@@ -38,12 +38,11 @@ from kdpipe.terminal import listener, tell_step
 KEEPS = {"pruned-70": 0.7, "pruned-50": 0.5}
 # The whole network, and smaller ones of its family on both sides of what is left of it.
 FAMILIES: dict[str, dict[str, Any]] = {
-    "resnet": {"whole": "resnet20", "smaller": ("resnet14", "resnet8"), "size": 32, "round_to": 8},
+    "resnet": {"whole": "resnet20", "smaller": ("resnet14", "resnet8"), "size": 32},
     "mobilenet": {
         "whole": "mobilenetv4_conv_small",
         "smaller": ("mobilenetv4_conv_small_050", "mobilenetv4_conv_small_035"),
         "size": 64,
-        "round_to": 16,
     },
 }
 
@@ -81,7 +80,7 @@ def recipe_of(
         "student": {
             "model": found["whole"],
             **network,
-            **({"start": str(start), "prune": {"keep": KEEPS[first], "round_to": found["round_to"]}} if start else {}),
+            **({"start": str(start), "prune": {"keep": KEEPS[first]}} if start else {}),
         },
         "distill": {
             "method": "kd",

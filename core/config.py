@@ -363,8 +363,8 @@ class Pruning(Config):
         16,
         ge=1,
         le=1024,
-        description="multiple that the widths of pruned layers are of, as kernels like them; 8 suits networks with "
-        "layers of 16 or 32 channels, as those for CIFAR",
+        description="multiple that the widths of pruned layers are of, as kernels like them; with less, "
+        "networks whose layers are narrow can be pruned further",
     )
 
 
