@@ -33,7 +33,7 @@ layers: install
 # and threads that wait leave their core to the other file.
 TWO := --numprocesses=2 --dist=loadfile
 SHARING := OMP_WAIT_POLICY=PASSIVE
-TRAIN := $(patsubst %,tests/test_%.py,cache cifar_networks data families losses methods pixels ranks resume segmenters together trackers training unlabeled)
+TRAIN := $(patsubst %,tests/test_%.py,cache cifar_networks data families losses methods pixels pruning ranks resume segmenters together trackers training unlabeled)
 unit: install
 ifdef TESTS
 	$(BIN)/pytest -m "not lab" $(TESTS)

@@ -1409,8 +1409,8 @@ def explain(
         progress.note(fault)
     told = [each for each in seen if each.map is not None]
     if told:
-        lines = explaining.stand_in_lines(networks, where)
-        explaining.write(out, f"What {', '.join(networks)} see", explaining.strips(seen), lines)
+        lines = explaining.asked_lines(networks, where)
+        explaining.write(out, f"What answers rest on: {', '.join(networks)}", explaining.strips(seen), lines)
     if as_json:
         rows = [explaining.described(each) for each in told]
         unreadable = [{"image": name, "reason": fault} for name, fault in faults.items()]

@@ -234,7 +234,7 @@ def names_of(plan: PickPlan, known: Mapping[str, Prior]) -> list[str]:
         if path.stat().st_size > MOST_NAMES_BYTES:
             raise UserError(f"candidates: {path} is larger than {MOST_NAMES_BYTES} bytes: wanted a name a line")
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"candidates: cannot read {path} ({type(error).__name__}): wanted a name a line") from None
         patterns += [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -31,6 +32,7 @@ from .core.config import (
     Method,
     ModelSettings,
     QuantizeConfig,
+    StudentSettings,
     StudyConfig,
     StudyPlan,
     TrainConfig,
@@ -44,12 +46,14 @@ from .core.progress import note, progress
 from .core.sealed import printable
 from .data.dataset import Dataset
 from .devices import find_device
+from .forecast import duration
 from .networks.names import check_network
 from .runtime.task import TASKS
 
 STUDIES = ".studies"  # what a study decided, and the locks of its parts
 LOOK_SECONDS = 1.0  # between two looks whether another process has made its part
 LABELS, OWN_SIZE = "labels", "own-size"
+TEACHES_NOTHING = "method masked teaches no answers: name the checkpoint that it made with --starts"
 ALIASES = {"deep": "deep_supervision"}
 SMOOTHED = {"smoothing": {"method": "labels", "train": {"label_smoothing": 0.1}}}
 # Of the teacher's answer, what is left in each.
@@ -86,6 +90,7 @@ class Cell:
     seed: int
     guide: str  # name of the teacher; nothing for the study's own
     images: int  # that it learns from
+    planned_views: int  # by the plan's cost, before they are made whole epochs
     config: TrainConfig
 
     @property
@@ -108,7 +113,8 @@ class Decision(Record):
     """What was decided once for all that take part in a study: views a run, and the pace that says so."""
 
     views: int
-    view_seconds: dict[str, float]  # by method, as measured; empty where nobody asked
+    # By method, and by the arms of other teachers, as measured; empty where nobody asked.
+    view_seconds: dict[str, float]
     test_seconds: float | None = None
 
 
@@ -140,7 +146,13 @@ class Design:
         self.guides = {name: Checkpoint.open(path) for name, path in plan.teachers.items()}
         for guide in (teacher, *self.guides.values()):
             dataset.check_classes_of(guide, f"the teacher {guide.path.name}")
-        self.images = {share: self._images(share) for share in plan.fractions}
+        self.images = {share: self._images(share) for share in sorted(plan.fractions)}
+        for before, share in itertools.pairwise(self.images):
+            if self.images[before] == self.images[share]:
+                raise UserError(
+                    f"fractions: {before:g} and {share:g} are the same {self.images[share]} images, since each class "
+                    "has one at least: name one of them"
+                )
 
     @cached_property
     def middle(self) -> float:
@@ -155,16 +167,26 @@ class Design:
             if method == LABELS:
                 continue  # is in every study
             if method == "masked":
-                raise UserError("method masked teaches no answers: name the checkpoint that it made with --starts")
+                raise UserError(TEACHES_NOTHING)
             if method not in get_args(Method):
                 raise choice("method", name, [*get_args(Method), *ALIASES])
             if method == "kd":
-                found |= {f"kd-T{at:g}": {"method": "kd", "temperature": at} for at in self.plan.temperatures}
+                for at in self.plan.temperatures:
+                    if f"kd-T{at:g}" in found:
+                        raise UserError(f"temperatures: two of them are called {at:g}: name one of them")
+                    found[f"kd-T{at:g}"] = {"method": "kd", "temperature": at}
             else:
                 found[name] = {"method": method}
         for name, change in self.plan.further.items():
             if not re.fullmatch(METHOD, name) or name in {*found, LABELS, *SMOOTHED, *OF_TEACHER}:
                 raise UserError(f"further: the name '{name}' is taken, or has other letters than a-z, 0-9 and . _ -")
+            if others := sorted(change.keys() & {*StudentSettings.model_fields, "label_fraction", "seed"}):
+                raise UserError(
+                    f"further: '{name}' changes {', '.join(others)}, but a study compares methods on one network, on "
+                    "its own shares and seeds (--student, --fractions, --seeds; --starts for other weights)"
+                )
+            if change.get("method") == "masked":
+                raise UserError(TEACHES_NOTHING)
             found[name] = change
         kinds = dict.fromkeys(found, "method")
         for name in self.plan.controls:
@@ -248,12 +270,16 @@ class Design:
         """Where the run lies once it is made; None where its teacher is not known before it is trained."""
         guide = {"": self.teacher, **self.guides, **(guides or {})}.get(cell.guide)
         if guide is None:
-            own = train_order(control_of(self.base), self.dataset, None)
-            its = self.chain.path(f"teacher-{OWN_SIZE}", own)
-            if not its.exists():
+            if not self.own_size_path.exists():
                 return None
-            guide = Checkpoint.open(its)
+            guide = Checkpoint.open(self.own_size_path)
         return self.chain.path(cell.name, train_order(cell.config, self.dataset, guide))
+
+    @cached_property
+    def own_size_path(self) -> Path:
+        """Where the teacher of the student's own size lies once it is trained."""
+        own = train_order(control_of(self.base), self.dataset, None)
+        return self.chain.path(f"teacher-{OWN_SIZE}", own)
 
     # ---- cost --------------------------------------------------------------------------------------------
 
@@ -279,19 +305,24 @@ class Design:
         largest = max(self.images.values())
         needs_pace = self.plan.cost == "seconds" or (self.budget_seconds is not None and self.plan.views is None)
         found = self.measured() if needs_pace or not keep else Decision(views=0, view_seconds={})
+        # In equal seconds labels alone see more of them before the slowest method has seen all once.
+        least = max(math.ceil(largest * self._slowness(arm, found) / arm.times) for arm in self.arms)
         views = self.plan.views or self.plan.distill.train.epochs * len(self.dataset.samples("train"))
         if self.budget_seconds is not None and self.plan.views is None:
             seconds, fixed = self.budget_seconds, self._seconds(0, found)
             a_view = self._seconds(1, found) - fixed
             views = int((seconds - fixed) / a_view) // largest * largest
-            if views < largest:
-                least = (fixed + a_view * largest) / 60
+            if views < least:
+                wanted = duration(fixed + a_view * math.ceil(least / largest) * largest)
                 raise UserError(
                     f"budget {self.plan.budget} is too short for a pass over the largest share in each of "
-                    f"{self.count} runs: that takes about {least:.0f} min; take fewer methods, seeds or a smaller share"
+                    f"{self.count} runs: that takes about {wanted}; take fewer methods, seeds or a smaller share"
                 )
-        if views < largest:
-            raise UserError(f"{views:,} views are less than a pass over the {largest:,} images of the largest share")
+        if views < least:
+            whose = "" if least == largest else f" by the slowest method: in equal seconds it takes {least:,}"
+            raise UserError(
+                f"{views:,} views are less than a pass over the {largest:,} images of the largest share{whose}"
+            )
         found = found.model_copy(update={"views": views})
         return found if not keep else _written(self.memory, found)
 
@@ -307,19 +338,39 @@ class Design:
         from .distill.pace import test_seconds, view_seconds
 
         choices, paces = self.chain.folder / PRECISIONS, dict[str, float]()
-        with progress("measuring the pace", len(self.configs)) as advance, code.allowing(self.chain.allow_code):
+        # Another teacher has a pace of its own; that of the student's own size is not trained yet.
+        others = [arm for arm in self.arms if arm.guide in self.guides]
+        with (
+            progress("measuring the pace", len(self.configs) + len(others)) as advance,
+            code.allowing(self.chain.allow_code),
+        ):
             for name, config in self.configs.items():
                 paces[name] = view_seconds(config, self.dataset, self.teacher, choices)
                 advance(1, name)
+            for arm in others:
+                paces[arm.name] = view_seconds(self.configs[arm.method], self.dataset, self.guides[arm.guide], choices)
+                advance(1, arm.name)
             return Decision(views=0, view_seconds=paces, test_seconds=test_seconds(self.base, self.dataset))
 
+    @staticmethod
+    def _pace(arm: Arm, found: Decision) -> float:
+        """Seconds a view."""
+        return found.view_seconds.get(arm.name, found.view_seconds[arm.method])
+
+    def _slowness(self, arm: Arm, found: Decision) -> float:
+        """How many views labels alone see while this one sees one, in a study of equal seconds."""
+        return self._pace(arm, found) / found.view_seconds[LABELS] if self.plan.cost == "seconds" else 1.0
+
     def _seconds(self, views: int, found: Decision) -> float:
-        """All runs at so many views, one after the other."""
+        """All runs at so many views, one after the other, and the teacher that is trained for them."""
         total = 0.0
         for arm in self.arms:
-            pace = found.view_seconds[LABELS if self.plan.cost == "seconds" else arm.method]
+            pace = self._pace(arm, found) / self._slowness(arm, found)
             total += arm.times * views * pace + (found.test_seconds or 0.0)
-        return total * len(self.plan.fractions) * self.plan.seeds
+        total *= len(self.plan.fractions) * self.plan.seeds
+        if self.plan.own_size and not self.own_size_path.exists():
+            total += self.base.train.epochs * len(self.dataset.samples("train")) * found.view_seconds[LABELS]
+        return total
 
     def seconds(self, found: Decision) -> float | None:
         """What all runs take here, one after the other; None where the pace is not known."""
@@ -331,17 +382,14 @@ class Design:
         for seed in range(self.plan.seeds):
             for share in sorted(self.plan.fractions):
                 for arm in self.arms:
-                    views = found.views * arm.times
-                    if self.plan.cost == "seconds":
-                        views = int(views * found.view_seconds[LABELS] / found.view_seconds[arm.method])
+                    views = int(found.views * arm.times / self._slowness(arm, found))
                     config = at_cost(self.configs[arm.method], views, self.images[share])
                     differs: dict[str, Any] = {"label_fraction": share, "seed": seed}
                     if arm.start:
                         differs["start"] = self.plan.starts[arm.start]
                     config = config.model_copy(update=differs)
-                    cells.append(
-                        Cell(arm.name, arm.kind, arm.control, share, seed, arm.guide, self.images[share], config)
-                    )
+                    images = self.images[share]
+                    cells.append(Cell(arm.name, arm.kind, arm.control, share, seed, arm.guide, images, views, config))
         return cells
 
 
@@ -471,11 +519,15 @@ class Plan:
         if (seconds := self.seconds_left) is not None:
             slowest = max(self.decision.view_seconds.items(), key=lambda each: each[1])
             found.append(
-                f"  about {seconds / 3600:.2g} h of this machine one after the other, less side by side; the slowest "
+                f"  about {duration(seconds)} of this machine one after the other, less side by side; the slowest "
                 f"is {slowest[0]} with {1 / slowest[1]:,.0f} views a second"
             )
         else:
             found.append("  time: nobody measured it (--dry-run does)")
+        if small := sum(
+            not done and self.design.wants_int8(cell) for cell, done in zip(self.cells, self.sealed, strict=True)
+        ):
+            found.append(f"  INT8 of {small} runs comes on top (--int8 none leaves it out)")
         here = self.design.chain.folder.absolute()
         free = shutil.disk_usage(next(each for each in (here, *here.parents) if each.is_dir())).free
         found.append(f"  about {self.bytes_left / 2**20:.0f} MiB of {free / 2**30:.1f} GiB free")
@@ -643,7 +695,6 @@ def _sealed(
             rows = []
             for cell, checkpoint in runs:
                 small = partial(_int8_outputs, design, checkpoint) if design.wants_int8(cell) else nothing
-                guide = guides[cell.guide] if cell.config.needs_teacher else None
                 rows.append(
                     Ran(
                         cell.method,
@@ -653,8 +704,9 @@ def _sealed(
                         cell.seed,
                         cell.images,
                         cell.views,
+                        cell.planned_views,
                         checkpoint,
-                        guide,
+                        guides[cell.guide],
                         small,
                     )
                 )
@@ -725,6 +777,8 @@ def _recipe(design: Design, cells: Sequence[Cell], method: str, sentence: str, f
         for name in ("start", "encoder_checkpoint")
         if (path := getattr(config, name)) is not None
     }
+    if config.prune.keep is not None:
+        student["prune"] = config.prune.model_dump(mode="json", exclude_defaults=True)
     teacher = _network(design.teacher.settings)
     values = {
         "name": "advised",

@@ -118,12 +118,12 @@ class DataPlan(Config):
     train_split: str = Field("train", description="name of the part to learn from")
     test_split: str | None = Field(
         "auto",
-        description="name of the held-out part; auto takes a folder's test, else its val (of other sources val); none "
-        "(null in YAML) cuts it from the training part",
+        description="name of the held-out part; auto takes a folder's test, else its val (of other sources val); null "
+        "cuts it from the training part",
     )
     val_split: str | None = Field(
         "auto",
-        description="name of the part for selection; auto takes a folder's val where test is held out; none cuts "
+        description="name of the part for selection; auto takes a folder's val where test is held out; null cuts "
         "val_fraction from the training part",
     )
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
@@ -360,7 +360,11 @@ class Pruning(Config):
         "taken out of its layers, those with the smallest weights; left out, it stays whole",
     )
     round_to: int = Field(
-        8, ge=1, le=1024, description="multiple that the widths of pruned layers are of, as kernels like them"
+        16,
+        ge=1,
+        le=1024,
+        description="multiple that the widths of pruned layers are of, as kernels like them; 8 suits networks with "
+        "layers of 16 or 32 channels, as those for CIFAR",
     )
 
 
@@ -415,6 +419,8 @@ class StudentSettings(ModelSettings):
             return {**values, "start": path, "prune": prune.model_copy(update={"from": None})}
         if not isinstance(prune, dict) or prune.get("from") is None:
             return values
+        if "keep" not in prune:
+            raise ValueError("prune.from says what is pruned: wanted prune.keep too, the share that is left")
         if values.get("start") not in (None, prune["from"]):
             raise ValueError("start and prune.from both say where the weights are from: wanted one")
         return {**values, "start": prune["from"], "prune": {**prune, "from": None}}
@@ -588,7 +594,9 @@ class DistillSettings(Config):
     label_weight: float = Field(1.0, ge=0, description="weight of the loss against the labels")
     label_loss: Literal["ce", "bce"] = Field("ce", description="cross-entropy, or binary cross-entropy per class")
     kd_weight: float | None = Field(None, ge=0, description="weight of the method's loss; left out, the method's own")
-    temperature: float = Field(4.0, gt=0, description="temperature T of softened outputs; the loss is scaled by T^2")
+    temperature: float = Field(
+        4.0, gt=0, le=1e6, description="temperature T of softened outputs; the loss is scaled by T^2"
+    )
     standardize_logits: bool = Field(False, description="kd and dkd: compare standardised logits")
     shuffled_teacher: bool = Field(
         False, description="control: the teacher's non-maximal logits change places, so that only its top-1 is left"
@@ -1032,12 +1040,13 @@ def _of_unit(units: Mapping[str, float], wanted: str) -> BeforeValidator:
     """Takes a number, or the text of one with its unit."""
 
     def read(value: Any) -> Any:
-        found = re.fullmatch(r"([0-9]*\.?[0-9]+) ?([a-z]+)", value.strip()) if isinstance(value, str) else None
-        if found is None:
+        if not isinstance(value, str):
             return value
-        if found[2] not in units:
-            raise ValueError(f"wanted a number, or one such as {wanted}")
-        return float(found[1]) * units[found[2]]
+        found = re.fullmatch(r"([0-9]*\.?[0-9]+) ?([a-z]+)", value.strip())
+        try:
+            return float(value) if found is None else float(found[1]) * units[found[2]]
+        except (KeyError, ValueError):
+            raise ValueError(f"wanted a number, or one such as {wanted}") from None
 
     return BeforeValidator(read)
 
@@ -1417,7 +1426,7 @@ class StudyPlan(Config):
         max_length=30,
         description="what is compared with labels alone: methods of distill; deep is deep_supervision",
     )
-    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+    temperatures: tuple[Annotated[float, Field(gt=0, le=1e6)], ...] = Field(
         (1.0, 4.0, 20.0), min_length=1, max_length=20, description="of method kd, each a method of its own, kd-T4"
     )
     further: dict[str, dict[str, Any]] = Field(
@@ -1486,7 +1495,7 @@ class StudyPlan(Config):
 class StudyConfig(Config):
     """A study, complete: its plan, what the runs cost, and by their keys the runs."""
 
-    version: Literal[1] = Field(1, description="of the numbers and the page: those of another one are made anew")
+    version: Literal[2] = Field(2, description="of the numbers and the page: those of another one are made anew")
     plan: StudyPlan
     views: int
     claims: tuple[str, ...]

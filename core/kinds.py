@@ -110,7 +110,7 @@ class BestEpoch(Record):
 class PrunedFacts(Record):
     """How much of another network is left: asked for, and reached."""
 
-    of: str  # its name
+    of: str = Field(pattern=f"^{NAME.pattern}$")  # its name
     keep: float = Field(gt=0, lt=1)  # the share of its multiply-accumulates that may be left
     round_to: int = Field(ge=1)  # multiple that widths of layers are of
     macs_share: float = Field(gt=0, le=1)
@@ -121,7 +121,8 @@ class PrunedFacts(Record):
     @property
     def name(self) -> str:
         """What the narrower network is called."""
-        return as_name(f"{self.of} pruned to {self.keep:.2f}")
+        suffix = f"-pruned-to-{self.keep:.2f}"
+        return self.of[: 128 - len(suffix)] + suffix
 
     def __str__(self) -> str:
         """What is left, as a reader is told."""

@@ -80,7 +80,7 @@ def prepare(
         gone = f"{leaks.left_out} copies of held-out images and {broken.images} broken images were left out"
         _check_classes(config, parts["train"], source, gone)
         if not len(parts["test"].names):
-            raise UserError(f"no test image is left ({gone}): add some, or set data.test_split to none to cut them")
+            raise UserError(f"no test image is left ({gone}): add some, or set data.test_split to null to cut them")
 
         for part, rows in records.items():
             np.save(draft.path / Dataset.records_name(part), rows)

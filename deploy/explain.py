@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +76,7 @@ def open_networks(folders: Sequence[Path]) -> dict[str, Network]:
             raise UserError(f"{folder} is a {kind}: wanted checkpoints and bundles, then images")
         network = kinds[kind].open(folder)
         check_task(folder, network.facts.task)
-        names = [folder.name.rpartition("-")[0], folder.name, str(folder)]
+        names = [re.sub(r"-[0-9a-f]{12}$", "", folder.name), folder.name, str(folder)]
         found[next(name for name in names if name and name not in found)] = network
     return found
 
@@ -155,7 +157,12 @@ def strips(seen: Sequence[Seen]) -> list[Strip]:
         if each.pixels is not None and each.map is not None:
             tiles = rows.setdefault(each.image, [Tile("image", photo(each.pixels))])
             tiles.append(_tile(each.network, each.label, each.pixels, each.map))
-    return [Strip(printable(image.name), "", tiles) for image, tiles in rows.items()]
+    named = Counter(image.name for image in rows)
+    # Where a name alone would be two images, the folder tells them apart.
+    return [
+        Strip(printable(image.name if named[image.name] == 1 else str(image)), "", tiles)
+        for image, tiles in rows.items()
+    ]
 
 
 def _tile(name: str, label: str, pixels: np.ndarray, found: Map) -> Tile:
@@ -171,6 +178,13 @@ def stand_in_lines(networks: Mapping[str, Network], device: Device) -> list[str]
         for name, other in others.items()
         if other
     ]
+
+
+def asked_lines(networks: Mapping[str, Network], device: Device) -> list[str]:
+    """Where bundles were asked, if there are some, and which another runtime answers for."""
+    if not any(isinstance(network, Bundle) for network in networks.values()):
+        return []
+    return [f"Bundles were asked on '{printable(device.name)}'.", *stand_in_lines(networks, device)]
 
 
 # ---- a page of its own -----------------------------------------------------------------------------------

@@ -194,7 +194,7 @@ def _reference(args: argparse.Namespace, _: _Heard) -> dict[str, Any]:
         # That of a custom operator is anybody's text.
         kind = operation["op_name"] if BUILT_IN.fullmatch(operation["op_name"]) else "CUSTOM"
         kinds.append(kind)
-        if kind not in ("QUANTIZE", "DEQUANTIZE") and floats & set(operation["outputs"]):
+        if kind not in ("QUANTIZE", "DEQUANTIZE") and floats & {*operation["inputs"], *operation["outputs"]}:
             in_float.append(kind)
     return {
         "operators": dict(Counter(kinds).most_common()),

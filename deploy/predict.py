@@ -44,7 +44,7 @@ class Said:
 
 
 def find(paths: Sequence[Path]) -> list[Path]:
-    """The files that are named, and every image below the folders that are named, by name.
+    """The files that are named, and every image below the folders that are named, by name; each once.
 
     Raises:
         UserError: nothing there, or a folder without images.
@@ -60,7 +60,7 @@ def find(paths: Sequence[Path]) -> list[Path]:
             found.append(path)
         else:
             raise UserError(f"no image at {path}: wanted an image file, or a folder of them")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def predict(

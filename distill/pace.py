@@ -17,8 +17,10 @@ from .ranks import Ranks
 from .train import trained_runs
 
 # Steps of the two trainings whose times are compared, at least as many as any method has phases: what both take
-# besides, to begin and to validate, falls out.
-FEW_STEPS, MORE_STEPS = 6, 12
+# besides, to begin and to validate, falls out. The second has twice as many, and where steps are quick so many more
+# that the noise of the beginning is little beside them.
+FEW_STEPS, MORE_STEPS, MOST_STEPS = 6, 12, 384
+APART_SECONDS = 1.0
 PATIENCE_SECONDS = 20.0  # of the first: where steps are that slow, it is pace enough
 
 
@@ -44,7 +46,12 @@ def view_seconds(config: TrainConfig, dataset: Dataset, teacher: Checkpoint | No
     few, first = timed(FEW_STEPS)
     if first > PATIENCE_SECONDS:
         return first / few
-    more, second = timed(MORE_STEPS)
+    steps = MORE_STEPS
+    more, second = timed(steps)
+    while second - first < APART_SECONDS and steps < MOST_STEPS:
+        aim = steps * APART_SECONDS / max(second - first, APART_SECONDS / 8)
+        steps = min(MOST_STEPS, max(2 * steps, math.ceil(aim)))
+        more, second = timed(steps)
     # Where the beginning took longer than all steps, its noise may hide them.
     return (second - first) / (more - few) if second > first and more > few else second / more
 

@@ -58,7 +58,13 @@ def of_file(path: Path) -> Mapping[str, Prior]:
     Raises:
         UserError: no such file, or no such table.
     """
-    return {without_tag(name): prior for name, prior in read(path)}
+    found: dict[str, Prior] = {}
+    for name, prior in read(path):
+        model = without_tag(name)
+        if model in found:
+            raise UserError(f"prior: {path} names '{printable(model, 80)}' twice: wanted one line a network")
+        found[model] = prior
+    return found
 
 
 def without_tag(name: str) -> str:
@@ -68,14 +74,15 @@ def without_tag(name: str) -> str:
 
 def read(path: Path) -> list[tuple[str, Prior]]:
     """Rows of a table. Raises UserError."""
+    wanted = "wanted lines such as resnet18,71.5"
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"prior: {path} is no file: {wanted}")
         if path.stat().st_size > LARGEST_TABLE_BYTES:
-            raise UserError(f"{path} is larger than {LARGEST_TABLE_BYTES} bytes: wanted lines such as resnet18,71.5")
-        text = path.read_text(encoding="utf-8")
+            raise UserError(f"prior: {path} is larger than {LARGEST_TABLE_BYTES} bytes: {wanted}")
+        text = path.read_text(encoding="utf-8-sig")  # what spreadsheets write begins with a mark
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"prior: cannot read {path} ({type(error).__name__}): wanted lines such as resnet18,71.5"
-        ) from None
+        raise UserError(f"prior: cannot read {path} ({type(error).__name__}): {wanted}") from None
     found = []
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     for number, row in enumerate(csv.reader(lines[:MOST_ROWS])):
@@ -93,5 +100,5 @@ def read(path: Path) -> list[tuple[str, Prior]]:
             raise UserError(f"prior: {path} has '{shown}': wanted model,points or model,points,size") from None
         found.append((cells[0], Prior(points, size)))
     if not found:
-        raise UserError(f"prior: {path} names no network: wanted lines such as resnet18,71.5")
+        raise UserError(f"prior: {path} names no network: {wanted}")
     return found

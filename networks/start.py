@@ -25,18 +25,23 @@ def check_start(config: ModelSettings) -> None:
     if not isinstance(config, StudentSettings):
         return
     if config.start is None:
-        if config.prune != type(config.prune)():
+        if config.prune.keep is not None:
             raise UserError("prune: wanted what is pruned as prune.from: a trained network's checkpoint or weights")
         return
     if config.prune.keep is not None:
         require("pruning", ("torch-pruning",), "train")
-    elif config.prune != type(config.prune)():
-        raise UserError("prune: wanted prune.keep, the share of the multiply-accumulates that is left, such as 0.5")
     for name in ("pretrained", "encoder_checkpoint"):
         if getattr(config, name):
-            raise UserError(f"start and {name} both say where the weights are from: wanted one")
+            raise UserError(f"{said(config)} and {name} both say where the weights are from: wanted one")
     if not config.start.exists():
-        raise UserError(f"start: nothing at {config.start}: wanted a checkpoint's folder, .safetensors or .pth")
+        raise UserError(
+            f"{said(config)}: nothing at {config.start}: wanted a checkpoint's folder, .safetensors or .pth"
+        )
+
+
+def said(config: StudentSettings) -> str:
+    """The field by which it was said what the weights begin as."""
+    return "start" if config.prune.keep is None else "prune.from"
 
 
 def given_start(config: StudentSettings) -> Checkpoint | None:
@@ -51,7 +56,7 @@ def given_start(config: StudentSettings) -> Checkpoint | None:
     given = Checkpoint.open(config.start)
     theirs, wanted = (_names(each.get("model"), each.get("encoder")) for each in (given.settings, vars(config)))
     if theirs != wanted:
-        raise UserError(f"start: {config.start} is of '{theirs}', wanted one of '{wanted}': the same network")
+        raise UserError(f"{said(config)}: {config.start} is of '{theirs}', wanted one of '{wanted}': the same network")
     return given
 
 

@@ -205,7 +205,7 @@ def _into_convolution(
 
 
 def as_convolution(file: Flatbuffer, operator: Any) -> None:
-    """Make a fully connected layer of one row [1, C] a convolution of one pixel [1, 1, 1, C]; another stays.
+    """Make a fully connected layer of N rows of C values a convolution of pixels [1, N, 1, C].
 
     LiteRT rounds what a fully connected layer sums up once, TFLM twice: of some hundred images one would have another
     integer. Of convolutions both round twice.
@@ -214,24 +214,28 @@ def as_convolution(file: Flatbuffer, operator: Any) -> None:
     row, weights, *more = (int(at) for at in operator.inputs)
     output = int(operator.outputs[0])
     known, options = file.constant(weights), operator.builtinOptions
-    shape = [int(side) for side in graph.tensors[output].shape]
-    if known is None or options.weightsFormat != 0 or int(np.prod(shape)) != len(known):
+    if known is None or options.weightsFormat != 0:  # computed weights, or those of a layout of their own
         return
     gives, takes = known.shape
     bias = more[0] if more and more[0] >= 0 else file.add_constant(np.zeros(gives))
+    before, after = ([int(side) for side in graph.tensors[at].shape] for at in (row, output))
+    places = [*before[:3]] if len(before) == 4 and before[0] == 1 else [1, int(np.prod(after)) // gives, 1]
     name = graph.tensors[output].name.decode()
-    pixel, answer = (file.add_tensor(name, (1, 1, 1, width), types.FLOAT32) for width in (takes, gives))
+    made = []
+    if before != [*places, takes]:
+        wanted, row = row, file.add_tensor(name, (*places, takes), types.FLOAT32)
+        made.append(file.operator("RESHAPE", [wanted, file.add_constant(np.array([*places, takes]), np.int32)], row))
+    answer = output if after == [*places, gives] else file.add_tensor(name, (*places, gives), types.FLOAT32)
     kernel = file.add_constant(known.reshape(gives, 1, 1, takes))
-    convolution = file.operator("CONV_2D", [pixel, kernel, bias], answer)
+    convolution = file.operator("CONV_2D", [row, kernel, bias], answer)
     convolution.builtinOptions.padding = VALID
     convolution.builtinOptions.strideW = convolution.builtinOptions.strideH = 1
     convolution.builtinOptions.fusedActivationFunction = options.fusedActivationFunction
+    made.append(convolution)
+    if answer != output:
+        made.append(file.operator("RESHAPE", [answer, file.add_constant(np.array(after), np.int32)], output))
     at = graph.operators.index(operator)
-    graph.operators[at : at + 1] = [
-        file.operator("RESHAPE", [row, file.add_constant(np.array([1, 1, 1, takes]), np.int32)], pixel),
-        convolution,
-        file.operator("RESHAPE", [answer, file.add_constant(np.array(shape), np.int32)], output),
-    ]
+    graph.operators[at : at + 1] = made
 
 
 def _rewire(graph: Any, old: int, new: int) -> None:
@@ -268,15 +272,29 @@ def bytes_in_and_out(path: Path, normalisation: Normalisation, output: tuple[flo
         moved[last] = file.add_quantized(last, scale, zero_point)
         graph.operators.append(file.operator("QUANTIZE", [last], moved[last]))
         graph.outputs = np.array([moved[last]], np.int32)
+    _decide_by_integers(file)
     for signature in file.model.signatureDefs or []:
         for each in (*signature.inputs, *signature.outputs):
             each.tensorIndex = moved.get(each.tensorIndex, each.tensorIndex)
     file.write(path)
 
 
+def _decide_by_integers(file: Flatbuffer) -> None:
+    """The largest of logits is the largest of their integers, which the quantiser turns into floats before."""
+    made = {int(each.outputs[0]): each for each in file.graph.operators if file.kind(each) == "DEQUANTIZE"}
+    for operator in file.graph.operators:
+        if file.kind(operator) == "ARG_MAX" and int(operator.inputs[0]) in made:
+            before = made[int(operator.inputs[0])]
+            operator.inputs = np.array([before.inputs[0], *operator.inputs[1:]], np.int32)
+            if not file.users(int(before.outputs[0])):
+                file.graph.operators.remove(before)
+
+
 def float_operators(path: Path) -> list[str]:
     """Kinds of the operators that compute in float, in their order, each once."""
     file = Flatbuffer(path)
     floats = {at for at, tensor in enumerate(file.graph.tensors) if tensor.type == file.schema.TensorType.FLOAT32}
-    found = [file.kind(each) for each in file.graph.operators if floats & {int(at) for at in each.outputs}]
+    found = [
+        file.kind(each) for each in file.graph.operators if floats & {*map(int, each.inputs), *map(int, each.outputs)}
+    ]
     return list(dict.fromkeys(kind for kind in found if kind not in ("QUANTIZE", "DEQUANTIZE")))

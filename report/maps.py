@@ -40,9 +40,9 @@ ABOUT = (
     "as the figures say. A packaged model has no gradients; by occlusion each place is hidden by a grey patch of a "
     "quarter of the image's side, and what makes the answer less sure speaks for it. Read float32 by occlusion against "
     "INT8 by occlusion: class activation is another quantity than either.",
-    "Bundles were asked on the machine that wrote this page. A map shows what an answer rests on, not whether it is "
-    "right.",
+    "A map shows what an answer rests on, not whether it is right.",
 )
+ASKED_HERE = "Bundles were asked on the machine that wrote this page."
 
 
 @dataclass(frozen=True)

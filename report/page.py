@@ -13,7 +13,7 @@ from ..core.kinds import Checkpoint, DeviceReport, GainFacts, Measurement, Repor
 from . import tables, words
 from .compression import Packed, Sources, thumbnail
 from .images import contact_sheet
-from .maps import ABOUT, Explained
+from .maps import ABOUT, ASKED_HERE, Explained
 from .masks import Masks, masks
 from .pooled import pool
 from .templates import filled
@@ -105,7 +105,7 @@ def render(
         "pictures": pictures,
         "masks": masks or Masks(),
         "explained": explained or Explained(),
-        "about_maps": ABOUT,
+        "about_maps": (*ABOUT, ASKED_HERE),
         "sheet": sheet,
         "chosen": rows,
         "defaults": defaults,

@@ -14,7 +14,7 @@ from ..core.claims import Claim, Figures, Judged, Table, difference, groups_of, 
 from ..core.config import StudyConfig
 from ..core.kinds import Checkpoint
 from ..core.sealed import printable
-from ..core.stats import CALIBRATION_BINS, CONFIDENCE, expected_calibration_error, mean_interval
+from ..core.stats import CALIBRATION_BINS, CONFIDENCE, Interval, expected_calibration_error, mean_interval
 from ..data.dataset import Dataset
 from ..runtime.task import TASKS, Task
 from .answers import is_finite
@@ -24,6 +24,13 @@ from .templates import filled
 Numbers = dict[str, Any]
 LABELS = "labels"
 JUDGED = ("agreement", "calibration_error")
+# Of runs other than methods and controls a figure each.
+TITLES = {
+    "longer": "Gain over labels alone that were trained as much longer",
+    "teacher": "Gain over labels alone by other teachers",
+    "start": "Gain over labels alone from the same weights",
+}
+UNEVEN = 0.05  # of what the plan gives a run
 MARKERS = ("o", "D", "s", "^", "v", "P")
 
 
@@ -38,8 +45,9 @@ class Ran:
     seed: int
     images: int
     views: int
+    planned_views: int
     checkpoint: Checkpoint
-    guide: Checkpoint | None
+    guide: Checkpoint  # with which its answers are compared
     small: Callable[[], np.ndarray | None]
 
 
@@ -91,18 +99,19 @@ def collect(config: StudyConfig, runs: Sequence[Ran], asked: Asked) -> Numbers:
                 "fraction": run.fraction,
                 "images": run.images,
                 "views": run.views,
+                "planned_views": run.planned_views,
                 "runs": [],
             },
         )
         accuracy = float(table[where][run.seed][0])
         row["runs"].append({"seed": run.seed, "key": run.checkpoint.key, "accuracy": accuracy, "int8": None, **found})
     for (method, share), row in rows.items():
-        row["accuracy"] = mean_interval([each["accuracy"] for each in row["runs"]]).as_dict()
+        row["accuracy"] = _mean_of([each["accuracy"] for each in row["runs"]], 0, 100)
         row["gain"] = _interval(table, method, row["over"], share)
         row |= {name: _mean(row["runs"], name) for name in JUDGED}
         quantized = [each["int8"] for each in row["runs"] if each["int8"]]
         row["int8"] = quantized and {
-            "accuracy": mean_interval([each["accuracy"] for each in quantized]).as_dict(),
+            "accuracy": _mean_of([each["accuracy"] for each in quantized], 0, 100),
             "gain": _interval(small, method, row["over"], share),
             **{name: _mean(quantized, name) for name in JUDGED},
         }
@@ -121,6 +130,11 @@ def collect(config: StudyConfig, runs: Sequence[Ran], asked: Asked) -> Numbers:
         },
         "task": {"metric": task.metric, "unit": task.unit, "class_metric": task.class_metric},
         "test_images": len(groups),
+        "data": {
+            "source": printable(str(asked.dataset.settings.get("source", ""))),
+            "key": asked.dataset.key,
+            "training_images": len(asked.dataset.samples("train")),
+        },
         "plan": config.plan.model_dump(mode="json"),
         "views": config.views,
         "cost": config.plan.cost,
@@ -145,12 +159,12 @@ def figures(task: Task, scores: np.ndarray, groups: np.ndarray) -> Figures:
     return np.array([100 * task.summary(each).value for each in kept])
 
 
-def _judged(task: Task, outputs: np.ndarray, labels: np.ndarray, guide: Checkpoint | None, dataset: Dataset) -> Numbers:
+def _judged(task: Task, outputs: np.ndarray, labels: np.ndarray, guide: Checkpoint, dataset: Dataset) -> Numbers:
     """Agreement with the teacher and calibration error, in points; None where it cannot be told."""
     surety = task.surety(outputs, labels, CALIBRATION_BINS) if is_finite(outputs) else None
     agreement = None
     # A teacher that was tested on other images says nothing of these.
-    if guide is not None and guide.manifest.inputs["data"].key == dataset.key:
+    if guide.manifest.inputs["data"].key == dataset.key:
         said, _ = guide.tested
         # Nor one whose masks are of another size of every place.
         if not task.dense or said.shape == outputs.shape:
@@ -164,6 +178,14 @@ def _judged(task: Task, outputs: np.ndarray, labels: np.ndarray, guide: Checkpoi
 def _mean(rows: Sequence[Numbers], name: str) -> float | None:
     known = [row[name] for row in rows if row[name] is not None]
     return float(np.mean(known)) if known else None
+
+
+def _mean_of(values: Sequence[float], least: float, most: float) -> Numbers:
+    """Their mean, with an interval of values that can be; without one where all are the same, which tells no spread."""
+    found = mean_interval(values)
+    if found.low is None or found.high is None or found.low == found.high:
+        return Interval(found.value, None, None, found.n).as_dict()
+    return Interval(found.value, max(least, found.low), min(most, found.high), found.n).as_dict()
 
 
 def _interval(table: Table, method: str, control: str | None, share: float) -> Numbers | None:
@@ -183,7 +205,9 @@ def _temperatures(config: StudyConfig, rows: Mapping[tuple[str, float], Numbers]
 
 
 def advise(table: Table, rows: Sequence[Numbers], worth: float) -> Numbers:
-    """What to take on the largest share: the method of the largest gain that is shown, else labels alone.
+    """What to take on the largest share: the method of the largest gain, where that is shown.
+
+    Else labels alone: because no method gains what would matter, or because these runs cannot tell.
 
     All methods are looked at and the best one is taken, so the interval is at the level over their number (Bonferroni).
     ``shown`` is the method whose classes are shown.
@@ -208,8 +232,17 @@ def advise(table: Table, rows: Sequence[Numbers], worth: float) -> Numbers:
     if gain.low > 0:
         small = "" if gain.value >= worth else f", which is less than the {worth:g} that would matter"
         return {"method": best, **told, "sentence": f"With {whose} take {best}: {spread}{small}."}
-    nearest = f"no method is shown to do better, the nearest is {best} with {spread}"
-    sentence = f"With {whose} train on the labels alone: {nearest}."
+    nearest = f"the nearest is {best} with {spread}"
+    highest = max(each.interval((1 - CONFIDENCE) / len(found)).high or 0.0 for each in found.values())
+    if highest < worth:
+        sentence = (
+            f"With {whose} train on the labels alone: no method gains {worth:g} points, which would matter; {nearest}."
+        )
+    else:
+        sentence = (
+            f"With {whose} no method is shown to do better than the labels alone, nor to do no better: {nearest}; more "
+            "seeds or test images may tell."
+        )
     return {"method": LABELS, **told, "sentence": sentence}
 
 
@@ -234,7 +267,7 @@ def _classes(
                 for seed in sorted(its.keys() & labels.keys())
                 if each in its[seed] and each in labels[seed]
             ]
-            gains.append(mean_interval(apart).as_dict() if apart else None)
+            gains.append(_mean_of(apart, -100, 100) if apart else None)
         if any(gains):
             found.append({"class": printable(name), "gains": gains})
     return {"method": method, "fractions": shown, "rows": found}
@@ -274,17 +307,21 @@ def _caveats(config: StudyConfig, rows: Sequence[Numbers]) -> list[str]:
                 "bind, not the images. What is said of such shares is said of this budget."
             )
             break
-    uneven = [
-        row for row in rows if row["kind"] in ("method", "control") and config.plan.cost == "views"
-        and abs(row["views"] / config.views - 1) > 0.05
-    ]  # fmt: skip
+    off = {
+        row["fraction"]: max(abs(each["views"] / each["planned_views"] - 1) for each in rows
+        if each["fraction"] == row["fraction"]) for row in rows
+    }  # fmt: skip
+    uneven = [f"{100 * share:g} % (by up to {100 * its:.0f} %)" for share, its in sorted(off.items()) if its > UNEVEN]
     if uneven:
-        shares = ", ".join(f"{100 * share:g} %" for share in sorted({row["fraction"] for row in uneven}))
-        found.append(f"Whole epochs give other views than the {config.views:,} of the plan on these shares: {shares}.")
+        found.append(
+            f"A run is of whole epochs, so that on these shares not all cost the same {config.plan.cost} as planned: "
+            f"{', '.join(uneven)}."
+        )
     if any(row["kind"] == "longer" for row in rows):
         times = config.plan.longer
         found.append(
-            f"What ends in -x{times} saw {times} times the views, as the labels alone that it is compared with."
+            f"What ends in -x{times} had {times} times the {config.plan.cost}, as the labels alone that it is compared "
+            "with."
         )
     if config.failed:
         found.append(f"Not made: {', '.join(config.failed)}. What is said rests on the other runs.")
@@ -295,7 +332,7 @@ def _caveats(config: StudyConfig, rows: Sequence[Numbers]) -> list[str]:
 
 
 def drawings(numbers: Numbers) -> dict[str, Figure]:
-    """``gain`` by images with intervals, and ``temperature`` where there are several."""
+    """``gain`` by images with intervals, a ``gain_KIND`` of other runs, and ``temperature`` where there are several."""
     import matplotlib
 
     found: dict[str, Figure] = {}
@@ -303,8 +340,12 @@ def drawings(numbers: Numbers) -> dict[str, Figure]:
         # Labels alone in another way are what others are compared with, not what is gained by a teacher.
         controls = {row["over"] for row in numbers["rows"]}
         gained = [row for row in numbers["rows"] if row["gain"] and row["method"] not in controls]
-        if gained:
-            found["gain"] = _gain_by_images(gained)
+        main = [row for row in gained if row["kind"] in ("method", "control")]
+        if main:
+            found["gain"] = _gain_by_images(main, "Gain over labels alone by the number of images", "gain")
+        for kind, title in TITLES.items():
+            if its := [row for row in gained if row["kind"] == kind]:
+                found[f"gain_{kind}"] = _gain_by_images(its, title, f"gain-{kind}")
         if len({row["temperature"] for row in numbers["temperatures"]}) > 1:
             found["temperature"] = _gain_by_temperature(numbers["temperatures"])
     return found
@@ -341,11 +382,11 @@ def _lines(series: Mapping[str, Sequence[tuple[float, Numbers]]], over: str, tit
     return finished(figure, title, salt)
 
 
-def _gain_by_images(rows: Sequence[Numbers]) -> Figure:
+def _gain_by_images(rows: Sequence[Numbers], title: str, salt: str) -> Figure:
     series: dict[str, list[tuple[float, Numbers]]] = {}
     for row in sorted(rows, key=lambda row: row["images"]):
         series.setdefault(row["method"], []).append((row["images"], row["gain"]))
-    return _lines(series, "images to learn from", "Gain over labels alone by the number of images", "gain")
+    return _lines(series, "images to learn from", title, salt)
 
 
 def _gain_by_temperature(rows: Sequence[Numbers]) -> Figure:
@@ -360,8 +401,13 @@ def spread(found: Numbers | None, sign: bool = False) -> str:
     if found is None:
         return ""
     form = "+.2f" if sign else ".2f"
-    text = f"{found['value']:{form}}"
-    return text if found["low"] is None else f"{text} [{found['low']:{form}}, {found['high']:{form}}]"
+    # Nothing has no sign.
+    value, low, high = (None if each is None else f"{round(each, 2) + 0.0:{form}}" for each in _parts(found))
+    return f"{value}" if low is None else f"{value} [{low}, {high}]"
+
+
+def _parts(found: Numbers) -> tuple[float, float | None, float | None]:
+    return found["value"], found["low"], found["high"]
 
 
 def render(numbers: Numbers) -> str:

@@ -252,7 +252,14 @@ def test_checkpoints_and_a_bundle(packed: Bundle, trained: Trained, pictures: Pa
         assert np.shape(student["map"]) == (4, 4) and np.shape(bundle["map"]) == (8, 8)
     page = (workdir / "explained.html").read_text()
     assert page.count("<img") == 3 * 4 and "0&lt;b&gt;.png" in page and "<b>.png" not in page
-    assert "no gradients" in page
+    assert "no gradients" in page and "asked on &#39;local&#39;" in page
+    shutil.copytree(pictures, pictures / "more")  # the same names once more
+    mine, same = shutil.copytree(trained.teacher.path, workdir / "my-teacher"), pictures / "0<b>.png"
+    several = kdpipe("explain", mine, same, same, pictures / "more" / same.name)
+    assert several.returncode == 0, several.stderr
+    page = (workdir / "explained.html").read_text()
+    assert "more/0&lt;b&gt;.png" in page and "Bundles were asked" not in page
+    assert page.count("<img") == 2 * 2 and "rest on: my-teacher" in page
     again = kdpipe("explain", trained.student.path, pictures / "0<b>.png", "--class", "7", "--json")  # over its own
     assert again.returncode == 0, again.stderr
     assert [each["label"] for each in json.loads(again.stdout)["explained"]] == ["7"]

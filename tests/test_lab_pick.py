@@ -7,10 +7,12 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from conftest import command, kdpipe
+from lab import Computer, serve
 
 from kdpipe.chain import Chain, sealed
 from kdpipe.core.config import DataPlan, TeacherPlan, read_recipe, validated
@@ -117,3 +119,34 @@ def test_what_was_trained_here_is_a_prior(folder: Path, dataset: Dataset) -> Non
     told = json.loads(done.stdout)
     assert {row["model"] for row in told["networks"]} <= {"resnet8", "resnet14", "resnet20", "test_resnet"}
     assert len(told["networks"]) >= 2 and "(runs)" in told["sentence"]
+
+
+def told_by(*arguments: object, cwd: Path) -> dict[str, Any]:
+    """What a process of its own prints for machines, whatever its converters print."""
+    done = subprocess.run(command(*arguments), cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 75), done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def test_a_pick_asks_a_device_behind_an_sshd(folder: Path, dataset: Dataset) -> None:
+    """In INT8 for TFLite: every session is the device's own, and another pick for it begins with them."""
+    computer = Computer()
+    try:
+        sshd = serve(computer)
+        settings = {"kind": "ssh", "address": "device", "ssh_config": str(sshd.config), "python": computer.python()}
+        (folder / "devices.yaml").write_text(yaml.safe_dump({"pi": settings}))
+        names = ("--candidates", "resnet8", "--device", "pi", "--target", "tflite", "--json")
+        before = sessions(folder)
+        told = told_by("pick", dataset.path, *OPTIONS, *names, cwd=folder)
+        assert told["facts"]["chosen"] == "resnet8-16" and told["facts"]["measured"] == 1
+        assert "on 'pi' (tflite, int8)" in told["sentence"]
+        made = [Measurement.open(path) for path in set(sessions(folder)) - set(before)]
+        assert {each.facts.device for each in made} == {"pi"} and len(made) >= 2
+        recipe = read_recipe(Pick.open(folder / told["artifact"]).file(Pick.RECIPE))
+        assert recipe.bench.devices == ("pi",) and recipe.export.targets == ("tflite",)
+        assert not list((computer.home / ".kdpipe" / "work").iterdir()), "a working folder was left"
+        rows = told_by("pick", dataset.path, *OPTIONS, *names, "--p90", "2s", cwd=folder)["networks"]
+        assert {row["name"]: row["sessions"] for row in rows}["resnet8-16"] >= 2
+        assert len(sessions(folder)) == len(before) + len(made)
+    finally:
+        computer.close()

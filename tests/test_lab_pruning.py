@@ -11,19 +11,33 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_TRAIN, Trained, train
+from conftest import SMALL_TRAIN, Trained, kdpipe, train
 from test_pruning import pruned, whole
 from test_resume import LIBRARIES, train_telling
 
 from kdpipe.chain import Chain
-from kdpipe.core.config import ExportConfig, ExportPlan, PackageConfig, QuantizePlan, TrainConfig, validated
+from kdpipe.core.config import (
+    ExportConfig,
+    ExportPlan,
+    PackageConfig,
+    QuantizePlan,
+    TrainConfig,
+    read_recipe,
+    validated,
+)
+from kdpipe.core.kinds import Checkpoint, Study
 from kdpipe.devices import find_device
 from kdpipe.export import TARGETS
 from kdpipe.networks import models
 
 pytestmark = pytest.mark.lab
 
-NETWORKS = ("resnet18", "mobilenetv4_conv_small", "repvit_m0_9", "mobilenetv3_small_050")
+KEEPS = {  # of these networks
+    "resnet18": (0.7, 0.5),
+    "mobilenetv4_conv_small": (0.7, 0.5),
+    "repvit_m0_9": (0.5,),
+    "mobilenetv3_small_050": (0.7, 0.5),
+}
 ANEW = """
 import sys, numpy as np, torch
 sys.modules["torch_pruning"] = None
@@ -49,8 +63,8 @@ def test_another_process_builds_them_again(tmp_path: Path) -> None:
     """Bit for bit, from the name and the weights, without the library that pruned them."""
     images = torch.randn(2, 3, 64, 64)
     np.save(tmp_path / "images.npy", images.numpy())
-    for name in NETWORKS:
-        for keep in (0.7, 0.5):
+    for name in KEEPS:
+        for keep in KEEPS[name]:
             network, spec = whole(name, 64)
             facts = pruned(network, name, spec, keep=keep)
             assert keep - 0.01 < facts.macs_share <= keep and facts.spared_groups == 0
@@ -62,7 +76,7 @@ def test_another_process_builds_them_again(tmp_path: Path) -> None:
     for path in tmp_path.glob("*.anew.npy"):
         whole_name = path.name.replace(".anew", "")
         assert np.array_equal(np.load(path), np.load(tmp_path / whole_name)), whole_name
-    assert len(list(tmp_path.glob("*.anew.npy"))) == 2 * len(NETWORKS)
+    assert len(list(tmp_path.glob("*.anew.npy"))) == sum(map(len, KEEPS.values()))
 
 
 def test_attention_is_spared() -> None:
@@ -96,7 +110,7 @@ def _configuration(trained: Trained) -> TrainConfig:
         "model": "test_resnet",
         "input": {"size": 32},
         "label_fraction": 0.25,
-        "prune": {"from": trained.teacher.path, "keep": 0.5},
+        "prune": {"from": trained.teacher.path, "keep": 0.5, "round_to": 8},
         "train": {**SMALL_TRAIN, "epochs": 2, "batch_size": 32},
     }
     return validated(TrainConfig, values, "test")
@@ -108,7 +122,7 @@ def test_killed_it_ends_the_same(trained: Trained, tmp_path: Path) -> None:
     wanted = train(config, trained.dataset, trained.teacher, tmp_path / "whole")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
-    for steps in (3, 5, None):
+    for steps in (5, None):
         told, telling = context.Pipe(duplex=False)
         process = context.Process(
             target=train_telling, args=(config, trained.dataset.path, trained.teacher.path, out, telling)
@@ -125,3 +139,29 @@ def test_killed_it_ends_the_same(trained: Trained, tmp_path: Path) -> None:
     process.join()
     assert process.exitcode == 0
     assert (out / "model.safetensors").read_bytes() == wanted.file("model.safetensors").read_bytes()
+
+
+def test_a_study_of_a_pruned_student(trained: Trained, tmp_path: Path) -> None:
+    """Every run of it is as narrow, and the recipe that it advises prunes too."""
+    asked = (
+        *("study", trained.dataset.path, trained.teacher.path, "--artifacts", tmp_path, "--student", "test_resnet"),
+        *(
+            "--student.input.size",
+            32,
+            "--student.prune.from",
+            trained.teacher.path,
+            "--student.prune.keep",
+            0.5,
+            "--student.prune.round-to",
+            8,
+        ),
+        *("--fractions", 0.05, "--methods", "kd", "--temperatures", 4, "--controls", "smoothing", "--seeds", 2),
+        *("--views", 60, "--distill.train.batch-size", 16, "--distill.train.workers", 0, "--int8", "none"),
+    )
+    done = kdpipe(*asked)
+    assert done.returncode == 0, done.stderr
+    runs = [Checkpoint.open(path) for path in tmp_path.glob("cell-*")]
+    assert len(runs) == 6 and {run.facts.model for run in runs} == {"test_resnet-pruned-to-0.50"}
+    [sealed] = tmp_path.glob("study-*")
+    student = read_recipe(sealed / Study.RECIPE).student
+    assert student.prune == TrainConfig.model_validate(runs[0].settings).prune and student.start == trained.teacher.path

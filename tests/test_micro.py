@@ -49,7 +49,8 @@ def full(small: tuple[Recipe, Path], trained: Trained) -> Full:
     recipe, folder = small
     chain, dataset = Chain(folder), trained.dataset
     float32 = chain.export(ExportConfig.of(recipe.export, target="tflite"), trained.student, dataset)
-    variants = chain.variants(recipe.quantize, float32, dataset, find_device("local").probe())
+    plan = recipe.quantize.model_copy(update={"variants": ("int8", "int8-full")})
+    variants = chain.variants(plan, float32, dataset, find_device("local").probe())
     by_name = {each.facts.variant: each for each in variants}
     model = by_name["int8-full"]
     return Full(float32, by_name["int8"], model, chain.package(recipe.package, model, dataset), chain, trained)
@@ -148,6 +149,31 @@ def test_what_the_channel_of_ones_is_for(full: Full, tmp_path: Path) -> None:
         np.concatenate([graph(image[None])[graph.layers[-1].output] for image in pixels]) for graph in graphs
     )
     assert signal_to_noise_db(expected, actual - expected) < 40
+
+
+def test_fully_connected_layers_are_convolutions(full: Full, tmp_path: Path) -> None:
+    """Of one row [1, C] as the last layer is, and of every place of a map."""
+    whole = normalising(full, np.full(3, 127.0), np.full(3, 127.5), tmp_path / "whole.tflite", "RELU")
+    file = Flatbuffer(whole)
+    [relu] = [each for each in file.graph.operators if file.kind(each) == "RELU"]
+    weights = np.array([[0.9, 0.2, -0.1], [0.1, 0.8, 0.2], [-0.2, 0.1, 1.1]])
+    mixing = file.operator(
+        "FULLY_CONNECTED", [int(relu.inputs[0]), file.add_constant(weights), -1], int(relu.outputs[0])
+    )
+    mixing.builtinOptionsType = file.schema.BuiltinOptions.FullyConnectedOptions
+    mixing.builtinOptions = file.schema.FullyConnectedOptionsT()
+    mixing.builtinOptions.keepNumDims = True
+    file.graph.operators[file.graph.operators.index(relu)] = mixing
+    file.write(whole)
+    found = fold_normalisation(whole, tmp_path / "folded.tflite")
+    before, after = TfliteActivations(whole), FoldedActivations(tmp_path / "folded.tflite", found)
+    assert sum(layer.kind == "FULLY_CONNECTED" for layer in before.layers) == 2
+    assert [layer.kind for layer in after.layers if layer.kind in ("FULLY_CONNECTED", "RESHAPE")] == ["RESHAPE"] * 2
+    pixels = images_of(full, 8).astype(np.float32)
+    expected, actual = (
+        np.concatenate([graph(image[None])[graph.layers[-1].output] for image in pixels]) for graph in (before, after)
+    )
+    assert signal_to_noise_db(expected, actual - expected) >= 100
 
 
 def test_float_is_named(full: Full) -> None:

@@ -44,6 +44,7 @@ def odd(num_classes):
 PRIOR = "# mine\nmodel,points,size\nresnet8,60,16\ntest_resnet,70,32\nodd:odd,50\n"
 CANDIDATES = ("--candidates", "resnet8,test_resnet,odd:odd,test_vit", "--allow-code", "odd:odd")
 NO_TABLES = ["", "resnet18\n", "resnet18,high\n", "resnet18,inf\n", "a,1,2,3\n", "resnet18,70,-1\n"]
+NO_TABLES += ["resnet18.a1_in1k,70\nresnet18.tv_in1k,69\n", "resnet18,70,224\nresnet18,65,160\n"]
 
 
 class Bench:
@@ -156,6 +157,7 @@ def test_the_recipe_of_a_pick_is_one(bench: Bench, picked: dict[str, Any]) -> No
         (("--train", "2"), ("takes a teacher", "--teacher")),
         (("--budget", "0"), ("budget", "found 0")),
         (("--p90", "10kg"), ("p90", "10ms")),
+        (("--p90", "-5ms"), ("p90", "10ms")),
         (("--input.size", "4"), ("at least 8 pixels",)),
     ],
 )
@@ -197,14 +199,20 @@ def test_the_shipped_prior_says_where_it_is_from_and_knows_networks() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "text", ["", "resnet18\n", "resnet18,high\n", "resnet18,inf\n", "a,1,2,3\n", "resnet18,70,-1\n"]
-)
+@pytest.mark.parametrize("text", NO_TABLES)
 def test_a_prior_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "prior.csv"
     path.write_text(text)
     with pytest.raises(UserError, match="wanted"):
         prior.of_file(path)
+
+
+def test_a_prior_is_a_file_as_a_spreadsheet_writes_it(tmp_path: Path) -> None:
+    path = tmp_path / "prior.csv"
+    path.write_bytes(b"\xef\xbb\xbfmodel,points\r\nresnet18,70\r\n")
+    assert prior.of_file(path) == {"resnet18": prior.Prior(70.0, None)}
+    with pytest.raises(UserError, match="is no file"):
+        prior.of_file(Path("/dev/zero"))  # which has no end
 
 
 def test_costs_are_those_of_the_network() -> None:
