@@ -28,6 +28,8 @@ from kdpipe.core.kinds import Graph, Tuned
 from kdpipe.data.dataset import Dataset
 from kdpipe.networks import models
 from kdpipe.networks.drawn import draw_scales
+from kdpipe.networks.narrow import narrow_as
+from kdpipe.networks.weights import load_weights
 from kdpipe.quantize.fake import (
     Quantized,
     Ranges,
@@ -194,6 +196,23 @@ def test_the_scale_of_a_weight_is_its_channels_largest() -> None:
     torch.testing.assert_close(weight_scale(weight, 0, 127), weight.abs().amax((1, 2, 3)) / 127)
     torch.testing.assert_close(weight_scale(weight, 1, 64), weight.abs().amax((0, 2, 3)) / 64)
     assert weight_scale(torch.zeros(2, 2), 0, 127).min() > 0, "a dead channel divides nothing by zero"
+
+
+@pytest.mark.parametrize(("name", "side"), [("mobilenetv3_small_050", 32), ("repvit_m0_9", 32)])
+def test_a_pruned_student_is_built_again_as_it_is_deployed(name: str, side: int, tmp_path: Path) -> None:
+    """With its branches merged, so that its weights have other names than those of the student's checkpoint."""
+    from test_pruning import CLASSES, pruned, whole
+
+    student, spec = whole(name, side)
+    pruned(student, name, spec, keep=0.7)
+    deployed, shown = models.deployed(student).eval(), images()
+    models.save_weights(deployed, tmp_path / "model.safetensors")
+    again = models.deployed(whole(name, side)[0])
+    narrow_as(again, tmp_path / "model.safetensors", spec, CLASSES)
+    load_weights(again, tmp_path / "model.safetensors")
+    with torch.no_grad():
+        assert torch.equal(again.eval()(shown / 255), deployed(shown / 255))
+        fold(deployed, shown / 255, name)
 
 
 # ---- places ------------------------------------------------------------------------------------------------
