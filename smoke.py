@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .core.artifact import is_held
-from .core.config import DistillPlan, Recipe, TrainSettings
+from .core.config import TRAINED_VARIANT, DistillPlan, Recipe, TrainSettings
 from .core.errors import GateFailed, KdpipeError, UserError
 from .core.kinds import Measurement
 
@@ -40,14 +40,15 @@ def smoke(recipe: Recipe) -> Recipe:
     quantize = recipe.quantize
     if quantize is not None:
         few = {"images": min(quantize.calibrate.images, CALIBRATION_IMAGES)}
+        trained = {"qad": quantize.qad.model_copy(update={"steps": min(quantize.qad.steps, BATCHES)})}
         quantize = quantize.model_copy(
             update={
                 "calibrate": quantize.calibrate.model_copy(update=few),
                 "check_images": min(quantize.check_images, CHECK_IMAGES),
-                "qad": quantize.qad.model_copy(update={"steps": min(quantize.qad.steps, BATCHES)}),
                 "allow_damage": True,
                 "max_drop": None if quantize.max_drop is None else WHOLE_DROP,
                 "guard_steps": 1,
+                **(trained if TRAINED_VARIANT in quantize.variants else {}),
             }
         )
     return recipe.model_copy(
