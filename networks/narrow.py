@@ -57,7 +57,7 @@ def narrow_as(network: nn.Module, path: Path, spec: InputSpec, classes: int) -> 
     """
     try:
         with safe_open(path, "pt") as weights:
-            shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+            shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118 (no mapping)
     except Exception as error:  # of the format
         raise UserError(f"cannot read weights from {path} ({first_line(error)}): wanted .safetensors") from None
     for layer in head_layers(network):
