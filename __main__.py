@@ -6,8 +6,12 @@ import sys
 
 
 def main() -> None:
-    """Run the command line. Ctrl-C is one line from the first import on, and a stream that is closed harms no file."""
+    """Run the command line.
+
+    Ctrl-C is one line from the first import on, a stream that is closed harms no file, and a crash says where it was.
+    """
     try:
+        import faulthandler
         import os
         import signal
 
@@ -17,6 +21,8 @@ def main() -> None:
         if not streams.hold():
             sys.stderr.write("kdpipe: standard output is closed: send it to a file, or to /dev/null\n")
             sys.exit(ExitCode.MISTAKE)
+        # Where native code crashes, that is told: on a descriptor of its own, since 2 is nowhere while converters talk.
+        faulthandler.enable(os.dup(2))
 
         def leave(*_: object) -> None:
             try:

@@ -328,10 +328,11 @@ def kdpipe(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedP
     return subprocess.CompletedProcess(arguments, code, stdout.getvalue(), stderr.getvalue())
 
 
-def kdpipe_process(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def kdpipe_process(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user would, in a process of its own."""
+    variables = {**os.environ, **environment}
     return subprocess.run(
-        command(*arguments), env={**os.environ, **environment}, capture_output=True, text=True, timeout=900, check=False
+        command(*arguments), env=variables, cwd=cwd, capture_output=True, text=True, timeout=900, check=False
     )
 
 

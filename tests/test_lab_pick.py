@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import command, kdpipe
+from conftest import command, kdpipe_process
 from lab import Computer, serve
 
 from kdpipe.chain import Chain, sealed
@@ -61,7 +61,7 @@ def test_a_pick_that_was_killed_goes_on_from_its_sessions(folder: Path, dataset:
         process.wait()
     before = sessions(folder)
     assert len(before) == 1
-    answer = kdpipe("pick", dataset.path, *OPTIONS, "--json", cwd=folder)
+    answer = kdpipe_process("pick", dataset.path, *OPTIONS, "--json", cwd=folder)
     assert answer.returncode in (0, 75), answer.stderr
     told = json.loads(answer.stdout)
     assert told["facts"]["measured"] == 3 and set(before) < set(sessions(folder))
@@ -81,7 +81,7 @@ def test_the_best_few_are_trained_shortly_from_one_cache_and_validation_decides(
     chain = Chain(folder / "artifacts")
     teacher = chain.teacher(plan, dataset)
     training = ("--distill.train.epochs", 20, "--distill.train.workers", 0, "--distill.train.augment.crop", "pad")
-    done = kdpipe(
+    done = kdpipe_process(
         "pick", dataset.path, *OPTIONS, "--train", 2, "--teacher", teacher.path, *training, "--json", cwd=folder
     )
     assert done.returncode in (0, 75), done.stderr
@@ -104,14 +104,14 @@ def test_the_best_few_are_trained_shortly_from_one_cache_and_validation_decides(
     recipe = read_recipe(recipe_file)
     assert recipe.distill.train.epochs == 20 and recipe.teacher.checkpoint == teacher.file(Checkpoint.WEIGHTS)
     assert recipe.student.input.mean == teacher.facts.input.mean
-    legs = json.loads(kdpipe("run", recipe_file, "--dry-run", "--json", cwd=folder).stdout)["legs"]
+    legs = json.loads(kdpipe_process("run", recipe_file, "--dry-run", "--json", cwd=folder).stdout)["legs"]
     assert any(leg["stage"] == "distill" for leg in legs)
     assert yaml.safe_load(recipe_file.read_text())["student"]["model"] in told["facts"]["chosen"]
 
 
 def test_what_was_trained_here_is_a_prior(folder: Path, dataset: Dataset) -> None:
     """After the short trainings: candidates are those whose validation is known."""
-    done = kdpipe(
+    done = kdpipe_process(
         "pick", dataset.path, "--p90", "1s", "--prior", "runs", "--input.size", "16", "--threads", "1", "--rounds", "2",
         "--json", cwd=folder,
     )  # fmt: skip

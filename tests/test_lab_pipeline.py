@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import assert_one_line, command, interruptible, kdpipe, system_command
+from conftest import assert_one_line, command, interruptible, kdpipe, kdpipe_process, system_command
 from test_commands import TINY
 from test_pipeline import TWO, break_openvino
 
@@ -248,7 +248,7 @@ def test_a_folder_that_may_only_be_read(undisturbed: tuple[Place, Contents], tmp
 def test_a_smoke_run_of_phases_and_students(folder: Path) -> None:
     students = {"staged": {"method": "stagewise", "train": {"epochs": 50}}, "hot": {"temperature": 9, "cache_views": 7}}
     changes = ["--set", f"distill.students={json.dumps(students)}", "--until", "distill"]
-    done = kdpipe("run", "tiny.yaml", "--smoke", *changes, cwd=folder)
+    done = kdpipe_process("run", "tiny.yaml", "--smoke", *changes, cwd=folder)
     assert done.returncode == 0, done.stderr
     [place] = (folder / "artifacts" / smoke.SMOKE).iterdir()
     steps = {path.name.rpartition("-")[0]: Checkpoint.open(path).facts.steps for path in place.glob("student-*")}
@@ -278,7 +278,8 @@ def test_a_student_that_fails_leaves_the_others(folder: Path) -> None:
     students = {"wild": {"train": {"optimizer": "sgd", "learning_rate": 1e12}}, "mild": {"temperature": 2}}
     changes = [f"distill.students={json.dumps(students)}", "export.students=all"]
     changes += ["export.targets=[onnxruntime]", "quantize=null"]
-    done = kdpipe("run", "tiny.yaml", "--json", *(w for change in changes for w in ("--set", change)), cwd=folder)
+    words = [word for change in changes for word in ("--set", change)]
+    done = kdpipe_process("run", "tiny.yaml", "--json", *words, cwd=folder)
     assert done.returncode == 2, done.stderr
     assert "student-wild-seed0: " in done.stderr and "loss became" in done.stderr
     told = json.loads(done.stdout)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import kdpipe
+from conftest import kdpipe_process
 from safetensors.torch import load_file
 from test_start import CLASSES, write_signs
 
@@ -26,10 +26,10 @@ def road(tmp_path: Path) -> Path:
     write_signs(tmp_path / "signs", {"train": 30, "test": 15})
     elsewhere = tmp_path / "elsewhere"
     training = ["--train.epochs", 8, "--train.workers", 0, "--train.augment.crop", "pad", "--train.augment.flip", 0]
-    data = kdpipe("data", tmp_path / "signs", "--test-split", "test", "--artifacts", elsewhere)
+    data = kdpipe_process("data", tmp_path / "signs", "--test-split", "test", "--artifacts", elsewhere)
     assert data.returncode == 0, data.stderr
     folder = data.stdout.strip().splitlines()[-1]
-    taught = kdpipe("teacher", folder, "--model", "resnet18", "--input.size", 32, *training)
+    taught = kdpipe_process("teacher", folder, "--model", "resnet18", "--input.size", 32, *training)
     assert taught.returncode == 0, taught.stderr
     weights = Path(taught.stdout.strip().splitlines()[-1]) / "model.safetensors"
     torch.save({"epoch": 8, "state_dict": load_file(weights)}, tmp_path / "best.pth")
@@ -43,7 +43,7 @@ def test_from_a_folder_and_a_pth_to_a_report(road: Path, monkeypatch: pytest.Mon
     typed = [["init", "signs", "--checkpoint", "best.pth", "--yes"], ["run", "signs.yaml", *short]]
     assert len(typed) <= MOST_COMMANDS
     for words in typed:
-        done = kdpipe(*words)
+        done = kdpipe_process(*words)
         assert done.returncode in (ExitCode.DONE, ExitCode.UNTRUSTED), done.stderr
     page = Path(re.findall(r"^report: (.*)$", done.stdout, re.MULTILINE)[0])
     assert page.stat().st_size > 100_000 and "resnet10t" in (page.parent / "report.json").read_text()
@@ -53,7 +53,7 @@ def test_from_a_folder_and_a_pth_to_a_report(road: Path, monkeypatch: pytest.Mon
     places = re.findall(r"^ *(\d+)/(\d+) ", done.stderr, re.MULTILINE)
     assert [int(at) for at, _ in places] == list(range(1, len(places) + 1))
     assert len(places) <= int(places[-1][1]) <= len(places) + 4, "but for variants that were refused"
-    assert "0 done now" in kdpipe("run", "signs.yaml", *short).stdout
-    plan = json.loads(kdpipe("run", "signs.yaml", *short, "--dry-run", "--json").stdout)
+    assert "0 done now" in kdpipe_process("run", "signs.yaml", *short).stdout
+    plan = json.loads(kdpipe_process("run", "signs.yaml", *short, "--dry-run", "--json").stdout)
     assert all(leg["sealed"] for leg in plan["legs"])
-    assert kdpipe("show", page.parent).returncode == kdpipe("list").returncode == 0
+    assert kdpipe_process("show", page.parent).returncode == kdpipe_process("list").returncode == 0

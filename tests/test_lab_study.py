@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import command, kdpipe
+from conftest import command, kdpipe_process
 from lab import free_port
 
 from kdpipe import study
@@ -92,7 +92,7 @@ def test_killed_and_shared_by_torchrun_a_study_is_the_same(tmp_path: Path) -> No
 
 def test_int8_of_the_claims_methods_is_on_the_page(tmp_path: Path) -> None:
     dataset, teacher = digits(tmp_path)
-    done = kdpipe("study", dataset, teacher, "--artifacts", tmp_path, *OPTIONS, "--seeds", "1", "--json")
+    done = kdpipe_process("study", dataset, teacher, "--artifacts", tmp_path, *OPTIONS, "--seeds", "1", "--json")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["numbers"]["rows"]
     made = {(row["method"], row["fraction"]) for row in rows if row["int8"]}

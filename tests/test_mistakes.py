@@ -509,3 +509,19 @@ def test_a_library_that_turns_an_interrupt_into_an_error(workdir: Path) -> None:
     arguments = interruptible([sys.executable, "-c", code])
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=workdir, check=False)
     assert_one_line(done, 130, "interrupted")
+
+
+def test_native_code_that_crashes_says_where(workdir: Path) -> None:
+    """Also while what libraries print goes nowhere."""
+    code = (
+        "import ctypes, kdpipe.cli, kdpipe.__main__\n"
+        "from kdpipe.core.proc import quiet\n"
+        "def converter():\n"
+        "    with quiet(): ctypes.string_at(0)\n"
+        "kdpipe.cli.main = converter\n"
+        "kdpipe.__main__.main()"
+    )
+    arguments = [sys.executable, "-c", code]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=workdir, check=False)
+    assert done.returncode == -signal.SIGSEGV
+    assert "Segmentation fault" in done.stderr and "in converter" in done.stderr
