@@ -28,18 +28,18 @@ types: install
 layers: install
 	$(BIN)/lint-imports --no-cache
 
-# What trains runs in a process of its own, as far as it can from the converters' and runtimes' native libraries; what
-# both of them train is made once. The others wait much, for processes and devices: two files of them side by side,
-# and threads that wait leave their core to the other file.
+# What trains runs in processes of its own, as far as it can from the converters' and runtimes' native libraries; what
+# both of them train is made once. Two files side by side, since much of it waits, for processes and devices, and
+# threads that wait leave their core to the other file. The longest of those that train go first.
 TWO := --numprocesses=2 --dist=loadfile
 SHARING := OMP_WAIT_POLICY=PASSIVE
-TRAIN := $(patsubst %,tests/test_%.py,cache cifar_networks data families losses methods pixels pruning ranks resume segmenters together trackers training unlabeled)
+TRAIN := $(patsubst %,tests/test_%.py,training together methods ranks resume segmenters losses families pixels cache data unlabeled pruning cifar_networks trackers)
 unit: install
 ifdef TESTS
 	$(BIN)/pytest -m "not lab" $(TESTS)
 else
 	@made=$$(mktemp -d) && trap 'rm -rf "$$made"' EXIT && export KDPIPE_TEST_ARTIFACTS="$$made/artifacts" && \
-	  $(BIN)/pytest -m "not lab" $(TRAIN) && \
+	  $(SHARING) $(BIN)/pytest -m "not lab" $(TWO) --no-loadscope-reorder $(TRAIN) && \
 	  $(SHARING) $(BIN)/pytest -m "not lab" $(TWO) $(addprefix --ignore=,$(TRAIN))
 endif
 

@@ -122,8 +122,8 @@ def quiet() -> Iterator[None]:
 def children_signal_kept() -> Iterator[None]:
     """Put SIGCHLD's handler back after the block.
 
-    torch's loader with worker processes installs one for good. Delivered later, when any child ends, while
-    the converters' native libraries are loaded, it has crashed the process.
+    torch's loader with worker processes installs one for good. Delivered later, when any child ends, it has crashed
+    the process where a native library had taken the stack for signals with it (see ``runtime/openvino.py``).
     """
     if threading.current_thread() is not threading.main_thread():
         yield

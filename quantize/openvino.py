@@ -13,6 +13,7 @@ import numpy as np
 from ..core.errors import UserError
 from ..core.kinds import ModelFacts
 from ..networks import ir
+from ..runtime.openvino import import_openvino
 from .layers import Activations, Layer
 from .qdq import Qdq
 from .variant import Taken, Variant
@@ -25,8 +26,7 @@ class OpenVinoActivations:
     channel_axis = 1
 
     def __init__(self, path: Path) -> None:
-        import openvino
-
+        openvino = import_openvino()
         core = openvino.Core()
         model = core.read_model(path)
         skipped = ("Constant", "Convert", "Parameter", "Result", "FakeQuantize", "FakeConvert", "ShapeOf")
@@ -82,12 +82,12 @@ class Nncf(Variant):
 
     def quantize(self, keep_float: Collection[str], folder: Path) -> Taken:
         import nncf
-        import openvino
         from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
         from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
         self._work.model.file(self._work.entry.with_suffix(".bin").name)
         transformer = _is_transformer(self._work)
+        openvino = import_openvino()  # NNCF compiles too
         whole = openvino.Core().read_model(self._work.entry)
         known = ir.names(whole)
         quantized = nncf.quantize(

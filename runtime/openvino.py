@@ -6,6 +6,9 @@ set, and what the compiled model really took is read back.
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,14 +23,54 @@ LAYERS = ("Convolution", "FullyConnected", "MatMul", "Deconvolution")
 PRECISIONS = {"f32": "float32", "f16": "float16", "bf16": "bf16", "i8": "int8", "u8": "int8"}
 
 
+class SignalStack(ctypes.Structure):
+    """Linux's ``stack_t``: where the thread handles signals."""
+
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+    @classmethod
+    def current(cls) -> SignalStack:
+        found = cls()
+        ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found))
+        return found
+
+    def put_back(self) -> None:
+        ctypes.CDLL(None).sigaltstack(ctypes.byref(self), None)
+
+
+def import_openvino() -> Any:
+    """The package, whose ``compile_model`` then leaves the thread's signal stack as it found it.
+
+    OpenVINO's CPU plugin (2026.4) gives the thread a stack of its own for signals, and when it goes puts the one before
+    back. Where several plugins live at a time and the older goes first, or in another thread, that is memory which
+    is no longer there, and the next signal that Python has a handler for, as of Ctrl-C or of a child that ends,
+    ends the process without a word.
+    """
+    import openvino
+
+    compile_model = openvino.Core.compile_model
+    if sys.platform != "linux" or hasattr(compile_model, "__wrapped__"):
+        return openvino
+
+    @functools.wraps(compile_model)
+    def keeping_signal_stack(*arguments: Any, **settings: Any) -> Any:
+        stack = SignalStack.current()
+        try:
+            return compile_model(*arguments, **settings)
+        finally:
+            stack.put_back()
+
+    openvino.Core.compile_model = keeping_signal_stack
+    return openvino
+
+
 class OpenVinoSession:
     needs: tuple[str, ...] = ("openvino",)
     modules: tuple[tuple[str, ...], ...] = (("openvino",),)
     batched: bool = True
 
     def __init__(self, folder: Path, facts: dict[str, Any], threads: int) -> None:
-        import openvino
-
+        openvino = import_openvino()
         self._spec = facts["input"]
         self._core, self._file = openvino.Core(), folder / facts["entry"]
         self._settings = {

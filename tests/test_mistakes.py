@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import Trained, assert_one_line, command, flip_a_byte, interruptible, kdpipe, kdpipe_process
+from conftest import Made, Trained, assert_one_line, command, flip_a_byte, interruptible, kdpipe, kdpipe_process
 from PIL import Image
 from test_cli import HEAVY, run_and_list_modules
 
 from kdpipe.core.config import BenchPlan, DistillPlan, ExportPlan, QuantizePlan, TrainSettings
 from kdpipe.core.errors import did_you_mean
 from kdpipe.core.kinds import Bundle
+from kdpipe.export import TARGETS
 from kdpipe.terminal import Bars
 
 Change = Callable[[Path], object]  # of the folder in which the command is given
@@ -509,6 +510,24 @@ def test_a_library_that_turns_an_interrupt_into_an_error(workdir: Path) -> None:
     arguments = interruptible([sys.executable, "-c", code])
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=workdir, check=False)
     assert_one_line(done, 130, "interrupted")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_signals_are_heard_after_converters_and_runtimes(made: Made, target: str, tmp_path: Path) -> None:
+    """Ctrl-C, and the end of a loader's workers: a library that takes the stack of signals with it ends the process."""
+    code = (
+        "import gc, os, signal, sys\n"
+        "from kdpipe.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as ended: assert not ended.code, ended\n"
+        "gc.collect()\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: print('heard'))\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)\n"
+    )
+    model = made.models[f"{target}-float32"]
+    words = ["quantize", model.path, "--calibrate.images", 32, "--allow-damage", "true", "--out", tmp_path / "q"]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "heard", (done.returncode, done.stderr)
 
 
 def test_native_code_that_crashes_says_where(workdir: Path) -> None:
