@@ -6,7 +6,6 @@ set, and what the compiled model really took is read back.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import sys
 import time
@@ -23,21 +22,6 @@ LAYERS = ("Convolution", "FullyConnected", "MatMul", "Deconvolution")
 PRECISIONS = {"f32": "float32", "f16": "float16", "bf16": "bf16", "i8": "int8", "u8": "int8"}
 
 
-class SignalStack(ctypes.Structure):
-    """Linux's ``stack_t``: where the thread handles signals."""
-
-    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
-
-    @classmethod
-    def current(cls) -> SignalStack:
-        found = cls()
-        ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found))
-        return found
-
-    def put_back(self) -> None:
-        ctypes.CDLL(None).sigaltstack(ctypes.byref(self), None)
-
-
 def import_openvino() -> Any:
     """The package, whose ``compile_model`` then leaves the thread's signal stack as it found it.
 
@@ -52,13 +36,21 @@ def import_openvino() -> Any:
     if sys.platform != "linux" or hasattr(compile_model, "__wrapped__"):
         return openvino
 
+    import ctypes
+
+    class Stack(ctypes.Structure):  # Linux's stack_t
+        _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+    use_stack = ctypes.CDLL(None).sigaltstack
+
     @functools.wraps(compile_model)
     def keeping_signal_stack(*arguments: Any, **settings: Any) -> Any:
-        stack = SignalStack.current()
+        before = Stack()
+        use_stack(None, ctypes.byref(before))
         try:
             return compile_model(*arguments, **settings)
         finally:
-            stack.put_back()
+            use_stack(ctypes.byref(before), None)
 
     openvino.Core.compile_model = keeping_signal_stack
     return openvino
