@@ -65,13 +65,19 @@ def run_and_list_modules(*arguments: object) -> tuple[subprocess.CompletedProces
     return done, set(done.stdout.partition("LOADED")[2].split())
 
 
-def test_help_is_fast_and_imports_nothing_heavy() -> None:
-    seconds = []
-    for _ in range(5):
-        begun = time.monotonic()
-        assert kdpipe_process("--help").returncode == 0
-        seconds.append(time.monotonic() - begun)
-    assert min(seconds) < 0.4
+def test_help_is_fast_and_imports_nothing_heavy(tmp_path: Path) -> None:
+    """0.4 s where what it stands on takes 0.15 s by itself: told by the time of the processor, a busy or slow machine's
+    seconds say little."""
+    written = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}  # as for any user
+    stands_on = [sys.executable, "-c", "import pydantic, typer.rich_utils; pydantic.BaseModel"]
+    seconds: dict[str, list[float]] = {"help": [], "what it stands on": []}
+    for _ in range(6):
+        for words, spent in zip((command("--help"), stands_on), seconds.values(), strict=True):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run(words, env=written, capture_output=True, check=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds["help"]) < 0.4 / 0.15 * min(seconds["what it stands on"]), seconds
     assert not run_and_list_modules("--help")[1] & set(HEAVY)
 
 
