@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -39,6 +39,13 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+class Kind(NamedTuple):
+    """Bundles whose networks are shown the same: images are decoded and sent once for all of those."""
+
+    names: list[str]
+    block: int  # images that are sent at a time
+
+
 @dataclass(frozen=True)
 class Asked:
     """Bundles on an opened device, and what they are asked about."""
@@ -52,18 +59,14 @@ class Asked:
     config: BenchConfig
 
     @cached_property
-    def kinds(self) -> dict[str, list[str]]:
-        """Names of the bundles by what their networks are shown: images are decoded and sent once for all of those."""
-        found: dict[str, list[str]] = {}
-        for name, bundle in self.bundles.items():
-            shown = sorted(bundle.facts.input.model_dump(exclude={"layout"}).items())
-            found.setdefault(repr(shown), []).append(name)
-        return found
+    def kinds(self) -> list[Kind]:
+        """The bundles by what their networks are shown."""
+        return kinds_of(self.bundles)
 
     @cached_property
     def timing(self) -> dict[str, str]:
         """By bundle what its pushed timing images are called."""
-        return {name: f"timing-{at}.npy" for at, names in enumerate(self.kinds.values()) for name in names}
+        return {name: f"timing-{at}.npy" for at, kind in enumerate(self.kinds) for name in kind.names}
 
     @cached_property
     def positions(self) -> np.ndarray:
@@ -79,7 +82,7 @@ class Asked:
 
     def blocks(self, name: str) -> list[tuple[int, int]]:
         """The test images of a bundle in order, from the first to before the last of each block."""
-        step = block_images(self.bundles[name])
+        [step] = [kind.block for kind in self.kinds if name in kind.names]
         return [(at, min(self.count, at + step)) for at in range(0, self.count, step)]
 
     def has(self, name: str, start: int, stop: int, corruption: Corruption | None) -> bool:
@@ -99,11 +102,20 @@ def block_images(bundle: Runnable) -> int:
     return max(LEAST_BLOCK, BLOCK_BYTES // max(image_bytes, said_bytes))
 
 
+def kinds_of(bundles: Mapping[str, Runnable]) -> list[Kind]:
+    """The bundles by what their networks are shown; a block is as small as the one that says most of it needs."""
+    found: dict[str, list[str]] = {}
+    for name, bundle in bundles.items():
+        shown = sorted(bundle.facts.input.model_dump(exclude={"layout"}).items())
+        found.setdefault(repr(shown), []).append(name)
+    return [Kind(names, min(block_images(bundles[name]) for name in names)) for names in found.values()]
+
+
 def block_count(bundles: Mapping[str, Runnable], dataset: Dataset | None) -> int:
     """How many steps ``ask`` takes."""
     if dataset is None:
         return 0
-    return sum(-(-dataset.facts.images["test"] // block_images(bundle)) for bundle in bundles.values())
+    return sum(len(kind.names) * -(-dataset.facts.images["test"] // kind.block) for kind in kinds_of(bundles))
 
 
 def push(asked: Asked) -> None:
@@ -111,7 +123,7 @@ def push(asked: Asked) -> None:
 
     Those are seeded, spread over the classes, in a file of their own: a process that times opens nothing else.
     """
-    for names in asked.kinds.values():
+    for names, _ in asked.kinds:
         file, spec = asked.scratch / asked.timing[names[0]], asked.bundles[names[0]].facts.input.model_dump()
         if asked.dataset is None:
             np.save(file, np.zeros(images_shape(len(asked.positions), spec), np.uint8))
@@ -160,7 +172,7 @@ def ask(asked: Asked) -> dict[str, str]:
     """
     failed: dict[str, str] = {}
     journal = asked.journal
-    for names in asked.kinds.values():
+    for names, _ in asked.kinds:
         able = [name for name in names if not asked.stand_in(name) or asked.bundles[name].facts.stand_in]
         for name in able:
             if journal.answer(name, ALONE) is None:

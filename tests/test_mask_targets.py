@@ -15,6 +15,7 @@ from kdpipe import runtime
 from kdpipe.chain import Chain
 from kdpipe.core.config import (
     AdoptFilePlan,
+    BenchPlan,
     DataPlan,
     ExportConfig,
     InputSettings,
@@ -27,7 +28,11 @@ from kdpipe.core.errors import GateFailed, UserError
 from kdpipe.core.kinds import Bundle, Checkpoint, Model
 from kdpipe.data.dataset import Dataset, load_images, load_labels
 from kdpipe.deploy.bundle import MOST_GOLDEN_BYTES, verify
-from kdpipe.devices import find_device
+from kdpipe.devices import accuracy, find_device, opened
+from kdpipe.devices.accuracy import Asked
+from kdpipe.devices.journal import Journal
+from kdpipe.devices.session import bench_config
+from kdpipe.devices.talk import Talk
 from kdpipe.export import TARGETS
 from kdpipe.export.parity import compare
 from kdpipe.networks import models
@@ -110,6 +115,27 @@ def test_classes_are_what_torch_says(drawn: Drawn, target: str) -> None:
 @pytest.mark.parametrize(("target", "output"), [*((name, "logits-full") for name in TARGETS), ("tflite", "classes")])
 def test_other_forms_compute_what_torch_computes(drawn: Drawn, target: str, output: str) -> None:
     check_form(drawn, target, output)
+
+
+def test_forms_are_asked_about_the_same_blocks(drawn: Drawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images are sent once for all: as many as the form that says most of them allows."""
+    bundles = {form: drawn.bundle(drawn.whole("onnxruntime", form)) for form in ("classes", "logits", "logits-full")}
+    monkeypatch.setattr(accuracy, "BLOCK_BYTES", 10 * len(drawn.dataset.classes) * 4 * SIDES[0] * SIDES[1])
+    device, (journal, scratch) = find_device("local"), (tmp_path / "journal", tmp_path / "scratch")
+    journal.mkdir()
+    scratch.mkdir()
+    config = bench_config(BenchPlan(images=4), "local")
+    count = len(drawn.dataset.samples("test"))
+    with opened(device, scratch):
+        asked = Asked(device, bundles, drawn.dataset, Journal(journal), scratch, Talk(lambda *_: None), config)
+        accuracy.push(asked)
+        assert accuracy.ask(asked) == {}
+        assert [stop - start for start, stop in asked.blocks("classes")][:2] == [10, 10] and count > 20
+        images = load_images(drawn.dataset.samples("test"), drawn.student.facts.input.model_dump())
+        for form in bundles:
+            outputs = accuracy.gather(asked, form, tmp_path / f"{form}.npy")
+            expected = drawn.torch_outputs(images, form)
+            assert outputs.shape == expected.shape and np.mean(np.abs(outputs - expected) > 1e-3) < 1e-3
 
 
 def check_form(drawn: Drawn, target: str, output: str) -> None:
