@@ -6,7 +6,6 @@ set, and what the compiled model really took is read back.
 
 from __future__ import annotations
 
-import functools
 import sys
 import time
 from collections import Counter
@@ -33,7 +32,7 @@ def import_openvino() -> Any:
     import openvino
 
     compile_model = openvino.Core.compile_model
-    if sys.platform != "linux" or hasattr(compile_model, "__wrapped__"):
+    if sys.platform != "linux" or compile_model.__module__ == __name__:  # ours already
         return openvino
 
     import ctypes
@@ -43,7 +42,6 @@ def import_openvino() -> Any:
 
     use_stack = ctypes.CDLL(None).sigaltstack
 
-    @functools.wraps(compile_model)
     def keeping_signal_stack(*arguments: Any, **settings: Any) -> Any:
         before = Stack()
         use_stack(None, ctypes.byref(before))
