@@ -44,7 +44,8 @@ else
 endif
 
 # What needs packages of the system, and what takes minutes: fuzzing, devices, the demo. The demo trains on every core,
-# so it goes alone; then two lanes side by side, since much of them waits: whole runs of small recipes, and the rest.
+# so it goes alone; then two lanes side by side, since much of them waits: whole runs of small recipes, and the rest. What
+# both of them want made is made once.
 DEMO := tests/test_lab_demo.py
 RUNS := $(patsubst %,tests/test_lab_%.py,ci masks methods page pick pipeline scale start study)
 lab: install
@@ -52,7 +53,8 @@ ifdef TESTS
 	$(BIN)/pytest -m lab $(TESTS)
 else
 	$(BIN)/pytest -m lab $(DEMO)
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line lab-runs lab-rest
+	@made=$$(mktemp -d) && trap 'rm -rf "$$made"' EXIT && export KDPIPE_TEST_ARTIFACTS="$$made/artifacts" && \
+	  $(MAKE) --no-print-directory --jobs=2 --output-sync=line lab-runs lab-rest
 endif
 
 lab-runs:

@@ -100,7 +100,7 @@ def decode(records: np.ndarray, classes: int) -> Tensor:
     top = records["classes"].shape[1]
     with np.errstate(invalid="ignore", divide="ignore"):  # of a mass that none can be; whoever decodes looks at it
         logits = np.repeat(np.log(records["rest"] / (classes - top))[:, None], classes, axis=1)
-    largest = records["largest"][:, None] + records["below"].astype(np.float32)
+        largest = records["largest"][:, None] + records["below"].astype(np.float32)
     np.put_along_axis(logits, records["classes"].astype(np.int64), largest, axis=1)
     return torch.from_numpy(logits.astype(np.float32) + level)
 

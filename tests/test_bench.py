@@ -672,19 +672,27 @@ def test_memory_is_what_opening_and_running_take(made: Made, tmp_path: Path) -> 
     assert small.memory_growth_bytes < 40 * mib, "one image is read and prepared, of 4000"
 
 
-def test_openvinos_call_costs_little_more_than_openvino_says(made: Made) -> None:
-    """Tensors are set, not copied; compared call by call with the time that the runtime itself measured."""
+def test_openvinos_call_costs_half_of_openvinos_own(made: Made) -> None:
+    """Tensors are set, not copied: what a call adds to the time that the runtime itself measured, turn by turn beside
+    the call that OpenVINO documents, which takes three times as much (and our tensors given to that one twice).
+    """
     facts = made.models["openvino-float32"].facts
     session = open_session(made.models["openvino-float32"].path, facts.for_runtime(), threads=1)
+    plain = session._compiled.create_infer_request()
     ready = [session.prepare(np.full((1, 32, 32, 3), value, np.uint8)) for value in range(8)]
-    over_us = []
+    calls = (
+        (session._one, lambda tensor: session.infer(tensor)),
+        (plain, lambda tensor: plain.infer([tensor.data]).to_tuple()[0]),
+    )
+    added_us: tuple[list[float], list[float]] = ([], [])
     for turn in range(2000):
-        begun = time.perf_counter_ns()
-        session.infer(ready[turn % 8])
-        taken = time.perf_counter_ns() - begun
-        over_us.append(taken / 1e3 - 1e3 * session._one.latency)
+        for (request, call), found in zip(calls, added_us, strict=True):
+            begun = time.perf_counter_ns()
+            call(ready[turn % 8])
+            found.append((time.perf_counter_ns() - begun) / 1e3 - 1e3 * request.latency)
     # The quicker calls: what other processes on the machine take is not what ours costs.
-    assert np.percentile(over_us[500:], 10) < 18
+    ours, documented = (np.percentile(found[500:], 10) for found in added_us)
+    assert ours < 0.5 * documented
 
 
 def test_a_board_with_tflite_runtime_alone_has_a_runtime(made: Made, tmp_path: Path) -> None:
