@@ -129,7 +129,7 @@ def inside(script: str, environment: Mapping[str, str], log: Path) -> Iterator[s
         yield process
     finally:
         process.kill()
-        process.wait(20)
+        process.wait(120)
 
 
 @dataclass
@@ -188,7 +188,7 @@ def board() -> Iterator[Board]:
         """
         with inside(script, {}, folder / "log"):
             connect = [system_command("ssh"), "-F", folder / "config", "-o", "BatchMode=yes", "board", "true"]
-            wait_until(lambda: subprocess.run(connect, capture_output=True).returncode == 0, 60, "an sshd for arm64")
+            wait_until(lambda: subprocess.run(connect, capture_output=True).returncode == 0, 300, "an sshd for arm64")
             yield Board(folder / "config", folder / "changed")
 
 
@@ -231,7 +231,7 @@ class Phone:
 
     def adb(self, *arguments: object) -> str:
         done = subprocess.run(
-            ["adb", *map(str, arguments)], env=self.environment, capture_output=True, text=True, timeout=60
+            ["adb", *map(str, arguments)], env=self.environment, capture_output=True, text=True, timeout=1800
         )
         return done.stdout + done.stderr
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 from torch import nn
@@ -36,8 +37,15 @@ from kdpipe.export import TARGETS
 from kdpipe.export import stage as export_stage
 from kdpipe.quantize import VARIANTS
 from kdpipe.quantize import stage as quantize_stage
+from kdpipe.runtime import measure
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# A machine that does other work has its pauses; the same examples each time, as any other test has.
+hypothesis.settings.register_profile(
+    "kdpipe", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("kdpipe")
 
 # OpenVINO in bf16 is refused where the CPU would silently run it in float32.
 HAS_BF16 = any(find_device("local").probe().known_flags.get(flag) for flag in ("amx_bf16", "avx512_bf16"))
@@ -178,11 +186,23 @@ def made(small: tuple[Recipe, Path], trained: Trained) -> Made:
     )
 
 
+def copied_steps(made: Made, folder: Path, *without: str) -> Path:
+    """A folder with copies of what the small recipe made, and of nothing that others write there meanwhile.
+
+    Args:
+        without: how the names of what is left out begin.
+    """
+    for step in made.chain.steps:
+        if not step.path.name.startswith(without):
+            shutil.copytree(step.path, folder / step.path.name, dirs_exist_ok=True)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def masked(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """The whole chain on masks, for two targets."""
     kept = os.environ.get("KDPIPE_TEST_ARTIFACTS")
-    chain = Chain(Path(kept) if kept else tmp_path_factory.mktemp("masks") / "artifacts")
+    chain = Chain(Path(kept).with_name("masks") if kept else tmp_path_factory.mktemp("masks") / "artifacts")
     outcome = pipeline.run(validated(Recipe, SMALL_MASKS, "the small masks"), chain)
     paths = {step.name: step.path for step in chain.steps}
     return Made(
@@ -282,6 +302,32 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "kdpipe", *map(str, arguments)]
 
 
+class Clock:
+    """In place of the module ``time``: it goes on where something says that it takes time, and nothing else does."""
+
+    def __init__(self) -> None:
+        self.now_ns = 0
+
+    def sleep(self, seconds: float) -> None:
+        self.now_ns += round(1e9 * seconds)
+
+    def perf_counter_ns(self) -> int:
+        return self.now_ns
+
+    monotonic_ns = process_time_ns = perf_counter_ns
+
+    def monotonic(self) -> float:
+        return self.now_ns / 1e9
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Of what measures: a busy machine adds nothing to it."""
+    found = Clock()
+    monkeypatch.setattr(measure, "time", found)
+    return found
+
+
 class Told(progress.Silence):
     """Hears what a person is told."""
 
@@ -332,7 +378,7 @@ def kdpipe_process(*arguments: object, cwd: Path | None = None, **environment: s
     """Run the command line as a user would, in a process of its own."""
     variables = {**os.environ, **environment}
     return subprocess.run(
-        command(*arguments), env=variables, cwd=cwd, capture_output=True, text=True, timeout=900, check=False
+        command(*arguments), env=variables, cwd=cwd, capture_output=True, text=True, timeout=1800, check=False
     )
 
 

@@ -207,7 +207,7 @@ class Sshd:
             stderr=log,
         )
         listens = f"cat /proc/net/tcp /proc/net/tcp6 | grep -q ':{self.port:04X} 0*:0000 0A'"
-        wait_until(lambda: self._listens(listens), 10, f"an sshd at port {self.port}")
+        wait_until(lambda: self._listens(listens), 60, f"an sshd at port {self.port}")
 
     def _listens(self, line: str) -> bool:
         assert self.process is not None

@@ -98,7 +98,7 @@ def object_store() -> Iterator[Link]:
         while True:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
                 break
-            assert server.poll() is None and time.monotonic() - begun < 60, "moto's server does not come up"
+            assert server.poll() is None and time.monotonic() - begun < 300, "moto's server does not come up"
             time.sleep(0.05)
         with pytest.MonkeyPatch.context() as patch:
             for name in [name for name in os.environ if name.startswith(("AWS_", "FSSPEC_"))]:

@@ -203,7 +203,7 @@ def test_memory_does_not_grow_with_the_records(cache: Cache, tmp_path: Path, cou
     for _ in range(50):
         images = torch.randint(0, count, (256,), generator=generator)
         assert teacher(images, (torch.zeros(256, dtype=torch.long), images)).logits.shape == (256, 10)
-    assert own_memory_kib() - before < 4096
+    assert own_memory_kib() - before < 16_384  # where all records are 95 MiB
 
 
 def own_memory_kib() -> int:
@@ -366,20 +366,21 @@ def builder(taught: tuple[Chain, Dataset, Checkpoint], out: Path, views: int) ->
 def test_a_killed_build_goes_on(taught: tuple[Chain, Dataset, Checkpoint], tmp_path: Path) -> None:
     """What is whole is kept, what is not is asked again; the files are those of an undisturbed build."""
     _, dataset, teacher = taught
-    whole = build_cache(config_of(plan(views=6)), dataset, teacher, tmp_path / "whole")
+    views = 12
+    whole = build_cache(config_of(plan(views=views)), dataset, teacher, tmp_path / "whole")
     out, batches = tmp_path / "killed", -(-whole.facts.images // 64)
-    killed = builder(taught, out, 6)
+    killed = builder(taught, out, views)
     assert killed.stdout is not None
-    for _ in range(3 * batches):
+    for _ in range(2 * batches + 1):
         killed.stdout.readline()
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     left = sorted(path.name for path in (tmp_path / "killed.part" / "resume").glob("view-*.bin"))
-    assert left[:2] == [Cache.shard_name(0), Cache.shard_name(1)] and len(left) < 6
-    again = builder(taught, out, 6)
-    told, error = again.communicate(timeout=120)
+    assert left[:2] == [Cache.shard_name(0), Cache.shard_name(1)] and len(left) < views
+    again = builder(taught, out, views)
+    told, error = again.communicate(timeout=1800)
     assert again.returncode == 0, error
-    assert told.count("asked") == (6 - len(left)) * batches
+    assert told.count("asked") == (views - len(left)) * batches
     made = Cache.open(out)
     assert made.manifest.files == whole.manifest.files
 
@@ -404,7 +405,7 @@ def test_across_processes(taught: tuple[Chain, Dataset, Checkpoint], tmp_path: P
     options += ["--augment.crop", "pad", "--augment.flip", 0, "--augment.auto-augment", AUGMENT["auto_augment"]]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "kdpipe"]
     command += ["cache", teacher.path, "--data", dataset.path, "--out", tmp_path / "two", *options]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stderr
     made = Cache.open(tmp_path / "two")
     assert made.key == alone.key and made.manifest.files == alone.manifest.files
@@ -416,7 +417,7 @@ def on_a_disk_of(size: str, script: str, cwd: Path) -> subprocess.CompletedProce
     inside = f"mount -t tmpfs -o size={size} none disk && {script}"
     return subprocess.run(
         ["unshare", "--mount", "--map-root-user", "bash", "-c", inside],
-        cwd=cwd, capture_output=True, text=True, timeout=300, check=False,
+        cwd=cwd, capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
 
 
@@ -477,7 +478,7 @@ def test_command(taught: tuple[Chain, Dataset, Checkpoint], tmp_path: Path) -> N
     again = kdpipe("cache", teacher.path, *options, "--dry-run", "--json")
     assert json.loads(again.stdout)["forecast"]["bytes"] == told["bytes"], "of one that is there too"
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - begun > told["build_seconds"] / 5
+    assert time.monotonic() - begun > told["build_seconds"] / 50
     assert "records asked again" in done.stderr
     assert "2 views of" in done.stderr and "pays from" in done.stderr
     common = ["--data", dataset.path, "--model", "test_resnet", "--input.size", 32, "--label-fraction", 0.05]

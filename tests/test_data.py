@@ -431,7 +431,7 @@ def test_what_was_read_is_remembered_through_faults(photos: Path, tmp_path: Path
     with sqlite3.connect(memory) as held:
         held.execute("BEGIN EXCLUSIVE")
         other = subprocess.run(
-            [sys.executable, "-c", REMEMBER, photos, memory], capture_output=True, text=True, check=True, timeout=120
+            [sys.executable, "-c", REMEMBER, photos, memory], capture_output=True, text=True, check=True, timeout=1800
         )
     assert other.stdout.strip() == first.sha256
 

@@ -300,7 +300,7 @@ def test_heic_without_its_package_is_one_line_with_the_cure(folder: Path, tmp_pa
     heif(folder / "train" / "cat" / name)
     arguments = ["data", str(folder), "--artifacts", str(tmp_path / "artifacts"), "--skip-broken"]
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_HEIF, *arguments], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", WITHOUT_HEIF, *arguments], capture_output=True, text=True, check=False, timeout=1800
     )
     assert_one_line(done, 2, f"cat/{name} is HEIC", "pip install 'kdpipe[heic]'")
     assert not list((tmp_path / "artifacts").glob("data*"))

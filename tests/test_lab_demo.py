@@ -49,7 +49,7 @@ def test_second_run_is_sealed_and_quick(demo: tuple[Path, dict]) -> None:
     seconds = time.monotonic() - begun
     assert done.returncode == 0
     assert "0 done now" in done.stdout
-    assert seconds < 3
+    assert seconds < 30, "it takes one; to make any of it again takes minutes"
 
 
 def test_untrusted_latencies_are_told_and_are_no_failure(demo: tuple[Path, dict]) -> None:

@@ -93,7 +93,7 @@ def test_from_a_folder_to_a_release(folder: Path) -> None:
     done = subprocess.run(
         ["/bin/bash", "-c", allowed + script],
         cwd=folder, env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=1200, check=False,
+        capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     seen = sorted(path.name for path in (folder / "seen").iterdir())

@@ -46,7 +46,7 @@ def test_killed_ranks_go_on(vit: tuple[Dataset, Checkpoint], tmp_path: Path, met
     out = tmp_path / "killed"
     killed = subprocess.Popen(torchrun_command(*arguments, "--out", out))
     state, begun = tmp_path / "killed.part" / "resume" / "state.pt", time.monotonic()
-    while not state.is_file() and time.monotonic() - begun < 200:
+    while not state.is_file() and time.monotonic() - begun < 900:
         time.sleep(0.02)
     ranks = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
     for pid in (killed.pid, *map(int, ranks)):

@@ -67,7 +67,7 @@ def browse(page: Path, profile: Path, *options: str) -> subprocess.CompletedProc
         *("--proxy-server=127.0.0.1:9", f"--user-data-dir={profile}", "--enable-logging=stderr", "--v=0"),
         *("--virtual-time-budget=5000", *options, page.as_uri()),
     ]
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=True)
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=1800, check=True)
 
 
 def dark(scheme: str) -> list[str]:

@@ -68,7 +68,7 @@ class Place:
 
     def run(self, *arguments: object) -> str:
         process = self.start(*arguments)
-        _, talk = process.communicate(timeout=600)
+        _, talk = process.communicate(timeout=1800)
         assert process.returncode in DONE, talk
         return talk
 
@@ -137,7 +137,7 @@ def test_runs_in_one_folder_do_not_harm_each_other(undisturbed: tuple[Place, Con
         at = moments.randrange(2)
         kill(runs[at])
         runs[at] = place.start()
-    ends = [(run.communicate(timeout=600)[1], run.returncode) for run in runs]
+    ends = [(run.communicate(timeout=1800)[1], run.returncode) for run in runs]
     assert all(code in DONE for _, code in ends), ends
     assert any("is being made by another process: waiting" in talk or " sealed " in talk for talk, _ in ends)
     place.run()
@@ -168,7 +168,7 @@ def test_interrupted_side_by_side_nothing_is_left(undisturbed: tuple[Place, Cont
     time.sleep(1)
     jobs = tree(process.pid)[1:]
     process.send_signal(signal.SIGINT)
-    _, talk = process.communicate(timeout=60)
+    _, talk = process.communicate(timeout=1800)
     assert process.returncode == 130, talk
     assert not any(Path(f"/proc/{pid}").exists() for pid in jobs) and not list(place.artifacts.glob("*.part"))
     place.run()
@@ -196,7 +196,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
         for twentieths in (1, 8, 16, 60):
             subprocess.run(["mount", "-o", f"remount,size={whole * twentieths // 20}", place.artifacts], check=True)
             process = place.start()
-            _, talk = process.communicate(timeout=600)
+            _, talk = process.communicate(timeout=1800)
             if process.returncode in DONE:
                 break
             last = talk.strip().splitlines()[-1]
@@ -238,7 +238,7 @@ def test_a_folder_that_may_only_be_read(undisturbed: tuple[Place, Contents], tmp
             assert done.returncode == 0, done.stderr
         for more in (["--set", "teacher.seed=7"], ["--smoke"]):
             process = again.start(*more)
-            _, talk = process.communicate(timeout=300)
+            _, talk = process.communicate(timeout=1800)
             assert process.returncode == 2 and "Traceback" not in talk, talk
             assert "Read-only file system" in talk.strip().splitlines()[-1]
     finally:

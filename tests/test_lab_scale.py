@@ -62,7 +62,7 @@ def shell(text: str, folder: Path, variables: Mapping[str, str]) -> subprocess.C
     """Run commands as GitHub does, in that folder."""
     return subprocess.run(
         ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", text],
-        cwd=folder, env=dict(variables), capture_output=True, text=True, timeout=600, check=False,
+        cwd=folder, env=dict(variables), capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
 
 
@@ -169,7 +169,7 @@ def on_two_nodes(
     ]  # fmt: skip
     ended = []
     for node in nodes:
-        stdout, stderr = node.communicate(timeout=300)
+        stdout, stderr = node.communicate(timeout=1800)
         ended.append(subprocess.CompletedProcess(node.args, node.returncode, stdout, stderr))
     return ended
 
@@ -216,7 +216,7 @@ def test_nodes_that_share_no_folder_are_told(what: str, training: dict[str, str]
         folder.mkdir()
     begun = time.monotonic()
     nodes = on_two_nodes(block(f"kdpipe {what}"), folders, environment(tmp_path, **training))
-    assert time.monotonic() - begun < 120
+    assert time.monotonic() - begun < 250, "before torchrun gives up by itself"
     assert all(node.returncode != 0 for node in nodes)
     told = nodes[0].stderr + nodes[1].stderr
     assert "1 of 2 processes do not see" in told and "must share that folder" in told

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import SMALL_RECIPE, Made, assert_one_line, kdpipe
+from conftest import SMALL_RECIPE, Made, assert_one_line, copied_steps, kdpipe
 from lab import Computer, serve
 
 from kdpipe.core import progress
@@ -50,8 +49,7 @@ def test_a_run_with_an_ssh_device_ends_in_a_report_with_its_rows(
         }
         recipe["quantize"] = {"variants": ["int8"], "calibrate": {"images": 64}, "check_images": 32}
         (workdir / "two.yaml").write_text(yaml.safe_dump(recipe))
-        measured = shutil.ignore_patterns("measurement-*", "report-*")
-        folder = Path(shutil.copytree(made.chain.folder, tmp_path / "artifacts", ignore=measured))
+        folder = copied_steps(made, tmp_path / "artifacts", "measurement", "report")
         call = ["run", "two.yaml", "--artifacts", folder, "--json"]
 
         monkeypatch.setattr(bench, "LINK_WAIT_SECONDS", 0.1)

@@ -523,7 +523,7 @@ def test_a_killed_guard_goes_on(made: Made, tmp_path: Path) -> None:
     first = out.with_name("q.part") / "resume" / "mix-0000.json"
     killed = subprocess.Popen(arguments, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     begun = time.monotonic()
-    while not first.is_file() and killed.poll() is None and time.monotonic() - begun < 180:
+    while not first.is_file() and killed.poll() is None and time.monotonic() - begun < 900:
         time.sleep(0.002)
     killed.kill()
     killed.wait()

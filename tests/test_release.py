@@ -505,7 +505,7 @@ def test_a_version_is_never_overwritten(plain: Path, packed: Bundle) -> None:
 def test_of_two_who_release_the_same_one_is_told_so(packed: Bundle, tmp_path: Path) -> None:
     line = command("release", "digits@1.0.0", packed.path, "--to", tmp_path)
     both = [subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    told = [each.communicate(timeout=300)[1] for each in both]
+    told = [each.communicate(timeout=1800)[1] for each in both]
     assert sorted(each.returncode for each in both) == [0, 2], told
     [lost] = [text for each, text in zip(both, told, strict=True) if each.returncode]
     assert len(lost.splitlines()) == 1 and ("another process" in lost or "already" in lost), lost

@@ -132,7 +132,7 @@ def test_building_is_ended_where_it_takes_too_much_memory(tmp_path: Path) -> Non
     begun = time.monotonic()
     with pytest.raises(EngineError, match="wanted more than the 100 MiB"):
         run_within(100 * 2**20, [sys.executable, "-c", greedy])
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 50, "it would have slept for 60"
     run_within(400 * 2**20, [sys.executable, "-c", "taken = bytearray(2**20)"])
     with pytest.raises(EngineError, match=r"failed: the last line$"):
         run_within(400 * 2**20, [sys.executable, "-c", "import sys; sys.exit('a line\\nthe last line')"])
@@ -152,7 +152,7 @@ def test_the_builder_ends_with_who_asked_for_it(tmp_path: Path) -> None:
         "run_within(2**40, [sys.executable, '-c', *sys.argv[1:]])"
     )
     asking = subprocess.Popen([sys.executable, "-c", code, sleeping, str(told)])
-    end = time.monotonic() + 30
+    end = time.monotonic() + 50
     while not (told.exists() and told.read_text()) and time.monotonic() < end:
         time.sleep(0.02)
     building = Path("/proc") / told.read_text()
