@@ -25,7 +25,7 @@ pytestmark = pytest.mark.lab
 PRIOR = "resnet8,60\nresnet14,65\nresnet20,70\ntest_resnet,55\n"
 SHORT = {"epochs": 1, "workers": 0, "augment": {"crop": "pad", "flip": 0}}
 OPTIONS = (
-    "--p90", "1s", "--prior", "prior.csv", "--input.size", "16", "--threads", "1", "--rounds", "2", "--budget", "3",
+    "--p90", "60s", "--prior", "prior.csv", "--input.size", "16", "--threads", "1", "--rounds", "2", "--budget", "3",
 )  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def test_the_best_few_are_trained_shortly_from_one_cache_and_validation_decides(
 def test_what_was_trained_here_is_a_prior(folder: Path, dataset: Dataset) -> None:
     """After the short trainings: candidates are those whose validation is known."""
     done = kdpipe_process(
-        "pick", dataset.path, "--p90", "1s", "--prior", "runs", "--input.size", "16", "--threads", "1", "--rounds", "2",
+        "pick", dataset.path, "--p90", "60s", "--prior", "runs", "--input.size", "16", "--threads", "1", "--rounds", "2",
         "--json", cwd=folder,
     )  # fmt: skip
     assert done.returncode in (0, 75), done.stderr
