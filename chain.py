@@ -118,6 +118,7 @@ FETCHED = ".fetched"  # what was named by a URL, each in a folder of its own con
 CELL = "cell-"  # how the name of a study's run begins
 PRECISIONS = ".precisions"  # what train.precision auto took, so that a network and its controls take one
 TRAIN_NEEDS = ("torch", "torchvision", "timm", "safetensors")
+LEARNED = frozenset({Cache.kind, Checkpoint.kind, Tuned.kind})  # is made by reading the images many times
 SMALLEST_SIDE, USUAL_SIDE = 256, 512  # pixels: of copies for small networks; of those for networks not known yet
 WAIT_SECONDS = 0.2  # between two looks whether another process has made it
 
@@ -203,6 +204,7 @@ class Chain:
         self.remembered = self.folder  # where the hashes of images are remembered
         self._graphs: dict[Path, Graph] = {}  # opened once for all the targets of a run
         self._told: set[str] = set()  # of the parts of folders
+        self._looked_at: set[str] = set()  # keys of data sets whose folder holds what it held when they were made
 
     def step(
         self,
@@ -230,7 +232,11 @@ class Chain:
         path = out or self.path(name, order)
         begun = time.monotonic()
         try:
-            made = None if self._is_there(name, kind, order, path) else self._make(name, kind, make, path)
+            made = None
+            if not self._is_there(name, kind, order, path):
+                if kind.kind in LEARNED and isinstance(dataset := order.inputs.get("data"), Dataset):
+                    self._look_again(dataset)
+                made = self._make(name, kind, make, path)
         except KdpipeError as error:
             if self.course and not error.stops_all:  # what is wrong with the recipe is no failure of this leg
                 self.course.fail(path, error)
@@ -345,6 +351,7 @@ class Chain:
 
         dataset = self.step("data", Dataset, order, make, out)
         self._tell_findings(plan, dataset)
+        self._looked_at.add(dataset.key)
         return dataset if side is None or wants is None else self.fitted(dataset, wants().specs)
 
     def data_order(self, plan: DataPlan, wants: Callable[[], Wants] | None = None) -> Order[DataConfig]:
@@ -388,6 +395,31 @@ class Chain:
             held_out_copies=_held_out_copies(plan.duplicates, may_be_copies if is_folder else None),
         )
         return Order("data", config, {})
+
+    def _look_again(self, dataset: Dataset) -> None:
+        """See, once, that a user's folder still holds the images that ``dataset`` was made of; copies are its own.
+
+        What is remembered of each image makes this a look at its size and time.
+
+        Raises:
+            UserError: it holds others; also where images came or went.
+        """
+        config = dataset.manifest.config
+        if dataset.key in self._looked_at or dataset.facts.copies is not None:
+            return
+        kept = {name: config[name] for name in DataPlan.model_fields if name in config}
+        plan = DataPlan.model_validate({"val_split": None, **kept})  # which is left out where there is none
+        folders = {"fingerprint": Path(plan.source), "unlabeled_fingerprint": plan.unlabeled}
+        for name, folder in folders.items():
+            if folder is None or not folder.is_absolute() or not folder.is_dir() or config.get(name) is None:
+                continue
+            names = LABELS[plan.task].names(plan) if name == "fingerprint" else None
+            if fingerprint_folder(folder, self._memory(str(folder)), names).sha256 != config[name]:
+                raise UserError(
+                    f"{folder} holds other images than when {dataset.path} was made of it: wanted the same to learn "
+                    "from; 'kdpipe data' reads the folder as it is now"
+                )
+        self._looked_at.add(dataset.key)
 
     def _tell_findings(self, plan: DataPlan, dataset: Dataset) -> None:
         """Say what a person should know of images that were looked at just now. Raises UserError."""

@@ -392,6 +392,24 @@ def test_edited_artifact_in_the_chain(made: Made, tmp_path: Path) -> None:
     assert_one_line(done, 2, "model.safetensors", "differs from its manifest")
 
 
+def test_images_that_were_replaced_are_not_learned_from(photos: Path, workdir: Path) -> None:
+    """Also by a single command, which does not read the folder first as a run does; put back, it goes on."""
+    done = kdpipe("data", photos, "--test-split", "val", "--out", "data")
+    assert done.returncode == 0, done.stderr
+    replaced = photos / "train" / "dark" / "00.jpg"
+    before = replaced.read_bytes()
+    shutil.copy(photos / "train" / "light" / "02.jpg", replaced)
+    training = ["teacher", "data", "--model", "test_resnet", "--input.size", 32, "--train.epochs", 1]
+    training += ["--train.workers", 0, "--train.validate-every", 1, "--out", "teacher"]
+    refused = kdpipe(*training)
+    assert_one_line(refused, 2, "photos holds other images than when", "data was made of it", "kdpipe data")
+    replaced.write_bytes(before)
+    assert kdpipe(*training).returncode == 0
+    shutil.move(photos, workdir / "elsewhere")
+    assert kdpipe("show", "teacher").returncode == 0
+    assert "sealed" in kdpipe(*training).stderr, "what is made already does not ask"
+
+
 def test_checkpoint_of_another_class_count(workdir: Path) -> None:
     import timm
 

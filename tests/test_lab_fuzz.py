@@ -26,7 +26,7 @@ from kdpipe.data.dataset import Dataset
 pytestmark = pytest.mark.lab
 
 INPUTS = int(os.environ.get("KDPIPE_FUZZ_INPUTS", "2000"))  # of each reader; ten thousand take a quarter of an hour
-MUTANTS = int(os.environ.get("KDPIPE_FUZZ_MUTANTS", "50"))  # of each kind of artifact
+MUTANTS = int(os.environ.get("KDPIPE_FUZZ_MUTANTS", "25"))  # of each kind of artifact
 TARGETS = ("onnxruntime-int8", "openvino-float32", "tflite-int8", "tensorrt-int8")
 
 

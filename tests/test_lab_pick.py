@@ -112,8 +112,8 @@ def test_the_best_few_are_trained_shortly_from_one_cache_and_validation_decides(
 def test_what_was_trained_here_is_a_prior(folder: Path, dataset: Dataset) -> None:
     """After the short trainings: candidates are those whose validation is known."""
     done = kdpipe_process(
-        "pick", dataset.path, "--p90", "60s", "--prior", "runs", "--input.size", "16", "--threads", "1", "--rounds", "2",
-        "--json", cwd=folder,
+        "pick", dataset.path, "--p90", "60s", "--prior", "runs", "--input.size", "16", "--threads", "1",
+        "--rounds", "2", "--json", cwd=folder,
     )  # fmt: skip
     assert done.returncode in (0, 75), done.stderr
     told = json.loads(done.stdout)
