@@ -12,6 +12,8 @@ import pytest
 import yaml
 from conftest import Made, assert_one_line, kdpipe
 
+from kdpipe.chain import Chain
+from kdpipe.core.config import DataPlan
 from kdpipe.core.kinds import Measurement
 from kdpipe.data.dataset import write_images
 from kdpipe.devices import find_device, opened
@@ -94,7 +96,10 @@ def test_it_computes_what_this_host_does(made: Made, pi: SshDevice, target: str,
 def test_its_latencies_are_marked_and_never_ranked(made: Made, pi: SshDevice, project: Path) -> None:
     """The whole command: whatever an emulated device measures is invalid, and the command says so."""
     bundles = [made.bundles[f"onnxruntime-{variant}"] for variant in ("float32", "int8")]
-    few = ["--rounds", 2, "--seconds", 0.1, "--max-seconds", 0.1, "--min-samples", 5, "--images", 4]
+    # Emulated, every image that is answered takes its time: a data set of a few.
+    plan = DataPlan(source="digits", test_split=None, test_fraction=0.3, most_images=100)
+    few = ["--data", Chain(project / "artifacts").data(plan).path]
+    few += ["--rounds", 2, "--seconds", 0.1, "--max-seconds", 0.1, "--min-samples", 5, "--images", 4]
     few += ["--warm-up-seconds", 0, "--cold-starts", 1]
     out = project / "measurement"
     done = kdpipe("bench", *(bundle.path for bundle in bundles), "--device", "pi", *few, "--out", out, cwd=project)
