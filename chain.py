@@ -405,7 +405,8 @@ class Chain:
             UserError: it holds others; also where images came or went.
         """
         config = dataset.manifest.config
-        if dataset.key in self._looked_at or dataset.facts.copies is not None:
+        has_its_own = dataset.manifest.stage != "data" or dataset.facts.copies is not None  # samples, random images
+        if has_its_own or dataset.key in self._looked_at:
             return
         kept = {name: config[name] for name in DataPlan.model_fields if name in config}
         plan = DataPlan.model_validate({"val_split": None, **kept})  # which is left out where there is none
