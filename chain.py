@@ -376,11 +376,9 @@ class Chain:
                 self._told.add(line)
                 note(line)
         if is_folder:
-            fingerprint = fingerprint_folder(
-                Path(plan.source), self._memory(plan.source), LABELS[plan.task].names(plan)
-            )
+            fingerprint = self._contents(plan)
         if plan.unlabeled is not None and plan.unlabeled.is_dir():
-            unlabeled = fingerprint_folder(plan.unlabeled, self._memory(str(plan.unlabeled)))
+            unlabeled = self._contents_unlabeled(plan.unlabeled)
         may_be_copies = [fingerprint.digests, *([] if unlabeled is None else [unlabeled.digests])]
         side = self._copies_side(plan, fingerprint, wants)
         config = DataConfig.of(
@@ -410,17 +408,25 @@ class Chain:
             return
         kept = {name: config[name] for name in DataPlan.model_fields if name in config}
         plan = DataPlan.model_validate({"val_split": None, **kept})  # which is left out where there is none
-        folders = {"fingerprint": Path(plan.source), "unlabeled_fingerprint": plan.unlabeled}
-        for name, folder in folders.items():
-            if folder is None or not folder.is_absolute() or not folder.is_dir() or config.get(name) is None:
-                continue
-            names = LABELS[plan.task].names(plan) if name == "fingerprint" else None
-            if fingerprint_folder(folder, self._memory(str(folder)), names).sha256 != config[name]:
+        found: dict[str, tuple[Path, Fingerprint]] = {}
+        if Path(plan.source).is_absolute() and Path(plan.source).is_dir():  # a named source is no path
+            found["fingerprint"] = (Path(plan.source), self._contents(plan))
+        if plan.unlabeled is not None and plan.unlabeled.is_dir():
+            found["unlabeled_fingerprint"] = (plan.unlabeled, self._contents_unlabeled(plan.unlabeled))
+        for name, (folder, contents) in found.items():
+            if contents.sha256 != config[name]:
                 raise UserError(
                     f"{folder} holds other images than when {dataset.path} was made of it: wanted the same to learn "
                     "from; 'kdpipe data' reads the folder as it is now"
                 )
         self._looked_at.add(dataset.key)
+
+    def _contents(self, plan: DataPlan) -> Fingerprint:
+        """What the folder that is the source holds now, of what is read of it. Raises UserError."""
+        return fingerprint_folder(Path(plan.source), self._memory(plan.source), LABELS[plan.task].names(plan))
+
+    def _contents_unlabeled(self, folder: Path) -> Fingerprint:
+        return fingerprint_folder(folder, self._memory(str(folder)))
 
     def _tell_findings(self, plan: DataPlan, dataset: Dataset) -> None:
         """Say what a person should know of images that were looked at just now. Raises UserError."""

@@ -88,7 +88,7 @@ def test_numbers_come_from_raw_samples(made: Made, name: str) -> None:
     assert [each > 0 for each in found.load_ms] == [True], "one fresh process, as the recipe asks"
     assert found.start_ms.value > found.import_ms[0] + found.load_ms[0] + found.first_inference_ms[0]
     assert (found.compile_ms is None) == name.startswith("onnxruntime")
-    assert all(sum(run["end_to_end_ns"]) > sum(run["prepare_ns"]) and len(run["end_to_end_ns"]) == 64 for run in runs)
+    assert all(min(run["end_to_end_ns"]) > min(run["prepare_ns"]) and len(run["end_to_end_ns"]) == 64 for run in runs)
     assert found.placement.cpus and found.session.threads == found.placement.threads == len(found.placement.cpus)
     precision = "int8" if "int8" in name else "float32"
     assert found.executed.get(precision, 0) >= 8 and not found.fell_back

@@ -372,7 +372,7 @@ def test_status_of_a_run(page: tuple[diary.Diary, Path]) -> None:
     assert 20 < run.left_seconds <= 90 and run.unknown == 1
     lines = kdpipe("status", "--artifacts", folder).stdout.splitlines()
     assert lines[0].startswith("running: kdpipe run 'a b.yaml' (process ")
-    assert re.fullmatch(r"  1 of 4 done; now teacher-0 for [\d.]+ s; at least (90|8\d) s left", lines[1]), lines
+    assert re.fullmatch(r"  1 of 4 done; now teacher-0 for [\d.]+ s; at least \d+ s left", lines[1]), lines
     assert lines[2] == "  waiting: student-1 and report-2" and len(lines) == 3
     written.end("teacher-0")
     written.fail("student-1", "no\x1b[31m memory", 2)

@@ -16,7 +16,7 @@ import timm
 import torch
 import torchvision
 import yaml
-from conftest import ROOT, assert_one_line, command, kdpipe, kdpipe_process
+from conftest import ROOT, assert_one_line, command, kdpipe
 from PIL import Image
 
 from kdpipe import proposal
@@ -248,10 +248,7 @@ def test_what_holds_no_network_is_none() -> None:
 # ---- recipe check and schema -----------------------------------------------------------------------------
 
 
-def test_recipe_check_answers_at_once() -> None:
-    """Nothing heavy is imported: it takes half a second of the processor, where a second is no wait yet."""
-    done = kdpipe_process("recipe", "check", ROOT / "recipes" / "digits.yaml")
-    assert done.returncode == 0
+def test_recipe_check_imports_nothing_heavy() -> None:
     script = (
         "import sys; sys.argv[1:] = ['recipe', 'check', sys.argv[1]]\n"
         "from kdpipe.cli import main\ntry: main()\nfinally: print(*sys.modules)"
