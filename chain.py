@@ -65,6 +65,7 @@ from .core.config import (
     TeacherPlan,
     TrainConfig,
     suited,
+    validated,
 )
 from .core.config import changed as changed_config
 from .core.errors import DeviceLost, GateFailed, KdpipeError, UserError, choice
@@ -403,18 +404,19 @@ class Chain:
             UserError: it holds others; also where images came or went.
         """
         config = dataset.manifest.config
-        has_its_own = dataset.manifest.stage != "data" or dataset.facts.copies is not None  # samples, random images
-        if has_its_own or dataset.key in self._looked_at:
+        has_its_own = dataset.manifest.stage != "data" or dataset.facts.copies is not None  # a sample has no folder
+        if has_its_own or dataset.facts.source == RANDOM or dataset.key in self._looked_at:
             return
         kept = {name: config[name] for name in DataPlan.model_fields if name in config}
-        plan = DataPlan.model_validate({"val_split": None, **kept})  # which is left out where there is none
+        manifest = str(dataset.path / MANIFEST)
+        plan = validated(DataPlan, {"val_split": None, **kept}, manifest)  # no val_split where there is none
         found: dict[str, tuple[Path, Fingerprint]] = {}
         if Path(plan.source).is_absolute() and Path(plan.source).is_dir():  # a named source is no path
             found["fingerprint"] = (Path(plan.source), self._contents(plan))
         if plan.unlabeled is not None and plan.unlabeled.is_dir():
             found["unlabeled_fingerprint"] = (plan.unlabeled, self._contents_unlabeled(plan.unlabeled))
         for name, (folder, contents) in found.items():
-            if contents.sha256 != config[name]:
+            if contents.sha256 != config.get(name):
                 raise UserError(
                     f"{folder} holds other images than when {dataset.path} was made of it: wanted the same to learn "
                     "from; 'kdpipe data' reads the folder as it is now"
