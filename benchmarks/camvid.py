@@ -2,7 +2,7 @@
 
     python benchmarks/camvid.py CAMVID --imagenet WEIGHTS --out runs --hours 7
     python benchmarks/camvid.py CAMVID --imagenet WEIGHTS --out runs --hours 1 --share 0.1 --seed 0 --method labels
-    python benchmarks/camvid.py CAMVID --out runs --encoder CHECKPOINT    also labels and kd from a distilled classifier
+    python benchmarks/camvid.py CAMVID --out runs --encoder distilled --encoder undistilled    also labels from these
     python benchmarks/camvid.py CAMVID --out runs --no-train              what is there so far
 
 CAMVID is a folder with train, val and test, each of images/ and masks/ (classes 0 to 10, 11 is ignored). WEIGHTS are of
@@ -89,7 +89,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "dkd": {"method": "dkd", "temperature": 1, "dkd": {"beta": 2, "warmup_epochs": 0}},
 }
 USUAL = list(METHODS)[:6]
-FROM_ENCODER = ("labels", "kd")  # again, over the encoder of a distilled classifier
 MOST_VIEWS, LEAST_VIEWS = 36_700, 7_340  # of a cell: 100 and 20 epochs of all 367 images
 MOST_TEACHER_VIEWS, TEACHER_SHARE = 36_700, 0.25  # and which share of the time it may take
 SPARE = 0.05  # of the time, for what was not timed
@@ -120,7 +119,7 @@ def main(
     source: Annotated[Path, typer.Argument(help="folder of CamVid")],
     out: Annotated[Path, typer.Option(help="folder of all runs")],
     imagenet: Annotated[Path | None, typer.Option(help="weights of the teacher's encoder")] = None,
-    encoder: Annotated[Path | None, typer.Option(help="checkpoint of a distilled mobilenetv3_small_100")] = None,
+    encoder: Annotated[list[Path], typer.Option(help="checkpoint of a mobilenetv3_small_100 to begin from")] = [],  # noqa: B006
     hours: Annotated[float, typer.Option(help="for everything that is not there yet")] = 7.0,
     method: Annotated[list[str], typer.Option()] = USUAL,
     share: Annotated[list[float], typer.Option(help="of the images, for the students")] = [0.1, 1.0],  # noqa: B006
@@ -154,7 +153,7 @@ def main(
     cells: dict[tuple[str, float, int], Checkpoint] = {}
     for seed_number in plan.seeds:
         for fraction in plan.shares:
-            configs = block(plan, fraction, seed_number, dataset, encoder)
+            configs = block(plan, fraction, seed_number, dataset, tuple(encoder))
             if train:
                 chain.train_all(configs, dataset, teacher, together=True)
             for name, run in opened(chain, configs, dataset, teacher).items():
@@ -221,7 +220,7 @@ def timed(plan: Plan, dataset: Dataset, imagenet: Path | None) -> tuple[Cost, Co
             return chain.train("teacher", _of_views(few, views, dataset), dataset, None)
 
         def learn(views: int) -> object:
-            configs = block(plan.model_copy(update={"views": views}), few.label_fraction, 0, dataset, None)
+            configs = block(plan.model_copy(update={"views": views}), few.label_fraction, 0, dataset)
             return chain.train_all(configs, dataset, guide, together=True)
 
         images = len(drawn(dataset, few.label_fraction, 0))
@@ -277,11 +276,12 @@ def teacher_plan(plan: Plan, dataset: Dataset, imagenet: Path | None) -> Teacher
     return validated(TeacherPlan, {**values, "encoder_checkpoint": imagenet}, "the teacher")
 
 
-def block(plan: Plan, share: float, seed: int, dataset: Dataset, encoder: Path | None) -> dict[str, TrainConfig]:
-    """The runs of all methods on one share and seed, by name."""
+def block(
+    plan: Plan, share: float, seed: int, dataset: Dataset, encoders: tuple[Path, ...] = ()
+) -> dict[str, TrainConfig]:
+    """The runs of all methods on one share and seed, and of labels over each encoder, by name."""
     runs: dict[str, dict[str, Any]] = {name: METHODS[name] for name in plan.methods}
-    if encoder is not None:
-        runs |= {f"{name}+encoder": {**METHODS[name], "encoder_checkpoint": encoder} for name in FROM_ENCODER}
+    runs |= {f"labels+{path.name}": {**METHODS["labels"], "encoder_checkpoint": path} for path in encoders}
     found = {}
     for name, change in runs.items():
         values = {**STUDENT, "input": {"size": list(plan.size), **IMAGENET_COLOURS}, **change}
