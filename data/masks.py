@@ -16,7 +16,7 @@ import numpy as np
 from ..core.config import DataPlan
 from ..core.errors import UserError
 from ..core.proc import in_order
-from ..core.progress import track
+from ..core.progress import note, track
 from ..core.sealed import printable
 from ..runtime.layout import sides
 from ..runtime.preprocess import nearest
@@ -36,7 +36,9 @@ MOST_CLASSES = 255
 LOSSLESS = ("PNG", "BMP", "GIF")  # formats that keep every number, and are read as they were written
 NUMBERS = ("1", "L", "P", "I", "I;16", "I;16B")  # modes of Pillow that hold one number a pixel
 SPREAD = {"L;2": 85, "L;4": 17}  # times which Pillow takes grey levels of 2 and 4 bits
+CUT = ("RGB;16B", "RGBA;16B", "LA;16B")  # PNG of which Pillow keeps the high byte
 TURNED = range(5, 9)  # orientations of EXIF that exchange height and width
+MOVED = range(2, 9)  # those that move any pixel
 ORIENTATION = 0x0112
 SPOOL = "masks.all"  # of a draft: the masks of all parts end to end, before it is known which are kept
 
@@ -63,7 +65,10 @@ class Meaning(NamedTuple):
         if image.format not in LOSSLESS:
             return None, f"{image.format}, which need not keep every pixel: wanted PNG"
         tiles = getattr(image, "tile", [])  # of one that is not decoded yet
-        spread = SPREAD.get(str(tiles[0][3]), 1) if image.format == "PNG" and tiles else 1
+        written = str(tiles[0][3]) if image.format == "PNG" and tiles else ""
+        spread = SPREAD.get(written, 1)
+        if written in CUT:
+            return None, f"{image.mode} of 16 bits a channel, of which 8 would be read: wanted 8 bits"
         image.load()
         if image.mode in ("RGBA", "LA", "PA"):
             if image.getchannel(image.getbands()[-1]).getextrema() != (255, 255):
@@ -72,6 +77,8 @@ class Meaning(NamedTuple):
         return self._numbers(image, spread) if self.colours is None else self._of_colours(image)
 
     def _numbers(self, image: Image.Image, spread: int) -> tuple[np.ndarray | None, str]:
+        if image.format == "GIF":
+            return None, "GIF, whose writers number the colours anew: wanted PNG, or data.palette"
         if image.mode not in NUMBERS:
             return None, f"colours ({image.mode}): wanted a number of a class for each pixel, or data.palette"
         values = np.asarray(image).astype(np.int64) // spread
@@ -343,19 +350,28 @@ def _read_all(
 ) -> Split:
     """The images whose masks are as they should be; the others are told as missing. All cores decode."""
 
-    def found(pair: tuple[bytes, bytes]) -> tuple[np.ndarray | None, str, bytes]:
+    def found(pair: tuple[bytes, bytes]) -> tuple[ReadMask, bytes]:
         image, mask = (root / os.fsdecode(name) for name in pair)
-        kept, fault = read_mask(mask, image, meaning)
-        return kept, fault, b"" if kept is None else encode(kept)
+        read = read_mask(mask, image, meaning)
+        return read, b"" if read.mask is None else encode(read.mask)
 
-    names, rows = [], []
+    names: list[bytes] = []
+    rows: list[tuple[Any, ...]] = []
+    moved: list[bytes] = []
     masks = track(in_order(found, pairs), what, len(pairs))
-    for (image, name), (mask, fault, content) in zip(pairs, masks, strict=True):
-        if mask is None:
-            others.add_missing(name, fault)
-        else:
-            names.append(image)
-            rows.append(row_of(mask, content, spool, len(meaning.classes)))
+    for (image, name), (read, content) in zip(pairs, masks, strict=True):
+        if read.mask is None:
+            others.add_missing(name, read.fault)
+            continue
+        if read.moved:
+            moved.append(image)
+        names.append(image)
+        rows.append(row_of(read.mask, content, spool, len(meaning.classes)))
+    if moved:
+        note(
+            f"data: EXIF turns or mirrors {len(moved)} images without changing their size, such as {_shown(moved[0])}: "
+            "their masks are taken to lie as the image is seen; where they lie as it is stored, drop the EXIF"
+        )
     return split_of(names, rows, len(meaning.classes))
 
 
@@ -375,29 +391,38 @@ def split_of(names: Sequence[bytes], rows: Sequence[tuple[Any, ...]], classes: i
     return Split.of(names, np.zeros(len(names), np.int32))._replace(masks=table)
 
 
-def read_mask(path: Path, image: Path, meaning: Meaning) -> tuple[np.ndarray | None, str]:
-    """A mask as uint8 [H, W], 255 where it is ignored; None and why, where it is not one of its image."""
+class ReadMask(NamedTuple):
+    """A mask, uint8 [H, W], 255 where it is ignored; None and why, where it is not one of its image."""
+
+    mask: np.ndarray | None
+    fault: str = ""
+    moved: bool = False  # whether EXIF moves the pixels of its image in a way that the size does not show
+
+
+def read_mask(path: Path, image: Path, meaning: Meaning) -> ReadMask:
+    """The mask in a file, checked against its image."""
     from .looks import reason
 
     try:
         with opened(path) as mask:
             found, fault = meaning.read(mask)
     except (OSError, MemoryError) as error:
-        return None, reason(error)
+        return ReadMask(None, reason(error))
     if found is None:
-        return None, fault
+        return ReadMask(None, fault)
     try:
         with opened(image) as picture:
             width, height = picture.size
-            turned = picture.getexif().get(ORIENTATION) in TURNED
+            orientation = picture.getexif().get(ORIENTATION)
     except (OSError, MemoryError, SyntaxError, ValueError, TypeError, KeyError):
-        return found, ""  # what is wrong with the image is told with all images
+        return ReadMask(found)  # what is wrong with the image is told with all images
+    turned, is_square = orientation in TURNED, width == height
     if turned:
         width, height = height, width
     if found.shape != (height, width):
         told = f"{found.shape[1]}x{found.shape[0]} pixels, its image {width}x{height}"
-        return None, told + (" (turned as its EXIF says, which no mask is)" if turned else "")
-    return found, ""
+        return ReadMask(None, told + (" (turned as its EXIF says, which no mask is)" if turned else ""))
+    return ReadMask(found, moved=orientation in MOVED and (is_square or not turned))
 
 
 def with_rarest(splits: Mapping[str, Split], train: str) -> dict[str, Split]:

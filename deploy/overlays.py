@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..core.sealed import printable
 from ..runtime.overlay import overlay
 
 MARK = ("Software", "kdpipe overlay")  # of the PNG files that may be written anew
+LONGEST_STEM_BYTES = 220  # of an image's name, so that a file system that takes 255 takes its overlay's
 
 
 def place(files: Sequence[Path], given: Iterable[Path], out: Path) -> list[Path]:
@@ -30,10 +32,11 @@ def place(files: Sequence[Path], given: Iterable[Path], out: Path) -> list[Path]
     found = []
     for file in files:
         below = next((file.relative_to(folder) for folder in folders if file.is_relative_to(folder)), Path(file.name))
-        name, count = below.with_name(f"{below.stem}-overlay.png"), 1
+        stem = os.fsdecode(os.fsencode(below.stem)[:LONGEST_STEM_BYTES])
+        name, count = below.with_name(f"{stem}-overlay.png"), 1
         while str(name).casefold() in taken:
             count += 1
-            name = below.with_name(f"{below.stem}-overlay-{count}.png")
+            name = below.with_name(f"{stem}-overlay-{count}.png")
         taken.add(str(name).casefold())
         found.append(out / name)
     if out.exists() and not out.is_dir():

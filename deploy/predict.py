@@ -16,6 +16,7 @@ from ..core.errors import UserError
 from ..core.kinds import Bundle
 from ..core.proc import in_order
 from ..core.progress import progress
+from ..core.sealed import printable
 from ..data.copies import read
 from ..data.listing import list_images
 from ..devices import Device, opened
@@ -139,6 +140,8 @@ def _shown(path: Path, spec: dict[str, Any]) -> _Shown | str:
         return _Shown(fit(image, spec), image.height, image.width)
     except UserError as error:
         return str(error)
+    except MemoryError:
+        return f"image {printable(str(path))} is too large to be fitted to the input"
 
 
 def _said(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -157,7 +158,7 @@ def bench(
                 push(asked)
                 given_up = ask(asked)
                 if dataset is not None:
-                    _write_labels(run, dataset, draft.path / Measurement.LABELS)
+                    write_labels(asked.bundles.values(), dataset, draft.path / Measurement.LABELS)
                 results = _accuracies(run, given_up, draft.path, host or {})
                 timed = [name for name, result in results.items() if not result.failed and not asked.stand_in(name)]
                 judged_by = _controls(run, timed)
@@ -320,9 +321,14 @@ def _controls(run: _Run, timed: Sequence[str]) -> dict[str, list[str]]:
     return controlled(targets, run.float32, seconds)
 
 
-def _write_labels(run: _Run, dataset: Dataset, file: Path) -> None:
-    """What is right of the test images, as networks of the first bundle's input are judged, some at a time."""
-    spec = next(iter(run.asked.bundles.values())).facts.input.model_dump()
+def write_labels(bundles: Iterable[Runnable], dataset: Dataset, file: Path) -> None:
+    """What is right of the test images, some at a time, as networks of the finest input are judged.
+
+    Whatever the order of the bundles: on a coarser grid the small things that it loses would be nobody's mistake.
+    """
+    spec = max(
+        (bundle.facts.input for bundle in bundles), key=lambda spec: (math.prod(spec.sides), spec.sides)
+    ).model_dump()
     samples = dataset.samples("test")
     first = load_labels(samples[:1], spec)
     whole = np.lib.format.open_memmap(file, "w+", first.dtype, (len(samples), *first.shape[1:]))

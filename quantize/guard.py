@@ -19,7 +19,7 @@ from ..core.proc import quiet
 from ..core.progress import note, progress
 from ..core.stats import Interval, NoWorse, no_worse
 from ..data.dataset import Sample, load_images, load_labels, predict_samples
-from ..data.splits import stratified_fraction
+from ..data.splits import spread_fraction, stratified_fraction
 from ..runtime import open_session, predict
 from ..runtime.bundle import apart
 from ..runtime.task import TASKS, Change, Task
@@ -53,7 +53,7 @@ def guarded(
     assert draft.resume is not None  # the draft was begun as a resumable one
     resume, facts = draft.resume, model.facts
     spec, task = facts.input.model_dump(), TASKS[facts.task]
-    searching, confirming = parted(held_out)
+    searching, confirming = parted(held_out, task)
     few = load_images(searching[: task.together], spec)
 
     def scores(folder: Path, as_run: ModelFacts, samples: Sequence[Sample]) -> np.ndarray:
@@ -152,15 +152,23 @@ def scored(folder: Path, facts: ModelFacts, samples: Sequence[Sample], task: Tas
     return np.concatenate(found)
 
 
-def parted(held_out: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """Half of the images of each class to search on, the others to confirm on, in their order. Raises UserError."""
-    first = set(stratified_fraction([sample.label for sample in held_out], 0.5, seed=0).tolist())
+def parted(held_out: Sequence[Sample], task: Task) -> tuple[list[Sample], list[Sample]]:
+    """Half of the images to search on, the others to confirm on, in their order.
+
+    Half of each class, where an image has one: of one that shows several, the rarest is no reason to search on it.
+
+    Raises:
+        UserError: none to confirm on.
+    """
+    halve = spread_fraction if task.dense else stratified_fraction
+    first = set(halve([sample.label for sample in held_out], 0.5, seed=0).tolist())
     searching = [sample for at, sample in enumerate(held_out) if at in first]
     confirming = [sample for at, sample in enumerate(held_out) if at not in first]
     if not confirming:
         raise UserError(
-            f"max_drop searches on one half of the held-out images and confirms on the other: wanted two of a class "
-            f"at least, found {len(held_out)} images; raise data.val_fraction, or set guard_part test"
+            f"max_drop searches on one half of the held-out images and confirms on the other: wanted two"
+            f"{'' if task.dense else ' of a class'} at least, found {len(held_out)} images; raise data.val_fraction, "
+            "or set guard_part test"
         )
     return searching, confirming
 

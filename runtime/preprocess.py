@@ -98,6 +98,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 RESIZES = ("cover", "stretch", "letterbox")
 GREY = 114  # of 255: what letterbox puts around an image, near the mean colour of photographs
+MOST_PIXELS = 2**26  # of a whole image, resized; of what would have more (a thin one), only what is shown is made
 
 
 class Placement(NamedTuple):
@@ -133,8 +134,14 @@ def fit(image: Image.Image, spec: Mapping[str, Any]) -> np.ndarray:
     from PIL import Image
 
     (height, width), place = sides(spec), placement(image.size, spec)
+    filter_ = Image.Resampling[spec["interpolation"].upper()]
+    if place.width * place.height > MOST_PIXELS and place.left >= 0 and place.top >= 0:
+        scales = image.width / place.width, image.height / place.height
+        edges = (place.left, place.top, place.left + width, place.top + height)
+        shown = tuple(edge * scale for edge, scale in zip(edges, scales * 2))
+        return np.asarray(image.resize((width, height), filter_, box=shown), dtype=np.uint8)
     if (place.width, place.height) != image.size:
-        image = image.resize((place.width, place.height), Image.Resampling[spec["interpolation"].upper()])
+        image = image.resize((place.width, place.height), filter_)
     if place.left < 0 or place.top < 0:
         shown = Image.new("RGB", (width, height), (GREY, GREY, GREY))
         shown.paste(image, (-place.left, -place.top))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from onnx import numpy_helper
 from kdpipe.chain import Chain
 from kdpipe.core.config import ExportConfig, Recipe, validated
 from kdpipe.core.kinds import Bundle, Measurement, Model, Verdict
-from kdpipe.data.dataset import Dataset
+from kdpipe.data.dataset import Dataset, load_labels
 from kdpipe.deploy.gate import FAMILY_LEVEL
+from kdpipe.devices.bench import write_labels
 from kdpipe.runtime.task import TASKS
 
 TASK = TASKS["segmentation"]
@@ -121,6 +123,22 @@ def test_so_few_images_cannot_tell(shelf: Path) -> None:
     near = gate(shelf, *mine, "--rule", f"accuracy >= {100 * share - 0.1:.2f}%")
     assert_one_line(near, 75, "cannot tell: 0 of 1 rules are kept, 1 is not told", "images would tell")
     assert_one_line(gate(shelf, *mine, "--rule", "mIoU >= 99%"), 1, "fail: 0 of 1 rules are kept")
+
+
+def test_networks_of_several_inputs_are_judged_on_the_finest(shelf: Path, masked: Made, tmp_path: Path) -> None:
+    """Whatever their order: a coarse candidate does not make the labels coarse that its baseline is judged by."""
+    bundle = masked.bundles["onnxruntime-float32"]
+    height, width = bundle.facts.input.sides
+    small = bundle.facts.input.model_copy(update={"size": (height // 2, width // 2)})
+    coarse = SimpleNamespace(facts=SimpleNamespace(input=small))
+    found = []
+    for at, both in enumerate(([coarse, bundle], [bundle, coarse])):
+        write_labels(both, masked.dataset, tmp_path / f"{at}.npy")
+        found.append(np.load(tmp_path / f"{at}.npy"))
+    assert found[0].shape[1:] == (height, width)
+    assert np.array_equal(*found) and np.array_equal(
+        found[0], load_labels(masked.dataset.samples("test"), bundle.facts.input.model_dump())
+    )
 
 
 def test_other_parts_and_other_tasks_are_one_line(shelf: Path, packed: Bundle, trained: Trained) -> None:

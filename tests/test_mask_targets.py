@@ -211,7 +211,7 @@ def test_the_guard_keeps_masks_right(drawn: Drawn) -> None:
     guard, whole = small.facts.guard, drawn.whole("onnxruntime", "classes")
     assert guard is not None and guard.curve[0].kept == 0
     held_out = drawn.dataset.balanced("test", len(drawn.dataset.samples("test")), seed=0)
-    searching, _ = parted(held_out)
+    searching, _ = parted(held_out, TASK)
     spec = whole.facts.input.model_dump()
     labels, images = load_labels(searching, spec), load_images(searching, spec)
     before, after = (TASK.scores(predict(session_of(model), images), labels) for model in (whole, small))

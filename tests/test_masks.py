@@ -34,6 +34,7 @@ from kdpipe.data.splits import spread_fraction
 from kdpipe.data.survey import Survey
 from kdpipe.data.views import SPATIAL, Pair, TrainingViews, _Moved, moving_transform, seeded, training_images
 from kdpipe.networks.models import resolve_input
+from kdpipe.runtime import preprocess
 from kdpipe.runtime.preprocess import GREY, fit, fit_classes, nearest, placement
 
 HEIGHT, WIDTH = 24, 36
@@ -118,6 +119,26 @@ def test_a_mask_goes_where_its_image_goes(resize: str, crop_fraction: float, sha
     assert outside.any() == (place.left < 0 or place.top < 0) and (resize == "letterbox" or not outside.any())
     signed = fit_classes(mask.astype(np.int16), spec)
     assert np.array_equal(signed, np.where(outside, -1, fitted.astype(np.int16)))
+
+
+@pytest.mark.parametrize("crop_fraction", [1.0, 0.8])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("shape", [(24, 36), (7, 91), (64, 16), (333, 517)])
+def test_of_a_thin_image_only_what_is_shown_is_made(
+    crop_fraction: float, interpolation: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same pixels but for rounding; of the last image a whole one would be of 45 million by 224."""
+    blots = Image.fromarray(np.random.default_rng(0).integers(60, 196, (3, 4, 3), dtype=np.uint8))
+    image = blots.resize((shape[1], shape[0]), Image.Resampling.BICUBIC)
+    spec = {"size": [16, 24], "crop_fraction": crop_fraction, "interpolation": interpolation, "resize": "cover"}
+    whole = fit(image, spec).astype(int)
+    monkeypatch.setattr(preprocess, "MOST_PIXELS", 0)
+    assert np.abs(fit(image, spec) - whole).max() <= 3, "Pillow rounds between its two passes, in either order"
+    monkeypatch.undo()
+    thin = Image.fromarray(np.full((1, 200_000, 3), 77, np.uint8))
+    place = placement(thin.size, {**spec, "size": 224})
+    assert place.width * place.height > 10**9
+    assert (fit(thin, {**spec, "size": 224}) == 77).all()
 
 
 @given(st.integers(1, 700), st.integers(1, 700))
@@ -296,6 +317,23 @@ def turned(root: Path) -> None:
     painted(drawn(3)).save(root / "train/images/2.png", exif=exif)
 
 
+def png(path: Path, size: tuple[int, int], bits: int, kind: int, rows: bytes) -> None:
+    """A PNG as Pillow cannot write it; its rows have their filter's byte."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    head = struct.pack(">IIBBBBB", *size, bits, kind, 0, 0, 0)
+    chunks = (chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+
+def deep(path: Path, image: Image.Image) -> None:
+    """An RGB image of 16 bits a channel."""
+    rows = b"".join(b"\0" + row.tobytes() for row in np.asarray(image).astype(">u2"))
+    png(path, image.size, 16, 2, rows)
+
+
 def transparent() -> Image.Image:
     image = Image.fromarray(drawn(3)).convert("RGBA")
     image.putpixel((0, 0), (0, 0, 0, 90))
@@ -331,6 +369,14 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
         "train/masks/2.png (colours (RGB): wanted a number of a class for each pixel, or data.palette)",
     ),
     "transparent": (put(transparent()), "train/masks/2.png (pixels that are partly transparent"),
+    "numbered anew": (
+        put(drawn(3), "train/masks/2.gif"),
+        "train/masks/2.gif (GIF, whose writers number the colours anew",
+    ),
+    "of 48 bits": (
+        lambda root: deep(root / "train/masks/2.png", painted(drawn(3))),
+        "train/masks/2.png (RGB of 16 bits a channel, of which 8 would be read: wanted 8 bits)",
+    ),
     "no picture": (
         lambda root: (root / "train/masks/2.png").write_text("no"),
         "train/masks/2.png (no image of a format",
@@ -459,15 +505,9 @@ def test_the_same_image_under_two_masks_is_told(street: Path, tmp_path: Path) ->
 
 
 def four_bits(path: Path, mask: np.ndarray) -> None:
-    """A grey PNG of four bits a pixel, which Pillow cannot write."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
+    """A grey PNG of four bits a pixel."""
     rows = b"".join(b"\0" + row.tobytes() for row in mask[:, ::2] << 4 | mask[:, 1::2])
-    head = struct.pack(">IIBBBBB", mask.shape[1], mask.shape[0], 4, 0, 0, 0, 0)
-    chunks = (chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    png(path, (mask.shape[1], mask.shape[0]), 4, 0, rows)
 
 
 def test_numbers_of_every_depth(street: Path, tmp_path: Path) -> None:
@@ -497,9 +537,11 @@ def test_an_image_that_is_turned_has_a_mask_as_it_is_seen(street: Path, tmp_path
     laid = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90}[turn]
     painted(mask).transpose(laid).save(street / "train/images/2.png", exif=exif)
     Image.fromarray(mask).save(street / "train/masks/2.png")
-    dataset, _ = prepared(street, tmp_path / "artifacts")
+    dataset, told = prepared(street, tmp_path / "artifacts")
     sample = dataset.samples("train")[2]
     assert np.array_equal(np.asarray(sample.image())[..., 0] // 80, sample.mask())
+    silent = "EXIF turns or mirrors 1 images without changing their size, such as train/images/2.png"
+    assert (silent in str(told)) == (turn == 3), "where the size tells, there is nothing to say"
 
 
 PALETTE = "name,r,g,b\nground,10 20 30\n0 0 255 right\n255 0 0 left\n1 1 1\n"

@@ -385,7 +385,7 @@ def test_how_often_a_mix_is_let_through(
     """The guard's own decision on simulated mixes: 3 % of the images change, and every mix truly loses ``loss``."""
     task, generator = TASKS["classification"], np.random.default_rng(images)
     samples = [Sample(None, at, Path(str(at)), at % 10) for at in range(images)]  # type: ignore[arg-type]
-    searching, confirming = (np.array([int(s.path.name) for s in part]) for part in parted(samples))
+    searching, confirming = (np.array([int(s.path.name) for s in part]) for part in parted(samples, task))
     assert sorted([*searching, *confirming]) == list(range(images))
     lost, won = (0.03 + loss / 100) / 2, (0.03 - loss / 100) / 2
     accepted = by_point_value = 0
@@ -500,6 +500,17 @@ def test_what_surely_loses_more_is_not_sealed(made: Made, tmp_path: Path, monkey
     with pytest.raises(GateFailed, match=r"no mix of 1 loses at most 0.5 points: .* no layer in float, lost .* surely"):
         quantize(settings, made.models["onnxruntime-float32"], made.dataset, tmp_path / "q")
     assert not (tmp_path / "q").exists()
+
+
+def test_images_of_many_classes_are_halved() -> None:
+    """The rarest class that an image shows is no reason to search on it: each half has half of the images."""
+    rarest = np.random.default_rng(0).zipf(1.3, 100).clip(max=149)
+    samples = [Sample(None, at, Path(str(at)), int(label)) for at, label in enumerate(rarest)]  # type: ignore[arg-type]
+    searching, confirming = parted(samples, TASKS["segmentation"])
+    assert len(searching) == len(confirming) == 50
+    assert len(parted(samples, TASKS["classification"])[1]) < 45
+    with pytest.raises(UserError, match=r"wanted two at least, found 1 images"):
+        parted(samples[:1], TASKS["segmentation"])
 
 
 def test_images_that_cannot_be_parted(made: Made, tmp_path: Path) -> None:

@@ -159,6 +159,15 @@ def test_labels_are_not_drawn(packed: Bundle, trained: Trained, tmp_path: Path) 
     assert not (tmp_path / "seen").exists()
 
 
+def test_a_name_that_is_too_long_for_more(bundle: Bundle, streets: Path, tmp_path: Path) -> None:
+    long = streets / f"{'ä' * 120}{'b' * 10}.png"  # 250 bytes without its suffix
+    shutil.copy(next(streets.glob("a.*")), long)
+    for _ in range(2):
+        done = kdpipe("predict", bundle.path, streets, "--out", tmp_path / "seen")
+        assert done.returncode == 0, done.stderr
+        assert len({row["overlay"] for row in rows(done.stdout)}) == 6 == len(list((tmp_path / "seen").rglob("*.png")))
+
+
 def test_names_that_differ_in_case_alone(tmp_path: Path) -> None:
     """A disk may take them for one."""
     files = [tmp_path / "A.png", tmp_path / "a.png"]
