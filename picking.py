@@ -42,7 +42,7 @@ from .core.config import (
     Recipe,
     SampleConfig,
     TrainConfig,
-    TrainSettings,
+    in_epochs,
     validated,
 )
 from .core.errors import DeviceLost, KdpipeError, UserError, choice
@@ -480,10 +480,24 @@ class Search:
         if names or known is None:
             return names or None
         best = self.pool.best(known, self.limit)
-        if best is None or known.levels[best].sessions >= CONFIRMED or self.state.confirmed >= MOST_CONFIRMATIONS:
+        if best is None or not self._is_unsure(best, known):
             return None
         self.state.confirmed += 1
         return [best]
+
+    def _is_unsure(self, name: str, known: Known) -> bool:
+        return known.levels[name].sessions < CONFIRMED and self.state.confirmed < MOST_CONFIRMATIONS
+
+    def confirm(self, name: str, *, again: bool) -> bool:
+        """Measure one until it is sure, or once more whatever is known; whether there was anything to measure."""
+        known = self.known()
+        assert known is not None  # it was chosen
+        if not again and not self._is_unsure(name, known):
+            return False
+        self.state.confirmed += not again
+        self.measure([name])
+        self.run()
+        return True
 
     def measure(self, names: Sequence[str]) -> None:
         """One session of these and the anchors, by which all sessions are read against each other."""
@@ -593,14 +607,17 @@ def pick(
         DeviceLost: the link to the device is gone.
     """
     check(plan, dataset, teacher)
-    with alone(chain.folder / WORKSHOP):
+    workshop = chain.folder / WORKSHOP
+    with alone(workshop):
         search = search_of(plan, dataset, chain)
         search.run()
-        best = search.pool.best(search.known(), search.limit)
-        if again and best is not None:
-            search.measure([best])
-            search.run()
-    return _answer(search, teacher)
+    while True:  # another session may change who is within the limit, and so who is trained
+        trained = _trained_shortly(search, teacher) if plan.train else {}
+        chosen = _chosen(search, trained)
+        with alone(workshop):
+            if chosen is None or not search.confirm(chosen, again=again):
+                return _answer(search, teacher, trained, chosen)
+        again = False
 
 
 def search_of(plan: PickPlan, dataset: Dataset, chain: Chain) -> Search:
@@ -641,7 +658,15 @@ def check(plan: PickPlan, dataset: Dataset, teacher: Checkpoint | None) -> None:
         dataset.check_classes_of(teacher, "the teacher")
 
 
-def _answer(search: Search, teacher: Checkpoint | None) -> Pick:
+def _chosen(search: Search, trained: Mapping[str, Checkpoint]) -> str | None:
+    """The best of those that were trained by validation, else of those within the limit by the prior."""
+    if trained:
+        return max(trained, key=lambda name: _validation(trained[name]))
+    known = search.known()
+    return None if known is None else search.pool.best(known, search.limit)
+
+
+def _answer(search: Search, teacher: Checkpoint | None, trained: Mapping[str, Checkpoint], chosen: str | None) -> Pick:
     """Seal what was found."""
     plan, pool = search.plan, search.pool
     sessions, known = search.sessions(), search.known()
@@ -649,18 +674,14 @@ def _answer(search: Search, teacher: Checkpoint | None) -> Pick:
         whys = {**pool.left_out, **search.state.refused}
         name, why = next(iter(whys.items()), ("no candidate", "no latency of it is to be believed"))
         raise UserError(f"nothing could be measured on '{plan.device}'; {name}: {why}")
-    within = pool.within(known, search.limit)
     inputs: dict[str, Any] = {f"measurement-{at}": each.measurement for at, each in enumerate(sessions, 1)}
     inputs["data"] = search.dataset
-    trained: dict[str, Checkpoint] = {}
-    if plan.train and within:
-        trained = _trained_shortly(search, within[: plan.train], teacher)
-        inputs |= {f"student-{name}": checkpoint for name, checkpoint in trained.items()}
+    inputs |= {} if teacher is None else {"teacher": teacher}
+    inputs |= {f"student-{name}": checkpoint for name, checkpoint in trained.items()}
     order = Order("pick", search.config, inputs)
 
     def make(path: Path) -> Pick:
         validation = {name: _validation(each) for name, each in trained.items()}
-        chosen = max(validation, key=lambda name: validation[name]) if validation else next(iter(within), None)
         rows = _rows(search, sessions, known, chosen, validation)
         with drafting(Pick, order, path) as draft:
             fronted = tuple(row.name for row in sorted(rows, key=latency_of) if row.on_front)
@@ -753,9 +774,7 @@ def _rows(
 # ---- training a few shortly -----------------------------------------------------------------------------------
 
 
-def student_config(
-    plan: PickPlan, candidate: Candidate, teacher: Checkpoint | None, train: TrainSettings
-) -> TrainConfig:
+def student_config(plan: PickPlan, candidate: Candidate, teacher: Checkpoint | None) -> TrainConfig:
     """How a candidate is trained: shown what the teacher is shown, so that one cache serves all of a size."""
     shown: dict[str, Any] = {"size": candidate.size}
     if teacher is not None:
@@ -763,20 +782,19 @@ def student_config(
         shown |= {name: getattr(spec, name) for name in ("mean", "std", "crop_fraction", "interpolation")}
         shown |= {} if spec.resize == "cover" else {"resize": spec.resize}
     own = {name: getattr(plan.distill, name) for name in type(plan.distill).model_fields}
-    return TrainConfig(**{**own, "train": train}, model=candidate.model, input=InputSettings(**shown))
+    return TrainConfig(**own, model=candidate.model, input=InputSettings(**shown))
 
 
-def _trained_shortly(search: Search, names: Sequence[str], teacher: Checkpoint | None) -> dict[str, Checkpoint]:
+def _trained_shortly(search: Search, teacher: Checkpoint | None) -> dict[str, Checkpoint]:
     """The best few, each for a share of the epochs, from what one teacher said beforehand, where that does."""
     from .distill.methods import METHODS
 
-    plan = search.plan
-    whole = plan.distill.train
-    epochs = max(1, round(plan.short * whole.epochs))
-    train = TrainSettings(**{**dict(whole), "epochs": epochs, "warmup_epochs": min(whole.warmup_epochs, epochs)})
+    plan, known = search.plan, search.known()
+    names = [] if known is None else search.pool.within(known, search.limit)[: plan.train]
+    epochs = max(1, round(plan.short * plan.distill.train.epochs))
     runs = {}
     for name in names:
-        config = student_config(plan, search.pool.candidates[search.pool.position[name]], teacher, train)
+        config = in_epochs(student_config(plan, search.pool.candidates[search.pool.position[name]], teacher), epochs)
         if config.needs_teacher and config.cache_views is None and not METHODS[config.method].looks_at_maps(config):
             config = config.model_copy(update={"cache_views": min(epochs, SHORT_VIEWS)})
         runs[f"short-{name}"] = config
@@ -787,7 +805,8 @@ def _trained_shortly(search: Search, names: Sequence[str], teacher: Checkpoint |
 def _validation(checkpoint: Checkpoint) -> float:
     """Accuracy of the weights that were kept, on the validation part. Raises UserError where it was not looked at."""
     facts = checkpoint.facts
-    found = facts.best_validation.validation_accuracy if facts.best_validation is not None else facts.last_validation
+    best = facts.best_validation if facts.selected == "best" else None
+    found = facts.last_validation if best is None else best.validation_accuracy
     if found is None:
         raise UserError(f"{checkpoint.path} was not judged on the validation part: make the data with val_fraction 0.1")
     return found
@@ -802,7 +821,7 @@ def recipe_text(search: Search, chosen: str, teacher: Checkpoint | None) -> str:
 
     plan, settings = search.plan, search.dataset.settings
     candidate = search.pool.candidates[search.pool.position[chosen]]
-    config = student_config(plan, candidate, teacher, plan.distill.train)
+    config = student_config(plan, candidate, teacher)
 
     data = {
         name: settings[name]
@@ -830,12 +849,13 @@ def recipe_text(search: Search, chosen: str, teacher: Checkpoint | None) -> str:
         values["distill"] = said
     values["export"] = {"targets": [plan.target]}
     values["quantize"] = None if plan.variant == "float32" else {"variants": [plan.variant]}
-    values["bench"] = {"devices": [plan.device]}
+    values["bench"] = {"devices": [plan.device], **({"threads": [plan.threads]} if plan.threads else {})}
     validated(Recipe, values, "the recipe")
+    threads = f", with {plan.threads} threads" if plan.threads else ""
     lines = [
         f"# Written by `kdpipe pick`: {chosen} is the best by the prior ({plan.prior}) with a p90 of at most "
         f"{plan.p90:g} ms on '{plan.device}',",
-        f"# in {plan.variant} for {plan.target}. What a run takes: kdpipe run --dry-run; then: kdpipe run.",
+        f"# in {plan.variant} for {plan.target}{threads}. What a run takes: kdpipe run --dry-run; then: kdpipe run.",
     ]
     if teacher is None:
         lines.append("# The teacher is trained here: teacher.checkpoint takes weights of your own.")

@@ -38,6 +38,7 @@ from .core.config import (
     TrainConfig,
     changed_student,
     control_of,
+    in_epochs,
 )
 from .core.errors import KdpipeError, UserError, choice
 from .core.kinds import Checkpoint, ClaimFacts, Model, Study, StudyFacts
@@ -139,6 +140,11 @@ class Design:
             name: changed_student(self.base, change, f"method '{name}'") for name, change in self.changes.items()
         }
         self.configs = {LABELS: control_of(self.base), **self.configs}
+        if any(each.method == "stagewise" and each.stagewise.epochs is not None for each in self.configs.values()):
+            raise UserError(
+                "distill.stagewise.epochs is of each stage, and a study gives every run the same cost: leave it out, "
+                "so that the stages share a run's epochs"
+            )
         self.claims = self._claims()
         for name in [*plan.teachers, *plan.starts]:
             if not re.fullmatch(METHOD, name) or name == OWN_SIZE:
@@ -301,7 +307,10 @@ class Design:
             UserError: too few for a pass over the largest share.
         """
         if self.memory.is_file():
-            return _read(self.memory)
+            found = _read(self.memory)
+            if keep or found.view_seconds:
+                return found
+            return self.measured().model_copy(update={"views": found.views})
         largest = max(self.images.values())
         needs_pace = self.plan.cost == "seconds" or (self.budget_seconds is not None and self.plan.views is None)
         found = self.measured() if needs_pace or not keep else Decision(views=0, view_seconds={})
@@ -366,11 +375,17 @@ class Design:
         total = 0.0
         for arm in self.arms:
             pace = self._pace(arm, found) / self._slowness(arm, found)
-            total += arm.times * views * pace + (found.test_seconds or 0.0)
+            total += arm.times * views * pace + (found.test_seconds or 0.0) * self._looks(self.configs[arm.method])
         total *= len(self.plan.fractions) * self.plan.seeds
         if self.plan.own_size and not self.own_size_path.exists():
             total += self.base.train.epochs * len(self.dataset.samples("train")) * found.view_seconds[LABELS]
         return total
+
+    def _looks(self, config: TrainConfig) -> float:
+        """How often a run looks at held-out images, in passes over the test part."""
+        validated, tested = (len(self.dataset.samples(part)) for part in ("val", "test"))
+        times = 1 if config.train.select == "last" else config.train.epochs // config.train.validate_every
+        return 1 + times * validated / max(1, tested)
 
     def seconds(self, found: Decision) -> float | None:
         """What all runs take here, one after the other; None where the pace is not known."""
@@ -383,7 +398,7 @@ class Design:
             for share in sorted(self.plan.fractions):
                 for arm in self.arms:
                     views = int(found.views * arm.times / self._slowness(arm, found))
-                    config = at_cost(self.configs[arm.method], views, self.images[share])
+                    config = in_epochs(self.configs[arm.method], max(1, round(views / self.images[share])))
                     differs: dict[str, Any] = {"label_fraction": share, "seed": seed}
                     if arm.start:
                         differs["start"] = self.plan.starts[arm.start]
@@ -391,28 +406,6 @@ class Design:
                     images = self.images[share]
                     cells.append(Cell(arm.name, arm.kind, arm.control, share, seed, arm.guide, images, views, config))
         return cells
-
-
-def at_cost(config: TrainConfig, views: int, images: int) -> TrainConfig:
-    """``config`` for about so many views of so many images: what it says in epochs keeps its share of them.
-
-    Nothing is validated before the end unless the best epoch is to be kept.
-    """
-    train = config.train
-    epochs = max(1, round(views / images))
-    share = epochs / train.epochs
-    scaled: dict[str, Any] = {
-        "epochs": epochs,
-        "warmup_epochs": max(1, round(share * train.warmup_epochs)) if train.warmup_epochs else 0,
-        "milestones": tuple(round(share * each) for each in train.milestones),
-    }
-    if train.select == "last":
-        scaled["validate_every"] = epochs
-    changes: dict[str, Any] = {"train": train.model_copy(update=scaled)}
-    if config.method == "dkd" and config.dkd.warmup_epochs:
-        grown = max(1, round(share * config.dkd.warmup_epochs))
-        changes["dkd"] = config.dkd.model_copy(update={"warmup_epochs": grown})
-    return config.model_copy(update=changes)
 
 
 def read_seconds(text: str) -> float:

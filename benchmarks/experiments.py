@@ -25,7 +25,7 @@ from kdpipe import study
 from kdpipe.chain import Chain
 from kdpipe.core import progress
 from kdpipe.core.config import DataPlan, StudyPlan, TeacherPlan, validated
-from kdpipe.core.errors import choice
+from kdpipe.core.errors import KdpipeError, choice
 from kdpipe.core.kinds import Checkpoint
 from kdpipe.report.study import closing_lines, spread
 from kdpipe.terminal import listener, tell_step
@@ -198,7 +198,7 @@ def main(
     out: Annotated[Path, typer.Option(help="folder of all runs")],
     seeds: Annotated[int, typer.Option()] = 3,
     views: Annotated[int | None, typer.Option(help="a run [default: the experiment's]")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what it would run")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what it would run; teachers are trained")] = False,
 ) -> None:
     if name not in EXPERIMENTS:
         raise choice("experiment", name, EXPERIMENTS)
@@ -219,8 +219,10 @@ def main(
     if dry_run:
         print("\n".join(study.plan(plan, dataset, guide, chain).lines()))
         return
-    made = study.run(plan, dataset, guide, chain)
+    failed: dict[str, KdpipeError] = {}
+    made = study.run(plan, dataset, guide, chain, failed)
     print_table(made.numbers, guide)
+    print("".join(f"\nnot made: {name}: {error}" for name, error in failed.items()))
     print("\n".join([*closing_lines(made.numbers), f"page: {made.page}"]))
 
 

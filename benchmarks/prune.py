@@ -8,7 +8,8 @@
 CIFAR10 is a folder with train/<class>/* and val/<class>/*, which is what is tested. The whole network is trained on the
 labels and is the teacher of all. What is pruned to 0.7 and 0.5 of its multiply-accumulates begins as it, the smaller
 networks at random; each is taught (kd) and, as its control, trained on the labels alone, for as many epochs. Since a
-pruned network comes after a whole one that had to be trained, the smaller ones are there for twice the epochs too.
+pruned network comes after a whole one that was trained for twice as many, the smaller ones are there for three times
+the epochs too.
 Of the first seed's students float32 and INT8 are measured in one session, so that which of them takes as long as which
 is told there, and their accuracy on every test image.
 
@@ -36,6 +37,7 @@ from kdpipe.core.stats import mean_interval
 from kdpipe.terminal import listener, tell_step
 
 KEEPS = {"pruned-70": 0.7, "pruned-50": 0.5}
+LONGER = 3  # times the epochs that a pruned network has, together with the whole one that it was
 # The whole network, and smaller ones of its family on both sides of what is left of it.
 FAMILIES: dict[str, dict[str, Any]] = {
     "resnet": {"whole": "resnet20", "smaller": ("resnet14", "resnet8"), "size": 32},
@@ -67,7 +69,7 @@ def recipe_of(
     for model in found["smaller"]:
         plain = {"model": model, "start": None, "prune": {"keep": None}}
         students[model] = plain
-        students[f"{model}-twice"] = {**plain, "train": {"epochs": 2 * epochs, "validate_every": 2 * epochs}}
+        students[f"{model}-longer"] = {**plain, "train": {"epochs": LONGER * epochs, "validate_every": LONGER * epochs}}
     values = {
         "name": f"prune-{family}",
         "data": {
@@ -76,7 +78,7 @@ def recipe_of(
             "val_fraction": 0,
             **({"most_images": most} if most else {}),
         },
-        "teacher": {"model": found["whole"], **network, "train": {**train, "epochs": 2 * epochs}},
+        "teacher": {"model": found["whole"], **network, "train": {**train, "epochs": (LONGER - 1) * epochs}},
         "student": {
             "model": found["whole"],
             **network,
@@ -154,7 +156,7 @@ def print_table(
         mine = {row["variant"]: row for row in rows if row["student"] == shipped}
         measured = [mine[variant] for variant in ("float32", "int8") if variant in mine]
         cells = [
-            first.facts.model + ("" if not name.endswith("-twice") else ", twice as long"),
+            first.facts.model + ("" if not name.endswith("-longer") else f", {LONGER} times as long"),
             f"{(first.facts.macs or 0) / 1e6:.2f}",
             f"{first.facts.parameters:,}",
             f"{sum(labels) / len(labels):.2f}",

@@ -184,18 +184,18 @@ def training(name: str, epochs: int) -> TrainConfig:
 
 
 def planned(chain: Chain, name: str, dataset: Dataset, hours: float | None, networks: int, asked: Effort) -> Effort:
-    """The effort that fits a network's share of the hours; as it was planned before, where it was."""
-    known = chain.folder / f"plan-{name}.json"
+    """The effort that fits a network's share of the hours, at most as asked; planned once for the same of both."""
+    if hours is None:
+        return asked
+    seconds = 3600 * hours / networks
+    known = chain.folder / f"plan-{name}-{seconds:.0f}s-{asked.epochs}-{asked.steps}-{dataset.key[:12]}.json"
     if known.is_file():
         return Effort(**json.loads(known.read_text()))
-    effort = asked
-    if hours is not None:
-        seconds = 3600 * hours / networks
-        a_view = view_seconds(training(name, LEAST_EPOCHS), dataset, None, chain.folder / ".precisions")
-        of_student = int(STUDENTS_SHARE * seconds / a_view / len(dataset.samples("train")))
-        of_steps = int((1 - STUDENTS_SHARE) * seconds / a_view / BATCH / STEP_COSTS)
-        effort = Effort(max(LEAST_EPOCHS, min(asked.epochs, of_student)), max(LEAST_STEPS, min(asked.steps, of_steps)))
-        progress.note(f"{name}: {1e3 * a_view:.1f} ms a view, so {effort.epochs} epochs and {effort.steps} steps")
+    a_view = view_seconds(training(name, LEAST_EPOCHS), dataset, None, chain.folder / ".precisions")
+    of_student = int(STUDENTS_SHARE * seconds / a_view / len(dataset.samples("train")))
+    of_steps = int((1 - STUDENTS_SHARE) * seconds / a_view / BATCH / STEP_COSTS)
+    effort = Effort(max(LEAST_EPOCHS, min(asked.epochs, of_student)), max(LEAST_STEPS, min(asked.steps, of_steps)))
+    progress.note(f"{name}: {1e3 * a_view:.1f} ms a view, so {effort.epochs} epochs and {effort.steps} steps")
     write_json(known, effort._asdict())
     return effort
 

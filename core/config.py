@@ -681,6 +681,33 @@ def changed_student(config: TrainConfig, change: dict[str, Any], where: str) -> 
     return found.model_copy(update={name: value for name, value in own.items() if name not in change})
 
 
+def in_epochs(config: TrainConfig, epochs: int) -> TrainConfig:
+    """``config`` for so many epochs: what else it says in epochs keeps its share of them.
+
+    The last one is to be kept: nothing is validated before the end. The best one: it is looked for as often.
+    """
+    train = config.train
+    share = epochs / train.epochs
+
+    def scaled(warm_up: int) -> int:
+        return max(1, round(share * warm_up)) if warm_up else 0
+
+    every = epochs if train.select == "last" else max(1, round(share * train.validate_every))
+    settings = {
+        "epochs": epochs,
+        "warmup_epochs": scaled(train.warmup_epochs),
+        "milestones": tuple(round(share * each) for each in train.milestones),
+        "validate_every": every,
+    }
+    changes: dict[str, Any] = {"train": train.model_copy(update=settings)}
+    if config.method in ("dkd", "review"):
+        its: DkdSettings | ReviewSettings = getattr(config, config.method)
+        changes[config.method] = its.model_copy(update={"warmup_epochs": scaled(its.warmup_epochs)})
+    if config.method == "stagewise" and config.stagewise.epochs is not None:
+        changes["stagewise"] = config.stagewise.model_copy(update={"epochs": scaled(config.stagewise.epochs)})
+    return config.model_copy(update=changes)
+
+
 def control_of(config: TrainConfig, epochs: int | None = None) -> TrainConfig:
     """The same network trained as ``config`` is, on the labels alone; for so many ``epochs``, if given.
 

@@ -85,7 +85,11 @@ def read(path: Path) -> list[tuple[str, Prior]]:
         raise UserError(f"prior: cannot read {path} ({type(error).__name__}): {wanted}") from None
     found = []
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    for number, row in enumerate(csv.reader(lines[:MOST_ROWS])):
+    try:
+        rows = list(csv.reader(lines[:MOST_ROWS]))
+    except csv.Error as error:
+        raise UserError(f"prior: cannot read {path} ({error}): {wanted}") from None
+    for number, row in enumerate(rows):
         cells = [cell.strip() for cell in row]
         if number == 0 and cells[:1] == ["model"]:
             continue

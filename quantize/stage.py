@@ -253,6 +253,8 @@ def against_controls(
 ) -> TrainedFacts:
     """The trained variant in ``folder`` beside the same file without training, and after as many steps in float32.
 
+    Where the guard left layers in float, all three are written anew without: what those gain is not the training's.
+
     Raises:
         GateFailed: it is shown to be less right on held-out images than without training.
     """
@@ -269,19 +271,18 @@ def against_controls(
         scores[name] = scored(folder, facts, held_out, task)
         return Control(against_float32=found, accuracy=_apart(task, scores["float32"], scores[name]))
 
-    def written(name: str, work: Work) -> Control:
-        assert variant.untrained is not None
-        kind = variant.untrained(work)
+    def written(name: str, kind: Variant) -> Control:
         with tempfile.TemporaryDirectory() as scratch:
             kind.write((), Path(scratch))
             return control(name, kind, Path(scratch))
 
     with progress("comparing with the controls", 3) as advance:
-        own = control("own", variant, folder)
+        is_mixed = facts.guard is not None and bool(facts.guard.kept_float)
+        own = written("own", variant) if is_mixed else control("own", variant, folder)
         advance(1, "without training")
-        untrained = written("untrained", work)
+        untrained = written("untrained", variant.untrained(work))
         advance(1, "as long in float32")
-        float32_steps = written("float32_steps", work.of(training.float32_steps))
+        float32_steps = written("float32_steps", variant.untrained(work.of(training.float32_steps)))
         advance(1, "")
     gained = _apart(task, scores["untrained"], scores["own"]) if held_out else None
     if gained is not None:

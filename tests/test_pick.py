@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import assert_one_line, kdpipe, rewrite_manifest
+from conftest import Trained, assert_one_line, kdpipe, rewrite_manifest
 
 from kdpipe.chain import Chain, sealed
 from kdpipe.core.artifact import read_manifest
@@ -21,7 +21,7 @@ from kdpipe.data.dataset import Dataset
 from kdpipe.networks import prior
 from kdpipe.networks.cost import cost_of, family_of
 from kdpipe.networks.models import restore
-from kdpipe.picking import COSTS, WORKSHOP
+from kdpipe.picking import CONFIRMED, COSTS, WORKSHOP
 
 # What cannot be exported: which way it goes is told by the image.
 OWN = """
@@ -44,7 +44,11 @@ def odd(num_classes):
 PRIOR = "# mine\nmodel,points,size\nresnet8,60,16\ntest_resnet,70,32\nodd:odd,50\n"
 CANDIDATES = ("--candidates", "resnet8,test_resnet,odd:odd,test_vit", "--allow-code", "odd:odd")
 NO_TABLES = ["", "resnet18\n", "resnet18,high\n", "resnet18,inf\n", "a,1,2,3\n", "resnet18,70,-1\n"]
-NO_TABLES += ["resnet18.a1_in1k,70\nresnet18.tv_in1k,69\n", "resnet18,70,224\nresnet18,65,160\n"]
+NO_TABLES += [
+    f"resnet18,{'7' * 200_000}\n",
+    "resnet18.a1_in1k,70\nresnet18.tv_in1k,69\n",
+    "resnet18,70,224\nresnet18,65,160\n",
+]
 
 
 class Bench:
@@ -139,11 +143,51 @@ def test_the_recipe_of_a_pick_is_one(bench: Bench, picked: dict[str, Any]) -> No
     recipe = read_recipe(pick.file(Pick.RECIPE))
     assert recipe.student.model == "test_resnet" and recipe.student.input.size == 16
     assert recipe.export.targets == ("onnxruntime",) and recipe.quantize is None
+    assert recipe.bench is not None and recipe.bench.threads == (1,), "as it was measured"
     assert recipe.data.source == "digits" and recipe.data.most_images == 100
     done = kdpipe("run", pick.file(Pick.RECIPE), "--dry-run", "--json", cwd=bench.folder)
     assert done.returncode == 0, done.stderr
     legs = json.loads(done.stdout)["legs"]
     assert next(leg for leg in legs if leg["stage"] == "data")["sealed"]
+
+
+def test_another_teacher_is_another_answer(bench: Bench, picked: dict[str, Any], trained: Trained) -> None:
+    before = bench.measured()
+    done = bench.pick(*CANDIDATES, "--teacher", trained.teacher.path, "--json")
+    assert done.returncode in (0, 75), done.stderr
+    found = json.loads(done.stdout)
+    assert found["key"] != picked["key"] and bench.measured() == before
+    recipe = read_recipe(Pick.open(bench.folder / found["artifact"]).file(Pick.RECIPE))
+    assert recipe.teacher.checkpoint == trained.teacher.file(Checkpoint.WEIGHTS).absolute()
+
+
+def test_who_is_chosen_by_training_is_measured_as_often(bench: Bench, picked: dict[str, Any], tmp_path: Path) -> None:
+    """Whichever the prior prefers: the one that training chooses is in two sessions, and in one more when asked."""
+    folder = shutil.copytree(bench.folder, tmp_path / "copy")
+    bench = Bench(folder, Dataset.open(folder / bench.dataset.path.relative_to(bench.folder)))
+    names = {"resnet8-16", "test_resnet-16"}
+    training = ("--train", 2, "--distill.method", "labels", "--distill.train.epochs", 10, "--distill.train.workers", 0)
+    for best in ("resnet8", "test_resnet"):
+        points = {"resnet8": 60, "test_resnet": 60, best: 80}
+        (bench.folder / "own.csv").write_text("".join(f"{name},{value},16\n" for name, value in points.items()))
+        asked = ("--candidates", "resnet8,test_resnet", "--prior", "own.csv", *training, "--json")
+        done = bench.pick(*asked)
+        assert done.returncode in (0, 75), done.stderr
+        found = json.loads(done.stdout)
+        rows = {row["name"]: row for row in found["networks"] if row["name"] in names}
+        chosen = found["facts"]["chosen"]
+        assert chosen == max(rows, key=lambda name: rows[name]["validation"])
+        assert rows[chosen]["sessions"] >= CONFIRMED
+        shortly = {
+            Checkpoint.open(path).facts.model: Checkpoint.open(path).facts.last_validation
+            for path in bench.dataset.path.parent.glob("short-*")
+        }
+        assert {f"{name}-16": value for name, value in shortly.items()} == {
+            name: row["validation"] for name, row in rows.items()
+        }, "of the weights that were kept"
+    once_more = json.loads(bench.pick(*asked, "--again").stdout)
+    after = {row["name"]: row["sessions"] for row in once_more["networks"]}
+    assert once_more["facts"]["chosen"] == chosen and after[chosen] == rows[chosen]["sessions"] + 1
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,10 @@ from kdpipe import pipeline, study
 from kdpipe.chain import Chain
 from kdpipe.core import proc
 from kdpipe.core.claims import Claim, Table, difference, groups_of, judge, parse_claim
-from kdpipe.core.config import StudyPlan, TrainConfig, read_recipe, validated
+from kdpipe.core.config import StudyPlan, TrainConfig, in_epochs, read_recipe, validated
 from kdpipe.core.errors import UserError
 from kdpipe.core.kinds import Checkpoint, Study
+from kdpipe.data.dataset import Dataset
 from kdpipe.inventory import unneeded
 from kdpipe.report.study import advise, drawings, figures, spread
 from kdpipe.runtime.task import TASKS
@@ -146,6 +147,11 @@ def test_claims_as_they_are_written() -> None:
 
 
 # ---- a study of digits ---------------------------------------------------------------------------------------
+
+
+def design_of(trained: Trained, folder: Path) -> tuple[Dataset, Checkpoint, Chain]:
+    """What a study is of, beside its settings."""
+    return trained.dataset, trained.teacher, Chain(folder)
 
 
 def options(**more: object) -> list[object]:
@@ -331,6 +337,7 @@ def test_a_run_that_fails_leaves_the_others(trained: Trained, tmp_path: Path) ->
         ({"further": "labels={method: kd}"}, ["taken"]),
         ({"further": "own"}, ["NAME=VALUE"]),
         ({"methods": "masked"}, ["--starts"]),
+        ({"methods": "stagewise", "distill.stagewise.epochs": 3}, ["stagewise.epochs", "same cost"]),
         ({"further": "kd-T4={method: hint}"}, ["taken"]),
         ({"further": "own=7"}, ["own"]),
         ({"further": "own={method: kd, model: resnet14, seed: 3}"}, ["'own' changes model, seed", "one network"]),
@@ -466,15 +473,47 @@ def test_nothing_has_no_sign() -> None:
 def test_what_a_pace_decides_is_decided_once(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second process, or the same command another day, does not come to other runs."""
     settings = validated(StudyPlan, {"student": "resnet8", "fractions": [0.1], "budget": "60s"}, "test")
-    design = study.Design(settings, trained.dataset, trained.teacher, Chain(tmp_path))
+    design = study.Design(settings, *design_of(trained, tmp_path))
     for pace in (1e-3, 5e-3):
         found = study.Decision(views=0, view_seconds=dict.fromkeys(design.configs, pace), test_seconds=0.0)
         monkeypatch.setattr(study.Design, "measured", lambda self, found=found: found)
         decision = design.decided(keep=True)
         assert decision.view_seconds["labels"] == 1e-3
+    told = study.Design(settings.model_copy(update={"budget": None, "views": 500}), *design_of(trained, tmp_path))
+    plain = told.decided(keep=True)
+    assert plain.views == 500 and not plain.view_seconds, "nothing was to be decided by a pace"
+    again = told.decided(keep=False)
+    assert again.views == 500 and again.view_seconds["labels"] == 5e-3, "a dry run tells the time of one that was begun"
     design.memory.write_text("{}")
     with pytest.raises(UserError, match="remove"):
         design.decided(keep=True)
+
+
+def test_what_is_said_in_epochs_keeps_its_share() -> None:
+    train = {"epochs": 60, "warmup_epochs": 6, "milestones": [30, 45], "validate_every": 3}
+    for method in ("dkd", "review"):
+        config = TrainConfig.model_validate(
+            {"model": "resnet8", "method": method, "train": train, method: {"warmup_epochs": 20}}
+        )
+        short, long = in_epochs(config, 6), in_epochs(config, 600)
+        assert (getattr(short, method).warmup_epochs, getattr(long, method).warmup_epochs) == (2, 200)
+        assert (short.train.epochs, short.train.warmup_epochs, short.train.milestones) == (6, 1, (3, 4))
+        assert short.train.validate_every == 6, "the last one is kept: nothing is looked at before"
+    best = config.model_copy(update={"train": config.train.model_copy(update={"select": "best"})})
+    assert [in_epochs(best, epochs).train.validate_every for epochs in (6, 60, 600)] == [1, 3, 30]
+    stages = TrainConfig.model_validate({"model": "resnet8", "method": "stagewise", "stagewise": {"epochs": 20}})
+    assert in_epochs(stages, 6).stagewise.epochs == 2
+
+
+def test_looks_at_held_out_images_take_time(trained: Trained, tmp_path: Path) -> None:
+    plan = {"student": "resnet8", "fractions": [0.1], "methods": [], "controls": [], "views": 900}
+    design = study.Design(validated(StudyPlan, plan, "test"), *design_of(trained, tmp_path))
+    pace = study.Decision(views=900, view_seconds={"labels": 0.0}, test_seconds=1.0)
+    share = len(trained.dataset.samples("val")) / len(trained.dataset.samples("test"))
+    assert design.seconds(pace) == pytest.approx(3 * (1 + share))
+    often = {**plan, "distill": {"train": {"select": "best", "epochs": 60, "validate_every": 2}}}
+    design = study.Design(validated(StudyPlan, often, "test"), *design_of(trained, tmp_path))
+    assert design.seconds(pace) == pytest.approx(3 * (1 + 30 * share))
 
 
 def test_the_pace_is_that_of_the_method(trained: Trained, tmp_path: Path) -> None:
