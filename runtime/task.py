@@ -15,7 +15,7 @@ import numpy as np
 
 from .layout import sides as input_sides
 from .overlay import overlay
-from .preprocess import unfit_classes
+from .preprocess import nearest, unfit_classes
 
 CONFIDENCE = 0.95
 PIECE_BYTES = 8 * 2**20  # of the logits of a dense task that are in memory at full size at a time
@@ -535,7 +535,7 @@ class Segmentation:
         """What is said, in another size, some images at a time; class maps by the nearest pixel."""
         height, width = sides
         if outputs.ndim == 3:
-            rows, columns = (_nearest(*both) for both in zip(outputs.shape[1:], (height, width)))
+            rows, columns = (nearest(*both) for both in zip(outputs.shape[1:], (height, width)))
             for each in outputs:
                 yield each[rows[:, None], columns][None]
             return
@@ -740,11 +740,6 @@ def _between(source: int, target: int) -> np.ndarray:
     taken[rows, first] = 1 - (places - first)
     taken[rows, second] += (places - first).astype(np.float32)
     return taken
-
-
-def _nearest(source: int, target: int) -> np.ndarray:
-    """Which of ``source`` pixels in a row each of ``target`` takes."""
-    return ((np.arange(target) + 0.5) * (source / target)).astype(np.intp)
 
 
 # ---- figures of images with many pixels ----------------------------------------------------------------------------

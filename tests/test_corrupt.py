@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import assert_one_line, kdpipe, replace_file, rewrite_manifest
+from conftest import assert_one_line, kdpipe, replace_file
 from PIL import Image
 from rich.console import Console
 
@@ -40,7 +40,6 @@ from kdpipe.data import corrupt as corruptions
 from kdpipe.data.corrupt import FAULTS, JPEG_QUALITY, SEVERITIES, corrupt
 from kdpipe.data.dataset import Dataset, Samples, index_records, write_images
 from kdpipe.deploy.figures import CORRUPTIONS, NAMES, accuracy_of, figures
-from kdpipe.deploy.same_images import image_change, image_words
 from kdpipe.devices import accuracy, find_device, opened
 from kdpipe.devices.accuracy import Asked
 from kdpipe.devices.bench import bench
@@ -402,52 +401,6 @@ def test_a_cut_goes_on_with_what_is_lacking(halves: Dark, tmp_path: Path, monkey
 # ---- which images ------------------------------------------------------------------------------------------------
 
 
-def measured(halves: Dark, folder: Path, photos: Path) -> Measurement:
-    """The INT8 bundle on other images of the same classes."""
-    dataset = Chain(folder / "artifacts").data(DataPlan(source=str(photos)))
-    plan = PLAN.model_copy(update={"corruptions": ()})
-    bundles = {"int8": halves.bundles["int8"]}
-    order = Order("bench", bench_config(plan, "null"), {**bundles, "data": dataset})
-    return bench(order, bundles, dataset, folder / "measurement")
-
-
-def test_two_measurements_know_whether_they_saw_the_same_images(halves: Dark, tmp_path: Path) -> None:
-    photos = write_halves(tmp_path / "photos")
-    copied = measured(halves, tmp_path / "copied", photos)
-    change = image_change(halves.measurement, copied)
-    assert change.same and change.known and (change.added, change.removed, change.relabelled) == (0, 0, 0)
-    assert image_words(halves.measurement, copied) == []
-    # Three new ones, one that is gone, one that was edited, one that moved to the other class.
-    write_halves(photos, train=2, test=3, first=500)
-    (photos / "val/left/000.png").unlink()
-    Image.new("RGB", (32, 32)).save(photos / "val/left/001.png")
-    (photos / "val/left/002.png").rename(photos / "val/right/moved.png")
-    other = measured(halves, tmp_path / "other", photos)
-    change = image_change(halves.measurement, other)
-    assert not change.same and (change.added, change.removed, change.relabelled) == (7, 2, 1)
-    words = image_words(halves.measurement, other)
-    assert words[:3] == ["7 images added to val", "2 images removed from val", "1 image of val relabelled"]
-    assert words[3:] == ["2 more images in train", "2 more images in validation"]
-    back = image_change(other, halves.measurement)
-    assert (back.added, back.removed, back.relabelled) == (2, 7, 1)
-
-
-def test_of_an_older_measurement_only_the_data_set_is_known(halves: Dark, tmp_path: Path) -> None:
-    older = tmp_path / "older"
-    shutil.copytree(halves.measurement.path, older)
-    (older / Measurement.IMAGES).unlink()
-    rewrite_manifest(older, lambda value: value["files"].pop(Measurement.IMAGES))
-    change = image_change(Measurement.open(older), halves.measurement)
-    assert change.same and not change.known, "the same data set"
-    rewrite_manifest(older, lambda value: value["inputs"]["data"].update(key="0" * 64))
-    rewrite_manifest(older, lambda value: value["inputs"]["data"]["config"].update(fingerprint="0" * 64))
-    change = image_change(Measurement.open(older), halves.measurement)
-    assert not change.same and not change.known
-    assert image_words(Measurement.open(older), halves.measurement) == [
-        "other images in the data set, as many as before in every part"
-    ]
-
-
 def test_strange_digests_are_one_line(halves: Dark, tmp_path: Path) -> None:
     folder = tmp_path / "strange"
     shutil.copytree(halves.measurement.path, folder)
@@ -456,7 +409,7 @@ def test_strange_digests_are_one_line(halves: Dark, tmp_path: Path) -> None:
         np.save(content, values)
         replace_file(folder, Measurement.IMAGES, content.getvalue())
         with pytest.raises(UserError):
-            image_change(Measurement.open(folder), halves.measurement)
+            _ = Measurement.open(folder).images
 
 
 def test_figures_have_every_name(halves: Dark) -> None:
