@@ -13,6 +13,7 @@ import numpy as np
 from ..core.artifact import Draft, Order, drafting, write_json
 from ..core.config import DataConfig
 from ..core.errors import UserError
+from ..runtime.task import TASKS, Task
 from .copies import HELD_OUT, copy_size, write_copies
 from .dataset import UNLABELED, CopyFacts, Dataset, DatasetFacts, Index, Part, Samples, index_records
 from .fingerprints import digests
@@ -24,7 +25,7 @@ from .looks import Looks, examine
 from .masks import IMAGES, SPOOL, KeptMasks, has_masks, write_masks
 from .sheet import write_sheet
 from .sources import Split, reader
-from .splits import spread_fraction, stratified_count, stratified_fraction
+from .splits import even_fraction, stratified_count
 from .survey import Broken, counted
 
 LONGEST_LIST = 1200  # characters of a message that names images
@@ -120,7 +121,7 @@ class Source(NamedTuple):
 def _read_source(draft: Draft[Dataset], config: DataConfig, others: Others) -> Source:
     """Read or list the images of a source, and cut it. Raises UserError."""
     check_source(config)
-    root, labels = None, LABELS[config.task]
+    root, labels, task = None, LABELS[config.task], TASKS[config.task]
     if Path(config.source).is_dir():
         root, classes, splits = labels.folder(config, others, draft.path)
     elif config.source == labels.demo:
@@ -129,11 +130,11 @@ def _read_source(draft: Draft[Dataset], config: DataConfig, others: Others) -> S
         classes, splits = reader(draft.path, config)
     whole = splits[config.train_split]
     if config.test_split is None:
-        learn, test = _cut(whole, config.test_fraction, config.seed)
+        learn, test = _cut(whole, config.test_fraction, config.seed, task)
     else:
         learn, test = whole, splits[config.test_split]
     if config.val_split is None:
-        train, val = _cut(learn, config.val_fraction, config.seed + 1)
+        train, val = _cut(learn, config.val_fraction, config.seed + 1, task)
     else:
         train, val = learn, splits[config.val_split]
     parts: dict[Part, Split] = {"train": train, "val": val, "test": test}
@@ -152,11 +153,10 @@ def _read_source(draft: Draft[Dataset], config: DataConfig, others: Others) -> S
     return Source(classes, parts, roots, whole, stays=root is not None)
 
 
-def _cut(samples: Split, fraction: float, seed: int) -> tuple[Split, Split]:
+def _cut(samples: Split, fraction: float, seed: int, task: Task) -> tuple[Split, Split]:
     """(the rest, a seeded fraction that is even over the classes), both in the given order."""
-    drawn = stratified_fraction if samples.masks is None else spread_fraction
     taken = np.zeros(len(samples.names), bool)
-    taken[drawn(samples.labels, fraction, seed)] = True
+    taken[even_fraction(samples.labels, fraction, seed, task)] = True
     return samples.at(~taken), samples.at(taken)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..runtime.task import Task
+
 
 def stratified_order(labels: Sequence[int] | np.ndarray, seed: int) -> list[np.ndarray]:
     """Per class, its positions in ``labels`` in a seeded random order."""
@@ -38,6 +40,11 @@ def spread_fraction(labels: Sequence[int] | np.ndarray, fraction: float, seed: i
     for order in stratified_order(labels, seed):
         places[order] = (np.arange(len(order)) + generator.random(len(order))) / len(order)
     return np.sort(np.argsort(places, kind="stable")[: max(1, round(len(labels) * fraction))])
+
+
+def even_fraction(labels: Sequence[int] | np.ndarray, fraction: float, seed: int, task: Task) -> np.ndarray:
+    """Positions of ``fraction``, even over the classes: of each class, or spread where an image shows several."""
+    return (spread_fraction if task.dense else stratified_fraction)(labels, fraction, seed)
 
 
 def stratified_count(labels: Sequence[int] | np.ndarray, count: int, seed: int) -> np.ndarray:

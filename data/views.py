@@ -31,7 +31,7 @@ from ..runtime.preprocess import fit, fit_classes
 from ..runtime.task import TASKS
 from .dataset import UNLABELED, Dataset, Sample
 from .masks import IGNORED, resized
-from .splits import spread_fraction, stratified_fraction
+from .splits import even_fraction
 
 
 @contextmanager
@@ -235,12 +235,12 @@ class TrainingImages(NamedTuple):
 
 def training_images(dataset: Dataset, fraction: float, seed: int, with_unlabeled: bool) -> TrainingImages:
     """A seeded, stratified ``fraction`` of the training part, and all images without labels if wanted."""
-    dense = TASKS[dataset.facts.task].dense
+    task = TASKS[dataset.facts.task]
     labeled, unlabeled = dataset.samples("train"), dataset.samples("unlabeled") if with_unlabeled else ()
-    chosen = (spread_fraction if dense else stratified_fraction)(labeled.labels, fraction, seed)
+    chosen = even_fraction(labeled.labels, fraction, seed, task)
     others = np.arange(len(labeled), len(labeled) + len(unlabeled))
     numbers = np.concatenate([chosen, others])
-    return TrainingImages(Joined(labeled, unlabeled), numbers, len(chosen), len(unlabeled), dense)
+    return TrainingImages(Joined(labeled, unlabeled), numbers, len(chosen), len(unlabeled), task.dense)
 
 
 class Joined(Sequence[Sample]):

@@ -19,7 +19,7 @@ from ..core.proc import quiet
 from ..core.progress import note, progress
 from ..core.stats import Interval, NoWorse, no_worse
 from ..data.dataset import Sample, load_images, load_labels, predict_samples
-from ..data.splits import spread_fraction, stratified_fraction
+from ..data.splits import even_fraction
 from ..runtime import open_session, predict
 from ..runtime.bundle import apart
 from ..runtime.task import TASKS, Change, Task
@@ -153,22 +153,19 @@ def scored(folder: Path, facts: ModelFacts, samples: Sequence[Sample], task: Tas
 
 
 def parted(held_out: Sequence[Sample], task: Task) -> tuple[list[Sample], list[Sample]]:
-    """Half of the images to search on, the others to confirm on, in their order.
-
-    Half of each class, where an image has one: of one that shows several, the rarest is no reason to search on it.
+    """Half of the images, even over the classes, to search on, the others to confirm on, in their order.
 
     Raises:
         UserError: none to confirm on.
     """
-    halve = spread_fraction if task.dense else stratified_fraction
-    first = set(halve([sample.label for sample in held_out], 0.5, seed=0).tolist())
+    first = set(even_fraction([sample.label for sample in held_out], 0.5, 0, task).tolist())
     searching = [sample for at, sample in enumerate(held_out) if at in first]
     confirming = [sample for at, sample in enumerate(held_out) if at not in first]
     if not confirming:
         raise UserError(
-            f"max_drop searches on one half of the held-out images and confirms on the other: wanted two"
-            f"{'' if task.dense else ' of a class'} at least, found {len(held_out)} images; raise data.val_fraction, "
-            "or set guard_part test"
+            "max_drop searches on one half of the held-out images and confirms on the other: wanted two at least, of a "
+            f"class where each image has one, found {len(held_out)} images; raise data.val_fraction, or set guard_part "
+            "test"
         )
     return searching, confirming
 

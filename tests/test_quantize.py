@@ -509,7 +509,7 @@ def test_images_of_many_classes_are_halved() -> None:
     searching, confirming = parted(samples, TASKS["segmentation"])
     assert len(searching) == len(confirming) == 50
     assert len(parted(samples, TASKS["classification"])[1]) < 45
-    with pytest.raises(UserError, match=r"wanted two at least, found 1 images"):
+    with pytest.raises(UserError, match=r"wanted two at least, .* found 1 images"):
         parted(samples[:1], TASKS["segmentation"])
 
 
@@ -521,7 +521,7 @@ def test_images_that_cannot_be_parted(made: Made, tmp_path: Path) -> None:
             return Samples("classification", self.path, found._records[first])
 
     few = OneOfEach(made.dataset.path, made.dataset.manifest)
-    with pytest.raises(UserError, match=r"searches on one half .* wanted two of a class at least, found 10 images"):
+    with pytest.raises(UserError, match=r"searches on one half .* wanted two at least, .* found 10 images"):
         quantize(config(max_drop=1), made.models["onnxruntime-float32"], few, tmp_path / "q")
 
 
