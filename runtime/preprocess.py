@@ -136,10 +136,9 @@ def fit(image: Image.Image, spec: Mapping[str, Any]) -> np.ndarray:
     (height, width), place = sides(spec), placement(image.size, spec)
     filter_ = Image.Resampling[spec["interpolation"].upper()]
     if place.width * place.height > MOST_PIXELS and place.left >= 0 and place.top >= 0:
-        scales = image.width / place.width, image.height / place.height
-        edges = (place.left, place.top, place.left + width, place.top + height)
-        shown = tuple(edge * scale for edge, scale in zip(edges, scales * 2))
-        return np.asarray(image.resize((width, height), filter_, box=shown), dtype=np.uint8)
+        across, down = image.width / place.width, image.height / place.height
+        edges = (place.left * across, place.top * down, (place.left + width) * across, (place.top + height) * down)
+        return np.asarray(image.resize((width, height), filter_, box=edges), dtype=np.uint8)
     if (place.width, place.height) != image.size:
         image = image.resize((place.width, place.height), filter_)
     if place.left < 0 or place.top < 0:
