@@ -499,14 +499,18 @@ class Search:
         self.run()
         return True
 
-    def measure(self, names: Sequence[str]) -> None:
-        """One session of these and the anchors, by which all sessions are read against each other."""
+    def measure(self, names: Sequence[str], *, anchored: bool = True) -> None:
+        """One session of these and the anchors, by which all sessions are read against each other.
+
+        Args:
+            anchored: False for these alone.
+        """
         known = self.known()
-        if known is not None and not self.state.anchors:
+        if anchored and known is not None and not self.state.anchors:
             nearest = sorted(known.levels, key=lambda name: abs(known.levels[name].value - self.limit))
             self.state.anchors = nearest[:2]
         bundles: dict[str, Bundle] = {}
-        for name in dict.fromkeys([*names, *self.state.anchors]):
+        for name in dict.fromkeys([*names, *(self.state.anchors if anchored else ())]):
             bundle = self._bundle(name)
             if bundle is not None:
                 bundles[name] = bundle

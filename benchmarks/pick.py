@@ -181,14 +181,13 @@ def again(
         found = json.loads((out / "again.json").read_text())["p90_ms"]
     with alone(data.parent / WORKSHOP):
         search = opened(data, size, target, variant, threads, candidates)
-        search.state.anchors = []  # the machine as it is now, and nothing else
         left = [name for name in dict.fromkeys(row["chosen"] for row in rows) if name not in found]
         for at in range(0, len(left), TOGETHER):
             names = left[at : at + TOGETHER]
             before = {each.measurement.path for each in search.sessions()}
-            search.measure(names)
-            [new] = [each for each in search.sessions() if each.measurement.path not in before]
-            found |= {name: new.p90_ms[name] for name in names if name in new.p90_ms}
+            search.measure(names, anchored=False)  # the machine as it is now, and nothing else
+            for new in [each for each in search.sessions() if each.measurement.path not in before]:
+                found |= {name: new.p90_ms[name] for name in names if name in new.p90_ms}
             _write(out / "again.json", {"p90_ms": found})
     held = [row for row in rows if found.get(row["chosen"], math.inf) <= row["limit_ms"]]
     _write(out / "again.json", {"p90_ms": found, "held": len(held), "limits": len(rows)})
