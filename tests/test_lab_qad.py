@@ -40,7 +40,8 @@ from kdpipe.distill.cache import config_for
 from kdpipe.distill.train import answers
 from kdpipe.export.lint import tensorrt_lint
 from kdpipe.networks import models
-from kdpipe.quantize import VARIANTS, stage, training
+from kdpipe.quantize import VARIANTS, guard, stage, training
+from kdpipe.quantize.search import mix_name
 from kdpipe.quantize.trained import check_held
 from kdpipe.quantize.training import quantized_tensors, tune
 from kdpipe.quantize.work import Retrained, Training
@@ -286,6 +287,32 @@ def test_layers_may_stay_float(written: Written, tmp_path: Path) -> None:
         tmp_path / "q",
     )
     assert model.facts.guard.confirmed.answer != "fails" and model.facts.trained is not None
+
+
+def test_what_float_layers_gain_is_not_the_trainings(
+    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guard that leaves layers in float at once: trained and controls are compared as if it had not."""
+
+    def keeping(ranked, make, confirm, max_drop, limit, resume, can_show):  # type: ignore[no-untyped-def]
+        make((), resume / mix_name(0))
+        kept = ranked()[:3]
+        mix = make(kept, resume / mix_name(3))
+        return [mix], resume / mix_name(3), kept, confirm(resume / mix_name(3))
+
+    monkeypatch.setattr(guard, "search", keeping)
+    mixed = written.chain.quantize(
+        config(max_drop=12, guard_part="test"),
+        written.made.models["onnxruntime-float32"],
+        written.made.dataset,
+        find_device("local").probe(),
+        tmp_path / "q",
+    ).facts
+    whole = written.of("onnxruntime").facts
+    assert len(mixed.guard.kept_float) == 3
+    assert mixed.against_float32 != whole.against_float32, "three layers are another file"
+    for name in ("own", "untrained", "float32_steps"):
+        assert getattr(mixed.trained, name).against_float32 == getattr(whole.trained, name).against_float32
 
 
 def test_seven_bits_are_a_case_of_their_own(written: Written, tmp_path: Path) -> None:
