@@ -381,11 +381,16 @@ def _described(
         models.save_weights(network, folder / Checkpoint.WEIGHTS)
         parameters = sum(parameter.numel() for parameter in network.parameters())
     write_json(folder / Checkpoint.LABELS, dataset.classes)
-    task, kept, broken = TASKS[dataset.facts.task], [], 0
+    task, broken, at = TASKS[dataset.facts.task], 0, 0
+    logits = labels = np.empty(0)
     for outputs, truth in evaluate(network, spec, dataset, "test", workers=0):
         broken += int((~np.isfinite(outputs.reshape(len(outputs), -1)).all(1)).sum())
-        kept.append((_worth_keeping(task, outputs, truth), truth))
-    logits, labels = (np.concatenate(each) for each in zip(*kept, strict=True))
+        kept = _worth_keeping(task, outputs, truth)
+        if at == 0:  # whole at once: those of masks are large, and are not to be there twice
+            count = len(dataset.samples("test"))
+            logits, labels = (np.empty((count, *each.shape[1:]), each.dtype) for each in (kept, truth))
+        logits[at : at + len(kept)], labels[at : at + len(kept)] = kept, truth
+        at += len(kept)
     if broken:
         trained = training["epochs"] > 0
         cure = "train it again" if trained else "look at its weights, input.mean and input.std"
