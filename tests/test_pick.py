@@ -187,7 +187,7 @@ def test_who_is_chosen_by_training_is_measured_as_often(bench: Bench, picked: di
         }, "of the weights that were kept"
     once_more = json.loads(bench.pick(*asked, "--again").stdout)
     after = {row["name"]: row["sessions"] for row in once_more["networks"]}
-    assert once_more["facts"]["chosen"] == chosen and after[chosen] == rows[chosen]["sessions"] + 1
+    assert once_more["facts"]["chosen"] == chosen and after[chosen] > rows[chosen]["sessions"]
 
 
 @pytest.mark.parametrize(
