@@ -23,7 +23,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -119,7 +119,7 @@ def main(
     source: Annotated[Path, typer.Argument(help="folder of CamVid")],
     out: Annotated[Path, typer.Option(help="folder of all runs")],
     imagenet: Annotated[Path | None, typer.Option(help="weights of the teacher's encoder")] = None,
-    encoder: Annotated[list[Path], typer.Option(help="checkpoint of a mobilenetv3_small_100 to begin from")] = [],  # noqa: B006
+    encoder: Annotated[list[Path] | None, typer.Option(help="folders of a mobilenetv3_small_100 to begin from")] = None,
     hours: Annotated[float, typer.Option(help="for everything that is not there yet")] = 7.0,
     method: Annotated[list[str], typer.Option()] = USUAL,
     share: Annotated[list[float], typer.Option(help="of the images, for the students")] = [0.1, 1.0],  # noqa: B006
@@ -150,10 +150,13 @@ def main(
     tell(plan, dataset)
     teacher = chain.teacher(teacher_plan(plan, dataset, imagenet), dataset, out / "teacher") if train else None
     teacher = teacher or Checkpoint.open(out / "teacher")
+    encoders = {path.name: path for path in encoder or ()}
+    if len(encoders) < len(encoder or ()):
+        raise UserError("--encoder: two folders of one name: wanted names that tell them apart in the table")
     cells: dict[tuple[str, float, int], Checkpoint] = {}
     for seed_number in plan.seeds:
         for fraction in plan.shares:
-            configs = block(plan, fraction, seed_number, dataset, tuple(encoder))
+            configs = block(plan, fraction, seed_number, dataset, encoders)
             if train:
                 chain.train_all(configs, dataset, teacher, together=True)
             for name, run in opened(chain, configs, dataset, teacher).items():
@@ -220,7 +223,7 @@ def timed(plan: Plan, dataset: Dataset, imagenet: Path | None) -> tuple[Cost, Co
             return chain.train("teacher", _of_views(few, views, dataset), dataset, None)
 
         def learn(views: int) -> object:
-            configs = block(plan.model_copy(update={"views": views}), few.label_fraction, 0, dataset)
+            configs = block(plan.model_copy(update={"views": views}), few.label_fraction, 0, dataset, {})
             return chain.train_all(configs, dataset, guide, together=True)
 
         images = len(drawn(dataset, few.label_fraction, 0))
@@ -277,11 +280,11 @@ def teacher_plan(plan: Plan, dataset: Dataset, imagenet: Path | None) -> Teacher
 
 
 def block(
-    plan: Plan, share: float, seed: int, dataset: Dataset, encoders: tuple[Path, ...] = ()
+    plan: Plan, share: float, seed: int, dataset: Dataset, encoders: Mapping[str, Path]
 ) -> dict[str, TrainConfig]:
     """The runs of all methods on one share and seed, and of labels over each encoder, by name."""
     runs: dict[str, dict[str, Any]] = {name: METHODS[name] for name in plan.methods}
-    runs |= {f"labels+{path.name}": {**METHODS["labels"], "encoder_checkpoint": path} for path in encoders}
+    runs |= {f"labels+{its}": {**METHODS["labels"], "encoder_checkpoint": path} for its, path in encoders.items()}
     found = {}
     for name, change in runs.items():
         values = {**STUDENT, "input": {"size": list(plan.size), **IMAGENET_COLOURS}, **change}

@@ -222,7 +222,8 @@ def main(
     failed: dict[str, KdpipeError] = {}
     made = study.run(plan, dataset, guide, chain, failed)
     print_table(made.numbers, guide)
-    print("".join(f"\nnot made: {name}: {error}" for name, error in failed.items()))
+    for run, error in failed.items():
+        print(f"not made: {run}: {error}")
     print("\n".join([*closing_lines(made.numbers), f"page: {made.page}"]))
 
 

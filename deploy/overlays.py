@@ -32,7 +32,9 @@ def place(files: Sequence[Path], given: Iterable[Path], out: Path) -> list[Path]
     found = []
     for file in files:
         below = next((file.relative_to(folder) for folder in folders if file.is_relative_to(folder)), Path(file.name))
-        stem = os.fsdecode(os.fsencode(below.stem)[:LONGEST_STEM_BYTES])
+        stem = below.stem
+        if len(os.fsencode(stem)) > LONGEST_STEM_BYTES:  # cut between two characters
+            stem = os.fsencode(stem)[:LONGEST_STEM_BYTES].decode(errors="ignore")
         name, count = below.with_name(f"{stem}-overlay.png"), 1
         while str(name).casefold() in taken:
             count += 1

@@ -134,13 +134,13 @@ def fit(image: Image.Image, spec: Mapping[str, Any]) -> np.ndarray:
     from PIL import Image
 
     (height, width), place = sides(spec), placement(image.size, spec)
-    filter_ = Image.Resampling[spec["interpolation"].upper()]
+    resampling = Image.Resampling[spec["interpolation"].upper()]
     if place.width * place.height > MOST_PIXELS and place.left >= 0 and place.top >= 0:
         across, down = image.width / place.width, image.height / place.height
         edges = (place.left * across, place.top * down, (place.left + width) * across, (place.top + height) * down)
-        return np.asarray(image.resize((width, height), filter_, box=edges), dtype=np.uint8)
+        return np.asarray(image.resize((width, height), resampling, box=edges), dtype=np.uint8)
     if (place.width, place.height) != image.size:
-        image = image.resize((place.width, place.height), filter_)
+        image = image.resize((place.width, place.height), resampling)
     if place.left < 0 or place.top < 0:
         shown = Image.new("RGB", (width, height), (GREY, GREY, GREY))
         shown.paste(image, (-place.left, -place.top))

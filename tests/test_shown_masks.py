@@ -160,12 +160,13 @@ def test_labels_are_not_drawn(packed: Bundle, trained: Trained, tmp_path: Path) 
 
 
 def test_a_name_that_is_too_long_for_more(bundle: Bundle, streets: Path, tmp_path: Path) -> None:
-    long = streets / f"{'ä' * 120}{'b' * 10}.png"  # 250 bytes without its suffix
+    long = streets / f"b{'ä' * 124}.png"  # 249 bytes without its suffix, the 220th in the middle of a character
     shutil.copy(next(streets.glob("a.*")), long)
     for _ in range(2):
         done = kdpipe("predict", bundle.path, streets, "--out", tmp_path / "seen")
         assert done.returncode == 0, done.stderr
         assert len({row["overlay"] for row in rows(done.stdout)}) == 6 == len(list((tmp_path / "seen").rglob("*.png")))
+        assert (tmp_path / "seen" / f"b{'ä' * 109}-overlay.png").is_file()
 
 
 def test_names_that_differ_in_case_alone(tmp_path: Path) -> None:
