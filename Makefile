@@ -6,6 +6,9 @@ LOCK := requirements.lock
 # One stamp per lock file: a changed lock installs again, an unchanged one starts at once and offline.
 STAMP = $(VENV)/.installed-$(shell cksum < $(LOCK) | cut -d' ' -f1)
 
+# Every command compiles its modules once, as on anybody's machine.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lab lab-runs lab-rest lint types layers unit docs install with-uv with-pip lock wheel clean
 
 demo: install
@@ -31,6 +34,8 @@ layers: install
 # What trains runs in processes of its own, as far as it can from the converters' and runtimes' native libraries; what
 # both of them train is made once. Two files side by side, since much of it waits, for processes and devices, and
 # threads that wait leave their core to the other file. The longest of those that train go first.
+MADE_ONCE = made=$$(mktemp -d) && trap 'rm -rf "$$made"' EXIT && \
+  export KDPIPE_TEST_ARTIFACTS="$${KDPIPE_TEST_ARTIFACTS:-$$made/artifacts}"
 TWO := --numprocesses=2 --dist=loadfile
 SHARING := OMP_WAIT_POLICY=PASSIVE
 TRAIN := $(patsubst %,tests/test_%.py,training together methods ranks resume segmenters losses families pixels cache data unlabeled pruning cifar_networks trackers)
@@ -38,7 +43,7 @@ unit: install
 ifdef TESTS
 	$(BIN)/pytest -m "not lab" $(TESTS)
 else
-	@made=$$(mktemp -d) && trap 'rm -rf "$$made"' EXIT && export KDPIPE_TEST_ARTIFACTS="$$made/artifacts" && \
+	@$(MADE_ONCE) && \
 	  $(SHARING) $(BIN)/pytest -m "not lab" $(TWO) --no-loadscope-reorder $(TRAIN) && \
 	  $(SHARING) $(BIN)/pytest -m "not lab" $(TWO) $(addprefix --ignore=,$(TRAIN))
 endif
@@ -53,7 +58,7 @@ ifdef TESTS
 	$(BIN)/pytest -m lab $(TESTS)
 else
 	$(BIN)/pytest -m lab $(DEMO)
-	@made=$$(mktemp -d) && trap 'rm -rf "$$made"' EXIT && export KDPIPE_TEST_ARTIFACTS="$$made/artifacts" && \
+	@$(MADE_ONCE) && \
 	  $(MAKE) --no-print-directory --jobs=2 --output-sync=line lab-runs lab-rest
 endif
 

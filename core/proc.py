@@ -36,10 +36,21 @@ IMPORT_NAMES = {
 }
 
 
+# timm imports it wherever it is installed, for two seconds of every command and for nothing that we call.
+UNASKED = "wandb"
+
+
+def hide_unasked() -> None:
+    """For a process that is ours alone: ``UNASKED`` cannot be imported before ``is_installed`` was asked for it."""
+    sys.modules.setdefault(UNASKED, None)  # type: ignore[arg-type]
+
+
 def is_installed(distribution: str) -> bool:
     """Whether ``distribution`` can be imported here; imports nothing heavy."""
-    name = IMPORT_NAMES.get(distribution, distribution.replace("-", "_"))
-    return importlib.util.find_spec(name.partition(".")[0]) is not None
+    name = IMPORT_NAMES.get(distribution, distribution.replace("-", "_")).partition(".")[0]
+    if name == UNASKED and name in sys.modules and sys.modules[name] is None:
+        del sys.modules[name]
+    return importlib.util.find_spec(name) is not None
 
 
 def process_count() -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,8 +56,28 @@ def test_mlflow(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [metric.value for metric in found] == pytest.approx(losses(checkpoint))
 
 
+# As ``python -m kdpipe`` does, to its end: then whether timm took wandb along, and whether a tracker finds it.
+COMMAND = """
+import runpy, sys
+sys.argv[:1] = ["kdpipe"]
+try:
+    runpy.run_module("kdpipe", run_name="__main__")
+finally:
+    print("timm" in sys.modules, [name for name in sys.modules if name.startswith("wandb.")])
+"""
+
+
+def test_a_command_that_builds_a_network_loads_no_tracker(trained: Trained, tmp_path: Path) -> None:
+    training = ["--model", "test_resnet", "--input.size", "32", "--train.epochs", "1", "--train.workers", "0"]
+    words = ["teacher", str(trained.dataset.path), *training, "--out", str(tmp_path / "teacher")]
+    done = subprocess.run([sys.executable, "-c", COMMAND, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "True []"
+
+
 def test_wandb(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as a command leaves it
     train(configuration("wandb"), trained.dataset, trained.teacher, tmp_path / "student")
     [log] = (tmp_path / "curves" / "wandb").glob("offline-run-*/run-*.wandb")
     assert b"validation_accuracy" in log.read_bytes()
