@@ -36,6 +36,7 @@ AUGMENT = {"crop": "pad", "flip": 0.5}
 SMALL = {
     "student": {"model": "resnet8"},
     "views": 135_000,
+    "int8": "none",
     "distill": {
         **BALANCE,
         "train": {"epochs": 30, "warmup_epochs": 2, "precision": "bf16", "workers": 1, "augment": AUGMENT},

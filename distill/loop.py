@@ -163,8 +163,13 @@ class Run:
         resume: Path | None,
         tracker: Tracker,
         pruned: PrunedFacts | None = None,
+        looks: bool = True,
     ) -> None:
-        """``steps`` in all, unless the method's phases have a length of their own. Raises UserError."""
+        """``steps`` in all, unless the method's phases have a length of their own; ``looks`` at held-out images.
+
+        Raises:
+            UserError: it can't be trained so.
+        """
         self.config, self.settings, self.method, self.spec, self._dataset = config, config.train, method, spec, dataset
         self.network, self.pruned = method.student.student, pruned
         self._task = TASKS[dataset.facts.task]
@@ -179,8 +184,8 @@ class Run:
         self.steps = self._ends[-1]
         self.epochs = math.ceil(self.steps / steps_per_epoch)
         method.to(ranks.device)
-        self._has_validation = bool(dataset.samples("val"))
-        if self.settings.select == "best" and not self._has_validation:
+        self._looks = looks and bool(dataset.samples("val"))
+        if self.settings.select == "best" and not self._looks:
             raise UserError("train.select is 'best' but there is no validation part: set data.val_fraction above 0")
         self._saved = time.monotonic()
         self.epoch = self.step = 0  # where it is; the epoch counts through all phases, which may end within one
@@ -327,8 +332,8 @@ class Run:
             row["train_accuracy"] = sums["right"] / sums["judged"]
         row["learning_rate"] = self._optimizer.param_groups[0]["lr"]
         over = self._phase_is_over
-        looks = over or (self.epoch + 1) % self.settings.validate_every == 0
-        if self._has_validation and phase.has_accuracy and looks:
+        is_due = over or (self.epoch + 1) % self.settings.validate_every == 0
+        if self._looks and phase.has_accuracy and is_due:
             self._validate(row)
         elif phase.handover == "best" and row["loss"] < self._lowest:
             self._lowest, self._best_weights = row["loss"], copy.deepcopy(self.network.state_dict())

@@ -17,8 +17,8 @@ from .ranks import Ranks
 from .train import trained_runs
 
 # Steps of the two trainings whose times are compared, at least as many as any method has phases: what both take
-# besides, to begin and to validate, falls out. The second has twice as many, and where steps are quick so many more
-# that the noise of the beginning is little beside them.
+# besides, to begin, falls out, and neither looks at held-out images, which can take longer than so few steps. The
+# second has twice as many, and where they are quick so many more that the noise of the beginning is little beside them.
 FEW_STEPS, MORE_STEPS, MOST_STEPS = 6, 12, 384
 APART_SECONDS = 1.0
 PATIENCE_SECONDS = 20.0  # of the first: where steps are that slow, it is pace enough
@@ -40,7 +40,8 @@ def view_seconds(config: TrainConfig, dataset: Dataset, teacher: Checkpoint | No
         asked = config.model_copy(update={"train": train, "label_fraction": share, "cache_views": None})
         begun = time.perf_counter()
         with muted():
-            runs = trained_runs({Path("pace"): asked}, {Path("pace"): None}, dataset, teacher, None, choices, Ranks())
+            one = Path("pace")
+            runs = trained_runs({one: asked}, {one: None}, dataset, teacher, None, choices, Ranks(), looks=False)
         return sum(run.steps for run in runs.values()) * batch, time.perf_counter() - begun
 
     few, first = timed(FEW_STEPS)

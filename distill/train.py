@@ -140,8 +140,9 @@ def trained_runs(
     cache: Cache | None,
     choices: Path | None,
     ranks: Ranks,
+    looks: bool = True,
 ) -> dict[Path, Run]:
-    """Every run of ``configs``, trained and tested; of one whose draft is None nothing is written."""
+    """Every run of ``configs``, trained, with ``looks`` at the validation part; without a draft nothing is kept."""
     first = next(iter(configs.values()))
     # An image is known by its number among all of the training part and those without labels.
     source = training_images(
@@ -193,7 +194,7 @@ def trained_runs(
         of_all = lockstep.steps_of(whole) if config.steps_as_unlabeled else lockstep.steps_per_epoch
         steps = config.train.epochs * of_all
         runs[out] = Run(
-            config, method, dataset, spec, steps, lockstep.steps_per_epoch, ranks, resume, shown, pruned[out]
+            config, method, dataset, spec, steps, lockstep.steps_per_epoch, ranks, resume, shown, pruned[out], looks
         )
         if draft is not None:
             np.save(draft.path / Checkpoint.IMAGES, source.numbers[: source.labeled])

@@ -530,6 +530,21 @@ def test_the_pace_is_that_of_the_method(trained: Trained, tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
+def test_the_pace_has_no_look_at_held_out_images(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many they took ten times as long as the few steps that are timed."""
+    from kdpipe.distill import loop, pace
+
+    looked: list[object] = []
+    evaluated = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda *given: looked.append(given) or evaluated(*given))
+    values = {"model": "resnet8", "input": {"size": 16}, "method": "labels", "train": {"workers": 0, "batch_size": 8}}
+    assert trained.dataset.samples("val")
+    assert pace.view_seconds(validated(TrainConfig, values, "test"), trained.dataset, None, tmp_path) > 0
+    assert not looked
+
+
 def test_processes_of_torchrun_work_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "CUDA_VISIBLE_DEVICES": "5,7"}.items():
         monkeypatch.setenv(name, value)
