@@ -26,9 +26,9 @@ R = TypeVar("R")
 # Import name of a distribution where it is not the distribution's name with underscores.
 IMPORT_NAMES = {
     "ai-edge-litert": "ai_edge_litert.interpreter",
-    "cuda-python": "cuda",
+    "cuda-python": "cuda.bindings",
     "cyclonedx-python-lib": "cyclonedx",
-    "ethos-u-vela": "ethosu",
+    "ethos-u-vela": "ethosu.vela",
     "mlflow-skinny": "mlflow",
     "pillow": "PIL",
     "scikit-learn": "sklearn",
@@ -47,10 +47,14 @@ def hide_unasked() -> None:
 
 def is_installed(distribution: str) -> bool:
     """Whether ``distribution`` can be imported here; imports nothing heavy."""
-    name = IMPORT_NAMES.get(distribution, distribution.replace("-", "_")).partition(".")[0]
+    name = IMPORT_NAMES.get(distribution, distribution.replace("-", "_"))
     if name == UNASKED and name in sys.modules and sys.modules[name] is None:
         del sys.modules[name]
-    return importlib.util.find_spec(name) is not None
+    found = importlib.util.find_spec(name.partition(".")[0])
+    # Any folder of its name that lies in the working directory could be a package of parts: the part must be there.
+    if found is not None and found.origin is None and "." in name:
+        found = importlib.util.find_spec(name)
+    return found is not None and found.origin is not None
 
 
 def process_count() -> int:

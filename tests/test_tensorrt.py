@@ -162,3 +162,23 @@ def test_the_builder_ends_with_who_asked_for_it(tmp_path: Path) -> None:
     while building.exists() and time.monotonic() < end:
         time.sleep(0.02)
     assert not building.exists()
+
+
+WHAT_IS_THERE = """
+from importlib.util import find_spec
+from kdpipe.core.proc import is_installed
+from kdpipe.runtime import is_available
+found = [is_installed("nncf-of-mine"), is_installed("onnxruntime"), is_available("onnxruntime")]
+print(find_spec("nncf_of_mine") is not None, *found)
+print(find_spec("tensorrt").origin is None and is_available("tensorrt"))
+"""
+
+
+def test_a_folder_of_its_name_is_no_runtime(tmp_path: Path) -> None:
+    """``python -m kdpipe`` finds what lies in the working directory first, such as what was exported for a target."""
+    for name in ("tensorrt", "nncf_of_mine"):
+        (tmp_path / name).mkdir()
+    told = subprocess.run(
+        [sys.executable, "-c", WHAT_IS_THERE], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert told.stdout == "True False True True\nFalse\n"
