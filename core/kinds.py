@@ -817,7 +817,8 @@ class Surroundings(Record):
 class BatchOne(Record):
     """Outputs of the timing images one at a time, as they are timed, against those of the accuracy's batches.
 
-    ``tolerance`` is the bundle's own, of its precision: beyond it what is timed is not what is judged.
+    ``tolerance`` is the bundle's own, of its precision: where more than one image in twenty is beyond it, what is timed
+    is not what is judged.
     """
 
     images: int

@@ -32,6 +32,9 @@ LEAST_BLOCK = 8  # images
 SLACK, SLACK_SECONDS = 10, 60.0  # a process that takes so many times what it should, and a minute, hangs
 FIRST_SECONDS = 3600.0  # of the first process of a bundle, of which nothing is known
 FRAMES_FILE, MOST_FRAMES, FRAMES_BYTES = "frames.npz", 8, 64 * 2**20  # pictures of whole frames that are pushed
+# Of the images that have to be within a tolerance: where one number of INT8 lies between two integers, another order of
+# summation takes the other, and what a whole channel says of that image moves by a few steps (seen once in 233 images).
+MOST_IMAGES = 0.95
 PIECE = 64  # images whose outputs are looked at together
 ALONE = "alone"  # the part of a bundle's outputs that is of the timing images, one at a time
 
@@ -298,24 +301,24 @@ def batch_one(asked: Asked, name: str, outputs: np.ndarray) -> BatchOne:
     )
     if one_by_one.shape != batched.shape or one_by_one.dtype != batched.dtype:
         raise UserError(f"the outputs of {name} are of another shape in batches than one image at a time")
-    difference = _farthest(one_by_one, batched)
+    by_image = _farthest(one_by_one, batched)
     if isinstance(bundle, Bundle):
         tolerance = bundle.facts.golden_tolerance
     else:  # as a bundle's is set when it is packed
         tolerance = float(TOLERANCES[bundle.facts.precision] * spread(batched))
     return BatchOne(
         images=count,
-        max_difference=difference,
+        max_difference=float(by_image.max()),
         tolerance=tolerance,
         agreement=TASKS[bundle.facts.task].agreement(one_by_one, batched),
-        within_tolerance=difference <= tolerance,
+        within_tolerance=float(np.quantile(by_image, MOST_IMAGES, method="higher")) <= tolerance,
     )
 
 
-def _farthest(first: np.ndarray, second: np.ndarray) -> float:
-    """How far apart two mapped outputs of the same images are where they are farthest."""
+def _farthest(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """How far apart two mapped outputs are, image by image [N]: where they are farthest."""
     starts = range(0, len(first), PIECE)
-    return max(float(apart(first[at : at + PIECE], second[at : at + PIECE]).max()) for at in starts)
+    return np.concatenate([apart(first[at : at + PIECE], second[at : at + PIECE]) for at in starts])
 
 
 # ---- against the host ------------------------------------------------------------------------------------------
@@ -371,7 +374,7 @@ def against_host(
         )
     found = AgainstHost(
         by=host.by,
-        max_difference=_farthest(host.outputs, outputs),
+        max_difference=float(_farthest(host.outputs, outputs).max()),
         mismatches=len(rows),
         lost=change.lost,
         won=change.won,

@@ -37,6 +37,7 @@ from kdpipe.devices.trust import control_name
 from kdpipe.quantize import VARIANTS
 from kdpipe.runtime import open_session
 from kdpipe.runtime.bundle import GOLDEN
+from kdpipe.runtime.layout import to_input
 from kdpipe.runtime.measure import Plan, longest_seconds, warm_up
 from kdpipe.runtime.probe import UNAVAILABLE, probe, read
 
@@ -618,6 +619,39 @@ def test_a_network_that_says_something_else_alone_is_marked(made: Made, tmp_path
     assert not found.batch_one.within_tolerance and found.batch_one.agreement < 1
     assert found.batch_one.max_difference > found.batch_one.tolerance
     assert any("one image at a time its outputs are off by" in text for text in listener.notes)
+
+
+@pytest.mark.parametrize(("bright", "is_another"), [(1, False), (2, True)])
+def test_one_image_in_twenty_may_be_rounded_otherwise(
+    made: Made, tmp_path: Path, bright: int, is_another: bool
+) -> None:
+    """Here the logits of the brightest timing images alone depend on those beside them."""
+    plan = QUICK.model_copy(update={"images": 39})
+    chosen = made.dataset.balanced("test", plan.images, seed=0)
+    spec = made.bundles["onnxruntime-float32"].facts.input.model_dump()
+    brightness = np.sort(to_input(load_images(chosen, spec), spec).mean((1, 2, 3)))
+    weights = {
+        "weight": np.random.default_rng(0).normal(size=(3072, 10)).astype(np.float32),
+        "first": np.array([0], np.int64),
+        "second": np.array([1], np.int64),
+        "bright": brightness[-bright - 1 : len(brightness) - bright + 1].mean(keepdims=True),
+    }
+    nodes = [
+        ("Flatten", ["image"], ["flat"]),
+        ("ReduceMean", ["flat", "first"], ["beside"]),
+        ("Sub", ["beside", "flat"], ["moved"]),  # nothing, where it is alone
+        ("ReduceMean", ["flat", "second"], ["brightness"]),
+        ("Sub", ["brightness", "bright"], ["above"]),
+        ("Relu", ["above"], ["gate"]),
+        ("Sign", ["gate"], ["is_bright"]),
+        ("Mul", ["moved", "is_bright"], ["added"]),
+        ("Add", ["flat", "added"], ["mixed"]),
+        ("MatMul", ["mixed", "weight"], ["logits"]),
+    ]
+    bundles = {"a": with_network(made, tmp_path / "a", of_nodes(nodes, weights))}
+    found = bench(order_of(bundles, made, plan), bundles, made.dataset, tmp_path / "out").facts.results["a"].batch_one
+    assert found is not None and found.max_difference > found.tolerance
+    assert found.within_tolerance is not is_another
 
 
 BARE = """
