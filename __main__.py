@@ -36,9 +36,9 @@ def main() -> None:
         if is_heard:
             signal.signal(signal.SIGINT, leave)
         from .cli import main as command_line
-        from .core.proc import hide_unasked
+        from .core.proc import without_timms_tracker
 
-        hide_unasked()
+        without_timms_tracker()
         if is_heard:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         command_line()

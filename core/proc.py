@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.abc
 import importlib.util
 import json
 import logging
@@ -36,20 +37,26 @@ IMPORT_NAMES = {
 }
 
 
-# timm imports it wherever it is installed, for two seconds of every command and for nothing that we call.
-UNASKED = "wandb"
+class _NoTracker(importlib.abc.MetaPathFinder):
+    """timm's summaries, which nobody here calls, take wandb along where it is installed: two seconds of every command.
+
+    It is refused to them alone: trackers and a person's own network find it, before and after.
+    """
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: object = None) -> None:
+        asks = sys.modules.get("timm.utils.summary") if name == "wandb" else None
+        if asks is not None and not hasattr(asks, "update_summary"):  # it is not read to its end
+            raise ModuleNotFoundError(name)
 
 
-def hide_unasked() -> None:
-    """For a process that is ours alone: ``UNASKED`` cannot be imported before ``is_installed`` was asked for it."""
-    sys.modules.setdefault(UNASKED, None)  # type: ignore[arg-type]
+def without_timms_tracker() -> None:
+    """For a process that is ours: what is imported from now on, timm imports without wandb."""
+    sys.meta_path.insert(0, _NoTracker())
 
 
 def is_installed(distribution: str) -> bool:
     """Whether ``distribution`` can be imported here; imports nothing heavy."""
     name = IMPORT_NAMES.get(distribution, distribution.replace("-", "_"))
-    if name == UNASKED and name in sys.modules and sys.modules[name] is None:
-        del sys.modules[name]
     found = importlib.util.find_spec(name.partition(".")[0])
     # Any folder of its name that lies in the working directory could be a package of parts: the part must be there.
     if found is not None and found.origin is None and "." in name:

@@ -13,12 +13,12 @@ def installed(alternatives: Sequence[str]) -> str:
         ImportError: none is; ``name`` is the first one's package.
     """
     for module in alternatives:
-        if is_there(module):
+        if _is_there(module):
             return module
     raise ImportError(f"none of {', '.join(map(_package, alternatives))} is installed", name=_package(alternatives[0]))
 
 
-def is_there(module: str) -> bool:
+def _is_there(module: str) -> bool:
     """Whether the package of a module is installed; imports nothing.
 
     Any folder of its name that lies in the working directory could be a package of parts: it is none unless the part of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,28 +57,47 @@ def test_mlflow(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [metric.value for metric in found] == pytest.approx(losses(checkpoint))
 
 
-# As ``python -m kdpipe`` does, to its end: then whether timm took wandb along, and whether a tracker finds it.
+# As ``python -m kdpipe`` does, to its end: then whether timm took wandb along.
 COMMAND = """
 import runpy, sys
 sys.argv[:1] = ["kdpipe"]
 try:
     runpy.run_module("kdpipe", run_name="__main__")
 finally:
-    print("timm" in sys.modules, [name for name in sys.modules if name.startswith("wandb.")])
+    print("timm" in sys.modules, "wandb" in sys.modules)
+"""
+OWN = """
+import wandb  # as a training script does
+from torch import nn
+
+def small(num_classes):
+    assert wandb.init
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, num_classes))
 """
 
 
-def test_a_command_that_builds_a_network_loads_no_tracker(trained: Trained, tmp_path: Path) -> None:
-    training = ["--model", "test_resnet", "--input.size", "32", "--train.epochs", "1", "--train.workers", "0"]
-    words = ["teacher", str(trained.dataset.path), *training, "--out", str(tmp_path / "teacher")]
-    done = subprocess.run([sys.executable, "-c", COMMAND, *words], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("asks", ["nobody", "a tracker", "a network of one's own"])
+def test_a_command_takes_wandb_along_if_somebody_asks_for_it(trained: Trained, tmp_path: Path, asks: str) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    words = ["distill", str(trained.dataset.path), "--method", "labels", "--out", str(tmp_path / "student")]
+    words += ["--input.size", "32", "--train.epochs", "1", "--train.workers", "0"]
+    words += {
+        "nobody": ["--model", "test_resnet"],
+        "a tracker": ["--model", "test_resnet", "--tracker", "wandb"],
+        "a network of one's own": ["--model", "own:small", "--allow-code", "own:small"],
+    }[asks]
+    offline = {**os.environ, "WANDB_MODE": "offline"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, *words], cwd=tmp_path, env=offline, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "True []"
+    assert done.stdout.splitlines()[-1] == f"True {asks != 'nobody'}"
+    logs = list((tmp_path / "curves" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(logs) == (asks == "a tracker")
 
 
 def test_wandb(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as a command leaves it
     train(configuration("wandb"), trained.dataset, trained.teacher, tmp_path / "student")
     [log] = (tmp_path / "curves" / "wandb").glob("offline-run-*/run-*.wandb")
     assert b"validation_accuracy" in log.read_bytes()
